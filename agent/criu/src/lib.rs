@@ -1,0 +1,1 @@
+//! Driving CRIU: its RPC, its page stream, its images, its log.

@@ -1,0 +1,1 @@
+//! A container's writable layer: packing, unpacking, mounting.

@@ -1,0 +1,1 @@
+//! A container's link and address: making, cutting, joining, announcing.

@@ -1,0 +1,1 @@
+//! Finding, inspecting, freezing, restoring and deleting runc containers.

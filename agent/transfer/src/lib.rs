@@ -1,0 +1,1 @@
+//! The agent-to-agent stream: framing, compression, rate, both roles.

@@ -1,0 +1,1 @@
+//! Workloads under load, the demo, and the measurements.

@@ -1,0 +1,1 @@
+//! Workloads that podferry is demonstrated and tested with.

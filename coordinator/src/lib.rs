@@ -1,0 +1,1 @@
+//! The podferry coordinator: one leader that takes migrations through their phases.

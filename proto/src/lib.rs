@@ -1,0 +1,1 @@
+//! The podferry.v1 protocol: definitions, generated code and its specification.
