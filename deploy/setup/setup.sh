@@ -1,0 +1,168 @@
+#!/usr/bin/env bash
+# Gives this machine what podferry builds and runs on: build tools by apt, and a CRIU and a runc that are new enough.
+# Where the host's own are too old, private bundles are made from Debian's packages under .podferry/tools: the host's libc
+# and toolchain stay as they are. Idempotent, quick when all is there, safe to run twice at once.
+#
+#   setup.sh            everything
+#   setup.sh --tools    only CRIU and runc
+set -euo pipefail
+# shellcheck source=deploy/setup/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+# 4.1 cannot dump a process with an AF_INET socket on Linux 6.17 and later (SO_PASSCRED), 3.17 does not start there.
+readonly CRIU_MINIMUM=4.2.1
+# The first with `--manage-cgroups-mode ignore` and pidfd support as the agent uses them.
+readonly RUNC_MINIMUM=1.3
+readonly CARGO_MINIMUM=1.90
+# Raise it when the layout of .podferry/tools changes: older ones are then made anew.
+readonly LAYOUT=1
+
+apt_updated=
+
+apt_host() {
+    DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 "$@" >&2 </dev/null
+}
+
+apt_install() {
+    log "apt installs $*"
+    if [[ -z $apt_updated ]]; then
+        # One broken third-party source must not stop us: the install itself says what is missing.
+        apt_host update || log "warning: apt-get update failed in part; going on with what there is"
+        apt_updated=yes
+    fi
+    apt_host install -y --no-install-recommends "$@" || die "apt could not install: $*"
+}
+
+# "file or command : package"
+install_missing() {
+    local missing=() pair probe package
+    for pair in ip:iproute2 patchelf:patchelf cc:build-essential make:build-essential git:git curl:curl flock:util-linux \
+        nsenter:util-linux ps:procps file:file xz:xz-utils zstd:zstd \
+        /etc/ssl/certs/ca-certificates.crt:ca-certificates "$DEBIAN_KEYRING:debian-archive-keyring"; do
+        probe=${pair%%:*} package=${pair##*:}
+        if [[ $probe == /* ]]; then
+            [[ -e $probe ]] || missing+=("$package")
+        else
+            command -v "$probe" >/dev/null || missing+=("$package")
+        fi
+    done
+    [[ ${#missing[@]} -eq 0 ]] || apt_install "${missing[@]}"
+}
+
+cargo_version() { cargo --version 2>/dev/null | awk '{ print $2 }'; }
+
+ensure_cargo() {
+    version_at_least "$(cargo_version)" "$CARGO_MINIMUM" && return
+    apt_host update || log "warning: apt-get update failed in part; going on with what there is"
+    apt_updated=yes
+    if apt-cache show rustup >/dev/null 2>&1; then
+        command -v rustup >/dev/null || apt_install rustup
+        rustup toolchain install stable --profile minimal --component clippy --component rustfmt >&2 </dev/null
+        rustup default stable >&2
+        hash -r
+    fi
+    version_at_least "$(cargo_version)" "$CARGO_MINIMUM" && return
+    die "cargo $CARGO_MINIMUM or newer is needed, found: '$(cargo_version)'. This release of the system has no package for it:" \
+        "install it from https://rustup.rs and run this again"
+}
+
+criu_version() { "$1" --version 2>/dev/null | sed -nE 's/^Version: *([0-9.]+).*/\1/p'; }
+runc_version() { "$1" --version 2>/dev/null | sed -nE 's/^runc version ([0-9.]+).*/\1/p'; }
+
+# good_on_host NAME MINIMUM: prints the host's own NAME if it is new enough.
+good_on_host() {
+    local found version
+    found=$(PATH=$(host_path) command -v "$1") || return 1
+    version=$("$1_version" "$found") || return 1
+    version_at_least "$version" "$2" && printf '%s\n' "$found"
+}
+
+good_tools() {
+    local bin=$PODFERRY_TOOLS/bin
+    [[ -f $PODFERRY_TOOLS/stamp && $(<"$PODFERRY_TOOLS/stamp") == "$LAYOUT $PODFERRY_TOOLS" ]] &&
+        version_at_least "$(criu_version "$bin/criu")" "$CRIU_MINIMUM" &&
+        version_at_least "$(runc_version "$bin/runc")" "$RUNC_MINIMUM" &&
+        [[ -x $PODFERRY_TOOLS/libexec/busybox ]]
+}
+
+# copy_libraries BINARY ROOT DEST: BINARY's libraries and its loader, flat in DEST. Prints the loader's name.
+copy_libraries() {
+    local binary=$1 dirs library loader
+    dirs=$(library_dirs "$2")
+    mkdir -p "$3"
+    loader=$(patchelf --print-interpreter "$binary")
+    loader=${loader##*/}
+    while read -r library; do
+        install -m 0755 "$library" "$3/${library##*/}"
+    done < <(shared_libraries "$binary" "$dirs")
+    install -m 0755 "$(find_loader "$dirs" "$loader")" "$3/$loader"
+    printf '%s\n' "$loader"
+}
+
+# CRIU never executes itself again, so it may run behind its own loader.
+bundle_criu() {
+    local root=$1 new=$2 loader
+    loader=$(copy_libraries "$root/usr/sbin/criu" "$root" "$new/lib/criu")
+    install -m 0755 "$root/usr/sbin/criu" "$new/libexec/criu"
+    cat >"$new/bin/criu" <<WRAPPER
+#!/bin/sh
+# Made by deploy/setup/setup.sh: Debian's CRIU with its own libraries and loader.
+t='$PODFERRY_TOOLS'
+exec "\$t/lib/criu/$loader" --inhibit-cache --library-path "\$t/lib/criu" --argv0 criu "\$t/libexec/criu" "\$@"
+WRAPPER
+    chmod 0755 "$new/bin/criu"
+}
+
+# runc executes /proc/self/exe, which behind a loader would be the loader: its ELF header names the private loader instead.
+bundle_runc() {
+    local root=$1 new=$2 binary loader
+    binary=$(find "$root/usr/sbin/runc" "$root/usr/bin/runc" -type f 2>/dev/null | head -n 1) || true
+    [[ -n $binary ]] || die "no runc in $root"
+    loader=$(copy_libraries "$binary" "$root" "$new/lib/runc")
+    install -m 0755 "$binary" "$new/bin/runc"
+    patchelf --set-interpreter "$PODFERRY_TOOLS/lib/runc/$loader" --set-rpath "$PODFERRY_TOOLS/lib/runc" \
+        --force-rpath "$new/bin/runc"
+}
+
+make_tools() {
+    local new=$PODFERRY_STATE/tools.new root=$PODFERRY_STATE/cache/tools-root criu runc suite packages=(busybox-static)
+    criu=$(good_on_host criu "$CRIU_MINIMUM") || packages+=(criu)
+    runc=$(good_on_host runc "$RUNC_MINIMUM") || packages+=(runc)
+    for suite in sid testing ''; do
+        [[ -n $suite ]] || die "no Debian mirror gave ${packages[*]}; set PODFERRY_DEBIAN_MIRROR to one that can be reached"
+        unpack_debian "$suite" "$root" "${packages[@]}" && break
+    done
+
+    rm -rf "$new"
+    mkdir -p "$new/bin" "$new/libexec" "$new/lib"
+    install -m 0755 "$(find "$root" -path '*/bin/busybox' -type f | head -n 1)" "$new/libexec/busybox"
+    if [[ -n $criu ]]; then ln -s "$criu" "$new/bin/criu"; else bundle_criu "$root" "$new"; fi
+    if [[ -n $runc ]]; then ln -s "$runc" "$new/bin/runc"; else bundle_runc "$root" "$new"; fi
+    printf '%s\n' "$LAYOUT $PODFERRY_TOOLS" >"$new/stamp"
+
+    rm -rf "$PODFERRY_TOOLS"
+    mv "$new" "$PODFERRY_TOOLS"
+    rm -rf "$root"
+    good_tools || die "the tools made in $PODFERRY_TOOLS are not usable: criu '$(criu_version "$PODFERRY_TOOLS/bin/criu")'" \
+        "(need $CRIU_MINIMUM), runc '$(runc_version "$PODFERRY_TOOLS/bin/runc")' (need $RUNC_MINIMUM)"
+}
+
+verify() {
+    local said
+    said=$("$PODFERRY_TOOLS/bin/criu" check 2>&1) ||
+        die "this kernel ($(uname -r)) lacks what CRIU needs, or the container running this lacks privileges: $said"
+    log "criu $(criu_version "$PODFERRY_TOOLS/bin/criu"), runc $(runc_version "$PODFERRY_TOOLS/bin/runc"): criu check says: $said"
+}
+
+main() {
+    require_root
+    mkdir -p "$PODFERRY_STATE/cache"
+    exec 9>"$PODFERRY_STATE/setup.lock"
+    flock -w 1200 9 || die "another setup.sh holds $PODFERRY_STATE/setup.lock for 20 minutes"
+    install_missing 9>&-
+    [[ ${1:-} == --tools ]] || ensure_cargo 9>&-
+    good_tools 9>&- || make_tools 9>&-
+    verify 9>&-
+}
+
+main "$@"
