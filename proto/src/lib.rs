@@ -1,1 +1,23 @@
-//! The podferry.v1 protocol: definitions, generated code and its specification.
+//! The `podferry.v1` protocol: its definitions, the code generated from them, and its specification.
+//!
+//! - [`agent`]: what the coordinator says to a node's agent,
+//! - [`coordinator`]: what scripts, the command line and agents say to the coordinator,
+//! - [`transfer`]: what one agent says to another.
+//!
+//! The modules of that name hold no code: their documentation is the specification of the service.
+
+pub mod agent;
+pub mod coordinator;
+pub mod transfer;
+mod version;
+
+pub use version::{Version, VersionMismatch};
+
+/// The generated messages, clients and servers.
+#[allow(missing_docs, unreachable_pub, clippy::pedantic, reason = "generated: the words are in the .proto files")]
+pub mod v1 {
+    tonic::include_proto!("podferry.v1");
+}
+
+/// The encoded `FileDescriptorSet` of the package, for gRPC reflection.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/podferry.v1.bin"));

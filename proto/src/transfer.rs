@@ -1,0 +1,1 @@
+//! The transfer service: what a source agent says to a target agent.
