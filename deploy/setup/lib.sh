@@ -124,12 +124,12 @@ find_loader() {
 # shared_libraries BINARY [DIRS]: the files BINARY loads, one a line, its loader not among them. With DIRS it is resolved
 # by the loader found there, so a root with a newer libc than the host's is read correctly.
 shared_libraries() {
-    local binary=$1 dirs=${2:-} interpreter listing
+    local binary=$1 library_path=${2:-} interpreter listing
     interpreter=$(patchelf --print-interpreter "$binary" 2>/dev/null) || return 0
-    if [[ -n $dirs ]]; then
+    if [[ -n $library_path ]]; then
         local loader
-        loader=$(find_loader "$dirs" "${interpreter##*/}") || die "no ${interpreter##*/} in $dirs for $binary"
-        listing=$("$loader" --inhibit-cache --library-path "$dirs" --list "$binary") ||
+        loader=$(find_loader "$library_path" "${interpreter##*/}") || die "no ${interpreter##*/} in $library_path for $binary"
+        listing=$("$loader" --inhibit-cache --library-path "$library_path" --list "$binary") ||
             die "cannot resolve the libraries of $binary: $listing"
     else
         listing=$(ldd "$binary") || die "cannot resolve the libraries of $binary: $listing"

@@ -3,7 +3,7 @@
 # Where the host's own are too old, private bundles are made from Debian's packages under .podferry/tools: the host's libc
 # and toolchain stay as they are. Idempotent, quick when all is there, safe to run twice at once.
 #
-#   setup.sh            everything
+#   setup.sh            everything, the Redis image too
 #   setup.sh --tools    only CRIU and runc
 set -euo pipefail
 # shellcheck source=deploy/setup/lib.sh
@@ -163,6 +163,8 @@ main() {
     [[ ${1:-} == --tools ]] || ensure_cargo 9>&-
     good_tools 9>&- || make_tools 9>&-
     verify 9>&-
+    exec 9>&-
+    [[ ${1:-} == --tools ]] || "$PODFERRY_ROOT/deploy/setup/redis-image.sh"
 }
 
 main "$@"
