@@ -33,11 +33,11 @@ apt_install() {
     apt_host install -y --no-install-recommends "$@" || die "apt could not install: $*"
 }
 
-# "file or command : package"
+# "file or command : package". runc has CRIU lock the network with iptables-restore; the rest is for building and namespaces.
 install_missing() {
     local missing=() pair probe package
     for pair in ip:iproute2 patchelf:patchelf cc:build-essential make:build-essential git:git curl:curl flock:util-linux \
-        nsenter:util-linux ps:procps file:file xz:xz-utils zstd:zstd \
+        iptables-restore:iptables nsenter:util-linux ps:procps file:file xz:xz-utils zstd:zstd \
         /etc/ssl/certs/ca-certificates.crt:ca-certificates "$DEBIAN_KEYRING:debian-archive-keyring"; do
         probe=${pair%%:*} package=${pair##*:}
         if [[ $probe == /* ]]; then
