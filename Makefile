@@ -1,0 +1,49 @@
+# Each target installs what it lacks (Debian or Ubuntu, as root), cleans up after itself, ends with a one-line summary and
+# exits non-zero when what it checks does not hold.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+SETUP := deploy/setup/setup.sh
+# Puts the project's CRIU and runc first on PATH, and cargo behind them.
+RUN := deploy/setup/run.sh
+RELEASE := $(or $(CARGO_TARGET_DIR),target)/release
+
+.PHONY: help setup build demo test local-up local-down bench-stream bench-warm lint
+
+help:
+	@echo 'make demo          the main job, start to end: two nodes, real workloads under load, migrations there and back'
+	@echo 'make test          all tests, with real CRIU and runc'
+	@echo 'make local-up      two nodes, a client side and a coordinator on this machine, to play with'
+	@echo 'make local-down    takes them away again'
+	@echo 'make bench-stream  the transfer stream against raw TCP on the same link'
+	@echo 'make bench-warm    warm migration of Redis at several sizes'
+	@echo 'make lint          formatting, clippy, shellcheck, licences'
+
+setup:
+	@$(SETUP)
+
+build: setup
+	@$(RUN) cargo build --locked --release -p podferry-agent -p podferry-coordinator -p podferry -p podferry-bench \
+		-p podferry-workloads
+
+demo: build
+	@$(RUN) $(RELEASE)/podferry-bench demo
+
+test: setup
+	@$(RUN) deploy/setup/test.sh
+
+local-up: build
+	@$(RUN) $(RELEASE)/podferry-bench local up
+
+local-down: build
+	@$(RUN) $(RELEASE)/podferry-bench local down
+
+bench-stream: build
+	@$(RUN) $(RELEASE)/podferry-bench stream
+
+bench-warm: build
+	@$(RUN) $(RELEASE)/podferry-bench warm
+
+lint: setup
+	@$(RUN) deploy/setup/lint.sh
