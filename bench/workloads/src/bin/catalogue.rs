@@ -1,0 +1,9 @@
+//! The stateless catalogue, as a container's process 1. See [`podferry_workloads::catalogue`] for its interface.
+
+use std::process::ExitCode;
+
+use podferry_workloads::{catalogue, service};
+
+fn main() -> ExitCode {
+    service::run("catalogue", || service::serve("catalogue", catalogue::router()))
+}
