@@ -1,0 +1,258 @@
+//! The names of nodes, workloads and migrations, valid by construction.
+//!
+//! Node and workload names become parts of DNS names in certificates, of file names, and of cgroup and interface names.
+//! So both are DNS labels (RFC 1123): 1 to 63 bytes of `a-z`, `0-9` and `-`, neither beginning nor ending with `-`.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+use uuid::{Uuid, Version};
+
+/// The longest name, in bytes: the limit of a DNS label.
+pub const MAX_NAME_BYTES: usize = 63;
+
+/// Why a text is no name of a node or workload, or no id of a migration.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum InvalidId {
+    /// The text is empty.
+    #[error("{kind} is empty; it takes 1 to {MAX_NAME_BYTES} characters of a-z, 0-9 and '-'")]
+    Empty {
+        /// What the text was meant to name.
+        kind: &'static str,
+    },
+    /// The text is longer than [`MAX_NAME_BYTES`].
+    #[error("{kind} is {length} bytes long; at most {MAX_NAME_BYTES} are allowed")]
+    TooLong {
+        /// What the text was meant to name.
+        kind: &'static str,
+        /// The text's length in bytes.
+        length: usize,
+    },
+    /// A character that a DNS label cannot have.
+    #[error("{kind} {text:?} has {character:?}; only a-z, 0-9 and '-' are allowed")]
+    Character {
+        /// What the text was meant to name.
+        kind: &'static str,
+        /// The text.
+        text: String,
+        /// The first character that is not allowed.
+        character: char,
+    },
+    /// A hyphen at the beginning or end.
+    #[error("{kind} {text:?} begins or ends with '-'; begin and end it with a letter or digit")]
+    Hyphen {
+        /// What the text was meant to name.
+        kind: &'static str,
+        /// The text.
+        text: String,
+    },
+    /// Not a migration's id.
+    #[error("{text:?} is no migration id; one has 32 hexadecimal digits, as `podferry migrations` shows")]
+    Migration {
+        /// The text, cut after [`MAX_NAME_BYTES`] characters.
+        text: String,
+    },
+}
+
+/// Checks that `text` is a DNS label; `kind` is what an error calls it.
+pub fn check_label(kind: &'static str, text: &str) -> Result<(), InvalidId> {
+    if text.is_empty() {
+        return Err(InvalidId::Empty { kind });
+    }
+    if text.len() > MAX_NAME_BYTES {
+        return Err(InvalidId::TooLong { kind, length: text.len() });
+    }
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    if let Some(character) = text.chars().find(|&c| !allowed(c)) {
+        return Err(InvalidId::Character { kind, text: text.to_owned(), character });
+    }
+    if text.starts_with('-') || text.ends_with('-') {
+        return Err(InvalidId::Hyphen { kind, text: text.to_owned() });
+    }
+    Ok(())
+}
+
+/// A name type: a checked string with the conversions that names need.
+macro_rules! name {
+    ($(#[$doc:meta])* $name:ident, $kind:literal) => {
+        $(#[$doc])*
+        #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(try_from = "String", into = "String")]
+        pub struct $name(String);
+
+        impl $name {
+            /// The name as text.
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl TryFrom<String> for $name {
+            type Error = InvalidId;
+
+            fn try_from(text: String) -> Result<Self, InvalidId> {
+                check_label($kind, &text)?;
+                Ok(Self(text))
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = InvalidId;
+
+            fn from_str(text: &str) -> Result<Self, InvalidId> {
+                check_label($kind, text)?;
+                Ok(Self(text.to_owned()))
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(name: $name) -> Self {
+                name.0
+            }
+        }
+
+        impl AsRef<str> for $name {
+            fn as_ref(&self) -> &str {
+                &self.0
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.pad(&self.0)
+            }
+        }
+    };
+}
+
+name!(
+    /// The name of a node: a DNS label.
+    NodeName,
+    "node name"
+);
+name!(
+    /// The name of a workload: a DNS label.
+    WorkloadName,
+    "workload name"
+);
+
+/// The id of a migration: a version 7 UUID written as 32 lowercase hexadecimal digits. Ids sort by when they were made.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct MigrationId(Uuid);
+
+impl MigrationId {
+    /// A new id, different from every other, with the present time in its front.
+    #[expect(clippy::new_without_default, reason = "a default that differs at each call would surprise")]
+    pub fn new() -> Self {
+        Self(Uuid::now_v7())
+    }
+}
+
+impl FromStr for MigrationId {
+    type Err = InvalidId;
+
+    /// Takes the 32 digits only, so that one migration has one spelling (it is a key in stores and file names).
+    fn from_str(text: &str) -> Result<Self, InvalidId> {
+        let invalid = || InvalidId::Migration { text: text.chars().take(MAX_NAME_BYTES).collect() };
+        let digits = text.len() == 32 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+        if !digits {
+            return Err(invalid());
+        }
+        let id = Uuid::try_parse(text).map_err(|_| invalid())?;
+        if id.get_version() == Some(Version::SortRand) { Ok(Self(id)) } else { Err(invalid()) }
+    }
+}
+
+impl TryFrom<String> for MigrationId {
+    type Error = InvalidId;
+
+    fn try_from(text: String) -> Result<Self, InvalidId> {
+        text.parse()
+    }
+}
+
+impl From<MigrationId> for String {
+    fn from(id: MigrationId) -> Self {
+        id.to_string()
+    }
+}
+
+impl fmt::Display for MigrationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.0.simple().encode_lower(&mut Uuid::encode_buffer()))
+    }
+}
+
+impl fmt::Debug for MigrationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MigrationId({self})")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn every_label_is_a_name(text in "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?") {
+            let node: NodeName = text.parse().unwrap();
+            prop_assert_eq!(node.as_str(), text.as_str());
+            prop_assert_eq!(serde_json::to_string(&node).unwrap(), format!("\"{text}\""));
+            let workload: WorkloadName = serde_json::from_str(&format!("\"{text}\"")).unwrap();
+            prop_assert_eq!(workload.to_string(), text);
+        }
+
+        #[test]
+        fn a_name_is_safe_in_paths_and_dns(text in any::<String>()) {
+            if let Ok(name) = NodeName::try_from(text.clone()) {
+                prop_assert_eq!(name.as_str(), text.as_str());
+                prop_assert!(!text.is_empty() && text.len() <= MAX_NAME_BYTES);
+                prop_assert!(!text.contains(['/', '.', '\0', '*', ' ']));
+            }
+        }
+
+        #[test]
+        fn one_foreign_character_spoils_a_name(front in "[a-z]{1,10}", wrong in "[^a-z0-9-]", back in "[a-z]{1,10}") {
+            let refused = format!("{front}{wrong}{back}").parse::<WorkloadName>();
+            prop_assert!(matches!(refused, Err(InvalidId::Character { .. })), "{refused:?}");
+        }
+
+        #[test]
+        fn a_migration_id_has_one_spelling(text in any::<String>()) {
+            if let Ok(id) = text.parse::<MigrationId>() {
+                prop_assert_eq!(id.to_string(), text);
+            }
+        }
+    }
+
+    #[test]
+    fn edges_of_names() {
+        assert!("a".repeat(63).parse::<NodeName>().is_ok());
+        assert_eq!("a".repeat(64).parse::<NodeName>(), Err(InvalidId::TooLong { kind: "node name", length: 64 }));
+        assert_eq!("".parse::<NodeName>(), Err(InvalidId::Empty { kind: "node name" }));
+        for hyphen in ["-a", "a-", "-"] {
+            assert!(matches!(hyphen.parse::<NodeName>(), Err(InvalidId::Hyphen { .. })), "{hyphen}");
+        }
+        assert!(serde_json::from_str::<NodeName>("\"../etc\"").is_err());
+    }
+
+    #[test]
+    fn migration_ids_are_distinct_sorted_and_round_trip() {
+        let ids: Vec<MigrationId> = (0..2000).map(|_| MigrationId::new()).collect();
+        assert!(ids.is_sorted_by(|a, b| a < b && a.to_string() < b.to_string()));
+        for id in ids {
+            let text = id.to_string();
+            assert_eq!(text.len(), 32);
+            assert_eq!(text.parse::<MigrationId>().unwrap(), id);
+            assert_eq!(serde_json::from_str::<MigrationId>(&serde_json::to_string(&id).unwrap()).unwrap(), id);
+            assert!(text.to_uppercase() == text || text.to_uppercase().parse::<MigrationId>().is_err());
+        }
+        assert!(Uuid::nil().simple().to_string().parse::<MigrationId>().is_err(), "not version 7");
+    }
+}
