@@ -9,12 +9,23 @@ export PODFERRY_ROOT PODFERRY_STATE PODFERRY_TOOLS
 
 readonly DEBIAN_KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
 
+# Where setup.sh puts a Rust of our own, if the host has none that is new enough.
+PODFERRY_RUST=$PODFERRY_STATE/rust
+use_own_rust() {
+    if [[ -x $PODFERRY_RUST/cargo/bin/cargo ]]; then
+        PATH=$PODFERRY_RUST/cargo/bin:$PATH
+        RUSTUP_HOME=$PODFERRY_RUST/rustup
+        export PATH RUSTUP_HOME
+    fi
+}
+
 # rustup puts cargo here without telling non-interactive shells.
 if [[ -d ${CARGO_HOME:-${HOME:-/root}/.cargo}/bin ]]; then
     PATH=$PATH:${CARGO_HOME:-${HOME:-/root}/.cargo}/bin
 fi
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 export PATH
+use_own_rust
 
 log() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 

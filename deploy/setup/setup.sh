@@ -14,6 +14,9 @@ readonly CRIU_MINIMUM=4.2.1
 # The first with `--manage-cgroups-mode ignore` and pidfd support as the agent uses them.
 readonly RUNC_MINIMUM=1.3
 readonly CARGO_MINIMUM=1.90
+# What is installed where cargo is older, and what the project is developed with.
+readonly RUST_VERSION=1.95.0
+readonly RUSTUP_URL=https://static.rust-lang.org/rustup/dist
 # Raise it when the layout of .podferry/tools changes: older ones are then made anew.
 readonly LAYOUT=1
 
@@ -51,19 +54,31 @@ install_missing() {
 
 cargo_version() { cargo --version 2>/dev/null | awk '{ print $2 }'; }
 
+# A Rust of the project's own where the host's is missing or old: run.sh finds it, and the host's own stays as it is.
 ensure_cargo() {
     version_at_least "$(cargo_version)" "$CARGO_MINIMUM" && return
-    apt_host update || log "warning: apt-get update failed in part; going on with what there is"
-    apt_updated=yes
-    if apt-cache show rustup >/dev/null 2>&1; then
-        command -v rustup >/dev/null || apt_install rustup
-        rustup toolchain install stable --profile minimal --component clippy --component rustfmt >&2 </dev/null
-        rustup default stable >&2
-        hash -r
-    fi
-    version_at_least "$(cargo_version)" "$CARGO_MINIMUM" && return
-    die "cargo $CARGO_MINIMUM or newer is needed, found: '$(cargo_version)'. This release of the system has no package for it:" \
-        "install it from https://rustup.rs and run this again"
+    log "cargo $CARGO_MINIMUM or newer is needed, found '$(cargo_version)': installing Rust $RUST_VERSION into $PODFERRY_RUST"
+    install_rust || die "Rust could not be installed from $RUSTUP_URL: install it from https://rustup.rs and run this again"
+    use_own_rust
+    hash -r
+    version_at_least "$(cargo_version)" "$CARGO_MINIMUM" || die "the Rust in $PODFERRY_RUST does not run on this machine"
+}
+
+install_rust() {
+    local target
+    target=$(uname -m)-unknown-linux-gnu
+    local download=$PODFERRY_STATE/cache/rustup
+    mkdir -p "$download"
+    curl -fsSL --retry 3 -o "$download/rustup-init" "$RUSTUP_URL/$target/rustup-init" || return 1
+    curl -fsSL --retry 3 -o "$download/rustup-init.sha256" "$RUSTUP_URL/$target/rustup-init.sha256" || return 1
+    # The published sum names the file by its path in rustup's build: only the sum is taken.
+    printf '%s  %s\n' "$(cut -d ' ' -f 1 "$download/rustup-init.sha256")" "$download/rustup-init" |
+        sha256sum --check --quiet - >&2 || return 1
+    chmod 0755 "$download/rustup-init"
+    RUSTUP_HOME=$PODFERRY_RUST/rustup CARGO_HOME=$PODFERRY_RUST/cargo RUSTUP_INIT_SKIP_PATH_CHECK=yes \
+        "$download/rustup-init" -y --quiet --no-modify-path --profile minimal --component clippy --component rustfmt \
+        --default-toolchain "$RUST_VERSION" >/dev/null </dev/null || return 1
+    rm -rf "$PODFERRY_STATE/cache/rustup"
 }
 
 criu_version() { "$1" --version 2>/dev/null | sed -nE 's/^Version: *([0-9.]+).*/\1/p'; }
