@@ -7,7 +7,10 @@ PODFERRY_STATE=$PODFERRY_ROOT/.podferry
 PODFERRY_TOOLS=$PODFERRY_STATE/tools
 export PODFERRY_ROOT PODFERRY_STATE PODFERRY_TOOLS
 
-readonly DEBIAN_KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
+# Debian's archive keys of bookworm (B8B80B5B623EAB6AD8775C45B7C5D7D6350947F8, until 2031) and trixie
+# (04B54C3CDCA79751B16BC6B5225629DF75B188BD, until 2035), which sign sid too. Here because Ubuntu 22.04's package of
+# Debian's keys is older than both.
+readonly DEBIAN_KEYRING=$PODFERRY_ROOT/deploy/setup/debian-archive.asc
 
 # Where setup.sh puts a Rust of our own, if the host has none that is new enough.
 PODFERRY_RUST=$PODFERRY_STATE/rust

@@ -41,7 +41,7 @@ install_missing() {
     local missing=() pair probe package
     for pair in ip:iproute2 patchelf:patchelf cc:build-essential make:build-essential git:git curl:curl flock:util-linux \
         iptables-restore:iptables nsenter:util-linux ps:procps file:file xz:xz-utils zstd:zstd \
-        /etc/ssl/certs/ca-certificates.crt:ca-certificates "$DEBIAN_KEYRING:debian-archive-keyring"; do
+        /etc/ssl/certs/ca-certificates.crt:ca-certificates; do
         probe=${pair%%:*} package=${pair##*:}
         if [[ $probe == /* ]]; then
             [[ -e $probe ]] || missing+=("$package")
