@@ -77,8 +77,9 @@ impl Door {
                 let (tcp, _) = listener.accept().await.unwrap();
                 let outcome = match tls::accept(tcp, &identity).await {
                     Ok((mut stream, info)) => {
-                        stream.write_all(b"!").await.unwrap();
-                        stream.shutdown().await.unwrap();
+                        // Who only looked at the handshake may be gone already.
+                        let _ = stream.write_all(b"!").await;
+                        let _ = stream.shutdown().await;
                         Ok(info)
                     }
                     Err(error) => Err(error),
@@ -144,7 +145,7 @@ async fn another_cluster_is_refused_by_both_sides() {
     let intruder = Identity::load(files).unwrap();
     enter(&door.addr, &intruder, &agent("n1")).await.unwrap_err();
     let refusal = door.refusal().await;
-    assert!(refusal.contains("UnknownIssuer") || refusal.contains("BadSignature"), "{refusal}");
+    assert!(refusal.contains("UnknownIssuer"), "{refusal}");
 }
 
 #[tokio::test]
@@ -256,7 +257,7 @@ async fn old_tls_no_certificate_and_no_http2_are_refused() {
     let mut door = Door::open(cluster.identity(&agent("n1"))).await;
     let client = Peer::client("alice").unwrap();
     let cases: [(&str, TlsConnector); 3] = [
-        ("ProtocolVersion", foreign_client(&cluster, &rustls::version::TLS12, Some(&client), &[b"h2"])),
+        ("Tls12NotOffered", foreign_client(&cluster, &rustls::version::TLS12, Some(&client), &[b"h2"])),
         ("no certificates", foreign_client(&cluster, &rustls::version::TLS13, None, &[b"h2"])),
         ("HTTP/2", foreign_client(&cluster, &rustls::version::TLS13, Some(&client), &[])),
     ];
@@ -266,7 +267,7 @@ async fn old_tls_no_certificate_and_no_http2_are_refused() {
         let entered = async { connector.connect(name, tcp).await?.read_u8().await };
         timeout(SOON, entered).await.unwrap().expect_err(reason);
         let refusal = door.refusal().await;
-        assert!(refusal.contains(reason) || refusal.contains("SupportedVersions"), "{reason}: {refusal}");
+        assert!(refusal.contains(reason), "{reason}: {refusal}");
     }
     // The same client by the rules gets in, so the refusals were for the reasons named.
     let connector = foreign_client(&cluster, &rustls::version::TLS13, Some(&client), &[b"h2"]);

@@ -12,6 +12,7 @@ use rcgen::{
 };
 use thiserror::Error;
 use time::OffsetDateTime;
+use uuid::Uuid;
 
 use super::{IdentityFiles, Peer, peer};
 
@@ -138,7 +139,8 @@ fn authority_params() -> CertificateParams {
     params.not_after = now + CA_LIFETIME;
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    params.distinguished_name.push(DnType::CommonName, "podferry local CA");
+    // Each authority has a name of its own, so that a peer of another one is told "unknown issuer", not "bad signature".
+    params.distinguished_name.push(DnType::CommonName, format!("podferry local CA {}", Uuid::now_v7().simple()));
     params.name_constraints = Some(NameConstraints {
         permitted_subtrees: vec![GeneralSubtree::DnsName(peer::DOMAIN.to_owned())],
         excluded_subtrees: Vec::new(),
