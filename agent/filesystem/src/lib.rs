@@ -1,1 +1,28 @@
-//! A container's writable layer: packing, unpacking, mounting.
+//! A container's writable layer: what it is, and how it moves from one node to another.
+//!
+//! A container's root is an overlay mount: read-only layers from its image, and one *upper* directory that holds all the
+//! container has written, created and deleted. Only the upper directory moves; the image's layers are already on the
+//! target. [`WritableLayer::of`] finds it, [`pack`] turns it into a stream, [`unpack`] makes it again under an empty
+//! directory, and [`Overlay::mount`] puts it over the target's own copy of the image.
+//!
+//! The stream is read by the target from a peer that may be hostile ([`unpack`] says what it refuses), and it keeps what
+//! a tar archive loses easily: whiteouts, opaque directories, extended attributes with binary values, holes,
+//! nanoseconds. [`format`] is its specification.
+//!
+//! Not carried: inode flags (`chattr`), `SELinux` labels (they come from the target's own specification), access and change
+//! times, and overlayfs' private notes about the source's lower layers (`trusted.overlay.origin` and the like).
+
+mod attributes;
+mod error;
+pub mod format;
+mod layer;
+mod mountinfo;
+mod pack;
+mod tree;
+mod unpack;
+
+pub use error::{Error, Result};
+pub use layer::{Overlay, WritableLayer, unmount};
+pub use pack::{PackStats, pack};
+pub use tree::{free_bytes, sync, wipe};
+pub use unpack::{Limits, UnpackStats, unpack};

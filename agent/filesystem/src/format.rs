@@ -1,0 +1,188 @@
+//! The layer's stream.
+//!
+//! ```text
+//! stream  = MAGIC frame* END
+//! frame   = kind:u8 length:u32 (little endian) payload[length]
+//! kind 1  ENTRY     payload: Entry (protobuf); the first one is the root directory, with an empty path
+//! kind 2  DATA      payload: offset:u64 (little endian), then 1..=CHUNK bytes of the last ENTRY, a regular file
+//! kind 3  FILE_END  payload: size:u64 (little endian); ends that regular file. What no DATA covered is a hole
+//! kind 4  END       payload: Totals (protobuf)
+//! ```
+//!
+//! Entries come in depth-first order, a directory before what is in it, so that a receiver needs no more memory than the
+//! tree is deep. DATA of one file comes in ascending offsets that do not overlap. A file's size comes after its data, so
+//! that a file which changes while it is read still makes a valid stream.
+
+use std::io::{self, Read, Write};
+
+use crate::error::{Error, Result, beyond, refused};
+
+/// What a stream begins with: a name and the format's version.
+pub const MAGIC: [u8; 8] = *b"PFLAYER\x01";
+/// The most file bytes in one DATA frame.
+pub const CHUNK: usize = 256 * 1024;
+/// The deepest directory, in path components. Each level costs either side one file descriptor.
+pub const MAX_DEPTH: usize = 256;
+/// The longest path, in bytes: the kernel's `PATH_MAX`.
+pub const MAX_PATH: usize = 4096;
+/// Names and values of one entry's extended attributes, in bytes.
+pub const MAX_XATTRS: usize = 256 * 1024;
+
+pub(crate) const ENTRY: u8 = 1;
+pub(crate) const DATA: u8 = 2;
+pub(crate) const FILE_END: u8 = 3;
+pub(crate) const END: u8 = 4;
+
+/// The bytes of an offset in front of a DATA frame's file bytes.
+pub(crate) const OFFSET_LEN: usize = 8;
+
+/// What an entry is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum Kind {
+    /// Not set: never sent.
+    Unspecified = 0,
+    /// A directory.
+    Directory = 1,
+    /// A regular file; DATA and `FILE_END` follow.
+    Regular = 2,
+    /// A symbolic link; `target` is its text.
+    Symlink = 3,
+    /// Another name of an earlier entry that is no directory; `target` is that entry's path.
+    HardLink = 4,
+    /// A named pipe.
+    Fifo = 5,
+    /// A socket's name, with nobody behind it.
+    Socket = 6,
+    /// A character device 0:0: overlayfs' mark for a deleted name.
+    Whiteout = 7,
+}
+
+/// One name of the tree and all that is known of it.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Entry {
+    /// Components joined by `/`, relative to the root; empty for the root itself.
+    #[prost(bytes = "vec", tag = "1")]
+    pub path: Vec<u8>,
+    /// What it is.
+    #[prost(enumeration = "Kind", tag = "2")]
+    pub kind: i32,
+    /// Permissions with set-user-id, set-group-id and sticky: at most `0o7777`.
+    #[prost(uint32, tag = "3")]
+    pub mode: u32,
+    /// The owner, as the source's node numbers users.
+    #[prost(uint32, tag = "4")]
+    pub uid: u32,
+    /// The group, as the source's node numbers groups.
+    #[prost(uint32, tag = "5")]
+    pub gid: u32,
+    /// The modification time: seconds since the epoch.
+    #[prost(sint64, tag = "6")]
+    pub mtime_seconds: i64,
+    /// Its nanoseconds, below one thousand million.
+    #[prost(uint32, tag = "7")]
+    pub mtime_nanoseconds: u32,
+    /// Extended attributes.
+    #[prost(message, repeated, tag = "8")]
+    pub xattrs: Vec<Xattr>,
+    /// A symbolic link's text, or the earlier path a hard link is another name of.
+    #[prost(bytes = "vec", tag = "9")]
+    pub target: Vec<u8>,
+}
+
+/// One extended attribute.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Xattr {
+    /// Its name with the namespace, such as `user.comment`.
+    #[prost(bytes = "vec", tag = "1")]
+    pub name: Vec<u8>,
+    /// Its value.
+    #[prost(bytes = "vec", tag = "2")]
+    pub value: Vec<u8>,
+}
+
+/// What was sent altogether; a receiver that counts otherwise has not got all of it.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct Totals {
+    /// ENTRY frames.
+    #[prost(uint64, tag = "1")]
+    pub entries: u64,
+    /// File bytes in DATA frames.
+    #[prost(uint64, tag = "2")]
+    pub data_bytes: u64,
+}
+
+/// Writes frames and counts bytes.
+pub(crate) struct FrameWriter<W> {
+    out: W,
+    /// Bytes written since the beginning, the magic included.
+    pub(crate) written: u64,
+}
+
+impl<W: Write> FrameWriter<W> {
+    pub(crate) fn start(out: W) -> Result<Self> {
+        let mut this = Self { out, written: 0 };
+        this.put(&MAGIC)?;
+        Ok(this)
+    }
+
+    pub(crate) fn frame(&mut self, kind: u8, parts: &[&[u8]]) -> Result<()> {
+        let length: usize = parts.iter().map(|part| part.len()).sum();
+        let length = u32::try_from(length).map_err(|_| beyond(b"", "bytes in one frame", u64::from(u32::MAX)))?;
+        let mut header = [kind, 0, 0, 0, 0];
+        header[1..].copy_from_slice(&length.to_le_bytes());
+        self.put(&header)?;
+        parts.iter().try_for_each(|part| self.put(part))
+    }
+
+    pub(crate) fn flush(&mut self) -> Result<()> {
+        self.out.flush().map_err(Error::Stream)
+    }
+
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.out.write_all(bytes).map_err(Error::Stream)?;
+        self.written += bytes.len() as u64;
+        Ok(())
+    }
+}
+
+/// Reads frames into one buffer of bounded size.
+pub(crate) struct FrameReader<R> {
+    input: R,
+    buffer: Vec<u8>,
+    /// The longest payload of a frame that is no DATA.
+    longest_entry: usize,
+}
+
+impl<R: Read> FrameReader<R> {
+    pub(crate) fn start(mut input: R, longest_entry: usize) -> Result<Self> {
+        let mut magic = [0; MAGIC.len()];
+        input.read_exact(&mut magic).map_err(Error::Stream)?;
+        if magic != MAGIC {
+            return Err(refused(&magic, "this is no podferry layer of version 1"));
+        }
+        Ok(Self { input, buffer: Vec::new(), longest_entry })
+    }
+
+    /// The next frame's kind and payload. A stream that ends before its END frame is an error.
+    pub(crate) fn next(&mut self) -> Result<(u8, &[u8])> {
+        let mut header = [0; 5];
+        self.input.read_exact(&mut header).map_err(Error::Stream)?;
+        let [kind, length @ ..] = header;
+        let length = u32::from_le_bytes(length) as usize;
+        let longest = if kind == DATA { CHUNK + OFFSET_LEN } else { self.longest_entry };
+        if length > longest {
+            return Err(beyond(b"", "bytes in one frame", longest as u64));
+        }
+        self.buffer.resize(length, 0);
+        self.input.read_exact(&mut self.buffer).map_err(Error::Stream)?;
+        Ok((kind, &self.buffer))
+    }
+}
+
+/// Splits the little-endian number off the front of a payload.
+pub(crate) fn split_u64(payload: &[u8]) -> Result<(u64, &[u8])> {
+    let (number, rest) =
+        payload.split_first_chunk().ok_or_else(|| Error::Stream(io::Error::from(io::ErrorKind::InvalidData)))?;
+    Ok((u64::from_le_bytes(*number), rest))
+}
