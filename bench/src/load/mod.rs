@@ -1,0 +1,190 @@
+//! Clients that put a workload under load and notice whatever goes wrong with it.
+//!
+//! Each client has one TCP connection and sends its next request about 1 ms after the answer to the one before (a closed
+//! loop), so that a pause of the workload shows as a gap between two answers, at 1 ms resolution. Each answer is checked
+//! against what the client knows. A connection that breaks is counted and its reason noted; only then is another one
+//! opened, to find out what was lost.
+
+mod cart;
+mod catalogue;
+mod connection;
+mod feed;
+mod recorder;
+mod redis_client;
+pub mod redis_data;
+mod report;
+mod sse;
+
+use std::{
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    sync::Notify,
+    task::JoinSet,
+    time::{MissedTickBehavior, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+pub use self::{
+    recorder::{Fault, GAP_FLOOR, Recorder, milliseconds},
+    report::{ClientReport, Event, Gap, Kind, LoadReport},
+};
+
+/// Time between an answer and the next request.
+const PACE: Duration = Duration::from_millis(1);
+/// How long an answer may take before the connection counts as broken. Longer than any migration's freeze here.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(60);
+/// How often and at what distance a connection is tried again after it broke.
+const RECONNECT_TRIES: u32 = 50;
+const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
+
+/// One client of a workload.
+trait Client: Send {
+    /// Opens the connection, the first or another one.
+    fn connect(&mut self) -> impl Future<Output = Result<(), Fault>> + Send;
+    /// One request and its answer, checked.
+    fn step(&mut self) -> impl Future<Output = Result<(), Fault>> + Send;
+    /// Checks at the end that all that was confirmed is there.
+    fn finish(&mut self) -> impl Future<Output = Vec<Fault>> + Send;
+    /// Whether the client sends at its own pace, or takes what comes as it comes.
+    fn is_paced(&self) -> bool {
+        true
+    }
+}
+
+/// What to run.
+#[derive(Debug, Clone, Copy)]
+pub struct LoadOptions {
+    /// Where the workload listens.
+    pub target: SocketAddr,
+    /// What the clients do.
+    pub kind: Kind,
+    /// How many clients there are.
+    pub clients: u32,
+}
+
+/// Counts the clients that have had an answer, or have ended without one.
+#[derive(Debug)]
+pub struct Readiness {
+    missing: AtomicU32,
+    notify: Notify,
+}
+
+impl Readiness {
+    /// Nobody of `clients` is ready yet.
+    pub fn new(clients: u32) -> Arc<Self> {
+        Arc::new(Self { missing: AtomicU32::new(clients), notify: Notify::new() })
+    }
+
+    fn one_more(&self) {
+        if self.missing.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.notify.notify_one();
+        }
+    }
+
+    /// Waits until no client is missing. For one waiter.
+    pub async fn all(&self) {
+        if self.missing.load(Ordering::Acquire) > 0 {
+            self.notify.notified().await;
+        }
+    }
+}
+
+/// Runs the clients until `stop` is cancelled, or until none of them has a connection any more.
+pub async fn run(options: LoadOptions, stop: CancellationToken, ready: Arc<Readiness>) -> LoadReport {
+    let mut clients = JoinSet::new();
+    for number in 0..options.clients {
+        let (stop, ready) = (stop.clone(), Arc::clone(&ready));
+        clients.spawn(async move {
+            let recorder = Recorder::new(options.kind, number);
+            let target = options.target;
+            match options.kind {
+                Kind::Catalogue => drive(catalogue::CatalogueClient::new(target, number), recorder, stop, ready).await,
+                Kind::Cart => drive(cart::CartClient::new(target, number), recorder, stop, ready).await,
+                Kind::Feed => drive(feed::FeedClient::new(target), recorder, stop, ready).await,
+                Kind::Redis => drive(redis_client::RedisClient::new(target, number), recorder, stop, ready).await,
+            }
+        });
+    }
+    let mut reports = clients.join_all().await;
+    reports.sort_by_key(|report| report.client);
+    LoadReport { clients: reports }
+}
+
+/// Tells that the client is ready once, at the first answer or when the client ends.
+struct TellReady(Option<Arc<Readiness>>);
+
+impl TellReady {
+    fn tell(&mut self) {
+        if let Some(ready) = self.0.take() {
+            ready.one_more();
+        }
+    }
+}
+
+impl Drop for TellReady {
+    fn drop(&mut self) {
+        self.tell();
+    }
+}
+
+async fn drive<C: Client>(
+    mut client: C,
+    mut recorder: Recorder,
+    stop: CancellationToken,
+    ready: Arc<Readiness>,
+) -> ClientReport {
+    let mut ready = TellReady(Some(ready));
+    let mut connected = open(&mut client, &mut recorder).await;
+    let mut pace = tokio::time::interval(PACE);
+    pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while connected && !stop.is_cancelled() {
+        if client.is_paced() {
+            pace.tick().await;
+        }
+        match within_deadline(client.step()).await {
+            Ok(()) => {
+                recorder.answered(Instant::now());
+                ready.tell();
+            }
+            Err(fault) => {
+                recorder.fault(&fault);
+                if matches!(fault, Fault::Broken(_)) {
+                    connected = open(&mut client, &mut recorder).await;
+                }
+            }
+        }
+    }
+    let end = Instant::now();
+    if connected {
+        for fault in client.finish().await {
+            recorder.fault(&fault);
+        }
+    }
+    recorder.finish(end)
+}
+
+async fn within_deadline<T>(step: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
+    let late = || Err(Fault::Broken(format!("no answer within {} s", ANSWER_DEADLINE.as_secs())));
+    timeout(ANSWER_DEADLINE, step).await.unwrap_or_else(|_| late())
+}
+
+/// Opens a connection, trying for a few seconds. A client that cannot get one at all has failed.
+async fn open<C: Client>(client: &mut C, recorder: &mut Recorder) -> bool {
+    let mut last = None;
+    for _ in 0..RECONNECT_TRIES {
+        match within_deadline(client.connect()).await {
+            Ok(()) => return true,
+            Err(fault) => last = Some(fault),
+        }
+        tokio::time::sleep(RECONNECT_PAUSE).await;
+    }
+    recorder.fault(&Fault::Wrong(format!("no connection after {RECONNECT_TRIES} tries, the last one: {last:?}")));
+    false
+}

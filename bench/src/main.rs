@@ -1,0 +1,135 @@
+//! `podferry-bench`: workloads under load, the demo, and the measurements.
+
+use std::{io::Read, net::SocketAddr, process::ExitCode};
+
+use clap::{Args, Parser, Subcommand};
+use podferry_bench::load::{self, Event, Kind, LoadOptions, LoadReport, Readiness, redis_data};
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+/// Workloads under load, the demo, and the measurements.
+#[derive(Debug, Parser)]
+#[command(name = "podferry-bench", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Put a workload under load and check every answer; prints a line of JSON when all clients have had an answer, and
+    /// one with the report at the end.
+    Load(LoadArguments),
+    /// Write a data set of a given size into Redis; prints its digest.
+    RedisFill(FillArguments),
+    /// Print the digest of what Redis holds.
+    RedisDigest(Target),
+}
+
+#[derive(Debug, Args)]
+struct Target {
+    /// Where the workload listens, as IP:PORT.
+    #[arg(long)]
+    target: SocketAddr,
+}
+
+#[derive(Debug, Args)]
+struct LoadArguments {
+    #[command(flatten)]
+    target: Target,
+    /// What the clients do.
+    #[arg(long)]
+    kind: Kind,
+    /// How many clients there are, each with one connection.
+    #[arg(long, default_value_t = 1)]
+    clients: u32,
+    /// End when standard input is closed.
+    #[arg(long, conflicts_with = "seconds")]
+    until_stdin_closes: bool,
+    /// End after so many seconds.
+    #[arg(long, required_unless_present = "until_stdin_closes")]
+    seconds: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+struct FillArguments {
+    #[command(flatten)]
+    target: Target,
+    /// Size of the data set in MiB.
+    #[arg(long)]
+    mib: u64,
+}
+
+type Outcome = Result<ExitCode, Box<dyn std::error::Error>>;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli.command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("podferry-bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Outcome {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let outcome = runtime.block_on(async {
+        match command {
+            Command::Load(arguments) => run_load(arguments).await,
+            Command::RedisFill(arguments) => print(&redis_data::fill(arguments.target.target, arguments.mib).await?),
+            Command::RedisDigest(target) => print(&redis_data::state(target.target).await?),
+        }
+    });
+    // The thread that waits for standard input cannot be ended.
+    runtime.shutdown_background();
+    outcome
+}
+
+fn print(value: &impl Serialize) -> Outcome {
+    println!("{}", serde_json::to_string(value)?);
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn run_load(arguments: LoadArguments) -> Outcome {
+    let stop = CancellationToken::new();
+    stop_when(&arguments, &stop);
+    let ready = Readiness::new(arguments.clients);
+    let options = LoadOptions { target: arguments.target.target, kind: arguments.kind, clients: arguments.clients };
+    let clients = load::run(options, stop, std::sync::Arc::clone(&ready));
+    let tell = async {
+        ready.all().await;
+        print(&Event::Ready)
+    };
+    let (report, told): (LoadReport, Outcome) = tokio::join!(clients, tell);
+    told?;
+    let clean = report.is_clean();
+    print(&Event::Report(report))?;
+    Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Arranges for `stop` to be cancelled. An interrupt from the keyboard does the same: the report is still printed.
+fn stop_when(arguments: &LoadArguments, stop: &CancellationToken) {
+    let interrupted = stop.clone();
+    tokio::spawn(async move {
+        if tokio::signal::ctrl_c().await.is_ok() {
+            interrupted.cancel();
+        }
+    });
+    let stop = stop.clone();
+    if let Some(seconds) = arguments.seconds {
+        tokio::spawn(async move {
+            tokio::time::sleep(std::time::Duration::from_secs(seconds)).await;
+            stop.cancel();
+        });
+        return;
+    }
+    std::thread::spawn(move || {
+        // What comes does not matter, only that nothing comes any more; an error is an end, too.
+        let mut input = std::io::stdin().lock();
+        let mut buffer = [0; 64];
+        while input.read(&mut buffer).is_ok_and(|read| read > 0) {}
+        stop.cancel();
+    });
+}
