@@ -1,0 +1,427 @@
+//! The inventory: a TOML file that names nodes and workloads on machines without Kubernetes.
+//!
+//! `docs/inventory.md` describes the format. Errors say file, line and column, and all of them are said at once.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use podferry_common::{NodeName, WorkloadName};
+use serde::Deserialize;
+use thiserror::Error;
+use toml::Spanned;
+
+/// The largest inventory that is read, in bytes: thousands of nodes fit.
+const MAX_BYTES: u64 = 16 << 20;
+/// The longest container id, in bytes: `podferry.v1` bounds ids so, and containerd's have this length.
+const MAX_CONTAINER_BYTES: usize = 64;
+
+/// A node of the inventory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    /// Its name, as in its agent's certificate.
+    pub name: NodeName,
+    /// `host:port` of its agent.
+    pub address: String,
+}
+
+/// A workload of the inventory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Workload {
+    /// The name users say.
+    pub name: WorkloadName,
+    /// runc's id of its container.
+    pub container: String,
+    /// The node on which it was started; where it is now, the agents say.
+    pub node: Option<NodeName>,
+}
+
+/// Nodes and workloads, valid and without doubles.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Inventory {
+    nodes: BTreeMap<NodeName, Node>,
+    workloads: BTreeMap<WorkloadName, Workload>,
+}
+
+/// One thing that is wrong, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// Line, from 1.
+    pub line: usize,
+    /// Column in characters, from 1.
+    pub column: usize,
+    /// What is wrong and what would be right.
+    pub message: String,
+}
+
+/// Why an inventory cannot be used.
+#[derive(Debug, Error)]
+pub enum InventoryError {
+    /// The file cannot be read.
+    #[error("cannot read the inventory {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is larger than any inventory.
+    #[error("the inventory {} has {bytes} bytes, more than {MAX_BYTES}: is it the right file?", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+    /// Its content is wrong.
+    #[error("{}", list(path, problems))]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// Everything that is wrong, in the order of the file.
+        problems: Vec<Problem>,
+    },
+}
+
+fn list(path: &Path, problems: &[Problem]) -> String {
+    let lines = problems.iter().map(|p| format!("{}:{}:{}: {}", path.display(), p.line, p.column, p.message));
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    #[serde(default)]
+    nodes: Vec<NodeTable>,
+    #[serde(default)]
+    workloads: Vec<WorkloadTable>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NodeTable {
+    name: Spanned<String>,
+    address: Spanned<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WorkloadTable {
+    name: Spanned<String>,
+    container: Option<Spanned<String>>,
+    node: Option<Spanned<String>>,
+}
+
+impl Inventory {
+    /// Reads and checks a file.
+    pub fn load(path: &Path) -> Result<Self, InventoryError> {
+        let failed = |source| InventoryError::Read { path: path.to_owned(), source };
+        let bytes = std::fs::metadata(path).map_err(failed)?.len();
+        if bytes > MAX_BYTES {
+            return Err(InventoryError::TooLarge { path: path.to_owned(), bytes });
+        }
+        let text = std::fs::read_to_string(path).map_err(failed)?;
+        Self::parse(&text).map_err(|problems| InventoryError::Invalid { path: path.to_owned(), problems })
+    }
+
+    /// Checks a text.
+    pub fn parse(text: &str) -> Result<Self, Vec<Problem>> {
+        let file: File = toml::from_str(text).map_err(|error| {
+            let message = error.message().trim_end().replace('\n', ", ");
+            vec![Problem::at(text, error.span().map_or(0, |span| span.start), message)]
+        })?;
+        let mut reader = Reader { text, inventory: Self::default(), problems: Vec::new(), seen: HashMap::new() };
+        file.nodes.iter().for_each(|table| reader.node(table));
+        file.workloads.iter().for_each(|table| reader.workload(table));
+        let Reader { inventory, mut problems, .. } = reader;
+        problems.sort_by_key(|problem| (problem.line, problem.column));
+        if problems.is_empty() { Ok(inventory) } else { Err(problems) }
+    }
+
+    /// All nodes, by name.
+    pub fn nodes(&self) -> impl Iterator<Item = &Node> {
+        self.nodes.values()
+    }
+
+    /// All workloads, by name.
+    pub fn workloads(&self) -> impl Iterator<Item = &Workload> {
+        self.workloads.values()
+    }
+
+    /// The node of that name.
+    pub fn node(&self, name: &str) -> Option<&Node> {
+        self.nodes.get(&name.parse::<NodeName>().ok()?)
+    }
+
+    /// The workload of that name.
+    pub fn workload(&self, name: &str) -> Option<&Workload> {
+        self.workloads.get(&name.parse::<WorkloadName>().ok()?)
+    }
+}
+
+impl Problem {
+    fn at(text: &str, offset: usize, message: String) -> Self {
+        let before = text.get(..offset).unwrap_or(text);
+        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+        Self { line: before.matches('\n').count() + 1, column: before[line_start..].chars().count() + 1, message }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}: {}", self.line, self.column, self.message)
+    }
+}
+
+struct Reader<'a> {
+    text: &'a str,
+    inventory: Inventory,
+    problems: Vec<Problem>,
+    /// What must be unique, with the line where it was said first.
+    seen: HashMap<(&'static str, String), usize>,
+}
+
+impl Reader<'_> {
+    fn node(&mut self, table: &NodeTable) {
+        let name = self.name::<NodeName>(&table.name);
+        let unique = self.unique("node", &table.name);
+        let address_fits = match check_address(table.address.get_ref()) {
+            Ok(()) => self.unique("agent address", &table.address),
+            Err(message) => self.problem(&table.address, message),
+        };
+        if let (Some(name), true, true) = (name, unique, address_fits) {
+            let node = Node { name: name.clone(), address: table.address.get_ref().clone() };
+            self.inventory.nodes.insert(name, node);
+        }
+    }
+
+    fn workload(&mut self, table: &WorkloadTable) {
+        let name = self.name::<WorkloadName>(&table.name);
+        let unique = self.unique("workload", &table.name);
+        let container = table.container.as_ref().unwrap_or(&table.name);
+        let container_fits = match check_container(container.get_ref()) {
+            // The name of a workload was looked at already; as a container's id it must be unique too.
+            Ok(()) => !unique || self.unique("container", container),
+            Err(message) if table.container.is_some() => self.problem(container, message),
+            Err(_) => false,
+        };
+        let node = match &table.node {
+            None => Some(None),
+            Some(node) => self.known_node(node).map(Some),
+        };
+        if let (Some(name), true, true, Some(node)) = (name, unique, container_fits, node) {
+            let workload = Workload { name: name.clone(), container: container.get_ref().clone(), node };
+            self.inventory.workloads.insert(name, workload);
+        }
+    }
+
+    fn known_node(&mut self, said: &Spanned<String>) -> Option<NodeName> {
+        if let Some(node) = self.inventory.node(said.get_ref()) {
+            return Some(node.name.clone());
+        }
+        // A node whose own entry is wrong has been complained about where it stands.
+        if !self.seen.contains_key(&("node", said.get_ref().clone())) {
+            let known = self.inventory.nodes.keys().map(NodeName::as_str).collect::<Vec<_>>().join(", ");
+            let known = if known.is_empty() { "none".to_owned() } else { known };
+            self.problem(said, format!("there is no node {:?}; nodes of this file: {known}", said.get_ref()));
+        }
+        None
+    }
+
+    fn name<T: std::str::FromStr<Err: fmt::Display>>(&mut self, said: &Spanned<String>) -> Option<T> {
+        match said.get_ref().parse() {
+            Ok(name) => Some(name),
+            Err(error) => {
+                self.problem(said, error.to_string());
+                None
+            }
+        }
+    }
+
+    fn unique(&mut self, kind: &'static str, said: &Spanned<String>) -> bool {
+        let line = Problem::at(self.text, said.span().start, String::new()).line;
+        let first = *self.seen.entry((kind, said.get_ref().clone())).or_insert(line);
+        if first == line {
+            return true;
+        }
+        self.problem(said, format!("{kind} {:?} stands here again; first on line {first}", said.get_ref()))
+    }
+
+    /// Takes down what is wrong; always `false`, which is what the callers go on with.
+    fn problem(&mut self, said: &Spanned<String>, message: String) -> bool {
+        self.problems.push(Problem::at(self.text, said.span().start, message));
+        false
+    }
+}
+
+/// Whether it is `host:port`, with a name, an IPv4 address, or an IPv6 address in brackets.
+fn check_address(address: &str) -> Result<(), String> {
+    let wrong =
+        |why: &str| Err(format!("the address {address:?} {why}; write \"host:port\", for example \"10.0.0.1:7443\""));
+    let Some((host, port)) = address.rsplit_once(':') else { return wrong("has no port") };
+    if port.parse::<u16>().is_ok_and(|port| port > 0) && port.bytes().all(|b| b.is_ascii_digit()) {
+        return if is_host(host) { Ok(()) } else { wrong("has no valid host") };
+    }
+    wrong("has no port between 1 and 65535")
+}
+
+fn is_host(host: &str) -> bool {
+    if let Some(inner) = host.strip_prefix('[') {
+        return inner.strip_suffix(']').is_some_and(|ip| ip.parse::<std::net::Ipv6Addr>().is_ok());
+    }
+    let label =
+        |label: &str| !label.is_empty() && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_');
+    host.len() <= 253 && host.split('.').all(label)
+}
+
+/// runc's own rule for container ids (`libcontainer/factory_linux.go`), and podferry's bound on their length.
+fn check_container(id: &str) -> Result<(), String> {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || b"_+-.".contains(&b);
+    if id.is_empty() || id.len() > MAX_CONTAINER_BYTES || !id.bytes().all(allowed) || id == "." || id == ".." {
+        return Err(format!("the container id {id:?} is not 1 to {MAX_CONTAINER_BYTES} characters of [A-Za-z0-9_+.-]"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const GOOD: &str = r#"
+[[nodes]]
+name = "a"
+address = "10.0.0.1:7443"
+
+[[nodes]]
+name = "b"
+address = "[fd00::2]:7443"
+
+[[workloads]]
+name = "cart"
+container = "c0ffee.1"
+node = "a"
+
+[[workloads]]
+name = "redis"
+"#;
+
+    #[test]
+    fn a_good_file_is_read() {
+        let inventory = Inventory::parse(GOOD).unwrap();
+        let names: Vec<_> = inventory.nodes().map(|node| (node.name.as_str(), node.address.as_str())).collect();
+        assert_eq!(names, [("a", "10.0.0.1:7443"), ("b", "[fd00::2]:7443")]);
+        assert_eq!(inventory.workload("cart").unwrap().container, "c0ffee.1");
+        assert_eq!(inventory.workload("cart").unwrap().node.as_ref().unwrap().as_str(), "a");
+        assert_eq!(inventory.workload("redis").unwrap().container, "redis");
+        assert_eq!(inventory.workload("redis").unwrap().node, None);
+        assert!(inventory.workload("CART").is_none() && inventory.node("c").is_none());
+    }
+
+    fn complaints(text: &str) -> String {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("inventory.toml");
+        std::fs::write(&path, text).unwrap();
+        let error = Inventory::load(&path).unwrap_err().to_string();
+        error.replace(&format!("{}/", folder.path().display()), "")
+    }
+
+    #[test]
+    fn errors_point_at_line_and_column() {
+        let broken = [
+            "[[nodes]]\nname = \"a\"\naddres = \"10.0.0.1:1\"\n",
+            "[[nodes]]\nname = \"a\n",
+            "[[nodes]]\nname = 7\naddress = \"a:1\"\n",
+            "[[nodes]]\nname = \"a\"\n",
+            "[[pods]]\nname = \"a\"\n",
+        ];
+        insta::assert_snapshot!(broken.map(complaints).join("\n"), @r#"
+        inventory.toml:3:1: unknown field `addres`, expected `name` or `address`
+        inventory.toml:2:10: invalid basic string, expected `"`
+        inventory.toml:2:8: invalid type: integer `7`, expected a string
+        inventory.toml:1:1: missing field `address`
+        inventory.toml:1:3: unknown field `pods`, expected `nodes` or `workloads`
+        "#);
+    }
+
+    #[test]
+    fn all_semantic_errors_are_said_at_once() {
+        let text = r#"
+[[nodes]]
+name = "Upper"
+address = "10.0.0.1:7443"
+[[nodes]]
+name = "a"
+address = "10.0.0.2"
+[[nodes]]
+name = "b"
+address = "10.0.0.3:70000"
+[[nodes]]
+name = "c"
+address = "10.0.0.4:7443"
+[[nodes]]
+name = "c"
+address = "10.0.0.4:7443"
+[[workloads]]
+name = "w"
+node = "nowhere"
+[[workloads]]
+name = "w"
+[[workloads]]
+name = "v"
+container = "w"
+[[workloads]]
+name = "ä"
+[[workloads]]
+name = "x"
+container = "../../etc"
+"#;
+        insta::assert_snapshot!(complaints(text), @r#"
+        inventory.toml:3:8: node name "Upper" has 'U'; only a-z, 0-9 and '-' are allowed
+        inventory.toml:7:11: the address "10.0.0.2" has no port; write "host:port", for example "10.0.0.1:7443"
+        inventory.toml:10:11: the address "10.0.0.3:70000" has no port between 1 and 65535; write "host:port", for example "10.0.0.1:7443"
+        inventory.toml:15:8: node "c" stands here again; first on line 12
+        inventory.toml:16:11: agent address "10.0.0.4:7443" stands here again; first on line 13
+        inventory.toml:19:8: there is no node "nowhere"; nodes of this file: c
+        inventory.toml:21:8: workload "w" stands here again; first on line 18
+        inventory.toml:24:13: container "w" stands here again; first on line 18
+        inventory.toml:26:8: workload name "ä" has 'ä'; only a-z, 0-9 and '-' are allowed
+        inventory.toml:29:13: the container id "../../etc" is not 1 to 64 characters of [A-Za-z0-9_+.-]
+        "#);
+    }
+
+    #[test]
+    fn a_missing_file_is_named() {
+        let error = Inventory::load(Path::new("/nonexistent/inventory.toml")).unwrap_err();
+        assert_eq!(error.to_string(), "cannot read the inventory /nonexistent/inventory.toml");
+    }
+
+    #[test]
+    fn addresses_are_checked() {
+        for good in ["a:1", "node-1.example.com:7443", "127.0.0.1:65535", "[::1]:1"] {
+            assert_eq!(check_address(good), Ok(()), "{good}");
+        }
+        for bad in ["", ":1", "a", "a:", "a:0", "a:+1", "a:65536", "::1:1", "[::1]", "a b:1", "a..b:1", "http://a:1"] {
+            assert!(check_address(bad).is_err(), "{bad}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_it_panic(text in "\\PC{0,200}") {
+            let _ = Inventory::parse(&text);
+        }
+
+        #[test]
+        fn problems_point_into_the_text(cut in 0..GOOD.len()) {
+            if let Err(problems) = Inventory::parse(&GOOD[..cut]) {
+                for problem in problems {
+                    prop_assert!(problem.line <= GOOD[..cut].lines().count() + 1);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,523 @@
+//! States, events, commands, and the one function that ties them together.
+
+use std::fmt;
+
+use podferry_common::Failure;
+use serde::{Deserialize, Serialize};
+
+/// One of the two nodes that take part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Side {
+    /// The node the workload runs on when the migration starts.
+    Source,
+    /// The node it is to run on afterwards.
+    Target,
+}
+
+impl fmt::Display for Side {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Source => "source",
+            Self::Target => "target",
+        })
+    }
+}
+
+/// A request to one of the agents. Every one of them is idempotent for the same migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Call {
+    /// Source: can this container be dumped?
+    PreflightSource,
+    /// Target: could it be restored here?
+    PreflightTarget,
+    /// Target: reserve, and expect the transfer from this source.
+    Prepare,
+    /// Source: freeze, dump, send; the answer is a stream that ends when everything has been sent.
+    Freeze,
+    /// Target: restore; answered when the container is held before its first instruction.
+    Restore,
+    /// Either: from now on do not roll back by yourself, ask for the decision.
+    Seal(Side),
+    /// Source: destroy the container; answered when its init is confirmed dead.
+    Release,
+    /// Target: let the container run.
+    Resume,
+    /// Either: undo this part. On the source this thaws.
+    Abort(Side),
+}
+
+impl Call {
+    /// The side whose agent is called.
+    pub fn side(self) -> Side {
+        match self {
+            Self::PreflightSource | Self::Freeze | Self::Release => Side::Source,
+            Self::PreflightTarget | Self::Prepare | Self::Restore | Self::Resume => Side::Target,
+            Self::Seal(side) | Self::Abort(side) => side,
+        }
+    }
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// The record is on disk; begin.
+    Started,
+    /// The source's processes stand still.
+    Frozen,
+    /// An agent confirmed a call.
+    Succeeded(Call),
+    /// A call failed, was refused, or got no answer in its own time.
+    Failed(Call, Failure),
+    /// The phase took longer than its deadline.
+    DeadlinePassed(Phase, Failure),
+    /// Somebody asked to stop.
+    CancelRequested(Failure),
+    /// The coordinator was started again and found this record.
+    Restarted(Failure),
+}
+
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Call an agent now.
+    Call(Call),
+    /// Call an agent again, after a pause that grows with the number of attempts.
+    Retry(Call),
+}
+
+/// The phase as users see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Both agents look whether it can be done; nothing is touched.
+    Preflight,
+    /// The target reserves.
+    Prepare,
+    /// The workload stands still, is dumped, sent and restored.
+    Freeze,
+    /// Both parts are sealed and the decision is written.
+    Commit,
+    /// The source is destroyed.
+    Release,
+    /// The target is let go.
+    Resume,
+    /// Both parts are being undone.
+    RollingBack,
+    /// The workload runs on the target.
+    Succeeded,
+    /// Undone: the workload runs on the source, as before.
+    Failed,
+    /// Undone on request: the workload runs on the source, as before.
+    Cancelled,
+}
+
+impl Phase {
+    /// Its name in JSON, logs and the API.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Preflight => "preflight",
+            Self::Prepare => "prepare",
+            Self::Freeze => "freeze",
+            Self::Commit => "commit",
+            Self::Release => "release",
+            Self::Resume => "resume",
+            Self::RollingBack => "rolling_back",
+            Self::Succeeded => "succeeded",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What an agent is told when it asks how a migration was decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// The target is the truth.
+    Commit,
+    /// The source is the truth.
+    Abort,
+    /// Not decided; ask again.
+    Undecided,
+}
+
+/// What is known inside the freeze phase. All of it may be forgotten: a restart aborts from here in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Freezing {
+    /// The source's processes stand still.
+    pub frozen: bool,
+    /// The source has sent everything.
+    pub sent: bool,
+    /// The target holds the restored container.
+    pub held: bool,
+}
+
+/// How far the target's part has been undone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PartAbort {
+    /// Asked, no answer of any kind yet.
+    Asked,
+    /// At least one attempt failed: its part is fenced by the durable decision, and is asked again.
+    Unconfirmed,
+    /// Undone, or there never was a part.
+    Confirmed,
+}
+
+/// How far the source's part has been undone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SourceAbort {
+    /// Waits for the first answer of the target.
+    Due,
+    /// Asked; repeated until confirmed.
+    Asked,
+    /// It runs as before, or was never touched.
+    Confirmed,
+}
+
+/// Why a migration is undone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Why {
+    /// What failed, where, why, what to do.
+    pub failure: Failure,
+    /// Somebody asked for it.
+    pub cancelled: bool,
+}
+
+impl Why {
+    fn is_outranked_by(&self, late: &Failure) -> bool {
+        !self.cancelled && self.failure.criu_line.is_none() && late.criu_line.is_some()
+    }
+}
+
+impl From<Failure> for Why {
+    fn from(failure: Failure) -> Self {
+        Self { failure, cancelled: false }
+    }
+}
+
+/// Where a migration stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Asking both agents; neither has changed anything.
+    Preflight {
+        /// The source can be dumped; what it said is what the target is asked about.
+        source: bool,
+    },
+    /// The target reserves; the source has not been touched.
+    Preparing,
+    /// Dump, transfer and restore.
+    Freezing(Freezing),
+    /// Both parts are complete and give up deciding for themselves.
+    Sealing {
+        /// The source has confirmed.
+        source: bool,
+        /// The target has confirmed.
+        target: bool,
+    },
+    /// Committed. The source is being destroyed.
+    Releasing,
+    /// The source is dead. The target is being let go.
+    Resuming,
+    /// The workload runs on the target.
+    Completed,
+    /// Decided against. Both parts are being undone, the target's first.
+    Aborting {
+        /// The target's part.
+        target: PartAbort,
+        /// The source's part.
+        source: SourceAbort,
+        /// Why.
+        why: Why,
+    },
+    /// The source runs as before; the target could not be reached and is still asked to clean up.
+    RolledBack {
+        /// Why.
+        why: Why,
+    },
+    /// The source runs as before, the target keeps nothing.
+    Aborted {
+        /// Why.
+        why: Why,
+    },
+}
+
+/// When a step's new state has to be on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Durability {
+    /// Before the first of its commands is executed.
+    Before,
+    /// At any time: a restart from the old state is safe too. Keeps writes off the path on which the workload stands still.
+    Behind,
+    /// Nothing changed.
+    Unchanged,
+}
+
+/// The answer of [`State::step`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// The new state.
+    pub state: State,
+    /// When it has to be on disk.
+    pub durability: Durability,
+    /// What to do then, in this order.
+    pub commands: Vec<Command>,
+}
+
+impl Step {
+    fn to(state: State, durability: Durability, commands: Vec<Command>) -> Self {
+        Self { state, durability, commands }
+    }
+}
+
+impl State {
+    /// The first state of every migration.
+    pub fn new() -> Self {
+        Self::Preflight { source: false }
+    }
+
+    /// The phase as users see it.
+    pub fn phase(&self) -> Phase {
+        match self {
+            Self::Preflight { .. } => Phase::Preflight,
+            Self::Preparing => Phase::Prepare,
+            Self::Freezing(_) => Phase::Freeze,
+            Self::Sealing { .. } => Phase::Commit,
+            Self::Releasing => Phase::Release,
+            Self::Resuming => Phase::Resume,
+            Self::Completed => Phase::Succeeded,
+            Self::Aborting { .. } => Phase::RollingBack,
+            Self::RolledBack { why } | Self::Aborted { why } if why.cancelled => Phase::Cancelled,
+            Self::RolledBack { .. } | Self::Aborted { .. } => Phase::Failed,
+        }
+    }
+
+    /// What an agent that asks is told, given that this state is on disk.
+    pub fn decision(&self) -> Decision {
+        match self {
+            Self::Preflight { .. } | Self::Preparing | Self::Freezing(_) | Self::Sealing { .. } => Decision::Undecided,
+            Self::Releasing | Self::Resuming | Self::Completed => Decision::Commit,
+            Self::Aborting { .. } | Self::RolledBack { .. } | Self::Aborted { .. } => Decision::Abort,
+        }
+    }
+
+    /// Whether the outcome is known and the workload runs: another migration of it may start.
+    pub fn is_settled(&self) -> bool {
+        matches!(self, Self::Completed | Self::RolledBack { .. } | Self::Aborted { .. })
+    }
+
+    /// Whether nothing is left to do.
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Completed | Self::Aborted { .. })
+    }
+
+    /// Whether a cancel would still have an effect.
+    pub fn can_be_cancelled(&self) -> bool {
+        self.decision() == Decision::Undecided
+    }
+
+    /// Why it was aborted.
+    pub fn failure(&self) -> Option<&Failure> {
+        match self {
+            Self::Aborting { why, .. } | Self::RolledBack { why } | Self::Aborted { why } => Some(&why.failure),
+            _ => None,
+        }
+    }
+
+    /// The next state. Events that do not belong to the state (late, repeated, out of order) change nothing.
+    #[must_use]
+    pub fn step(self, event: Event) -> Step {
+        match self {
+            Self::Preflight { .. } | Self::Preparing | Self::Freezing(_) | Self::Sealing { .. } => {
+                self.undecided(event)
+            }
+            Self::Releasing | Self::Resuming => self.committed(&event),
+            Self::Aborting { .. } | Self::RolledBack { .. } => self.aborted(event),
+            Self::Completed | Self::Aborted { .. } => self.unchanged(),
+        }
+    }
+
+    fn unchanged(self) -> Step {
+        Step::to(self, Durability::Unchanged, Vec::new())
+    }
+
+    fn undecided(self, event: Event) -> Step {
+        match event {
+            Event::CancelRequested(failure) => self.abort(Why { failure, cancelled: true }),
+            Event::Restarted(failure) => self.abort(failure.into()),
+            // A failed call that this state did not make is an answer of the past.
+            Event::Failed(call, failure) if self.awaits(call) => self.abort(failure.into()),
+            Event::DeadlinePassed(phase, failure) if phase == self.phase() => self.abort(failure.into()),
+            Event::Started => self.start(),
+            Event::Frozen => self.advance(None),
+            Event::Succeeded(call) => self.advance(Some(call)),
+            Event::Failed(..) | Event::DeadlinePassed(..) => self.unchanged(),
+        }
+    }
+
+    /// Whether an answer to `call` is being waited for. A freeze that has been sent in full, and a target that holds,
+    /// are still watched: until both parts are sealed either may break.
+    fn awaits(&self, call: Call) -> bool {
+        match self {
+            Self::Preflight { source } => call == if *source { Call::PreflightTarget } else { Call::PreflightSource },
+            Self::Preparing => call == Call::Prepare,
+            Self::Freezing(_) => matches!(call, Call::Freeze | Call::Restore),
+            Self::Sealing { .. } => matches!(call, Call::Freeze | Call::Restore | Call::Seal(_)),
+            _ => false,
+        }
+    }
+
+    fn start(self) -> Step {
+        if self != Self::new() {
+            return self.unchanged();
+        }
+        Step::to(self, Durability::Before, vec![Command::Call(Call::PreflightSource)])
+    }
+
+    /// A step forwards, before the commit. `None` stands for the frozen event.
+    fn advance(self, call: Option<Call>) -> Step {
+        match (self, call) {
+            (Self::Preflight { source: false }, Some(Call::PreflightSource)) => {
+                let ask = vec![Command::Call(Call::PreflightTarget)];
+                Step::to(Self::Preflight { source: true }, Durability::Behind, ask)
+            }
+            (Self::Preflight { source: true }, Some(Call::PreflightTarget)) => {
+                Step::to(Self::Preparing, Durability::Before, vec![Command::Call(Call::Prepare)])
+            }
+            (Self::Preparing, Some(Call::Prepare)) => Step::to(
+                Self::Freezing(Freezing::default()),
+                Durability::Before,
+                vec![Command::Call(Call::Restore), Command::Call(Call::Freeze)],
+            ),
+            (Self::Freezing(now), None) => Self::freezing(Freezing { frozen: true, ..now }),
+            (Self::Freezing(now), Some(Call::Freeze)) => Self::freezing(Freezing { frozen: true, sent: true, ..now }),
+            (Self::Freezing(now), Some(Call::Restore)) => Self::freezing(Freezing { held: true, ..now }),
+            (Self::Sealing { target, .. }, Some(Call::Seal(Side::Source))) => Self::sealing(true, target),
+            (Self::Sealing { source, .. }, Some(Call::Seal(Side::Target))) => Self::sealing(source, true),
+            (state, _) => state.unchanged(),
+        }
+    }
+
+    fn freezing(now: Freezing) -> Step {
+        if now.sent && now.held {
+            let seals = vec![Command::Call(Call::Seal(Side::Target)), Command::Call(Call::Seal(Side::Source))];
+            // A restart from either of the two aborts both parts, sealed or not.
+            return Step::to(Self::Sealing { source: false, target: false }, Durability::Behind, seals);
+        }
+        Step::to(Self::Freezing(now), Durability::Behind, Vec::new())
+    }
+
+    fn sealing(source: bool, target: bool) -> Step {
+        if source && target {
+            // THE commit: this state on disk is the decision.
+            return Step::to(Self::Releasing, Durability::Before, vec![Command::Call(Call::Release)]);
+        }
+        Step::to(Self::Sealing { source, target }, Durability::Behind, Vec::new())
+    }
+
+    /// Decides against it. Only parts that may have been touched are asked to undo.
+    fn abort(self, why: Why) -> Step {
+        let source = match self {
+            Self::Preflight { .. } => return Step::to(Self::Aborted { why }, Durability::Before, Vec::new()),
+            Self::Preparing => SourceAbort::Confirmed,
+            _ => SourceAbort::Due,
+        };
+        Step::to(
+            Self::Aborting { target: PartAbort::Asked, source, why },
+            Durability::Before,
+            vec![Command::Call(Call::Abort(Side::Target))],
+        )
+    }
+
+    /// After the commit: forwards, or again.
+    fn committed(self, event: &Event) -> Step {
+        match (&self, event) {
+            // Behind: a restart from Releasing repeats the release of a source that is gone, and comes back here.
+            (Self::Releasing, Event::Succeeded(Call::Release)) => {
+                Step::to(Self::Resuming, Durability::Behind, vec![Command::Call(Call::Resume)])
+            }
+            (Self::Resuming, Event::Succeeded(Call::Resume)) => {
+                Step::to(Self::Completed, Durability::Before, Vec::new())
+            }
+            (Self::Releasing, Event::Failed(Call::Release, _)) => self.again(Command::Retry(Call::Release)),
+            (Self::Resuming, Event::Failed(Call::Resume, _)) => self.again(Command::Retry(Call::Resume)),
+            (Self::Releasing, Event::Restarted(_)) => self.again(Command::Call(Call::Release)),
+            (Self::Resuming, Event::Restarted(_)) => self.again(Command::Call(Call::Resume)),
+            _ => self.unchanged(),
+        }
+    }
+
+    fn again(self, command: Command) -> Step {
+        Step::to(self, Durability::Unchanged, vec![command])
+    }
+
+    /// After the decision against: undo until both have confirmed.
+    fn aborted(self, event: Event) -> Step {
+        const TARGET: Call = Call::Abort(Side::Target);
+        const SOURCE: Call = Call::Abort(Side::Source);
+        let (target, source, why) = match self {
+            Self::Aborting { target, source, why } => (target, source, why),
+            Self::RolledBack { why } => (PartAbort::Unconfirmed, SourceAbort::Confirmed, why),
+            other => return other.unchanged(),
+        };
+        match event {
+            Event::Succeeded(TARGET) => Self::undo(PartAbort::Confirmed, source, why, Vec::new()),
+            Event::Failed(TARGET, _) if target != PartAbort::Confirmed => {
+                Self::undo(PartAbort::Unconfirmed, source, why, vec![Command::Retry(TARGET)])
+            }
+            Event::Succeeded(SOURCE) => Self::undo(target, SourceAbort::Confirmed, why, Vec::new()),
+            Event::Failed(SOURCE, _) if source == SourceAbort::Asked => {
+                Self::undo(target, source, why, vec![Command::Retry(SOURCE)])
+            }
+            // The two agents see one accident from both ends: the one that quotes CRIU knows more.
+            Event::Failed(Call::Freeze | Call::Restore, late) if why.is_outranked_by(&late) => {
+                Self::undo(target, source, late.into(), Vec::new())
+            }
+            Event::Restarted(_) => Self::undo_after_restart(target, source, why),
+            _ => Self::undo(target, source, why, Vec::new()),
+        }
+    }
+
+    fn undo_after_restart(target: PartAbort, source: SourceAbort, why: Why) -> Step {
+        let mut commands = Vec::new();
+        if target != PartAbort::Confirmed {
+            commands.push(Command::Call(Call::Abort(Side::Target)));
+        }
+        if source == SourceAbort::Asked {
+            commands.push(Command::Call(Call::Abort(Side::Source)));
+        }
+        Self::undo(target, source, why, commands)
+    }
+
+    /// The state for what is known of both parts; asks the source once the target has answered in any way. It need not
+    /// wait for more than that: no target is ever resumed without a commit, and that is now out of reach.
+    fn undo(target: PartAbort, mut source: SourceAbort, why: Why, mut commands: Vec<Command>) -> Step {
+        if source == SourceAbort::Due && target != PartAbort::Asked {
+            source = SourceAbort::Asked;
+            commands.push(Command::Call(Call::Abort(Side::Source)));
+        }
+        let state = match (target, source) {
+            (PartAbort::Confirmed, SourceAbort::Confirmed) => Self::Aborted { why },
+            (PartAbort::Unconfirmed, SourceAbort::Confirmed) => Self::RolledBack { why },
+            _ => Self::Aborting { target, source, why },
+        };
+        // The decision itself is on disk since the first abort; the rest may be asked twice.
+        let durability = if state.is_settled() { Durability::Before } else { Durability::Behind };
+        Step::to(state, durability, commands)
+    }
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self::new()
+    }
+}
