@@ -1,0 +1,521 @@
+//! The whole cluster: up, down, attach, sweep.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use podferry_common::identity::{IdentityFiles, LocalCa, Peer};
+use rustix::process::Signal;
+
+use crate::cgroup;
+use crate::command::{self, Output};
+use crate::config;
+use crate::daemon::Daemon;
+use crate::error::{Error, FileContext, Result};
+use crate::network::{self, NetnsFolder};
+use crate::node::{self, Node, READY_DEADLINE};
+use crate::place::Place;
+use crate::process::{self, ProcessId};
+use crate::state::{Layout, NodeState, State};
+use crate::workload::check_label;
+
+/// The port that the coordinator listens on.
+pub const COORDINATOR_PORT: u16 = 7443;
+/// How long the certificates that a cluster is made with are valid: longer than anybody plays with one.
+const CERTIFICATE_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
+/// The user in the client side's certificate.
+pub const CLIENT_USER: &str = "local";
+/// How long processes and cgroups may take to go away.
+const GONE_DEADLINE: Duration = Duration::from_secs(15);
+/// The longest call of the command-line client: a migration that waits.
+const CLIENT_DEADLINE: Duration = Duration::from_secs(600);
+/// Names of nodes are parts of names of links, which have 15 characters.
+const LONGEST_NODE_NAME: usize = 12;
+
+/// How a cluster shall be.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Tells clusters of one machine apart; in the names of network namespaces and cgroups. At most 24 characters.
+    pub suffix: String,
+    /// Everything of the cluster lies here; made when missing.
+    pub folder: PathBuf,
+    /// The nodes' names, in the order of their addresses.
+    pub nodes: Vec<String>,
+    /// The folder of podferry's own programs.
+    pub binaries: PathBuf,
+    /// The folder of criu and runc.
+    pub tools: PathBuf,
+    /// Whether to start agents and coordinator and wait until they are ready.
+    pub start_agents: bool,
+}
+
+impl Options {
+    /// Two nodes, `node-a` and `node-b`, with the programs and tools of this workspace and a suffix that no other
+    /// cluster of this process or of any other that runs has.
+    pub fn new(folder: impl Into<PathBuf>) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        Self {
+            suffix: format!("{}-{count}", std::process::id()),
+            folder: folder.into(),
+            nodes: vec!["node-a".to_owned(), "node-b".to_owned()],
+            binaries: crate::default_binaries(),
+            tools: crate::default_tools(),
+            start_agents: true,
+        }
+    }
+
+    /// The same with another suffix.
+    #[must_use]
+    pub fn with_suffix(mut self, suffix: impl Into<String>) -> Self {
+        self.suffix = suffix.into();
+        self
+    }
+
+    /// The same without agents and coordinator: namespaces, network and configuration only.
+    #[must_use]
+    pub fn without_agents(mut self) -> Self {
+        self.start_agents = false;
+        self
+    }
+
+    fn check(&self) -> Result<()> {
+        if !nix::unistd::geteuid().is_root() {
+            return Err(Error::Invalid("a local cluster needs root: namespaces, CRIU and runc do too".to_owned()));
+        }
+        check_label("the suffix", &self.suffix, 24)?;
+        for (index, name) in self.nodes.iter().enumerate() {
+            check_label("the node name", name, LONGEST_NODE_NAME)?;
+            if self.nodes[..index].contains(name) || ["fabric", "coordinator", "client"].contains(&name.as_str()) {
+                return Err(Error::Invalid(format!("the node name {name:?} is taken; give each node its own")));
+            }
+        }
+        if self.nodes.is_empty() || self.nodes.len() > 80 {
+            return Err(Error::Invalid(format!("{} nodes will not do: 1 to 80 have addresses", self.nodes.len())));
+        }
+        self.check_programs()
+    }
+
+    fn check_programs(&self) -> Result<()> {
+        let build = "build it with `cargo build --workspace`, or name another folder of binaries";
+        let set_up = "run deploy/setup/setup.sh, or name another folder of tools";
+        let daemons = ["podferry-agent", "podferry-coordinator", "podferry-hook", "podferry-stdio-keeper"];
+        let wanted = if self.start_agents { &daemons[..] } else { &[] };
+        let own = wanted.iter().chain(&["podferry-node-init"]).map(|name| (self.binaries.join(name), build));
+        let tools = ["criu", "runc"].map(|name| (self.tools.join(name), set_up));
+        match own.chain(tools).find(|(path, _)| !path.is_file()) {
+            Some((path, hint)) => Err(Error::MissingProgram { path, hint }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A running cluster. Dropping it takes it down, unless it was made with [`LocalCluster::up_detached`] or found with
+/// [`LocalCluster::attach`].
+#[derive(Debug)]
+pub struct LocalCluster {
+    layout: Layout,
+    pub(crate) state: State,
+    nodes: Vec<Node>,
+    coordinator: Coordinator,
+    client: Place,
+    fabric: Place,
+    owned: bool,
+}
+
+impl LocalCluster {
+    /// Brings a cluster up that goes down with this value.
+    pub fn up(options: &Options) -> Result<Self> {
+        options.check()?;
+        let (layout, mut state) = claim(options)?;
+        let made = make(&layout, &mut state).and_then(|()| {
+            let cluster = Self::of(layout.clone(), state.clone());
+            cluster.start_daemons()?;
+            Ok(cluster)
+        });
+        match made {
+            Ok(mut cluster) => {
+                cluster.owned = true;
+                Ok(cluster)
+            }
+            Err(error) => {
+                // What cannot be removed now stays in the state file for `sweep`; the first failure is what counts.
+                let _ = tear_down(&layout, &state);
+                Err(error)
+            }
+        }
+    }
+
+    /// Brings a cluster up that outlives this process. [`LocalCluster::attach`] finds it again.
+    pub fn up_detached(options: &Options) -> Result<Self> {
+        Self::up(options).map(|mut cluster| {
+            cluster.owned = false;
+            cluster
+        })
+    }
+
+    /// The cluster in a folder, brought up by somebody else.
+    pub fn attach(folder: &Path) -> Result<Self> {
+        let layout = Layout { folder: folder.canonicalize().at("find the folder", folder)? };
+        let state = State::load(&layout.folder)?.ok_or_else(|| Error::NotUp { folder: layout.folder.clone() })?;
+        let alive = |node: &NodeState| node.processes.len() == 2 && node.processes.iter().all(ProcessId::is_alive);
+        match state.nodes.iter().find(|node| !alive(node)) {
+            Some(node) => Err(Error::NotRunning { what: format!("the first process of {}", node.name) }),
+            None => Ok(Self::of(layout, state)),
+        }
+    }
+
+    /// Removes what a cluster left in a folder, whoever made it and however it ended. Nothing there is fine.
+    pub fn sweep(folder: &Path) -> Result<()> {
+        if !folder.exists() {
+            return Ok(());
+        }
+        let layout = Layout { folder: folder.canonicalize().at("find the folder", folder)? };
+        match State::load(&layout.folder)? {
+            Some(state) => tear_down(&layout, &state),
+            None => Ok(()),
+        }
+    }
+
+    fn of(layout: Layout, state: State) -> Self {
+        let nodes = state.nodes.iter().map(|node| Node::new(&layout, &state, node)).collect();
+        let place = |name: &str| Place::new(name, state.netns(name), None, &state.tools);
+        let (client, fabric) = (place("client"), place("fabric"));
+        let coordinator = Coordinator::new(&layout, place("coordinator"), state.binaries.clone());
+        Self { layout, state, nodes, coordinator, client, fabric, owned: false }
+    }
+
+    fn start_daemons(&self) -> Result<()> {
+        if !self.state.start_agents {
+            return Ok(());
+        }
+        self.coordinator.start()?;
+        for node in &self.nodes {
+            node.start_agent()?;
+        }
+        self.coordinator.wait_ready()?;
+        self.nodes.iter().try_for_each(Node::wait_ready)
+    }
+
+    /// Takes it down. A second time does nothing. Logs stay in the folder.
+    pub fn down(&mut self) -> Result<()> {
+        self.owned = false;
+        tear_down(&self.layout, &self.state)
+    }
+
+    /// Where everything of the cluster lies.
+    pub fn folder(&self) -> &Path {
+        &self.layout.folder
+    }
+
+    /// Where the log files are.
+    pub fn logs(&self) -> PathBuf {
+        self.layout.logs()
+    }
+
+    /// What tells it apart from other clusters of the machine.
+    pub fn suffix(&self) -> &str {
+        &self.state.suffix
+    }
+
+    /// All nodes.
+    pub fn nodes(&self) -> &[Node] {
+        &self.nodes
+    }
+
+    /// The node with this name.
+    pub fn node(&self, name: &str) -> Result<Node> {
+        self.nodes.iter().find(|node| node.name() == name).cloned().ok_or_else(|| {
+            let known: Vec<&str> = self.nodes.iter().map(|node| node.name()).collect();
+            Error::UnknownNode { name: name.to_owned(), known: known.join(", ") }
+        })
+    }
+
+    /// The coordinator.
+    pub fn coordinator(&self) -> &Coordinator {
+        &self.coordinator
+    }
+
+    /// The client side: its own network namespace on the fabric, everything else as on the machine.
+    pub fn client(&self) -> &Place {
+        &self.client
+    }
+
+    /// The namespace of the bridge that joins all: for `tc` and for listening in.
+    pub fn fabric(&self) -> &Place {
+        &self.fabric
+    }
+
+    /// The client side's certificate, key and authority.
+    pub fn client_identity(&self) -> IdentityFiles {
+        IdentityFiles::in_folder(self.layout.identity().join("client"))
+    }
+
+    /// Issues a certificate of the cluster's own authority.
+    pub fn issue(&self, peer: &Peer, lifetime: Duration, files: &IdentityFiles) -> Result<()> {
+        let folder = self.layout.identity().join("authority");
+        let authority = LocalCa::load(&folder).map_err(|error| document("the cluster's authority", &error))?;
+        authority.issue(peer, lifetime, files).map_err(|error| document("a certificate", &error))
+    }
+
+    /// A command that runs podferry's command-line client on the client side with the client's identity.
+    pub fn podferry_command(&self) -> Command {
+        let files = self.client_identity();
+        let mut command = self.client.command(self.state.binaries.join("podferry"));
+        command
+            .env("PODFERRY_COORDINATOR", self.coordinator.address())
+            .env("PODFERRY_CA", &files.ca)
+            .env("PODFERRY_CERTIFICATE", &files.certificate)
+            .env("PODFERRY_KEY", &files.key);
+        command
+    }
+
+    /// Runs podferry's command-line client on the client side with the client's identity, at most ten minutes.
+    pub fn podferry<W: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = W>) -> Result<Output> {
+        command::run_within(self.podferry_command().args(arguments), CLIENT_DEADLINE)
+    }
+}
+
+impl Drop for LocalCluster {
+    fn drop(&mut self) {
+        if self.owned
+            && let Err(error) = self.down()
+        {
+            eprintln!("podferry-local: {error}; remove it with LocalCluster::sweep on {}", self.folder().display());
+        }
+    }
+}
+
+/// Handle of the coordinator.
+#[derive(Debug, Clone)]
+pub struct Coordinator {
+    place: Place,
+    folder: PathBuf,
+    binaries: PathBuf,
+    daemon: Daemon,
+}
+
+impl Coordinator {
+    fn new(layout: &Layout, place: Place, binaries: PathBuf) -> Self {
+        let folder = layout.coordinator();
+        let daemon = Daemon {
+            what: "the coordinator".to_owned(),
+            pid_file: folder.join("coordinator.pid"),
+            log: layout.logs().join("coordinator.log"),
+            port: COORDINATOR_PORT,
+            forked: false,
+        };
+        Self { place, folder, binaries, daemon }
+    }
+
+    /// Where it runs.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// Its address and port, as clients and agents reach it.
+    pub fn address(&self) -> String {
+        format!("{}:{COORDINATOR_PORT}", network::COORDINATOR_ADDRESS)
+    }
+
+    /// The folder of its configuration, identity and state.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Its configuration file.
+    pub fn config(&self) -> PathBuf {
+        self.folder.join("coordinator.toml")
+    }
+
+    /// Its inventory of nodes.
+    pub fn inventory(&self) -> PathBuf {
+        self.folder.join("inventory.toml")
+    }
+
+    /// Its log file.
+    pub fn log(&self) -> &Path {
+        &self.daemon.log
+    }
+
+    /// Its process, while it runs.
+    pub fn process(&self) -> Option<ProcessId> {
+        self.daemon.process()
+    }
+
+    /// Starts it unless it runs. Use [`Coordinator::wait_ready`] next.
+    pub fn start(&self) -> Result<ProcessId> {
+        let mut command = self.place.command(self.binaries.join("podferry-coordinator"));
+        command.arg("--config").arg(self.config());
+        self.daemon.start(&mut command)
+    }
+
+    /// Sends it a signal and, when that ends it, waits for its end.
+    pub fn kill(&self, signal: Signal) -> Result<()> {
+        self.daemon.kill(signal)
+    }
+
+    /// Waits until it listens, at most 30 s.
+    pub fn wait_ready(&self) -> Result<()> {
+        self.daemon.wait_ready(READY_DEADLINE)
+    }
+}
+
+/// Writes the state file, which makes the folder and the names in it this cluster's own.
+fn claim(options: &Options) -> Result<(Layout, State)> {
+    fs::create_dir_all(&options.folder).at("create the folder", &options.folder)?;
+    let real = |path: &Path| path.canonicalize().at("find the folder", path);
+    let layout = Layout { folder: real(&options.folder)? };
+    if State::load(&layout.folder)?.is_some() {
+        return Err(Error::AlreadyUp { folder: layout.folder });
+    }
+    let (binaries, tools) = (real(&options.binaries)?, real(&options.tools)?);
+    if let Some(hidden) = [&layout.folder, &binaries, &tools].into_iter().find(|path| path.starts_with("/run")) {
+        let words = format!("{} will not do: nodes have a /run of their own; use another folder", hidden.display());
+        return Err(Error::Invalid(words));
+    }
+    let nodes = options.nodes.iter().zip(0..).map(|(name, index)| NodeState {
+        name: name.clone(),
+        address: network::node_address(index),
+        processes: Vec::new(),
+    });
+    let state = State {
+        suffix: options.suffix.clone(),
+        binaries,
+        tools,
+        start_agents: options.start_agents,
+        bundles_on_tmpfs: is_overlay(&layout.folder),
+        nodes: nodes.collect(),
+        netns_folder: NetnsFolder::now(),
+    };
+    // Before the claim: a sweep of this folder must never remove what is another cluster's.
+    if let Some(taken) = network::named("").into_iter().find(|name| state.all_netns().contains(name)) {
+        let words = format!("the network namespace {taken} exists: another cluster has the suffix {}", state.suffix);
+        return Err(Error::Invalid(words));
+    }
+    state.nodes.iter().try_for_each(|node| cgroup::check_free(&state.cgroup(&node.name)))?;
+    state.claim(&layout.folder)?;
+    Ok((layout, state))
+}
+
+/// The writable layer of an overlay cannot lie on another overlay: so it is inside most containers.
+fn is_overlay(folder: &Path) -> bool {
+    nix::sys::statfs::statfs(folder)
+        .is_ok_and(|status| status.filesystem_type() == nix::sys::statfs::OVERLAYFS_SUPER_MAGIC)
+}
+
+fn make(layout: &Layout, state: &mut State) -> Result<()> {
+    let logs = layout.logs();
+    fs::create_dir_all(&logs).at("create the folder", &logs)?;
+    write_configuration(layout, state)?;
+    make_network(state)?;
+    for index in 0..state.nodes.len() {
+        let name = state.nodes[index].name.clone();
+        let planned = state.clone();
+        node::launch(&planned, layout, &name, |processes| {
+            state.nodes[index].processes = processes;
+            state.save(&layout.folder)
+        })?;
+    }
+    Ok(())
+}
+
+fn make_network(state: &State) -> Result<()> {
+    let fabric = state.fabric();
+    network::make_fabric(&fabric)?;
+    for (name, address) in [("coordinator", network::COORDINATOR_ADDRESS), ("client", network::CLIENT_ADDRESS)] {
+        network::attach(&fabric, &state.netns(name), name)?;
+        network::address_host(&state.netns(name), address)?;
+    }
+    for node in &state.nodes {
+        network::attach(&fabric, &state.netns(&node.name), &node.name)?;
+        network::address_node(&state.netns(&node.name), node.address)?;
+    }
+    Ok(())
+}
+
+fn write_configuration(layout: &Layout, state: &State) -> Result<()> {
+    let failed = |error| document("the cluster's authority", &error);
+    let authority = LocalCa::create(&layout.identity().join("authority")).map_err(failed)?;
+    let issue = |peer: &Peer, files: &IdentityFiles| {
+        authority.issue(peer, CERTIFICATE_LIFETIME, files).map_err(|error| document("a certificate", &error))
+    };
+    let client = Peer::client(CLIENT_USER).map_err(|error| document("the client's name", &error))?;
+    issue(&client, &IdentityFiles::in_folder(layout.identity().join("client")))?;
+    for node in &state.nodes {
+        let handle = Node::new(layout, state, node);
+        handle.make_folders()?;
+        let name = node.name.parse().map_err(|error| document("the node's name", &error))?;
+        issue(&Peer::Agent(name), &IdentityFiles::in_folder(handle.identity()))?;
+        config::write(&handle.agent_config(), &config::agent(&handle, state))?;
+    }
+    let folder = layout.coordinator();
+    let identity = IdentityFiles::in_folder(folder.join("identity"));
+    issue(&Peer::Coordinator, &identity)?;
+    config::write(&folder.join("inventory.toml"), &config::inventory(state))?;
+    config::write(&folder.join("coordinator.toml"), &config::coordinator(&folder, identity))
+}
+
+fn document(what: &str, error: &dyn std::error::Error) -> Error {
+    let mut reason = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        reason = format!("{reason}: {cause}");
+        source = cause.source();
+    }
+    Error::Document { what: what.to_owned(), reason }
+}
+
+/// Removes all that the state names. Can be repeated after any failure; the state file goes last.
+fn tear_down(layout: &Layout, state: &State) -> Result<()> {
+    if State::load(&layout.folder)?.is_none_or(|found| found.suffix != state.suffix) {
+        return Ok(());
+    }
+    for node in &state.nodes {
+        cgroup::thaw(&state.cgroup(&node.name));
+    }
+    // Init before anything else: the kernel then kills all of a node at once, and nothing can start anew.
+    let recorded: Vec<ProcessId> = state.nodes.iter().flat_map(|node| node.processes.iter().rev().copied()).collect();
+    process::kill_all(&recorded, GONE_DEADLINE)?;
+    end_processes(state)?;
+    for name in state.all_netns() {
+        network::remove_namespace(&name)?;
+    }
+    for node in &state.nodes {
+        cgroup::remove(&state.cgroup(&node.name), GONE_DEADLINE)?;
+    }
+    for folder in [layout.nodes(), layout.coordinator(), layout.identity()] {
+        remove_folder(&folder)?;
+    }
+    state.netns_folder.put_back();
+    State::remove(&layout.folder)
+}
+
+/// Ends what runs in the cluster's network namespaces: clients, the coordinator, a launcher that was never recorded.
+fn end_processes(state: &State) -> Result<()> {
+    let files = state.netns_files();
+    for _ in 0..20 {
+        let left = process::in_network_namespaces(&files);
+        if left.is_empty() {
+            return Ok(());
+        }
+        process::kill_all(&left, GONE_DEADLINE)?;
+    }
+    let what = "processes in the cluster's network namespaces, which somebody starts again and again".to_owned();
+    Err(Error::LeftBehind { what, seconds: GONE_DEADLINE.as_secs() })
+}
+
+fn remove_folder(folder: &Path) -> Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").at("read", Path::new("/proc/self/mountinfo"))?;
+    let mut points = mounts.lines().filter_map(|line| line.split_whitespace().nth(4));
+    if let Some(point) = points.find(|point| Path::new(point).starts_with(folder)) {
+        // Removing would empty what somebody mounted there.
+        return Err(Error::Invalid(format!("{point} is mounted in the cluster's folder; unmount it first")));
+    }
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).at("remove the folder", folder),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,128 @@
+//! The configuration files of agents and the coordinator, as they read them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use podferry_common::identity::IdentityFiles;
+use serde::Serialize;
+
+use crate::cluster::COORDINATOR_PORT;
+use crate::container::RUNC_ROOT;
+use crate::error::{Error, FileContext, Result};
+use crate::network::{COORDINATOR_ADDRESS, NODE_BRIDGE};
+use crate::node::{AGENT_PORT, Node};
+use crate::state::{NodeState, State};
+
+/// `agent.toml`.
+#[derive(Debug, Serialize)]
+pub(crate) struct AgentConfig {
+    pub(crate) node: String,
+    pub(crate) listen: String,
+    pub(crate) coordinator: String,
+    pub(crate) state_dir: PathBuf,
+    pub(crate) images_dir: PathBuf,
+    pub(crate) identity: IdentityFiles,
+    pub(crate) tools: AgentTools,
+    pub(crate) runtime: AgentRuntime,
+    pub(crate) network: AgentNetwork,
+}
+
+/// The programs an agent starts.
+#[derive(Debug, Serialize)]
+pub(crate) struct AgentTools {
+    pub(crate) criu: PathBuf,
+    pub(crate) runc: PathBuf,
+    pub(crate) hook: PathBuf,
+    pub(crate) stdio_keeper: PathBuf,
+    pub(crate) dump_worker: PathBuf,
+}
+
+/// Where an agent finds containers and puts those that arrive.
+#[derive(Debug, Serialize)]
+pub(crate) struct AgentRuntime {
+    pub(crate) roots: Vec<PathBuf>,
+    pub(crate) bundles_dir: PathBuf,
+    pub(crate) logs_dir: PathBuf,
+}
+
+/// Where an agent attaches a container's link.
+#[derive(Debug, Serialize)]
+pub(crate) struct AgentNetwork {
+    pub(crate) bridge: String,
+}
+
+/// `coordinator.toml`.
+#[derive(Debug, Serialize)]
+pub(crate) struct CoordinatorConfig {
+    pub(crate) listen: String,
+    pub(crate) state_dir: PathBuf,
+    pub(crate) inventory: PathBuf,
+    pub(crate) identity: IdentityFiles,
+}
+
+/// The coordinator's inventory of a machine without Kubernetes.
+#[derive(Debug, Serialize)]
+pub(crate) struct Inventory {
+    pub(crate) node: Vec<InventoryNode>,
+}
+
+/// One node of the inventory.
+#[derive(Debug, Serialize)]
+pub(crate) struct InventoryNode {
+    pub(crate) name: String,
+    pub(crate) address: String,
+}
+
+/// Writes a document as TOML.
+pub(crate) fn write(path: &Path, document: &impl Serialize) -> Result<()> {
+    let text = toml::to_string_pretty(document)
+        .map_err(|error| Error::Document { what: path.display().to_string(), reason: error.to_string() })?;
+    fs::write(path, text).at("write", path)
+}
+
+/// The configuration of a node's agent.
+pub(crate) fn agent(node: &Node, state: &State) -> AgentConfig {
+    let program = |name: &str| state.binaries.join(name);
+    AgentConfig {
+        node: node.name().to_owned(),
+        listen: format!("{}:{AGENT_PORT}", node.address()),
+        coordinator: coordinator_address(),
+        state_dir: node.agent_state(),
+        images_dir: node.images(),
+        identity: IdentityFiles::in_folder(node.identity()),
+        tools: AgentTools {
+            criu: state.tools.join("criu"),
+            runc: state.tools.join("runc"),
+            hook: program("podferry-hook"),
+            stdio_keeper: program("podferry-stdio-keeper"),
+            dump_worker: program("podferry-dump-worker"),
+        },
+        runtime: AgentRuntime {
+            roots: vec![PathBuf::from(RUNC_ROOT)],
+            bundles_dir: node.bundles(),
+            logs_dir: node.container_logs(),
+        },
+        network: AgentNetwork { bridge: NODE_BRIDGE.to_owned() },
+    }
+}
+
+/// The configuration of the coordinator, whose files lie in `folder`.
+pub(crate) fn coordinator(folder: &Path, identity: IdentityFiles) -> CoordinatorConfig {
+    CoordinatorConfig {
+        listen: coordinator_address(),
+        state_dir: folder.join("state"),
+        inventory: folder.join("inventory.toml"),
+        identity,
+    }
+}
+
+/// The nodes, as the coordinator reaches their agents.
+pub(crate) fn inventory(state: &State) -> Inventory {
+    let entry =
+        |node: &NodeState| InventoryNode { name: node.name.clone(), address: format!("{}:{AGENT_PORT}", node.address) };
+    Inventory { node: state.nodes.iter().map(entry).collect() }
+}
+
+fn coordinator_address() -> String {
+    format!("{COORDINATOR_ADDRESS}:{COORDINATOR_PORT}")
+}
