@@ -36,8 +36,8 @@ pub struct RedisState {
     pub digest: String,
     /// How many keys there are.
     pub keys: u64,
-    /// Resident memory, in bytes, as Redis says.
-    pub resident_bytes: u64,
+    /// Memory that Redis has allocated, in bytes.
+    pub used_bytes: u64,
 }
 
 /// Writes `mib` MiB of values, replacing what the same keys held.
@@ -67,7 +67,7 @@ async fn look(target: SocketAddr, connection: &mut MultiplexedConnection) -> Res
     let keys = Cmd::new().arg("DBSIZE").query_async(connection).await.map_err(fail("count its keys"))?;
     let info: InfoDict =
         Cmd::new().arg("INFO").arg("memory").query_async(connection).await.map_err(fail("ask its memory"))?;
-    Ok(RedisState { digest, keys, resident_bytes: info.get("used_memory_rss").unwrap_or(0) })
+    Ok(RedisState { digest, keys, used_bytes: info.get("used_memory").unwrap_or(0) })
 }
 
 fn value(number: u64) -> Vec<u8> {
