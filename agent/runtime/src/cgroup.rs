@@ -10,7 +10,8 @@ use crate::error::Error;
 /// The directories of one container's cgroup.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CgroupPaths {
-    /// cgroup v1: a directory in the hierarchy of each controller, by controller (`freezer`, `name=systemd`).
+    /// cgroup v1: a directory in the hierarchy of each controller, by controller (`freezer`, `name=systemd`). Where a v2
+    /// hierarchy without controllers is mounted beside them, its directory has the empty name.
     V1(BTreeMap<String, PathBuf>),
     /// cgroup v2: the one directory in the unified hierarchy.
     V2(PathBuf),
@@ -21,7 +22,11 @@ impl CgroupPaths {
     pub(crate) fn from_state(mut paths: BTreeMap<String, PathBuf>) -> Self {
         match paths.remove("") {
             Some(unified) if paths.is_empty() => Self::V2(unified),
-            _ => Self::V1(paths),
+            Some(unified) => {
+                paths.insert(String::new(), unified);
+                Self::V1(paths)
+            }
+            None => Self::V1(paths),
         }
     }
 
@@ -53,10 +58,8 @@ impl CgroupPaths {
                 None => v2 = Some(place("", &mount.point)),
             }
         }
-        match v2 {
-            Some(dir) if v1.is_empty() => Ok(Self::V2(dir)),
-            _ => Ok(Self::V1(v1)),
-        }
+        v1.extend(v2.map(|dir| (String::new(), dir)));
+        Ok(Self::from_state(v1))
     }
 
     /// Every directory, each once.
@@ -220,6 +223,7 @@ mod tests {
         let paths = CgroupPaths::from_state(hybrid);
         assert_eq!(paths.controller("freezer"), Some(Path::new("/sys/fs/cgroup/freezer/x")));
         assert_eq!(paths.controller("memory"), None);
+        assert_eq!(paths.dirs().len(), 2, "the unified directory has to be removed as well");
     }
 
     #[test]

@@ -129,6 +129,24 @@ pub enum Error {
         /// The processes, in the host's pid namespace.
         pids: Vec<i32>,
     },
+    /// Something is still mounted in the container's state directory. Deleting that would delete what is mounted.
+    #[error("{} is still mounted; deleting {} would empty it: unmount it first", mount.display(), dir.display())]
+    StillMounted {
+        /// runc's directory for the container.
+        dir: PathBuf,
+        /// The mount point in it.
+        mount: PathBuf,
+    },
+    /// A clean-up would kill processes that are not the container's.
+    #[error(
+        "the cgroup of {id} holds process {pid}, which is no container's: nothing was killed; look at linux.cgroupsPath"
+    )]
+    SharedCgroup {
+        /// The container.
+        id: String,
+        /// This process, or the system's init.
+        pid: i32,
+    },
     /// A path that must be absolute is not: runc changes its working directory to the bundle.
     #[error("{} must be an absolute path: runc changes its working directory to the bundle", path.display())]
     RelativePath {

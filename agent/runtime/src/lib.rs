@@ -3,14 +3,22 @@
 mod cgroup;
 mod container;
 mod error;
+mod externals;
 mod freezer;
 pub mod hook;
 mod host;
+mod leftovers;
+mod process;
+mod restore;
+mod runc;
 pub mod stdio;
 
 pub use cgroup::CgroupPaths;
 pub use container::{Container, ContainerMount, Init, NamespaceKind, Status, discover, find};
 pub use error::Error;
+pub use externals::{Externals, network_namespace};
 pub use freezer::{Freezer, FreezerState};
 pub use hook::criu_config;
 pub use host::{CgroupVersion, CpuFeatures, HostFacts};
+pub use restore::{CgroupsMode, RestoreRequest, RestoreStdio, RunningRestore};
+pub use runc::Runc;
