@@ -1,1 +1,63 @@
-//! The transfer service: what a source agent says to a target agent.
+//! `TransferService`: what a source agent says to a target agent.
+//!
+//! One call of `Transfer` carries everything of one migration that CRIU and the runtime left on the source: files of the
+//! checkpoint image, archives of layers, memory pages. It is ordinary gRPC over HTTP/2 over mutual TLS 1.3; any gRPC
+//! library can send it, as long as its encoding is the canonical one below.
+//!
+//! # The order
+//!
+//! ```text
+//! source agent                                            target agent
+//!   Begin {version, migration, source node} ────────────▶ admits, or ends the call with a status
+//!                                    ◀──────────────────  Welcome {version, limits}
+//!   Open 1 {image file "core-1.img"} ───────────────────▶
+//!   Open 2 {pages 1 of process 1} ──────────────────────▶
+//!   Data 1 · Pages 2 · Pages 2 · Data 1 · … ────────────▶ verifies, stores
+//!                                    ◀──────────────────  Acknowledgement {frames, bytes}   now and then
+//!   Close 1 {length, digest} · Close 2 {length, digest} ▶ compares
+//!   End {objects, length} ──────────────────────────────▶ compares, stores for good
+//!                                    ◀──────────────────  Finished, status OK
+//! ```
+//!
+//! Objects may be interleaved as the sender likes. `Abort` may stand in place of any frame after `Begin` and is the last
+//! one; a call that ends without `End` or `Abort` counts as aborted too. Whatever the receiver does not accept, it ends the
+//! call with a status that carries `google.rpc.ErrorInfo` (see `podferry_common::failure`); the sender then closes the
+//! connection. A transfer is never resumed: it succeeds as a whole, which is only known to the sender from `Finished`, or
+//! everything of it is discarded. When the connection breaks between the two sides' last words, the receiver may have
+//! stored what the sender believes lost; the coordinator's `Abort` of the migration settles it.
+//!
+//! # Who may
+//!
+//! Only a peer with an *agent's* certificate, whose name must be `source_node`, for a migration that the coordinator has
+//! announced to the receiver with `Prepare` with that source. Anybody else gets `PERMISSION_DENIED`.
+//!
+//! # Versions
+//!
+//! `Begin` says what the sender speaks and `Welcome` what both speak from then on: the newest that both know (see
+//! [`crate::Version`]). When there is none the call ends with `UNIMPLEMENTED`. Kinds of frames and methods of compression
+//! that the version does not have are refused, not skipped.
+//!
+//! # A frame
+//!
+//! Every message of the request stream is one frame. Its encoding is canonical: fields in ascending order, `checksum`
+//! always present, then `payload` unless it is empty, then nothing. So everything before `checksum` is *the head*, and
+//!
+//! ```text
+//! checksum = XXH3-64( head ‖ XXH3-64(payload) as 8 bytes little endian )
+//! digest   = XXH3-64( XXH3-64(payload) as 8 bytes little endian, of every data and pages frame of the object, in order )
+//! ```
+//!
+//! both with seed 0. TLS already keeps strangers from changing a byte; the sums find what breaks inside the two agents, and
+//! `sequence` what is lost or repeated there. A packed payload is one zstd frame with its content checksum.
+//!
+//! `Data` appends: its offset is the length so far. `Pages` is a run of at most 256 pages of 4 KiB at `vaddr`; pages that
+//! are all zeros are only marked in `zero_pages` and the raw bytes are the others, in order. A run that is `absent` has
+//! neither, and any count.
+//!
+//! # Limits
+//!
+//! Checked before memory is taken for what they bound: a message is at most 1 MiB + 4 KiB, its head at most 4 KiB, its raw
+//! bytes at most 1 MiB and its payload not longer than those; names are 1 to 128 of `A-Z a-z 0-9 . _ -` without a dot in
+//! front; a transfer has at most 65536 objects, no two the same; a reason at most 1 KiB. `Begin` must come, and be answered,
+//! within 10 s. The receiver allows 16 MiB under way (HTTP/2's window) and takes more as its store takes what came: a slow
+//! store slows the sender, and neither side's memory grows.

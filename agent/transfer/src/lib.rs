@@ -1,1 +1,31 @@
 //! The agent-to-agent stream: framing, compression, rate, both roles.
+//!
+//! - [`Sender`] dials a target agent and sends it the objects of one migration, each through an [`ObjectWriter`].
+//! - [`TransferServer`] is the other side, a gRPC service: it asks an [`Authorize`] who may send and gives what arrives,
+//!   verified, to a [`Sink`].
+//!
+//! The protocol is specified in [`podferry_proto::transfer`].
+
+#![expect(clippy::result_large_err, reason = "a failure is made once, and then the transfer ends")]
+
+pub mod compression;
+mod error;
+pub mod frame;
+pub mod limits;
+pub mod message;
+pub mod object;
+mod pool;
+mod receiver;
+mod sender;
+pub mod session;
+mod socket;
+mod tuner;
+mod zero;
+
+pub use error::TransferError;
+pub use object::{InvalidObject, Object, Owner};
+pub use pool::Pool;
+pub use receiver::{Authorize, Sink, TransferServer, tune};
+pub use sender::{Compression, Introduction, ObjectWriter, Options, Sender, SenderStats};
+pub use session::PageRun;
+pub use zero::{ZeroMap, is_zero};

@@ -1,0 +1,145 @@
+//! What a transfer is made of: image files, layers, memory pages.
+
+use std::fmt;
+
+use podferry_proto::v1::{PagesObject, TransferOpen, pages_object, transfer_open};
+use thiserror::Error;
+
+use crate::limits::MAX_NAME_LENGTH;
+
+/// Whose memory pages are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Owner {
+    /// Of a process: its id inside the container.
+    Process(u32),
+    /// Of a shared memory segment: CRIU's id of it.
+    SharedMemory(u64),
+}
+
+/// One thing that is sent.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Object {
+    /// A file of the checkpoint image, by its name.
+    ImageFile(String),
+    /// The archive of a layer, by its name.
+    Layer(String),
+    /// The memory pages of one owner.
+    Pages {
+        /// Whose they are.
+        owner: Owner,
+        /// CRIU's pages id: the number in `pages-<id>.img`.
+        id: u32,
+    },
+}
+
+impl fmt::Display for Object {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ImageFile(name) => write!(f, "image file {name}"),
+            Self::Layer(name) => write!(f, "layer {name}"),
+            Self::Pages { owner: Owner::Process(pid), id } => write!(f, "pages {id} of process {pid}"),
+            Self::Pages { owner: Owner::SharedMemory(segment), id } => {
+                write!(f, "pages {id} of shared memory {segment}")
+            }
+        }
+    }
+}
+
+/// Why an object cannot be sent or taken.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum InvalidObject {
+    /// The name could lead out of its folder, hide, or trouble a file system.
+    #[error(
+        "{name:?} is no name of an image file or layer: 1 to {MAX_NAME_LENGTH} of A-Z a-z 0-9 . _ - and no dot in front"
+    )]
+    Name {
+        /// Its first characters.
+        name: String,
+    },
+    /// The message says nothing, or something that this version does not know.
+    #[error("an object of an unknown kind; update the older of the two nodes")]
+    Unknown,
+}
+
+impl Object {
+    /// Checks the name, if it has one.
+    pub fn check(&self) -> Result<(), InvalidObject> {
+        match self {
+            Self::ImageFile(name) | Self::Layer(name) => check_name(name),
+            Self::Pages { .. } => Ok(()),
+        }
+    }
+}
+
+fn check_name(name: &str) -> Result<(), InvalidObject> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    let fits = !name.is_empty() && name.len() <= MAX_NAME_LENGTH;
+    if fits && !name.starts_with('.') && name.bytes().all(plain) {
+        return Ok(());
+    }
+    Err(InvalidObject::Name { name: name.chars().take(MAX_NAME_LENGTH).collect() })
+}
+
+impl From<&Object> for TransferOpen {
+    fn from(object: &Object) -> Self {
+        let object = match object {
+            Object::ImageFile(name) => transfer_open::Object::ImageFile(name.clone()),
+            Object::Layer(name) => transfer_open::Object::Layer(name.clone()),
+            Object::Pages { owner, id } => {
+                let owner = match *owner {
+                    Owner::Process(pid) => pages_object::Owner::Process(pid),
+                    Owner::SharedMemory(segment) => pages_object::Owner::SharedMemory(segment),
+                };
+                transfer_open::Object::Pages(PagesObject { owner: Some(owner), id: *id })
+            }
+        };
+        Self { object: Some(object) }
+    }
+}
+
+impl TryFrom<TransferOpen> for Object {
+    type Error = InvalidObject;
+
+    fn try_from(message: TransferOpen) -> Result<Self, InvalidObject> {
+        let object = match message.object.ok_or(InvalidObject::Unknown)? {
+            transfer_open::Object::ImageFile(name) => Self::ImageFile(name),
+            transfer_open::Object::Layer(name) => Self::Layer(name),
+            transfer_open::Object::Pages(pages) => {
+                let owner = match pages.owner.ok_or(InvalidObject::Unknown)? {
+                    pages_object::Owner::Process(pid) => Owner::Process(pid),
+                    pages_object::Owner::SharedMemory(segment) => Owner::SharedMemory(segment),
+                };
+                Self::Pages { owner, id: pages.id }
+            }
+        };
+        object.check()?;
+        Ok(object)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_could_leave_the_folder_are_refused() {
+        let long = "x".repeat(MAX_NAME_LENGTH + 1);
+        for name in ["", ".", "..", ".hidden", "a/b", "/etc/passwd", "a\0b", "a b", "ä", "-\n", &long] {
+            for object in [Object::ImageFile(name.to_owned()), Object::Layer(name.to_owned())] {
+                assert!(Object::try_from(TransferOpen::from(&object)).is_err(), "{name:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_object_survives_the_wire() {
+        for object in [
+            Object::ImageFile("pagemap-1.img".to_owned()),
+            Object::Layer("x".repeat(MAX_NAME_LENGTH)),
+            Object::Pages { owner: Owner::Process(0), id: 0 },
+            Object::Pages { owner: Owner::SharedMemory(u64::MAX), id: u32::MAX },
+        ] {
+            assert_eq!(Object::try_from(TransferOpen::from(&object)), Ok(object));
+        }
+    }
+}

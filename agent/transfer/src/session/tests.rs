@@ -1,0 +1,173 @@
+use bytes::Buf as _;
+use podferry_proto::v1::{TransferAbort, TransferCompression, TransferData};
+
+use super::*;
+use crate::frame::Frame;
+use crate::message::PREFIX_LENGTH;
+use crate::object::Owner;
+use crate::pool::Pool;
+
+fn session() -> Session {
+    Session::new(Unpacker::new(Pool::new(1)).unwrap())
+}
+
+fn send(session: &mut Session, frame: Frame) -> Result<Event, FrameError> {
+    let next = session.next;
+    send_as(session, next, frame)
+}
+
+fn send_as(session: &mut Session, sequence: u64, frame: Frame) -> Result<Event, FrameError> {
+    let mut wire = frame.encode(sequence);
+    let message = wire.copy_to_bytes(wire.remaining()).slice(PREFIX_LENGTH..);
+    session.take(&Received::parse(&message).unwrap())
+}
+
+fn begin() -> Frame {
+    Frame::bare(0, Kind::Begin(TransferBegin::default()))
+}
+
+fn open(id: u32, object: &Object) -> Frame {
+    Frame::bare(id, Kind::Open(object.into()))
+}
+
+fn file(name: &str) -> Object {
+    Object::ImageFile(name.to_owned())
+}
+
+const MEMORY: Object = Object::Pages { owner: Owner::Process(1), id: 1 };
+
+fn loaded(id: u32, kind: Kind, bytes: Vec<u8>) -> Frame {
+    let length = u32::try_from(bytes.len()).unwrap();
+    Frame::with_payload(id, kind, TransferCompression::Unspecified, length, bytes.into())
+}
+
+fn data(id: u32, offset: u64, bytes: &[u8]) -> Frame {
+    loaded(id, Kind::Data(TransferData { offset }), bytes.to_vec())
+}
+
+fn pages(pages: TransferPages, full: usize) -> Frame {
+    loaded(2, Kind::Pages(pages), vec![1; full * PAGE_SIZE])
+}
+
+/// A session with file 1 and pages 2 open.
+fn opened() -> Session {
+    let mut session = session();
+    for frame in [begin(), open(1, &file("a")), open(2, &MEMORY)] {
+        send(&mut session, frame).unwrap();
+    }
+    session
+}
+
+fn digest(frames: &[&Frame]) -> u64 {
+    let mut digest = XxHash3_64::new();
+    for frame in frames {
+        digest.write(&frame.payload_sum().to_le_bytes());
+    }
+    digest.finish()
+}
+
+#[test]
+fn a_whole_transfer_passes_and_nothing_follows_it() {
+    let mut session = opened();
+    let halves = [data(1, 0, b"ab"), data(1, 2, b"c")];
+    let digest_1 = digest(&[&halves[0], &halves[1]]);
+    for half in halves {
+        send(&mut session, half).unwrap();
+    }
+    let run = TransferPages { vaddr: 0x1000, count: 3, zero_pages: vec![0b101].into(), ..TransferPages::default() };
+    let run = pages(run, 1);
+    let digest_2 = digest(&[&run]);
+    let Event::Pages(run) = send(&mut session, run).unwrap() else { panic!("no pages") };
+    assert_eq!((run.zero.count(), run.bytes.len()), (2, PAGE_SIZE));
+    let close_1 = TransferClose { length: 3, digest: digest_1 };
+    send(&mut session, Frame::bare(1, Kind::Close(close_1))).unwrap();
+    let length = 3 * PAGE_SIZE as u64;
+    let close_2 = TransferClose { length, digest: digest_2 };
+    send(&mut session, Frame::bare(2, Kind::Close(close_2))).unwrap();
+    let end = Kind::End(TransferEnd { objects: 2, length: length + 3 });
+    assert_eq!(send(&mut session, Frame::bare(0, end.clone())), Ok(Event::End { length: length + 3 }));
+    for after in [Frame::bare(0, end), open(3, &file("b")), data(1, 3, b"d")] {
+        assert_eq!(send(&mut session, after), Err(out_of_place("a frame", "after the end")));
+    }
+}
+
+#[test]
+fn frames_come_in_order_and_begin_with_begin() {
+    assert_eq!(send(&mut session(), open(1, &file("a"))), Err(out_of_place("a frame", "before Begin")));
+    assert_eq!(send(&mut opened(), begin()), Err(out_of_place("Begin", "a second time")));
+    for sequence in [2, 4] {
+        let found = send_as(&mut opened(), sequence, data(1, 0, b"x"));
+        assert_eq!(found, Err(FrameError::Sequence { found: sequence, expected: 3 }));
+    }
+}
+
+#[test]
+fn objects_are_opened_once_and_used_as_what_they_are() {
+    let refused = [
+        open(1, &file("b")),
+        open(0, &file("b")),
+        open(3, &file("a")),
+        open(3, &MEMORY),
+        data(2, 0, b"x"),
+        data(9, 0, b"x"),
+        loaded(1, Kind::Pages(TransferPages { count: 1, ..TransferPages::default() }), vec![1; PAGE_SIZE]),
+        Frame::bare(9, Kind::Close(TransferClose::default())),
+        Frame::bare(0, Kind::End(TransferEnd { objects: 2, length: 0 })),
+    ];
+    for frame in refused {
+        let shown = format!("{frame:?}");
+        assert!(matches!(send(&mut opened(), frame), Err(FrameError::Object { .. })), "{shown}");
+    }
+}
+
+#[test]
+fn totals_must_be_what_arrived() {
+    let empty = digest(&[]);
+    for close in [TransferClose { length: 1, digest: empty }, TransferClose { length: 0, digest: empty ^ 1 }] {
+        assert!(matches!(send(&mut opened(), Frame::bare(1, Kind::Close(close))), Err(FrameError::Total { .. })));
+    }
+    let mut session = opened();
+    for id in [1, 2] {
+        send(&mut session, Frame::bare(id, Kind::Close(TransferClose { length: 0, digest: empty }))).unwrap();
+    }
+    let end = Kind::End(TransferEnd { objects: 1, length: 0 });
+    assert!(matches!(send(&mut session, Frame::bare(0, end)), Err(FrameError::Total { .. })));
+}
+
+#[test]
+fn data_follows_data() {
+    for offset in [1, u64::MAX] {
+        let found = send(&mut opened(), data(1, offset, b"x"));
+        assert_eq!(found, Err(FrameError::Length { what: "an offset", length: offset, expected: 0 }));
+    }
+}
+
+#[test]
+fn runs_that_cannot_be_are_refused() {
+    let run = TransferPages { vaddr: 0x1000, count: 2, ..TransferPages::default() };
+    let refused = [
+        (TransferPages { vaddr: 0x1001, ..run.clone() }, 2),
+        (TransferPages { vaddr: u64::MAX - 0xfff, ..run.clone() }, 2),
+        (TransferPages { count: 0, ..run.clone() }, 0),
+        (TransferPages { count: u64::MAX, ..run.clone() }, 2),
+        (TransferPages { count: 257, ..run.clone() }, 256),
+        (TransferPages { count: 3, ..run.clone() }, 2),
+        (TransferPages { zero_pages: vec![1].into(), ..run.clone() }, 2),
+        (TransferPages { zero_pages: vec![4].into(), ..run.clone() }, 1),
+        (TransferPages { zero_pages: vec![1].into(), absent: true, ..run.clone() }, 0),
+        (TransferPages { absent: true, ..run.clone() }, 2),
+    ];
+    for (run, full) in refused {
+        let shown = format!("{run:?}");
+        assert!(send(&mut opened(), pages(run, full)).is_err(), "{shown}");
+    }
+    assert!(send(&mut opened(), pages(run.clone(), 2)).is_ok());
+    assert!(send(&mut opened(), pages(TransferPages { count: 1 << 30, absent: true, ..run }, 0)).is_ok());
+}
+
+#[test]
+fn a_long_reason_is_cut() {
+    let abort = Kind::Abort(TransferAbort { reason: "ä".repeat(1_500) });
+    let Ok(Event::Abort { reason }) = send(&mut opened(), Frame::bare(0, abort)) else { panic!("no abort") };
+    assert!(reason.len() <= MAX_REASON_LENGTH && reason.len() > MAX_REASON_LENGTH - 2);
+}
