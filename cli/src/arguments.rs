@@ -1,0 +1,189 @@
+//! The verbs and flags.
+
+use std::env;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Command, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+use podferry_proto::v1;
+
+/// What `--help` says of exit codes; `docs/cli.md` has the same table.
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  a migration failed and was rolled back, a drain left workloads behind, or a check found an unfit node
+  2  the command line, the identity's files or the request make no sense
+  3  refused: the state of workload, node or certificate does not allow it; nothing was touched
+  4  no such workload, node or migration
+  5  the coordinator cannot be reached, or does not answer
+  6  the migration was cancelled
+  7  something that ought not to happen, on this side or the coordinator's
+  130  interrupted; a migration that was being watched goes on";
+
+/// Moves running containers between nodes.
+#[derive(Debug, Parser)]
+#[command(name = "podferry", version, after_help = EXIT_CODES, max_term_width = 120)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) verb: Verb,
+}
+
+/// Flags that every verb takes.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Global options")]
+pub(crate) struct Global {
+    /// Address of the coordinator, host:port
+    #[arg(long, global = true, env = "PODFERRY_COORDINATOR", value_name = "HOST:PORT")]
+    pub(crate) coordinator: Option<String>,
+    /// Folder with ca.pem, cert.pem and key.pem of a client certificate
+    #[arg(long, global = true, env = "PODFERRY_IDENTITY", value_name = "DIR")]
+    pub(crate) identity: Option<PathBuf>,
+    /// How to print results; errors too are JSON with json, on standard error
+    #[arg(long, short, global = true, value_enum, default_value_t = Output::Table)]
+    pub(crate) output: Output,
+}
+
+/// How results are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    /// For people
+    Table,
+    /// For scripts: one JSON value a line
+    Json,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// Move a workload to another node
+    Migrate(Migrate),
+    /// List the nodes
+    Nodes,
+    /// List the workloads
+    Workloads {
+        /// Only those on this node
+        #[arg(long, default_value = "")]
+        node: String,
+    },
+    /// List the migrations, newest first
+    Migrations {
+        /// Only this workload's
+        #[arg(long, default_value = "")]
+        workload: String,
+        /// Only those that have not ended
+        #[arg(long)]
+        active: bool,
+    },
+    /// Show a migration: phases, times, rounds, what went wrong
+    Describe {
+        /// The migration's id
+        id: String,
+    },
+    /// Follow a migration to its end; the exit code is its outcome
+    Watch {
+        /// The migration's id
+        id: String,
+    },
+    /// Undo a migration that has not been committed
+    Cancel {
+        /// The migration's id
+        id: String,
+    },
+    /// Move all workloads of a node elsewhere, one after the other
+    Drain {
+        /// The node
+        node: String,
+        /// How to move them
+        #[arg(long, value_enum, default_value_t = Strategy::Warm)]
+        strategy: Strategy,
+    },
+    /// Say what each node's CRIU and kernel can do; fails if a node is unfit
+    Check,
+    /// Print the completions of a shell
+    Completions {
+        /// The shell
+        #[arg(value_enum)]
+        shell: Shell,
+    },
+}
+
+/// Flags of `migrate`.
+#[derive(Debug, Args)]
+pub(crate) struct Migrate {
+    /// The workload
+    pub(crate) workload: String,
+    /// The node to move it to; without it the coordinator chooses
+    #[arg(long, value_name = "NODE")]
+    pub(crate) to: Option<String>,
+    /// How to move it
+    #[arg(long, value_enum, default_value_t = Strategy::Warm)]
+    pub(crate) strategy: Strategy,
+    /// Follow it to its end; the exit code is its outcome
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// Never compress what is sent
+    #[arg(long)]
+    pub(crate) no_compression: bool,
+}
+
+/// How a workload is moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Strategy {
+    /// Stop it, start it anew on the target
+    Cold,
+    /// Freeze it, move its memory, let it go on
+    Warm,
+    /// Move its memory while it runs, freeze it for the rest only
+    Live,
+    /// Move it at once, its memory behind it: losing either node meanwhile loses the workload
+    Postcopy,
+    /// Memory first while it runs, then post-copy for the rest
+    Hybrid,
+    /// The application moves its own state
+    Application,
+}
+
+impl From<Strategy> for v1::Strategy {
+    fn from(strategy: Strategy) -> Self {
+        match strategy {
+            Strategy::Cold => Self::Cold,
+            Strategy::Warm => Self::Warm,
+            Strategy::Live => Self::Live,
+            Strategy::Postcopy => Self::Postcopy,
+            Strategy::Hybrid => Self::Hybrid,
+            Strategy::Application => Self::Application,
+        }
+    }
+}
+
+/// The file name this program was called by.
+pub(crate) fn program() -> String {
+    let called = env::args_os().next().unwrap_or_default();
+    Path::new(&called).file_name().map_or_else(|| "podferry".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+/// The command line, with the name that the user typed: kubectl's plugins are files called `kubectl-NAME`.
+pub(crate) fn command() -> Command {
+    let command = Arguments::command();
+    if program() == "kubectl-podferry" { command.bin_name("kubectl podferry") } else { command }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn every_strategy_has_the_protocols_name() {
+        for strategy in Strategy::value_variants() {
+            let word = strategy.to_possible_value().unwrap().get_name().to_uppercase();
+            assert_eq!(v1::Strategy::from(*strategy).as_str_name(), format!("STRATEGY_{word}"));
+        }
+    }
+}

@@ -1,0 +1,82 @@
+//! The verbs.
+
+mod drain;
+mod migrate;
+
+use podferry_common::{Failure, FailureCode};
+use podferry_proto::v1::{
+    CancelMigrationRequest, GetMigrationRequest, ListMigrationsRequest, ListNodesRequest, ListWorkloadsRequest,
+};
+
+use crate::arguments::{self, Arguments, Global, Verb};
+use crate::coordinator::{answer, connect, present};
+use crate::exit::Exit;
+use crate::render;
+
+/// Does what the command line says.
+pub(crate) async fn run(arguments: Arguments) -> Result<Exit, Failure> {
+    let Arguments { global, verb } = arguments;
+    match verb {
+        Verb::Migrate(flags) => migrate::migrate(&global, flags).await,
+        Verb::Watch { id } => migrate::watch(&global, &id).await,
+        Verb::Drain { node, strategy } => drain::drain(&global, &node, strategy).await,
+        Verb::Nodes => nodes(&global).await,
+        Verb::Check => check(&global).await,
+        Verb::Workloads { node } => workloads(&global, node).await,
+        Verb::Migrations { workload, active } => migrations(&global, workload, active).await,
+        Verb::Describe { id } => describe(&global, id).await,
+        Verb::Cancel { id } => cancel(&global, id).await,
+        Verb::Completions { shell } => {
+            let name = arguments::program();
+            clap_complete::generate(shell, &mut arguments::command(), name, &mut std::io::stdout());
+            Ok(Exit::Done)
+        }
+    }
+}
+
+async fn nodes(global: &Global) -> Result<Exit, Failure> {
+    let mut coordinator = connect(global).await?;
+    let found = answer(coordinator.list_nodes(ListNodesRequest {})).await?;
+    render::nodes(global.output, &found.nodes);
+    Ok(Exit::Done)
+}
+
+async fn check(global: &Global) -> Result<Exit, Failure> {
+    let mut coordinator = connect(global).await?;
+    let found = answer(coordinator.list_nodes(ListNodesRequest {})).await?;
+    if found.nodes.is_empty() {
+        return Err(Failure::new(FailureCode::FailedPrecondition, "the coordinator knows no nodes")
+            .remedy("name them in the coordinator's inventory"));
+    }
+    render::check(global.output, &found.nodes);
+    let all_fit = found.nodes.iter().all(|node| node.reachable && node.fit);
+    Ok(if all_fit { Exit::Done } else { Exit::Failed })
+}
+
+async fn workloads(global: &Global, node: String) -> Result<Exit, Failure> {
+    let mut coordinator = connect(global).await?;
+    let found = answer(coordinator.list_workloads(ListWorkloadsRequest { node })).await?;
+    render::workloads(global.output, &found.workloads);
+    Ok(Exit::Done)
+}
+
+async fn migrations(global: &Global, workload: String, active_only: bool) -> Result<Exit, Failure> {
+    let mut coordinator = connect(global).await?;
+    let found = answer(coordinator.list_migrations(ListMigrationsRequest { workload, active_only })).await?;
+    render::migrations(global.output, &found.migrations);
+    Ok(Exit::Done)
+}
+
+async fn describe(global: &Global, id: String) -> Result<Exit, Failure> {
+    let mut coordinator = connect(global).await?;
+    let found = answer(coordinator.get_migration(GetMigrationRequest { id })).await?;
+    render::migration(global.output, &present(found.migration)?);
+    Ok(Exit::Done)
+}
+
+async fn cancel(global: &Global, id: String) -> Result<Exit, Failure> {
+    let mut coordinator = connect(global).await?;
+    let cancelled = answer(coordinator.cancel_migration(CancelMigrationRequest { id })).await?;
+    render::outcome(global.output, &present(cancelled.migration)?);
+    Ok(Exit::Done)
+}

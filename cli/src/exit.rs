@@ -1,0 +1,71 @@
+//! Exit codes: the outcome for scripts. `--help` and `docs/cli.md` list them.
+
+use std::process::ExitCode;
+
+use podferry_common::FailureCode;
+use podferry_proto::v1::{Migration, Phase};
+
+/// How the program ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Exit {
+    /// Done.
+    Done = 0,
+    /// A migration failed and was rolled back, a drain was not complete, a check found something.
+    Failed = 1,
+    /// What was asked makes no sense.
+    Usage = 2,
+    /// Refused; nothing was touched.
+    Refused = 3,
+    /// No such thing.
+    NotFound = 4,
+    /// No answer from the coordinator.
+    Unreachable = 5,
+    /// The migration was cancelled.
+    Cancelled = 6,
+    /// A mistake in podferry.
+    Internal = 7,
+    /// Ctrl-C, as shells report it.
+    Interrupted = 130,
+}
+
+impl Exit {
+    /// The code for a request that was not carried out.
+    pub(crate) fn of_refusal(code: FailureCode) -> Self {
+        match code {
+            FailureCode::InvalidArgument => Self::Usage,
+            FailureCode::NotFound => Self::NotFound,
+            FailureCode::FailedPrecondition
+            | FailureCode::AlreadyExists
+            | FailureCode::ResourceExhausted
+            | FailureCode::PermissionDenied
+            | FailureCode::Unimplemented => Self::Refused,
+            FailureCode::Unavailable | FailureCode::DeadlineExceeded => Self::Unreachable,
+            FailureCode::Aborted => Self::Failed,
+            FailureCode::Internal => Self::Internal,
+        }
+    }
+
+    /// The code for a migration that ended. One that preflight refused never touched anything: that is a refusal.
+    pub(crate) fn of_migration(migration: &Migration) -> Self {
+        match migration.phase() {
+            Phase::Succeeded => Self::Done,
+            Phase::Cancelled => Self::Cancelled,
+            _ if refused_by_preflight(migration) => Self::Refused,
+            _ => Self::Failed,
+        }
+    }
+}
+
+fn refused_by_preflight(migration: &Migration) -> bool {
+    migration.problem.as_ref().is_some_and(|problem| {
+        let refusal = FailureCode::from_name(&problem.code).map(Exit::of_refusal) == Some(Exit::Refused);
+        refusal && problem.phase.eq_ignore_ascii_case("preflight")
+    })
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}

@@ -1,1 +1,0 @@
-//! The podferry command line.

@@ -1,0 +1,93 @@
+//! Results on standard output, errors on standard error, for people or for scripts.
+
+mod json;
+mod table;
+
+use std::io::{self, Write};
+
+use podferry_common::Failure;
+use podferry_proto::v1::{Migration, Node, Workload};
+use serde::Serialize;
+
+use crate::arguments::Output;
+
+pub(crate) use json::{DrainReport, LeftBehind};
+
+/// Prints the nodes.
+pub(crate) fn nodes(output: Output, nodes: &[Node]) {
+    match output {
+        Output::Table => print(&table::nodes(nodes)),
+        Output::Json => json(&nodes.iter().map(json::Node::from).collect::<Vec<_>>()),
+    }
+}
+
+/// Prints what each node can do.
+pub(crate) fn check(output: Output, nodes: &[Node]) {
+    match output {
+        Output::Table => print(&table::check(nodes)),
+        Output::Json => json(&nodes.iter().map(json::Node::from).collect::<Vec<_>>()),
+    }
+}
+
+/// Prints the workloads.
+pub(crate) fn workloads(output: Output, workloads: &[Workload]) {
+    match output {
+        Output::Table => print(&table::workloads(workloads)),
+        Output::Json => json(&workloads.iter().map(json::Workload::from).collect::<Vec<_>>()),
+    }
+}
+
+/// Prints the migrations.
+pub(crate) fn migrations(output: Output, migrations: &[Migration]) {
+    match output {
+        Output::Table => print(&table::migrations(migrations)),
+        Output::Json => json(&migrations.iter().map(json::Migration::from).collect::<Vec<_>>()),
+    }
+}
+
+/// Prints one migration with everything known of it.
+pub(crate) fn migration(output: Output, migration: &Migration) {
+    match output {
+        Output::Table => print(&table::migration(migration)),
+        Output::Json => json(&json::Migration::from(migration)),
+    }
+}
+
+/// Prints one migration in a line: what was asked for has begun, or ended.
+pub(crate) fn outcome(output: Output, migration: &Migration) {
+    match output {
+        Output::Table => print(&table::outcome(migration)),
+        Output::Json => json(&json::Migration::from(migration)),
+    }
+}
+
+/// Prints what a drain did.
+pub(crate) fn drain(output: Output, report: &DrainReport) {
+    match output {
+        Output::Table => print(&table::drain(report)),
+        Output::Json => json(report),
+    }
+}
+
+/// Prints what failed, where, CRIU's own line and what to do, to standard error.
+pub(crate) fn failure(output: Output, failure: &Failure) {
+    let text = match output {
+        Output::Table => table::failure(failure),
+        Output::Json => text(&json::Error { error: failure }),
+    };
+    eprintln!("{}", text.trim_end());
+}
+
+fn json(value: &impl Serialize) {
+    print(&text(value));
+}
+
+fn text(value: &impl Serialize) -> String {
+    serde_json::to_string(value).unwrap_or_else(|error| format!("{{\"error\":{{\"message\":\"{error}\"}}}}"))
+}
+
+/// Prints a result. A reader that left (`podferry nodes | head -1`) is no error.
+fn print(text: &str) {
+    let mut out = io::stdout().lock();
+    let _reader_left = writeln!(out, "{}", text.trim_end()).and_then(|()| out.flush());
+}

@@ -1,0 +1,292 @@
+//! What people see: columns without lines, sizes and times in units that fit.
+
+use std::fmt::Write;
+
+use comfy_table::presets::NOTHING;
+use comfy_table::{ContentArrangement, Table};
+use indicatif::HumanBytes;
+use podferry_common::Failure;
+use podferry_proto::v1::{Migration, Node, Phase, Workload};
+
+use super::DrainReport;
+use crate::words;
+
+fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_preset(NOTHING).set_content_arrangement(ContentArrangement::Disabled).set_header(header.to_vec());
+    table.add_rows(rows);
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    let mut text = String::new();
+    for row in table.lines() {
+        line(&mut text, row.trim_end());
+    }
+    text
+}
+
+fn or_dash(text: &str) -> String {
+    if text.is_empty() { "-".to_owned() } else { text.to_owned() }
+}
+
+fn size(bytes: u64) -> String {
+    if bytes == 0 { "-".to_owned() } else { HumanBytes(bytes).to_string() }
+}
+
+/// `1.234 s`, or `87.1 ms` below a second.
+fn time(milliseconds: f64) -> String {
+    if milliseconds <= 0.0 {
+        "-".to_owned()
+    } else if milliseconds < 1000.0 {
+        format!("{milliseconds:.1} ms")
+    } else {
+        format!("{:.3} s", milliseconds / 1000.0)
+    }
+}
+
+fn state(node: &Node) -> &'static str {
+    match (node.reachable, node.fit) {
+        (false, _) => "unreachable",
+        (true, false) => "unfit",
+        (true, true) => "fit",
+    }
+}
+
+/// The nodes, one a row.
+pub(super) fn nodes(nodes: &[Node]) -> String {
+    if nodes.is_empty() {
+        return "no nodes".to_owned();
+    }
+    let header = ["NODE", "STATE", "CRIU", "RUNC", "KERNEL", "CPU", "MEMORY FREE", "WORKLOADS", "ADDRESS"];
+    let row = |node: &Node| {
+        vec![
+            node.name.clone(),
+            state(node).to_owned(),
+            or_dash(&node.criu_version),
+            or_dash(&node.runc_version),
+            or_dash(&node.kernel),
+            or_dash(&node.cpu_model),
+            size(node.memory_available),
+            or_dash(&node.workloads.join(",")),
+            node.address.clone(),
+        ]
+    };
+    let mut text = table(&header, nodes.iter().map(row));
+    for node in nodes {
+        complain(&mut text, node);
+    }
+    text
+}
+
+fn complain(text: &mut String, node: &Node) {
+    for complaint in &node.complaints {
+        line(text, &format!("{}: {complaint}", node.name));
+    }
+}
+
+/// What each node can do, a paragraph each, and a summary.
+pub(super) fn check(nodes: &[Node]) -> String {
+    let mut text = String::new();
+    for node in nodes {
+        line(&mut text, &format!("{}: {}", node.name, state(node)));
+        let facts = [
+            ("agent", format!("{} at {}", or_dash(&node.agent_version), node.address)),
+            ("CRIU", or_dash(&node.criu_version)),
+            ("runc", or_dash(&node.runc_version)),
+            ("kernel", format!("{} {}", or_dash(&node.kernel), node.architecture)),
+            ("CPU", or_dash(&node.cpu_model)),
+            ("cgroup", format!("v{}", node.cgroup_version)),
+            ("memory", format!("{} free of {}", size(node.memory_available), size(node.memory_total))),
+        ];
+        for (name, value) in facts.iter().filter(|_| node.reachable) {
+            line(&mut text, &format!("  {name:<8}{value}"));
+        }
+        for complaint in &node.complaints {
+            line(&mut text, &format!("  ! {complaint}"));
+        }
+    }
+    let fit = nodes.iter().filter(|node| node.reachable && node.fit).count();
+    line(&mut text, &format!("{fit} of {} nodes can take part in migrations", nodes.len()));
+    text
+}
+
+/// The workloads, one a row.
+pub(super) fn workloads(workloads: &[Workload]) -> String {
+    if workloads.is_empty() {
+        return "no workloads".to_owned();
+    }
+    let row = |workload: &Workload| {
+        vec![
+            workload.name.clone(),
+            or_dash(&workload.node),
+            workload.status.clone(),
+            size(workload.memory_bytes),
+            workload.processes.to_string(),
+            or_dash(&workload.addresses.join(",")),
+            or_dash(&workload.migration_id),
+        ]
+    };
+    let header = ["WORKLOAD", "NODE", "STATUS", "MEMORY", "PROCESSES", "ADDRESSES", "MIGRATION"];
+    table(&header, workloads.iter().map(row))
+}
+
+/// The migrations, one a row.
+pub(super) fn migrations(migrations: &[Migration]) -> String {
+    if migrations.is_empty() {
+        return "no migrations".to_owned();
+    }
+    let row = |migration: &Migration| {
+        vec![
+            migration.id.clone(),
+            migration.workload.clone(),
+            words::strategy(migration),
+            migration.source.clone(),
+            or_dash(&migration.target),
+            words::phase(migration),
+            time(migration.downtime_ms),
+            time(migration.total_ms),
+            size(migration.wire_bytes),
+            or_dash(&migration.created_at),
+        ]
+    };
+    let header =
+        ["ID", "WORKLOAD", "STRATEGY", "SOURCE", "TARGET", "PHASE", "DOWNTIME", "TOTAL", "ON THE WIRE", "CREATED"];
+    table(&header, migrations.iter().map(row))
+}
+
+/// One migration in one or two lines.
+pub(super) fn outcome(migration: &Migration) -> String {
+    let Migration { id, workload, source, .. } = migration;
+    let target = or_dash(&migration.target);
+    match migration.phase() {
+        Phase::Succeeded => {
+            let mut text = format!(
+                "{workload} moved from {source} to {target}: down {}, {} in all, {} on the wire ({id})\n",
+                time(migration.downtime_ms),
+                time(migration.total_ms),
+                size(migration.wire_bytes)
+            );
+            if !migration.keeps_connections {
+                line(&mut text, "its TCP connections were closed; clients have to connect again");
+            }
+            text
+        }
+        Phase::Failed => format!("{workload} stays on {source}: the migration {id} failed and was rolled back"),
+        Phase::Cancelled => format!("{workload} stays on {source}: the migration {id} was cancelled"),
+        _ => format!("{workload} {source} → {target}: {} ({id})", words::phase(migration)),
+    }
+}
+
+/// Everything known of a migration.
+pub(super) fn migration(migration: &Migration) -> String {
+    let mut text = String::new();
+    let connections = if migration.keeps_connections { "move along" } else { "are closed" };
+    // Clients see more than the coordinator can: the time until their own packets are answered again.
+    let downtime = format!("{} (as the coordinator saw it)", time(migration.downtime_ms));
+    let facts = [
+        ("id", migration.id.clone()),
+        ("workload", migration.workload.clone()),
+        ("strategy", words::strategy(migration)),
+        ("source", migration.source.clone()),
+        ("target", or_dash(&migration.target)),
+        ("phase", words::phase(migration)),
+        ("created", or_dash(&migration.created_at)),
+        ("downtime", downtime),
+        ("total", time(migration.total_ms)),
+        ("on the wire", size(migration.wire_bytes)),
+        ("connections", connections.to_owned()),
+    ];
+    for (name, value) in facts {
+        line(&mut text, &format!("{name:<13}{value}"));
+    }
+    timings(&mut text, migration);
+    if !migration.rounds.is_empty() {
+        line(&mut text, "\nrounds");
+        text.push_str(&rounds(migration));
+    }
+    for note in &migration.notes {
+        line(&mut text, &format!("note: {note}"));
+    }
+    if let Some(problem) = words::failure(migration) {
+        text.push('\n');
+        text.push_str(&failure(&problem));
+    }
+    text
+}
+
+fn timings(text: &mut String, migration: &Migration) {
+    let Some(timings) = &migration.timings else { return };
+    let spent = [
+        ("preflight", timings.preflight),
+        ("prepare", timings.prepare),
+        ("precopy", timings.precopy),
+        ("freeze", timings.freeze),
+        ("  dump", timings.dump),
+        ("  transfer", timings.transfer),
+        ("  restore", timings.restore),
+        ("commit", timings.commit),
+        ("resume", timings.resume),
+        ("fill", timings.fill),
+    ];
+    line(text, "\ntime spent");
+    for (name, milliseconds) in spent.into_iter().filter(|(_, milliseconds)| *milliseconds > 0.0) {
+        line(text, &format!("  {name:<11}{}", time(milliseconds)));
+    }
+}
+
+fn rounds(migration: &Migration) -> String {
+    let row = |(at, round): (usize, &podferry_proto::v1::Round)| {
+        vec![
+            format!("  {}", at + 1),
+            round.pages.to_string(),
+            size(round.raw_bytes),
+            size(round.wire_bytes),
+            time(round.duration_ms),
+            format!("{:.0} pages/s", round.dirty_rate),
+        ]
+    };
+    let header = ["  ROUND", "PAGES", "RAW", "ON THE WIRE", "TIME", "WRITTEN MEANWHILE"];
+    table(&header, migration.rounds.iter().enumerate().map(row))
+}
+
+/// What a drain did: a line for each workload, then the sum.
+pub(super) fn drain(report: &DrainReport) -> String {
+    let mut text = String::new();
+    for workload in &report.not_running {
+        line(&mut text, &format!("{workload} does not run: it stays where it is"));
+    }
+    let left = report.left_behind.len();
+    let moved = report.migrations.len().saturating_sub(report.left_behind.iter().filter(|l| l.migrated).count());
+    if left == 0 {
+        line(&mut text, &format!("{} is drained: {moved} workloads moved", report.node));
+    } else {
+        let names: Vec<&str> = report.left_behind.iter().map(|left| left.workload.as_str()).collect();
+        line(
+            &mut text,
+            &format!("{} is not drained: {moved} workloads moved, {left} left: {}", report.node, names.join(", ")),
+        );
+    }
+    text
+}
+
+/// What failed, where, CRIU's own line and what to do.
+pub(super) fn failure(failure: &Failure) -> String {
+    let mut text = format!("error: {}\n", failure.message);
+    let parts = [
+        ("node", &failure.node),
+        ("phase", &failure.phase),
+        ("CRIU", &failure.criu_line),
+        ("what to do", &failure.remedy),
+    ];
+    for (name, value) in parts {
+        if let Some(value) = value {
+            line(&mut text, &format!("  {:<12}{value}", format!("{name}:")));
+        }
+    }
+    text
+}
+
+fn line(text: &mut String, line: &str) {
+    // Writing to a String cannot fail.
+    let _infallible = writeln!(text, "{line}");
+}

@@ -1,0 +1,491 @@
+//! The real program against a coordinator with scripted answers, over real mutual TLS: what it prints, and how it ends.
+#![expect(clippy::unwrap_used, reason = "the helpers of these tests panic as the tests do")]
+#![expect(unreachable_pub, reason = "the helpers are for this file only")]
+
+mod support;
+
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use podferry_common::identity::{LocalCa, Peer};
+use podferry_common::{Failure, FailureCode};
+use podferry_proto::v1::{
+    Migration, Node, Phase, Problem, ProtocolVersion, Round, Strategy, Timings, TransferProgress, Workload,
+};
+use support::{Answer, Cluster, Script, podferry, program, run};
+use tokio::io::{AsyncBufReadExt, BufReader};
+
+const MIB: u64 = 1 << 20;
+const ID: &str = "0199aa00000070008000000000000001";
+
+fn begun() -> Migration {
+    Migration {
+        id: ID.into(),
+        workload: "redis".into(),
+        strategy: Strategy::Warm.into(),
+        source: "n1".into(),
+        target: "n2".into(),
+        phase: Phase::Preflight.into(),
+        created_at: "2026-11-23T21:00:00Z".into(),
+        keeps_connections: true,
+        notes: vec!["placement: n2 has 4 GiB free, n3 has no CRIU".into()],
+        ..Default::default()
+    }
+}
+
+fn frozen(raw: u64) -> Migration {
+    let progress = TransferProgress { raw_bytes: raw, wire_bytes: raw / 4, expected_bytes: 256 * MIB };
+    Migration { phase: Phase::Freeze.into(), progress: Some(progress), ..begun() }
+}
+
+fn succeeded() -> Migration {
+    let round =
+        Round { pages: 65536, raw_bytes: 256 * MIB, wire_bytes: 64 * MIB, duration_ms: 210.123_456, dirty_rate: 0.0 };
+    let timings = Timings {
+        preflight: 12.5,
+        prepare: 3.25,
+        precopy: 0.0,
+        freeze: 412.75,
+        dump: 180.0,
+        transfer: 210.5,
+        restore: 150.125,
+        commit: 1.5,
+        resume: 4.0,
+        fill: 0.0,
+    };
+    Migration {
+        phase: Phase::Succeeded.into(),
+        downtime_ms: 431.062_5,
+        total_ms: 520.0,
+        rounds: vec![round],
+        wire_bytes: 64 * MIB + 1234,
+        timings: Some(timings),
+        ..begun()
+    }
+}
+
+fn failed(phase: &str, code: &str) -> Migration {
+    let problem = Problem {
+        code: code.into(),
+        node: "n2".into(),
+        phase: phase.into(),
+        message: "CRIU cannot restore the process tree".into(),
+        criu_line: "Error (criu/cr-restore.c:2391): Can't restore".into(),
+        remedy: "update CRIU on n2".into(),
+    };
+    let reason = problem.message.clone();
+    Migration { phase: Phase::Failed.into(), reason, problem: Some(problem), ..begun() }
+}
+
+fn node(name: &str) -> Node {
+    Node {
+        name: name.into(),
+        address: format!("{name}:7441"),
+        reachable: true,
+        fit: true,
+        architecture: "x86_64".into(),
+        kernel: "6.18.0".into(),
+        cpu_model: "AMD EPYC".into(),
+        criu_version: "4.2.1".into(),
+        runc_version: "1.3.6".into(),
+        cgroup_version: 2,
+        agent_version: "0.1.0".into(),
+        memory_total: 8 << 30,
+        memory_available: 4 << 30,
+        workloads: vec!["redis".into(), "cart".into()],
+        ..Default::default()
+    }
+}
+
+fn workload(name: &str, node: &str) -> Workload {
+    Workload {
+        name: name.into(),
+        node: node.into(),
+        status: "running".into(),
+        memory_bytes: 256 * MIB,
+        processes: 5,
+        addresses: vec!["10.0.0.2".into()],
+        migration_id: String::new(),
+    }
+}
+
+fn accepting(states: Vec<Migration>) -> Script {
+    Script { migrate: [("redis".to_owned(), Answer::Accept(states))].into(), ..Default::default() }
+}
+
+const MOVE: [&str; 5] = ["migrate", "redis", "--to", "n2", "--wait"];
+const MOVE_JSON: [&str; 7] = ["migrate", "redis", "--to", "n2", "--wait", "--output", "json"];
+
+#[tokio::test]
+async fn the_json_of_a_migration_is_fixed() {
+    let cluster = Cluster::start(accepting(vec![begun(), frozen(0), succeeded()])).await;
+    let ran = cluster.run(&MOVE_JSON).await.exits(0);
+    insta::assert_snapshot!("succeeded_json", ran.out);
+    assert_eq!(cluster.run(&["describe", ID, "--output", "json"]).await.exits(0).out, ran.out);
+    let listed = cluster.run(&["migrations", "--output", "json"]).await.exits(0).out;
+    assert_eq!(listed.trim_end(), format!("[{}]", ran.out.trim_end()));
+
+    let seen = cluster.seen();
+    assert_eq!(seen[0].peer, Peer::client("alice").unwrap());
+    assert_eq!(seen[0].request.target, "n2");
+    assert_eq!(seen[0].request.strategy(), Strategy::Warm);
+}
+
+#[tokio::test]
+async fn keys_are_there_before_anything_is_known() {
+    let cluster = Cluster::start(accepting(vec![begun()])).await;
+    let ran = cluster.run(&["migrate", "redis", "-o", "json", "--strategy", "live", "--no-compression"]).await.exits(0);
+    insta::assert_snapshot!("begun_json", ran.out);
+    let request = cluster.seen()[0].request.clone();
+    assert_eq!((request.strategy(), request.target.as_str(), request.no_compression), (Strategy::Live, "", true));
+}
+
+#[tokio::test]
+async fn people_get_lines_and_a_result() {
+    let cluster = Cluster::start(accepting(vec![begun(), frozen(0), frozen(128 * MIB), succeeded()])).await;
+    cluster.script.lock().unwrap().pace = Duration::from_millis(1100);
+    let ran = cluster.run(&MOVE).await.exits(0);
+    insta::assert_snapshot!("succeeded_table", ran.out);
+    let lines: Vec<&str> = ran.err.lines().collect();
+    assert_eq!(lines.len(), 4, "{lines:#?}");
+    assert_eq!(lines[0], "redis n1 → n2: preflight");
+    assert!(lines[2].contains("freeze 128.00 MiB of 256.00 MiB, 1") && lines[2].ends_with("left"), "{}", lines[2]);
+    insta::assert_snapshot!("describe_table", cluster.run(&["describe", ID]).await.exits(0).out);
+}
+
+#[tokio::test]
+async fn a_terminal_gets_a_bar_with_rate_and_time_left() {
+    let states = (0..8).map(|eighth| frozen(eighth * 32 * MIB)).chain([succeeded()]).collect();
+    let cluster = Cluster::start(accepting(states)).await;
+    cluster.script.lock().unwrap().pace = Duration::from_millis(250);
+    let identity = cluster.identity();
+    let own = env!("CARGO_BIN_EXE_podferry");
+    let line =
+        format!("{own} --coordinator {} --identity {} migrate redis --wait", cluster.address, identity.display());
+    // `script` gives the program a terminal.
+    let mut command = program("script".as_ref(), &["--quiet", "--return", "--command", &line, "/dev/null"]);
+    command.env("TERM", "xterm");
+    let ran = run(command).await.exits(0);
+    assert!(ran.out.contains("256.00 MiB") && ran.out.contains("MiB/s"), "{:?}", ran.out);
+    assert!(ran.out.contains(" left") && ran.out.contains('█'), "{:?}", ran.out);
+    assert!(ran.out.contains("redis moved from n1 to n2"), "{:?}", ran.out);
+    assert!(!ran.out.contains("n2: freeze"), "lines beside the bar: {:?}", ran.out);
+}
+
+#[tokio::test]
+async fn a_failed_migration_says_what_where_why_and_what_to_do() {
+    let cluster = Cluster::start(accepting(vec![begun(), failed("restore", "INTERNAL")])).await;
+    let ran = cluster.run(&MOVE).await.exits(1);
+    assert!(ran.out.starts_with("redis stays on n1"), "{}", ran.out);
+    insta::assert_snapshot!("failure", ran.err.lines().skip(2).collect::<Vec<_>>().join("\n"));
+
+    let ran = cluster.run(&MOVE_JSON).await.exits(1);
+    insta::assert_snapshot!("failed_json", ran.out);
+    insta::assert_snapshot!("error_json", ran.err.lines().last().unwrap());
+    cluster.run(&["watch", ID]).await.exits(1);
+    let described = cluster.run(&["describe", ID]).await.exits(0).out;
+    assert!(described.contains("criu/cr-restore.c:2391"), "{described}");
+}
+
+#[tokio::test]
+async fn what_preflight_refuses_is_a_refusal() {
+    let refused = failed("preflight", "FAILED_PRECONDITION");
+    let cluster = Cluster::start(accepting(vec![begun(), refused])).await;
+    cluster.run(&MOVE).await.exits(3);
+    let broken = failed("preflight", "UNAVAILABLE");
+    let cluster = Cluster::start(accepting(vec![begun(), broken])).await;
+    cluster.run(&MOVE).await.exits(1);
+}
+
+#[tokio::test]
+async fn every_refusal_has_its_exit_code() {
+    let cases = [
+        (FailureCode::InvalidArgument, 2),
+        (FailureCode::FailedPrecondition, 3),
+        (FailureCode::AlreadyExists, 3),
+        (FailureCode::ResourceExhausted, 3),
+        (FailureCode::PermissionDenied, 3),
+        (FailureCode::Unimplemented, 3),
+        (FailureCode::NotFound, 4),
+        (FailureCode::Unavailable, 5),
+        (FailureCode::DeadlineExceeded, 5),
+        (FailureCode::Aborted, 1),
+        (FailureCode::Internal, 7),
+    ];
+    let cluster = Cluster::start(Script::default()).await;
+    for (code, exit) in cases {
+        let failure = Failure::new(code, "no").on("n1").in_phase("preflight").criu_line("Error: x").remedy("wait");
+        cluster.script.lock().unwrap().migrate.insert("redis".into(), Answer::Refuse(failure.clone()));
+        let ran = cluster.run(&MOVE).await.exits(exit);
+        for part in ["error: no", "node:       n1", "phase:      preflight", "Error: x", "what to do: wait"] {
+            assert!(ran.err.contains(part), "{part}: {}", ran.err);
+        }
+        let ran = cluster.run(&MOVE_JSON).await.exits(exit);
+        assert_eq!(ran.err.trim_end(), format!("{{\"error\":{}}}", serde_json::to_string(&failure).unwrap()));
+        assert_eq!(ran.out, "");
+    }
+    cluster.run(&["migrate", "nobody"]).await.exits(4);
+    for verb in ["describe", "watch", "cancel"] {
+        cluster.run(&[verb, "nothing"]).await.exits(4);
+    }
+}
+
+#[tokio::test]
+async fn a_cancelled_migration_has_its_own_code() {
+    let cancelled = Migration { phase: Phase::Cancelled.into(), reason: "cancelled by alice".into(), ..begun() };
+    let cluster = Cluster::start(accepting(vec![begun(), cancelled])).await;
+    let ran = cluster.run(&MOVE).await.exits(6);
+    assert!(ran.out.contains("was cancelled") && ran.err.contains("cancelled by alice"), "{ran:#?}");
+    let ran = cluster.run(&["cancel", ID]).await.exits(0);
+    assert!(ran.out.contains("rolling_back"), "{}", ran.out);
+    cluster.script.lock().unwrap().cancel = Some(Failure::new(FailureCode::FailedPrecondition, "it is committed"));
+    cluster.run(&["cancel", ID]).await.exits(3);
+}
+
+#[tokio::test]
+async fn a_watch_outlives_broken_streams_and_prints_each_state_as_json() {
+    let mut script = accepting(vec![begun()]);
+    script.migrations.insert(ID.into(), vec![begun(), frozen(MIB), succeeded()]);
+    script.broken_watches = 2;
+    let cluster = Cluster::start(script).await;
+    let ran = cluster.run(&["watch", ID, "--output", "json"]).await.exits(0);
+    let phases: Vec<String> = ran
+        .out
+        .lines()
+        .map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["phase"].as_str().unwrap().to_owned())
+        .collect();
+    assert_eq!(phases, ["preflight", "preflight", "preflight", "freeze", "succeeded"]);
+}
+
+#[tokio::test]
+async fn an_interrupted_wait_leaves_the_migration() {
+    let mut script = accepting(vec![begun()]);
+    script.endless_watches = true;
+    let cluster = Cluster::start(script).await;
+    let mut command = cluster.command(&MOVE);
+    let mut child = command.stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(lines.next_line().await.unwrap().unwrap().contains("preflight"));
+    let pid = child.id().unwrap().to_string();
+    assert!(program("kill".as_ref(), &["-INT", &pid]).status().await.unwrap().success());
+    let said = tokio::time::timeout(Duration::from_secs(20), lines.next_line()).await.unwrap().unwrap().unwrap();
+    assert!(said.contains(&format!("podferry cancel {ID}")), "{said}");
+    assert_eq!(child.wait().await.unwrap().code(), Some(130));
+}
+
+#[tokio::test]
+async fn lists_are_tables_and_json() {
+    let lost = Node {
+        reachable: false,
+        fit: false,
+        complaints: vec!["the agent does not answer".into()],
+        name: "n2".into(),
+        address: "n2:7441".into(),
+        ..Default::default()
+    };
+    let script = Script {
+        nodes: vec![node("n1"), lost],
+        workloads: vec![workload("redis", "n1"), workload("cart", "n2")],
+        ..Default::default()
+    };
+    let cluster = Cluster::start(script).await;
+    insta::assert_snapshot!("nodes_table", cluster.run(&["nodes"]).await.exits(0).out);
+    insta::assert_snapshot!("nodes_json", cluster.run(&["nodes", "-o", "json"]).await.exits(0).out);
+    insta::assert_snapshot!("workloads_table", cluster.run(&["workloads"]).await.exits(0).out);
+    insta::assert_snapshot!(
+        "workloads_json",
+        cluster.run(&["workloads", "--node", "n2", "-o", "json"]).await.exits(0).out
+    );
+    assert_eq!(cluster.run(&["migrations", "-o", "json"]).await.exits(0).out, "[]\n");
+    cluster.script.lock().unwrap().migrations.insert(ID.into(), vec![succeeded()]);
+    insta::assert_snapshot!("migrations_table", cluster.run(&["migrations"]).await.exits(0).out);
+    assert_eq!(cluster.run(&["migrations", "--active"]).await.exits(0).out, "no migrations\n");
+}
+
+#[tokio::test]
+async fn check_fails_if_a_node_is_unfit() {
+    let cluster = Cluster::start(Script { nodes: vec![node("n1"), node("n2")], ..Default::default() }).await;
+    cluster.run(&["check"]).await.exits(0);
+    let old = vec!["CRIU 3.17 is too old for kernel 6.18.0: at least 4.2.1 is needed".to_owned()];
+    cluster.script.lock().unwrap().nodes[1] =
+        Node { fit: false, criu_version: "3.17".into(), complaints: old, ..node("n2") };
+    insta::assert_snapshot!("check_table", cluster.run(&["check"]).await.exits(1).out);
+    cluster.run(&["check", "-o", "json"]).await.exits(1);
+    cluster.script.lock().unwrap().nodes.clear();
+    cluster.run(&["check"]).await.exits(3);
+}
+
+fn of(workload: &str, id: &str, end: Migration) -> Answer {
+    let named = |migration: Migration| Migration { id: id.into(), workload: workload.into(), ..migration };
+    Answer::Accept(vec![named(begun()), named(end)])
+}
+
+#[tokio::test]
+async fn drain_moves_everything_one_after_the_other() {
+    let stopped = Workload { status: "stopped".into(), ..workload("old", "n1") };
+    let busy = Workload { migration_id: "m4".into(), ..workload("busy", "n1") };
+    let script = Script {
+        nodes: vec![node("n1"), node("n2")],
+        workloads: vec![
+            workload("redis", "n1"),
+            workload("cart", "n1"),
+            workload("elsewhere", "n2"),
+            workload("catalogue", "n1"),
+            busy,
+            stopped,
+        ],
+        migrate: [
+            ("redis".to_owned(), of("redis", "m1", succeeded())),
+            ("cart".to_owned(), of("cart", "m2", failed("restore", "INTERNAL"))),
+            ("catalogue".to_owned(), of("catalogue", "m3", succeeded())),
+        ]
+        .into(),
+        migrations: [("m4".to_owned(), vec![Migration { id: "m4".into(), workload: "busy".into(), ..succeeded() }])]
+            .into(),
+        ..Default::default()
+    };
+    let cluster = Cluster::start(script).await;
+    let ran = cluster.run(&["drain", "n1"]).await.exits(1);
+    insta::assert_snapshot!("drain_table", ran.out);
+    assert!(ran.err.contains("criu/cr-restore.c:2391"), "{}", ran.err);
+    let asked: Vec<(String, String)> =
+        cluster.seen().into_iter().map(|seen| (seen.request.workload, seen.request.target)).collect();
+    assert_eq!(asked, [("redis", ""), ("cart", ""), ("catalogue", "")].map(|(w, t)| (w.to_owned(), t.to_owned())));
+
+    let ran = cluster.run(&["drain", "n1", "--output", "json"]).await.exits(1);
+    let report: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
+    assert_eq!(report["migrations"].as_array().unwrap().len(), 4);
+    assert_eq!(report["left_behind"][0]["workload"], "cart");
+    assert_eq!(report["not_running"][0], "old");
+
+    let refusal = Failure::new(FailureCode::FailedPrecondition, "no node can take it");
+    cluster.script.lock().unwrap().migrate.insert("cart".into(), Answer::Refuse(refusal));
+    cluster.run(&["drain", "n1"]).await.exits(1);
+    cluster.script.lock().unwrap().migrate.insert("cart".into(), of("cart", "m2", succeeded()));
+    cluster.run(&["drain", "n1"]).await.exits(0);
+    cluster.run(&["drain", "n9"]).await.exits(4);
+}
+
+#[tokio::test]
+async fn who_is_not_trusted_or_not_there_is_unreachable() {
+    let cluster = Cluster::start(Script::default()).await;
+    let with = |address: &str, identity: &std::path::Path| {
+        let mut command = podferry(&["nodes"]);
+        command.env("PODFERRY_COORDINATOR", address).env("PODFERRY_IDENTITY", identity);
+        run(command)
+    };
+    with(&cluster.address, &cluster.identity()).await.exits(0);
+
+    // Another authority: neither side trusts the other.
+    let other = LocalCa::create(&cluster.folder().join("other")).unwrap();
+    let folder = cluster.folder().join("stranger");
+    let files = podferry_common::identity::IdentityFiles::in_folder(&folder);
+    other.issue(&Peer::client("eve").unwrap(), Duration::from_secs(60), &files).unwrap();
+    let ran = with(&cluster.address, &folder).await.exits(5);
+    assert!(ran.err.contains("UnknownIssuer") && ran.err.contains("what to do"), "{}", ran.err);
+
+    // It trusts our coordinator, but the coordinator does not trust it.
+    std::fs::copy(cluster.identity().join("ca.pem"), folder.join("ca.pem")).unwrap();
+    let ran = with(&cluster.address, &folder).await.exits(5);
+    assert!(ran.err.contains("trusts this client's certificate"), "{}", ran.err);
+
+    // An expired certificate.
+    let expired = cluster.issue(&Peer::client("late").unwrap(), Duration::from_secs(1));
+    tokio::time::sleep(Duration::from_millis(2100)).await;
+    let ran = with(&cluster.address, &expired).await.exits(5);
+    assert!(ran.err.contains("expired"), "{}", ran.err);
+
+    cluster.stop();
+    let started = Instant::now();
+    let ran = with(&cluster.address, &cluster.identity()).await.exits(5);
+    assert!(ran.err.contains(&cluster.address) && ran.err.contains("refused"), "{}", ran.err);
+    assert!(started.elapsed() < Duration::from_secs(15), "{:?}", started.elapsed());
+}
+
+#[tokio::test]
+async fn an_agent_is_no_coordinator() {
+    let cluster = Cluster::start(Script::default()).await;
+    let agent = cluster.issue(&Peer::Agent("n1".parse().unwrap()), Duration::from_secs(600));
+    let identity =
+        podferry_common::identity::Identity::load(podferry_common::identity::IdentityFiles::in_folder(agent));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let _incoming = podferry_common::tls::Incoming::new(listener, &identity.unwrap());
+    let mut command = podferry(&["nodes", "--coordinator", &address, "--identity"]);
+    command.arg(cluster.identity());
+    let ran = run(command).await.exits(5);
+    assert!(ran.err.contains("not valid for name"), "{}", ran.err);
+}
+
+#[tokio::test]
+async fn an_older_protocol_is_refused() {
+    let version = Some(ProtocolVersion { current: 9, oldest: 8 });
+    let cluster = Cluster::start(Script { version, ..Default::default() }).await;
+    let ran = cluster.run(&["nodes"]).await.exits(3);
+    assert!(ran.err.contains("no common protocol version"), "{}", ran.err);
+}
+
+#[tokio::test]
+async fn usage_errors_are_2_and_say_what_is_missing() {
+    let identity = tempfile::tempdir().unwrap();
+    let folder = identity.path().to_str().unwrap();
+    let cases: [(&[&str], &str); 7] = [
+        (&[], "Usage"),
+        (&["fly"], "unrecognized subcommand"),
+        (&["migrate"], "<WORKLOAD>"),
+        (&["migrate", "redis", "--strategy", "magic"], "hybrid"),
+        (&["nodes"], "PODFERRY_COORDINATOR"),
+        (&["nodes", "--coordinator", "x:1"], "PODFERRY_IDENTITY"),
+        (&["nodes", "--coordinator", "x:1", "--identity", folder], "ca.pem"),
+    ];
+    for (arguments, said) in cases {
+        let ran = run(podferry(arguments)).await.exits(2);
+        assert!(ran.err.contains(said), "{arguments:?}: {}", ran.err);
+    }
+}
+
+#[tokio::test]
+async fn help_lists_exit_codes_and_kubectl_gets_its_own_name() {
+    let ran = run(podferry(&["--help"])).await.exits(0);
+    insta::assert_snapshot!("help", ran.out);
+    let documented = include_str!("../../docs/cli.md");
+    let (_, codes) = ran.out.split_once("Exit codes:\n").unwrap();
+    for line in codes.lines() {
+        let (code, meaning) = line.trim().split_once("  ").unwrap();
+        assert!(
+            documented.contains(&format!("| {code} | {meaning} |")),
+            "docs/cli.md lacks exit code {code}: {meaning}"
+        );
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let plugin = folder.path().join("kubectl-podferry");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_podferry"), &plugin).unwrap();
+    let ran = run(program(&plugin, &["migrate", "--help"])).await.exits(0);
+    assert!(ran.out.contains("Usage: kubectl podferry migrate"), "{}", ran.out);
+
+    let cluster = Cluster::start(Script { nodes: vec![node("n1")], ..Default::default() }).await;
+    let mut command = program(&plugin, &["nodes", "--coordinator", &cluster.address, "--identity"]);
+    command.arg(cluster.identity());
+    assert!(run(command).await.exits(0).out.contains("n1"));
+}
+
+#[tokio::test]
+async fn completions_know_verbs_and_strategies() {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let ran = run(podferry(&["completions", shell])).await.exits(0);
+        assert!(ran.out.contains("migrate"), "{shell}: {}", ran.out);
+        // clap's elvish and powershell completions have no values of flags.
+        let values = ["bash", "zsh", "fish"].contains(&shell);
+        assert_eq!(ran.out.contains("postcopy"), values, "{shell}: {}", ran.out);
+    }
+    // bash takes its completions.
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("completions");
+    std::fs::write(&file, run(podferry(&["completions", "bash"])).await.out).unwrap();
+    let probe = format!(
+        "source {}; COMP_WORDS=(podferry dr); COMP_CWORD=1; _podferry podferry dr podferry; echo ${{COMPREPLY[@]}}",
+        file.display()
+    );
+    let ran = run(program("bash".as_ref(), &["-c", &probe])).await.exits(0);
+    assert_eq!(ran.out, "drain\n");
+}
