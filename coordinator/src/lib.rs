@@ -4,12 +4,18 @@
 //! - [`strategy`]: which phases, in which order,
 //! - [`placement`]: which target, and why not the others,
 //! - [`cluster`]: where nodes and workloads come from,
-//! - [`store`]: where migrations are recorded.
+//! - [`store`]: where migrations are recorded,
+//! - [`runner`]: the I/O shell that takes migrations through their phases,
+//! - [`api`]: what callers can ask, and gRPC on it,
+//! - [`config`]: the file `coordinator.toml`.
 
 #![expect(clippy::result_large_err, reason = "a failure is what a person reads, once: its size does not matter")]
 
+pub mod api;
 pub mod cluster;
+pub mod config;
 pub mod migration;
 pub mod placement;
+pub mod runner;
 pub mod store;
 pub mod strategy;

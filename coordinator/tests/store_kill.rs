@@ -27,6 +27,7 @@ fn record(number: u64) -> Record {
         target_address: "127.0.0.1:2".to_owned(),
         compress: true,
         created_at: Timestamp::now(),
+        frozen_at: None,
         state: State::new(),
         report: Report::default(),
     }

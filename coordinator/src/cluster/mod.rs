@@ -1,5 +1,9 @@
 //! What there is: nodes and workloads from an inventory file, and what the agents say about them now.
 
+mod agents;
 mod inventory;
+mod survey;
 
+pub use agents::{AgentClient, Agents, placed};
 pub use inventory::{Inventory, InventoryError, Node, Problem, Workload};
+pub use survey::{Location, NodeView, Seen, locate, survey};

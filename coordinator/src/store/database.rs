@@ -218,6 +218,15 @@ impl Store {
         all.iter().map(|bytes| parse(&id, bytes)).collect()
     }
 
+    /// The migration that a workload is part of and whose outcome is open.
+    pub fn busy_with(&self, workload: &WorkloadName) -> Result<Option<MigrationId>, StoreError> {
+        let id = self.read("look for a workload's migration", |transaction| {
+            let table = transaction.open_table(BUSY)?;
+            Ok(table.get(workload.as_str())?.map(|id| id.value().to_owned()))
+        })?;
+        Ok(id.and_then(|id| id.parse().ok()))
+    }
+
     /// Where the last committed migration has put a workload.
     pub fn place(&self, workload: &WorkloadName) -> Result<Option<NodeName>, StoreError> {
         let node = self.read("read a workload's place", |transaction| {
@@ -362,6 +371,7 @@ mod tests {
             target_address: "127.0.0.1:2".to_owned(),
             compress: true,
             created_at: Timestamp::now(),
+            frozen_at: None,
             state: State::new(),
             report: Report::default(),
         }

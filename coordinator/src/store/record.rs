@@ -31,6 +31,9 @@ pub struct Record {
     pub compress: bool,
     /// When it was accepted.
     pub created_at: Timestamp,
+    /// When the source's processes stood still, as far as the coordinator saw it.
+    #[serde(default)]
+    pub frozen_at: Option<Timestamp>,
     /// Where it stands.
     pub state: State,
     /// What was measured.

@@ -1,0 +1,328 @@
+//! The questions and their answers, whatever they come in by.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use podferry_common::{Failure, FailureCode, MigrationId, NodeName, chain};
+use podferry_proto::v1;
+use tokio::sync::watch;
+
+use crate::cluster::{Agents, Inventory, Location, Node, NodeView, Seen, Workload, locate, survey};
+use crate::migration::{Decision, State};
+use crate::placement::{Candidate, Choice, Demand, Facts, choose, judge};
+use crate::runner::{Deadlines, Runner, blocking};
+use crate::store::{Record, Report, Store, StoreError};
+use crate::strategy::Strategy;
+
+/// Everything the coordinator can be asked. Clones share it.
+#[derive(Clone)]
+pub struct Core {
+    inventory: Arc<Inventory>,
+    agents: Agents,
+    store: Store,
+    runner: Runner,
+    deadlines: Deadlines,
+}
+
+impl Core {
+    /// The core on these parts.
+    pub fn new(inventory: Inventory, agents: Agents, store: Store, runner: Runner, deadlines: Deadlines) -> Self {
+        Self { inventory: Arc::new(inventory), agents, store, runner, deadlines }
+    }
+
+    /// All nodes, and what their agents say now.
+    pub async fn nodes(&self) -> Vec<v1::Node> {
+        let views = self.survey(self.inventory.nodes()).await;
+        views.iter().map(|view| self.node(view)).collect()
+    }
+
+    fn node(&self, view: &NodeView) -> v1::Node {
+        let (name, address) = (view.node.name.to_string(), view.node.address.clone());
+        let seen = match &view.seen {
+            Ok(seen) => seen,
+            Err(failure) => {
+                return v1::Node { name, address, complaints: vec![failure.to_string()], ..v1::Node::default() };
+            }
+        };
+        let here =
+            |workload: &&Workload| seen.containers.iter().any(|c| c.id == workload.container && c.status != "stopped");
+        let workloads = self.inventory.workloads().filter(here).map(|workload| workload.name.to_string()).collect();
+        let is = seen.description.clone();
+        v1::Node {
+            name,
+            address,
+            reachable: true,
+            fit: is.fit,
+            complaints: is.complaints,
+            architecture: is.architecture,
+            kernel: is.kernel,
+            cpu_model: is.cpu_model,
+            criu_version: is.criu_version,
+            runc_version: is.runc_version,
+            cgroup_version: is.cgroup_version,
+            agent_version: is.agent_version,
+            memory_total: is.memory_total,
+            memory_available: is.memory_available,
+            workloads,
+        }
+    }
+
+    /// All workloads, or those on one node, and where they are now.
+    pub async fn workloads(&self, node: &str) -> Result<Vec<v1::Workload>, Failure> {
+        if !node.is_empty() {
+            self.known_node(node)?;
+        }
+        let views = self.survey(self.inventory.nodes()).await;
+        let mut all = Vec::new();
+        for workload in self.inventory.workloads() {
+            let found = self.workload(&views, workload).await?;
+            if node.is_empty() || found.node == node {
+                all.push(found);
+            }
+        }
+        Ok(all)
+    }
+
+    async fn workload(&self, views: &[NodeView], workload: &Workload) -> Result<v1::Workload, Failure> {
+        let (busy, place) = self.recorded(workload).await?;
+        let mut shown = v1::Workload {
+            name: workload.name.to_string(),
+            status: "unknown".to_owned(),
+            migration_id: busy.map(|id| id.to_string()).unwrap_or_default(),
+            ..v1::Workload::default()
+        };
+        if let Ok(Location { view, container, .. }) = locate(views, workload, place.as_ref()) {
+            shown.node = view.node.name.to_string();
+            shown.status.clone_from(&container.status);
+            shown.memory_bytes = container.memory_bytes;
+            shown.processes = container.processes;
+            shown.addresses.clone_from(&container.addresses);
+        }
+        Ok(shown)
+    }
+
+    /// Accepts a migration, or refuses it and records nothing.
+    pub async fn migrate(&self, request: &v1::MigrateRequest) -> Result<Record, Failure> {
+        let strategy = Strategy::requested(request.strategy)?;
+        let workload = self.known_workload(&request.workload)?;
+        let wanted = if request.target.is_empty() { None } else { Some(self.known_node(&request.target)?) };
+        let (busy, place) = self.recorded(workload).await?;
+        if let Some(id) = busy {
+            let message = format!("workload {} is part of migration {id} already", workload.name);
+            let remedy = format!("wait for {id} to end, or cancel it");
+            return Err(Failure::new(FailureCode::AlreadyExists, message).remedy(remedy));
+        }
+        let views = self.look_for(workload, place.as_ref(), wanted).await;
+        let location = locate(&views, workload, place.as_ref())?;
+        let (target, notes) = self.target(&views, workload, &location, wanted)?;
+        let record = Record {
+            id: MigrationId::new(),
+            workload: workload.name.clone(),
+            container: workload.container.clone(),
+            strategy,
+            source: location.view.node.name.clone(),
+            source_address: location.view.node.address.clone(),
+            target: target.name.clone(),
+            target_address: target.address.clone(),
+            compress: !request.no_compression,
+            created_at: Timestamp::now(),
+            frozen_at: None,
+            state: State::new(),
+            report: Report { notes, ..Report::default() },
+        };
+        self.runner.start(record).await
+    }
+
+    /// The migration that a workload is part of, and where the last one has put it.
+    async fn recorded(&self, workload: &Workload) -> Result<(Option<MigrationId>, Option<NodeName>), Failure> {
+        let (store, name) = (self.store.clone(), workload.name.clone());
+        let known = blocking(move || Ok((store.busy_with(&name)?, store.place(&name)?))).await;
+        known.map_err(|error: StoreError| internal(&error))
+    }
+
+    /// The wanted target if it will do, or the best one and why not the others.
+    fn target<'a>(
+        &'a self,
+        views: &[NodeView],
+        workload: &Workload,
+        location: &Location<'_>,
+        wanted: Option<&'a Node>,
+    ) -> Result<(&'a Node, Vec<String>), Failure> {
+        let demand = demand(location)?;
+        let load = self.runner.load();
+        let candidate = |view: &NodeView| Candidate {
+            name: view.node.name.clone(),
+            facts: view.seen.as_ref().map(|seen| facts(seen, workload)).map_err(ToString::to_string),
+            migrations: load.get(&view.node.name).copied().unwrap_or_default(),
+            migration_limit: self.runner.limit(),
+        };
+        if let Some(wanted) = wanted {
+            let view = views.iter().find(|view| view.node.name == wanted.name);
+            let view = view.ok_or_else(|| not_asked(wanted))?;
+            judge_wanted(&demand, view, &candidate(view))?;
+            return Ok((wanted, Vec::new()));
+        }
+        let candidates: Vec<_> = views.iter().map(candidate).collect();
+        let Choice { target, others } = choose(&demand, &candidates)?;
+        let notes = others.iter().map(|(name, why)| format!("not to {name}: {why}")).collect();
+        Ok((self.known_node(target.as_str())?, notes))
+    }
+
+    /// Asks the node where the workload ought to be and the wanted one; the others only when it is not there, or when
+    /// one of them has to be chosen.
+    async fn look_for(&self, workload: &Workload, place: Option<&NodeName>, wanted: Option<&Node>) -> Vec<NodeView> {
+        let likely = place.or(workload.node.as_ref()).and_then(|name| self.inventory.node(name.as_str()));
+        if let (Some(likely), Some(wanted)) = (likely, wanted) {
+            let mut few = vec![likely];
+            if wanted.name != likely.name {
+                few.push(wanted);
+            }
+            let views = self.survey(few).await;
+            if locate(&views, workload, place).is_ok_and(|location| location.view.node.name == likely.name) {
+                return views;
+            }
+        }
+        self.survey(self.inventory.nodes()).await
+    }
+
+    async fn survey(&self, nodes: impl IntoIterator<Item = &Node>) -> Vec<NodeView> {
+        survey(&self.agents, nodes, self.deadlines.survey).await
+    }
+
+    fn known_node(&self, name: &str) -> Result<&Node, Failure> {
+        self.inventory.node(name).ok_or_else(|| {
+            let known: Vec<_> = self.inventory.nodes().map(|node| node.name.as_str()).collect();
+            unknown("node", name, &known)
+        })
+    }
+
+    fn known_workload(&self, name: &str) -> Result<&Workload, Failure> {
+        self.inventory.workload(name).ok_or_else(|| {
+            let known: Vec<_> = self.inventory.workloads().map(|workload| workload.name.as_str()).collect();
+            unknown("workload", name, &known)
+        })
+    }
+
+    /// A migration as it is now.
+    pub async fn migration(&self, id: &str) -> Result<Record, Failure> {
+        let id = parse_id(id)?;
+        if let Some(view) = self.runner.watch(id) {
+            return Ok(view.borrow().clone());
+        }
+        let store = self.store.clone();
+        let record = blocking(move || store.get(id)).await.map_err(|error| internal(&error))?;
+        record.ok_or_else(|| no_migration(id))
+    }
+
+    /// All migrations, newest first.
+    pub async fn migrations(&self, workload: &str, active_only: bool) -> Result<Vec<Record>, Failure> {
+        if !workload.is_empty() {
+            self.known_workload(workload)?;
+        }
+        let store = self.store.clone();
+        let mut all = blocking(move || store.list()).await.map_err(|error| internal(&error))?;
+        for record in &mut all {
+            if let Some(view) = self.runner.watch(record.id) {
+                *record = view.borrow().clone();
+            }
+        }
+        all.retain(|record| {
+            (workload.is_empty() || record.workload.as_str() == workload) && !(active_only && record.state.is_settled())
+        });
+        Ok(all)
+    }
+
+    /// A migration as it is now and, unless its outcome is known, its later states.
+    pub async fn watch(&self, id: &str) -> Result<(Record, Option<watch::Receiver<Record>>), Failure> {
+        let parsed = parse_id(id)?;
+        if let Some(mut view) = self.runner.watch(parsed) {
+            let now = view.borrow_and_update().clone();
+            let later = (!now.state.is_settled()).then_some(view);
+            return Ok((now, later));
+        }
+        Ok((self.migration(id).await?, None))
+    }
+
+    /// Undoes a migration that is not committed.
+    pub async fn cancel(&self, id: &str, who: &str) -> Result<Record, Failure> {
+        let record = self.migration(id).await?;
+        if let Some(answer) = self.runner.cancel(record.id, who).await {
+            return answer;
+        }
+        let phase = self.migration(id).await?.state.phase();
+        let message = format!("migration {id} has ended already: {phase}");
+        Err(Failure::new(FailureCode::FailedPrecondition, message).in_phase(phase.as_str()))
+    }
+
+    /// How a migration was decided, by the durable record alone.
+    pub async fn decision(&self, id: &str) -> Result<Decision, Failure> {
+        let id = parse_id(id)?;
+        let store = self.store.clone();
+        blocking(move || store.decision(id)).await.map_err(|error| internal(&error))
+    }
+}
+
+fn judge_wanted(demand: &Demand, view: &NodeView, candidate: &Candidate) -> Result<(), Failure> {
+    let Err(objection) = judge(demand, candidate) else { return Ok(()) };
+    match &view.seen {
+        // The agent's own words say more than that it does not answer.
+        Err(failure) if view.node.name != demand.source => Err(failure.clone()),
+        _ => Err(objection.into_failure(&view.node.name)),
+    }
+}
+
+fn not_asked(node: &Node) -> Failure {
+    Failure::new(FailureCode::Internal, format!("the agent of node {} was not asked", node.name))
+}
+
+fn demand(location: &Location<'_>) -> Result<Demand, Failure> {
+    let Location { view, seen, container } = location;
+    let node = &view.node.name;
+    if !seen.description.fit {
+        let complaints = seen.description.complaints.join("; ");
+        let message = format!("node {node}, where the workload is, is not fit for migrations: {complaints}");
+        return Err(Failure::new(FailureCode::FailedPrecondition, message)
+            .on(node.as_str())
+            .in_phase("preflight")
+            .remedy("run `podferry check` on the node"));
+    }
+    Ok(Demand {
+        source: node.clone(),
+        architecture: seen.description.architecture.clone(),
+        cpu_features: seen.description.cpu_features.iter().cloned().collect(),
+        memory_bytes: container.memory_bytes,
+    })
+}
+
+fn facts(seen: &Seen, workload: &Workload) -> Facts {
+    let is = &seen.description;
+    Facts {
+        fit: is.fit,
+        complaints: is.complaints.clone(),
+        architecture: is.architecture.clone(),
+        cpu_features: is.cpu_features.iter().cloned().collect(),
+        memory_available: is.memory_available,
+        images_free: is.images_free,
+        containers: seen.containers.iter().filter(|container| container.status != "stopped").count(),
+        has_container: seen.containers.iter().any(|container| container.id == workload.container),
+    }
+}
+
+fn unknown(kind: &str, name: &str, known: &[&str]) -> Failure {
+    let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+    Failure::new(FailureCode::NotFound, format!("there is no {kind} {name:?} in the inventory"))
+        .remedy(format!("name one of: {known}"))
+}
+
+fn parse_id(id: &str) -> Result<MigrationId, Failure> {
+    id.parse().map_err(|error| Failure::from_error(FailureCode::InvalidArgument, &error))
+}
+
+fn no_migration(id: MigrationId) -> Failure {
+    Failure::new(FailureCode::NotFound, format!("there is no migration {id}")).remedy("see `podferry migrations`")
+}
+
+fn internal(error: &StoreError) -> Failure {
+    tracing::error!(error = %chain(error), "the store cannot be read");
+    Failure::from_error(FailureCode::Internal, error).remedy("see the coordinator's disk and log")
+}

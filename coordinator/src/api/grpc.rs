@@ -1,0 +1,224 @@
+//! `CoordinatorService` over mutual TLS, with health and reflection.
+
+use std::pin::Pin;
+
+use futures::{Stream, StreamExt as _, future, stream};
+use podferry_common::identity::Peer;
+use podferry_common::tls::{self, Incoming, PeerInfo};
+use podferry_common::{Failure, FailureCode};
+use podferry_proto::v1::coordinator_service_server::{CoordinatorService, CoordinatorServiceServer};
+use podferry_proto::{DESCRIPTORS, Version, v1};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+use tonic::{Request, Response, Status};
+
+use super::Core;
+use crate::migration::Decision;
+use crate::store::Record;
+
+/// The largest message that is taken, in bytes: the protocol's limit.
+const MAX_MESSAGE_BYTES: usize = 4 << 20;
+/// Requests that one connection may have open at a time.
+const MAX_STREAMS: u32 = 256;
+
+/// The gRPC front of the core.
+pub struct GrpcService {
+    core: Core,
+    stop: CancellationToken,
+}
+
+impl GrpcService {
+    /// The front of that core. Watches end when `stop` is cancelled.
+    pub fn new(core: Core, stop: CancellationToken) -> Self {
+        Self { core, stop }
+    }
+}
+
+/// Serves on these connections until `stop` is cancelled; then finishes the requests under way.
+pub async fn serve(core: Core, incoming: Incoming, stop: CancellationToken) -> Result<(), ServeError> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    reporter.set_serving::<CoordinatorServiceServer<GrpcService>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(DESCRIPTORS)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1()?;
+    let service = CoordinatorServiceServer::new(GrpcService::new(core, stop.clone()))
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    Server::builder()
+        .http2_keepalive_interval(Some(tls::KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(tls::KEEPALIVE_TIMEOUT))
+        .max_concurrent_streams(MAX_STREAMS)
+        .add_service(health)
+        .add_service(reflection)
+        .add_service(service)
+        .serve_with_incoming_shutdown(incoming, stop.cancelled_owned())
+        .await?;
+    Ok(())
+}
+
+/// Why serving ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The protocol's own description is broken: a fault of the build.
+    #[error("the protocol's description cannot be offered by reflection")]
+    Reflection(#[from] tonic_reflection::server::Error),
+    /// The server failed.
+    #[error("the gRPC server failed")]
+    Transport(#[from] tonic::transport::Error),
+}
+
+/// Whom a call is open to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Open {
+    Clients,
+    Agents,
+    Both,
+}
+
+/// Who calls, if this call is open to them.
+fn caller<T>(request: &Request<T>, open: Open) -> Result<Peer, Status> {
+    let denied = |message: String| Status::from(Failure::new(FailureCode::PermissionDenied, message));
+    let Some(PeerInfo { peer, .. }) = request.extensions().get::<PeerInfo>() else {
+        return Err(denied("the caller has shown no certificate".to_owned()));
+    };
+    let allowed = match peer {
+        Peer::Client(_) => open != Open::Agents,
+        Peer::Agent(_) => open != Open::Clients,
+        Peer::Coordinator => false,
+    };
+    if allowed {
+        return Ok(peer.clone());
+    }
+    let who = match open {
+        Open::Clients => "clients",
+        Open::Agents => "agents",
+        Open::Both => "clients and agents",
+    };
+    Err(denied(format!("{peer} may not make this call: it is for {who}")))
+}
+
+type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::WatchMigrationResponse, Status>> + Send>>;
+
+fn shown(record: &Record) -> v1::WatchMigrationResponse {
+    v1::WatchMigrationResponse { migration: Some(record.to_wire()) }
+}
+
+/// The states that come after the first, up to the outcome. A driver that is gone before it says the coordinator stops.
+fn later(view: watch::Receiver<Record>) -> impl Stream<Item = Result<v1::WatchMigrationResponse, Status>> {
+    stream::unfold(Some(view), |view| async move {
+        let mut view = view?;
+        if view.changed().await.is_err() {
+            let failure = Failure::new(FailureCode::Unavailable, "the coordinator is stopping");
+            return Some((Err(failure.remedy("watch again in a moment").into()), None));
+        }
+        let (message, settled) = {
+            let record = view.borrow_and_update();
+            (shown(&record), record.state.is_settled())
+        };
+        Some((Ok(message), (!settled).then_some(view)))
+    })
+}
+
+#[tonic::async_trait]
+impl CoordinatorService for GrpcService {
+    async fn hello(&self, request: Request<v1::HelloRequest>) -> Result<Response<v1::HelloResponse>, Status> {
+        caller(&request, Open::Both)?;
+        Version::OURS.agree(request.get_ref().version.as_ref()).map_err(|mismatch| {
+            let failure = Failure::new(FailureCode::FailedPrecondition, mismatch.to_string());
+            Status::from(failure.remedy("use a client of the coordinator's version, or a neighbouring one"))
+        })?;
+        let coordinator_version = env!("CARGO_PKG_VERSION").to_owned();
+        Ok(Response::new(v1::HelloResponse { version: Some(Version::OURS.into()), coordinator_version }))
+    }
+
+    async fn list_nodes(
+        &self,
+        request: Request<v1::ListNodesRequest>,
+    ) -> Result<Response<v1::ListNodesResponse>, Status> {
+        caller(&request, Open::Clients)?;
+        Ok(Response::new(v1::ListNodesResponse { nodes: self.core.nodes().await }))
+    }
+
+    async fn list_workloads(
+        &self,
+        request: Request<v1::ListWorkloadsRequest>,
+    ) -> Result<Response<v1::ListWorkloadsResponse>, Status> {
+        caller(&request, Open::Clients)?;
+        let workloads = self.core.workloads(&request.get_ref().node).await?;
+        Ok(Response::new(v1::ListWorkloadsResponse { workloads }))
+    }
+
+    async fn migrate(&self, request: Request<v1::MigrateRequest>) -> Result<Response<v1::MigrateResponse>, Status> {
+        let peer = caller(&request, Open::Clients)?;
+        let wanted = request.into_inner();
+        match self.core.migrate(&wanted).await {
+            Ok(record) => Ok(Response::new(v1::MigrateResponse { migration: Some(record.to_wire()) })),
+            Err(failure) => {
+                tracing::info!(%peer, workload = wanted.workload, target = wanted.target, %failure, "migration refused");
+                Err(failure.into())
+            }
+        }
+    }
+
+    async fn get_migration(
+        &self,
+        request: Request<v1::GetMigrationRequest>,
+    ) -> Result<Response<v1::GetMigrationResponse>, Status> {
+        caller(&request, Open::Clients)?;
+        let record = self.core.migration(&request.get_ref().id).await?;
+        Ok(Response::new(v1::GetMigrationResponse { migration: Some(record.to_wire()) }))
+    }
+
+    async fn list_migrations(
+        &self,
+        request: Request<v1::ListMigrationsRequest>,
+    ) -> Result<Response<v1::ListMigrationsResponse>, Status> {
+        caller(&request, Open::Clients)?;
+        let v1::ListMigrationsRequest { workload, active_only } = request.into_inner();
+        let records = self.core.migrations(&workload, active_only).await?;
+        let migrations = records.iter().map(Record::to_wire).collect();
+        Ok(Response::new(v1::ListMigrationsResponse { migrations }))
+    }
+
+    type WatchMigrationStream = WatchStream;
+
+    async fn watch_migration(
+        &self,
+        request: Request<v1::WatchMigrationRequest>,
+    ) -> Result<Response<WatchStream>, Status> {
+        caller(&request, Open::Clients)?;
+        let (now, view) = self.core.watch(&request.get_ref().id).await?;
+        let first = stream::once(future::ready(Ok(shown(&now))));
+        let later = stream::iter(view).flat_map(later);
+        // A server that stops waits for its requests: a watch may last for hours, so it ends by itself.
+        let stop = self.stop.clone().cancelled_owned();
+        Ok(Response::new(Box::pin(first.chain(later).take_until(stop))))
+    }
+
+    async fn cancel_migration(
+        &self,
+        request: Request<v1::CancelMigrationRequest>,
+    ) -> Result<Response<v1::CancelMigrationResponse>, Status> {
+        let peer = caller(&request, Open::Clients)?;
+        let record = self.core.cancel(&request.get_ref().id, &peer.to_string()).await?;
+        Ok(Response::new(v1::CancelMigrationResponse { migration: Some(record.to_wire()) }))
+    }
+
+    async fn get_decision(
+        &self,
+        request: Request<v1::GetDecisionRequest>,
+    ) -> Result<Response<v1::GetDecisionResponse>, Status> {
+        let peer = caller(&request, Open::Agents)?;
+        let id = &request.get_ref().migration_id;
+        let decision = self.core.decision(id).await?;
+        tracing::info!(%peer, migration = %id, ?decision, "decision asked for");
+        let decision = match decision {
+            Decision::Commit => v1::Decision::Commit,
+            Decision::Abort => v1::Decision::Abort,
+            Decision::Undecided => v1::Decision::Undecided,
+        };
+        Ok(Response::new(v1::GetDecisionResponse { decision: decision.into() }))
+    }
+}

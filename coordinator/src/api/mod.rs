@@ -1,0 +1,7 @@
+//! What callers can ask: the core behind every front, and gRPC on it.
+
+mod core;
+mod grpc;
+
+pub use core::Core;
+pub use grpc::{GrpcService, ServeError, serve};

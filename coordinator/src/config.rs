@@ -1,0 +1,168 @@
+//! `coordinator.toml`.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use podferry_common::identity::IdentityFiles;
+use serde::Deserialize;
+use thiserror::Error;
+
+use crate::runner::Deadlines;
+
+/// Migrations that one node may take part in at a time, unless the configuration says otherwise: they share its network
+/// and its processors, and a frozen workload waits for both.
+const MIGRATIONS_PER_NODE: usize = 2;
+
+/// The configuration. Relative paths are relative to the file's folder.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Where the API listens.
+    pub listen: SocketAddr,
+    /// The folder that the record of all migrations lives in.
+    pub state_dir: PathBuf,
+    /// The inventory of nodes and workloads.
+    pub inventory: PathBuf,
+    /// The coordinator's certificate, its key, and the authority.
+    pub identity: IdentityFiles,
+    /// Migrations that one node may take part in at a time.
+    #[serde(default = "migrations_per_node")]
+    pub migrations_per_node: usize,
+    /// How long things may take.
+    #[serde(default)]
+    pub deadlines: Deadlines,
+}
+
+fn migrations_per_node() -> usize {
+    MIGRATIONS_PER_NODE
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// Its content is wrong; the source says line and column.
+    #[error("the configuration {} is wrong", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and where.
+        source: toml::de::Error,
+    },
+    /// A node could take part in nothing.
+    #[error("the configuration {} is wrong: migrations_per_node must be at least 1", path.display())]
+    NoMigrations {
+        /// The file.
+        path: PathBuf,
+    },
+}
+
+impl Config {
+    /// Reads and checks a file.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let failed = |source| ConfigError::Read { path: path.to_owned(), source };
+        let text = std::fs::read_to_string(path).map_err(failed)?;
+        let mut config: Self =
+            toml::from_str(&text).map_err(|source| ConfigError::Parse { path: path.to_owned(), source })?;
+        if config.migrations_per_node == 0 {
+            return Err(ConfigError::NoMigrations { path: path.to_owned() });
+        }
+        let folder = path.parent().unwrap_or(Path::new(""));
+        let identity = &mut config.identity;
+        let paths = [&mut config.state_dir, &mut config.inventory, &mut identity.ca, &mut identity.certificate];
+        for relative in paths.into_iter().chain([&mut identity.key]) {
+            *relative = folder.join(&*relative);
+        }
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use podferry_common::chain;
+
+    use super::*;
+
+    const GOOD: &str = r#"
+listen = "127.0.0.1:7440"
+state_dir = "state"
+inventory = "/etc/podferry/inventory.toml"
+
+[identity]
+ca = "tls/ca.pem"
+certificate = "tls/cert.pem"
+key = "tls/key.pem"
+
+[deadlines]
+freeze = 0.5
+"#;
+
+    fn load(text: &str) -> Result<Config, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("coordinator.toml");
+        std::fs::write(&path, text).unwrap();
+        let shorten = |error: ConfigError| chain(&error).replace(&format!("{}/", folder.path().display()), "");
+        let mut config = Config::load(&path).map_err(shorten)?;
+        config.state_dir = config.state_dir.strip_prefix(folder.path()).unwrap().to_owned();
+        Ok(config)
+    }
+
+    #[test]
+    fn paths_are_relative_to_the_file_and_deadlines_have_defaults() {
+        let config = load(GOOD).unwrap();
+        assert_eq!(config.state_dir, Path::new("state"));
+        assert_eq!(config.inventory, Path::new("/etc/podferry/inventory.toml"));
+        assert_eq!(config.deadlines.freeze, Duration::from_millis(500));
+        assert_eq!(config.deadlines.prepare, Deadlines::default().prepare);
+        assert_eq!(config.migrations_per_node, 2);
+    }
+
+    #[test]
+    fn errors_point_at_the_line() {
+        let broken = [
+            GOOD.replace("freeze = 0.5", "freeze = 0"),
+            GOOD.replace("freeze = 0.5", "freze = 1"),
+            GOOD.replace("listen = \"127.0.0.1:7440\"", "listen = \"7440\""),
+            GOOD.replace("state_dir = \"state\"", ""),
+            format!("migrations_per_node = 0\n{GOOD}"),
+        ];
+        let said: Vec<_> = broken.iter().map(|text| load(text).unwrap_err()).collect();
+        insta::assert_snapshot!(said.join("\n"), @r#"
+        the configuration coordinator.toml is wrong: TOML parse error at line 12, column 10
+           |
+        12 | freeze = 0
+           |          ^
+        0 is no deadline: it is between 0.001 and 86400 seconds
+
+        the configuration coordinator.toml is wrong: TOML parse error at line 12, column 1
+           |
+        12 | freze = 1
+           | ^^^^^
+        unknown field `freze`, expected one of `preflight`, `prepare`, `freeze`, `commit`, `release`, `resume`, `abort`, `survey`
+
+        the configuration coordinator.toml is wrong: TOML parse error at line 2, column 10
+          |
+        2 | listen = "7440"
+          |          ^^^^^^
+        invalid socket address syntax
+
+        the configuration coordinator.toml is wrong: TOML parse error at line 1, column 1
+          |
+        1 | 
+          | ^
+        missing field `state_dir`
+
+        the configuration coordinator.toml is wrong: migrations_per_node must be at least 1
+        "#);
+    }
+}

@@ -1,0 +1,103 @@
+//! `podferry-coordinator`: serves `CoordinatorService` and takes migrations through their phases.
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use podferry_common::identity::Identity;
+use podferry_common::tls::Incoming;
+use podferry_common::{chain, telemetry};
+use podferry_coordinator::api::{Core, serve};
+use podferry_coordinator::cluster::{Agents, Inventory};
+use podferry_coordinator::config::Config;
+use podferry_coordinator::runner::Runner;
+use podferry_coordinator::store::Store;
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// How often new certificates are looked for.
+const CERTIFICATE_INTERVAL: Duration = Duration::from_secs(10);
+/// How long a stop waits for migrations to be undone or completed.
+const GRACE: Duration = Duration::from_secs(20);
+/// How long the last answers of a stopping server may take.
+const LAST_ANSWERS: Duration = Duration::from_secs(3);
+
+/// One leader that takes migrations through their phases.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// The configuration file.
+    #[arg(
+        long,
+        short,
+        value_name = "FILE",
+        default_value = "/etc/podferry/coordinator.toml",
+        env = "PODFERRY_COORDINATOR_CONFIG"
+    )]
+    config: PathBuf,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    telemetry::init();
+    match run(&arguments).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{}", chain(&*error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
+    let signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
+    let config = Config::load(&arguments.config)?;
+    let inventory = Inventory::load(&config.inventory)?;
+    let identity = Identity::load(config.identity.clone())?;
+    identity.watch(CERTIFICATE_INTERVAL);
+    let store = Store::open(&config.state_dir)?;
+
+    let stop = CancellationToken::new();
+    let agents = Agents::new(identity.clone());
+    let runner = Runner::new(store.clone(), agents.clone(), config.deadlines, config.migrations_per_node, stop.clone());
+    let core = Core::new(inventory, agents, store, runner.clone(), config.deadlines);
+
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .map_err(|error| format!("cannot listen on {}: {error}", config.listen))?;
+    let incoming = Incoming::new(listener, &identity);
+    let address = incoming.local_addr()?;
+    let open = runner.recover().await?;
+    tracing::info!(%address, peer = %identity.peer(), open_migrations = open, "listening");
+
+    tokio::spawn(stop_on_signal(signals, runner.clone()));
+    let served = tokio::select! {
+        served = serve(core, incoming, stop.clone()) => served,
+        // Requests under way are finished, but a caller that does not read its answer keeps nobody from stopping.
+        () = stopped_for(&stop, LAST_ANSWERS) => Ok(()),
+    };
+    // The server may have ended by itself.
+    stop.cancel();
+    runner.join().await?;
+    served?;
+    tracing::info!("stopped");
+    Ok(())
+}
+
+async fn stopped_for(stop: &CancellationToken, time: Duration) {
+    stop.cancelled().await;
+    tokio::time::sleep(time).await;
+}
+
+async fn stop_on_signal([mut terminate, mut interrupt]: [Signal; 2], runner: Runner) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("stopping");
+    runner.shut_down(GRACE).await;
+}

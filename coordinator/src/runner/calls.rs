@@ -1,0 +1,317 @@
+//! The calls themselves: one agent, one request, one answer.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt as _;
+use podferry_common::{Failure, FailureCode, MigrationId, NodeName};
+use podferry_proto::v1::freeze_event::Event as FreezeEvent;
+use podferry_proto::v1::{self, Finding, NetworkKind};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, timeout};
+use tonic::Status;
+
+use super::Deadlines;
+use crate::cluster::{AgentClient, Agents, placed};
+use crate::migration::{Call, Side};
+use crate::store::{Progress, Record};
+
+/// What comes to a driver.
+pub(super) enum Input {
+    /// A call was answered, or failed, at that instant.
+    Answered { call: Call, answer: Result<Answer, Failure>, at: Instant },
+    /// The source's processes stand still.
+    Frozen { freeze_ms: f64, at: Instant },
+    /// The transfer goes on.
+    Progress(Progress),
+    /// Somebody asks to stop.
+    Cancel { who: String, reply: oneshot::Sender<Result<Record, Failure>> },
+}
+
+/// What an agent says beyond yes.
+#[derive(Clone, Debug)]
+pub(super) enum Answer {
+    /// Just yes.
+    Done,
+    /// The source can be dumped, and this is what it is.
+    Source(Arc<v1::PreflightSourceResponse>),
+    /// The target can take it; what a person should know.
+    Target(Vec<Finding>),
+    /// Everything has been sent.
+    Transferred(v1::Transferred),
+    /// Held; milliseconds that the restore took.
+    Restored(f64),
+}
+
+/// One call and all it needs.
+pub(super) struct Job {
+    pub(super) call: Call,
+    pub(super) id: MigrationId,
+    pub(super) container: String,
+    pub(super) strategy: v1::Strategy,
+    pub(super) compress: bool,
+    pub(super) source: NodeName,
+    pub(super) target: NodeName,
+    pub(super) target_address: String,
+    /// The node to call and its agent's address.
+    pub(super) node: NodeName,
+    pub(super) address: String,
+    pub(super) facts: Arc<v1::PreflightSourceResponse>,
+    /// For an abort: why.
+    pub(super) reason: String,
+    pub(super) deadlines: Deadlines,
+    pub(super) agents: Agents,
+    pub(super) inputs: mpsc::UnboundedSender<Input>,
+}
+
+impl Job {
+    pub(super) fn new(
+        call: Call,
+        record: &Record,
+        facts: &Arc<v1::PreflightSourceResponse>,
+        with: Surroundings,
+    ) -> Self {
+        let (node, address) = match call.side() {
+            Side::Source => (&record.source, &record.source_address),
+            Side::Target => (&record.target, &record.target_address),
+        };
+        Self {
+            call,
+            id: record.id,
+            container: record.container.clone(),
+            strategy: record.strategy.into(),
+            compress: record.compress,
+            source: record.source.clone(),
+            target: record.target.clone(),
+            target_address: record.target_address.clone(),
+            node: node.clone(),
+            address: address.clone(),
+            facts: Arc::clone(facts),
+            reason: record.state.failure().map(ToString::to_string).unwrap_or_default(),
+            deadlines: with.deadlines,
+            agents: with.agents,
+            inputs: with.inputs,
+        }
+    }
+
+    /// Waits `pause`, calls, and sends what comes of it to the driver.
+    pub(super) async fn run(self, pause: Duration) {
+        tokio::time::sleep(pause).await;
+        let limit = self.deadlines.of_call(self.call);
+        let answered = AssertUnwindSafe(timeout(limit, self.perform())).catch_unwind().await;
+        let answer = match answered {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(self.late(limit)),
+            Err(_) => Err(self.failure(FailureCode::Internal, "the coordinator's own code failed in this call")),
+        };
+        // Nobody waits for the end of a freeze that has told everything.
+        if let Some(answer) = answer.transpose() {
+            self.send(answer);
+        }
+    }
+
+    fn send(&self, answer: Result<Answer, Failure>) {
+        // A driver that is gone wants no answers.
+        let _gone = self.inputs.send(Input::Answered { call: self.call, answer, at: Instant::now() });
+    }
+
+    fn late(&self, limit: Duration) -> Failure {
+        let message = format!("the agent of node {} did not answer in {} s", self.node, limit.as_secs_f64());
+        self.failure(FailureCode::DeadlineExceeded, message)
+    }
+
+    fn failure(&self, code: FailureCode, message: impl Into<String>) -> Failure {
+        Failure::new(code, message).on(self.node.as_str()).in_phase(phase_word(self.call))
+    }
+
+    /// `None`: there is nothing more to say than what has been sent already.
+    async fn perform(&self) -> Result<Option<Answer>, Failure> {
+        let client = self.agents.client(&self.node, &self.address)?;
+        match self.call {
+            Call::PreflightSource => self.preflight_source(client).await.map(Some),
+            Call::PreflightTarget => self.preflight_target(client).await.map(Some),
+            Call::Freeze => self.freeze(client).await.map(|()| None),
+            _ => self.simple(client).await.map(Some).map_err(|status| self.placed(&status)),
+        }
+    }
+
+    fn placed(&self, status: &Status) -> Failure {
+        placed(status, &self.node, &self.address, phase_word(self.call))
+    }
+
+    async fn preflight_source(&self, mut client: AgentClient) -> Result<Answer, Failure> {
+        let node = self.agents.describe(&self.node, &self.address).await?;
+        self.fit(&node)?;
+        let (migration_id, workload) = (self.id.to_string(), self.container.clone());
+        let request = v1::PreflightSourceRequest { migration_id, workload, strategy: self.strategy.into() };
+        let answer = client.preflight_source(request).await.map_err(|status| self.placed(&status))?.into_inner();
+        match self.refusal(&answer.findings, "the workload cannot be taken from this node") {
+            Some(failure) => Err(failure),
+            None => Ok(Answer::Source(Arc::new(answer))),
+        }
+    }
+
+    async fn preflight_target(&self, mut client: AgentClient) -> Result<Answer, Failure> {
+        let node = self.agents.describe(&self.node, &self.address).await?;
+        self.fit(&node)?;
+        let request = v1::PreflightTargetRequest {
+            migration_id: self.id.to_string(),
+            workload: self.container.clone(),
+            memory_bytes: self.facts.memory_bytes,
+            layer_bytes: self.facts.layer_bytes,
+            network: self.facts.network,
+            link: self.facts.link.clone(),
+        };
+        let answer = client.preflight_target(request).await.map_err(|status| self.placed(&status))?.into_inner();
+        match self.refusal(&answer.findings, "the workload cannot be restored on this node") {
+            Some(failure) => Err(failure),
+            None => Ok(Answer::Target(answer.findings)),
+        }
+    }
+
+    fn fit(&self, node: &v1::DescribeResponse) -> Result<(), Failure> {
+        if node.fit {
+            return Ok(());
+        }
+        let message = format!("node {} is not fit for migrations: {}", self.node, node.complaints.join("; "));
+        Err(self.failure(FailureCode::FailedPrecondition, message).remedy("run `podferry check` on the node"))
+    }
+
+    /// All findings that refuse, as one failure.
+    fn refusal(&self, findings: &[Finding], what: &str) -> Option<Failure> {
+        let refusing: Vec<_> = findings.iter().filter(|finding| finding.refuses).collect();
+        if refusing.is_empty() {
+            return None;
+        }
+        let list: Vec<_> = refusing.iter().map(|finding| describe(finding)).collect();
+        let mut remedies: Vec<_> = refusing.iter().map(|finding| finding.remedy.as_str()).collect();
+        remedies.retain(|remedy| !remedy.is_empty());
+        remedies.dedup();
+        let failure = self.failure(FailureCode::FailedPrecondition, format!("{what}: {}", list.join("; ")));
+        Some(if remedies.is_empty() { failure } else { failure.remedy(remedies.join("; ")) })
+    }
+
+    async fn freeze(&self, mut client: AgentClient) -> Result<(), Failure> {
+        let request = v1::FreezeRequest {
+            migration_id: self.id.to_string(),
+            workload: self.container.clone(),
+            target_node: self.target.to_string(),
+            target_address: self.target_address.clone(),
+            keep_connections: self.keeps_connections(),
+            compress: self.compress,
+            deadline_ms: whole_milliseconds(self.deadlines.of_part(self.call)),
+        };
+        let mut events = client.freeze(request).await.map_err(|status| self.placed(&status))?.into_inner();
+        let mut complete = false;
+        while let Some(event) = events.message().await.map_err(|status| self.placed(&status))? {
+            let at = Instant::now();
+            let input = match event.event {
+                Some(FreezeEvent::Frozen(frozen)) => Input::Frozen { freeze_ms: frozen.freeze_ms, at },
+                Some(FreezeEvent::Progress(now)) => Input::Progress(Progress {
+                    raw_bytes: now.raw_bytes,
+                    wire_bytes: now.wire_bytes,
+                    expected_bytes: now.expected_bytes,
+                }),
+                Some(FreezeEvent::Transferred(sent)) => {
+                    complete = true;
+                    Input::Answered { call: self.call, answer: Ok(Answer::Transferred(sent)), at }
+                }
+                None => continue,
+            };
+            let _gone = self.inputs.send(input);
+        }
+        if complete {
+            return Ok(());
+        }
+        Err(self.failure(FailureCode::Internal, "the source's agent ended the freeze without having sent everything"))
+    }
+
+    async fn simple(&self, mut client: AgentClient) -> Result<Answer, Status> {
+        let migration_id = self.id.to_string();
+        match self.call {
+            Call::Prepare => {
+                client.prepare(self.prepare_request()).await?;
+            }
+            Call::Restore => {
+                let deadline_ms = whole_milliseconds(self.deadlines.of_part(self.call));
+                let answer = client.restore(v1::RestoreRequest { migration_id, deadline_ms }).await?;
+                return Ok(Answer::Restored(answer.into_inner().restore_ms));
+            }
+            Call::Seal(_) => {
+                client.seal(v1::SealRequest { migration_id }).await?;
+            }
+            Call::Release => {
+                client.release(v1::ReleaseRequest { migration_id }).await?;
+            }
+            Call::Resume => {
+                client.resume(v1::ResumeRequest { migration_id }).await?;
+            }
+            Call::Abort(_) => {
+                client.abort(v1::AbortRequest { migration_id, reason: self.reason.clone() }).await?;
+            }
+            Call::PreflightSource | Call::PreflightTarget | Call::Freeze => {
+                return Err(Status::internal("this call has more than one answer"));
+            }
+        }
+        Ok(Answer::Done)
+    }
+
+    fn prepare_request(&self) -> v1::PrepareRequest {
+        v1::PrepareRequest {
+            migration_id: self.id.to_string(),
+            workload: self.container.clone(),
+            source_node: self.source.to_string(),
+            memory_bytes: self.facts.memory_bytes,
+            layer_bytes: self.facts.layer_bytes,
+            network: self.facts.network,
+            link: self.facts.link.clone(),
+            keep_connections: self.keeps_connections(),
+            deadline_ms: whole_milliseconds(self.deadlines.of_part(self.call)),
+        }
+    }
+
+    fn keeps_connections(&self) -> bool {
+        keeps_connections(&self.facts)
+    }
+}
+
+/// What a driver lends to its calls.
+pub(super) struct Surroundings {
+    pub(super) deadlines: Deadlines,
+    pub(super) agents: Agents,
+    pub(super) inputs: mpsc::UnboundedSender<Input>,
+}
+
+/// Connections live on where the address moves along.
+pub(super) fn keeps_connections(facts: &v1::PreflightSourceResponse) -> bool {
+    facts.network() == NetworkKind::Path
+}
+
+/// A finding in one line.
+pub(super) fn describe(finding: &Finding) -> String {
+    let place = match (finding.pid, finding.fd) {
+        (0, _) => String::new(),
+        (pid, fd) if fd < 0 => format!(" (pid {pid})"),
+        (pid, fd) => format!(" (pid {pid}, fd {fd})"),
+    };
+    format!("{}{place}: {}", finding.kind, finding.message)
+}
+
+fn whole_milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The phase that a call belongs to, in the words of `timings`.
+pub(super) fn phase_word(call: Call) -> &'static str {
+    match call {
+        Call::PreflightSource | Call::PreflightTarget => "preflight",
+        Call::Prepare => "prepare",
+        Call::Freeze => "freeze",
+        Call::Restore => "restore",
+        Call::Seal(_) => "commit",
+        Call::Release => "release",
+        Call::Resume => "resume",
+        Call::Abort(_) => "rolling_back",
+    }
+}

@@ -1,0 +1,101 @@
+//! How long each phase, and each attempt of what is repeated, may take.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer};
+
+use crate::migration::{Call, Phase, Side};
+
+/// Deadlines; in the configuration in seconds, with fractions.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Deadlines {
+    /// Both preflights together.
+    #[serde(deserialize_with = "seconds")]
+    pub preflight: Duration,
+    /// The target's reservation.
+    #[serde(deserialize_with = "seconds")]
+    pub prepare: Duration,
+    /// Dump, transfer and restore: the workload stands still.
+    #[serde(deserialize_with = "seconds")]
+    pub freeze: Duration,
+    /// Sealing both parts.
+    #[serde(deserialize_with = "seconds")]
+    pub commit: Duration,
+    /// One attempt to destroy the source.
+    #[serde(deserialize_with = "seconds")]
+    pub release: Duration,
+    /// One attempt to let the target go.
+    #[serde(deserialize_with = "seconds")]
+    pub resume: Duration,
+    /// One attempt to undo a part. After the target's, the source is thawed in any case.
+    #[serde(deserialize_with = "seconds")]
+    pub abort: Duration,
+    /// An agent's answer to what is on its node.
+    #[serde(deserialize_with = "seconds")]
+    pub survey: Duration,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self {
+            preflight: Duration::from_secs(30),
+            prepare: Duration::from_secs(30),
+            freeze: Duration::from_secs(300),
+            commit: Duration::from_secs(15),
+            release: Duration::from_secs(30),
+            resume: Duration::from_secs(60),
+            abort: Duration::from_secs(15),
+            survey: Duration::from_secs(5),
+        }
+    }
+}
+
+impl Deadlines {
+    /// How long a phase may take as a whole; `None` for what is repeated until it is done.
+    pub(super) fn of_phase(&self, phase: Phase) -> Option<Duration> {
+        match phase {
+            Phase::Preflight => Some(self.preflight),
+            Phase::Prepare => Some(self.prepare),
+            Phase::Freeze => Some(self.freeze),
+            Phase::Commit => Some(self.commit),
+            Phase::Release
+            | Phase::Resume
+            | Phase::RollingBack
+            | Phase::Succeeded
+            | Phase::Failed
+            | Phase::Cancelled => None,
+        }
+    }
+
+    /// How long one call may take. Calls of phases with a deadline have a little more than that, so that it is the phase
+    /// that ends, once, for all of its calls.
+    pub(super) fn of_call(&self, call: Call) -> Duration {
+        const SLACK: Duration = Duration::from_secs(5);
+        match call {
+            Call::PreflightSource | Call::PreflightTarget => self.preflight + SLACK,
+            Call::Prepare => self.prepare + SLACK,
+            // The stream stays open while the target holds.
+            Call::Freeze | Call::Restore => self.freeze + self.commit + SLACK,
+            Call::Seal(_) => self.commit + SLACK,
+            Call::Release => self.release,
+            Call::Resume => self.resume,
+            Call::Abort(Side::Source | Side::Target) => self.abort,
+        }
+    }
+
+    /// After how long an unsealed part undoes itself, told to agents: never before the coordinator would have.
+    pub(super) fn of_part(&self, call: Call) -> Duration {
+        let rest = self.freeze + self.commit;
+        if call == Call::Prepare { self.prepare + rest } else { rest }
+    }
+}
+
+fn seconds<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+    let seconds = f64::deserialize(from)?;
+    let fits = (0.001..=86_400.0).contains(&seconds);
+    if fits {
+        return Ok(Duration::from_secs_f64(seconds));
+    }
+    Err(serde::de::Error::custom(format!("{seconds} is no deadline: it is between 0.001 and 86400 seconds")))
+}

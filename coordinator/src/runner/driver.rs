@@ -1,0 +1,216 @@
+//! One migration's task: takes what comes in, steps the machine, writes, and executes.
+
+use std::collections::HashMap;
+use std::future::pending;
+use std::sync::Arc;
+use std::time::Duration;
+
+use podferry_common::{Failure, FailureCode};
+use podferry_proto::v1::PreflightSourceResponse;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until};
+
+use super::calls::{Answer, Input, Job, Surroundings, describe, keeps_connections};
+use super::meter::Meter;
+use super::{Shared, blocking};
+use crate::migration::{Call, Command, Durability, Event};
+use crate::store::{Record, StoreError};
+
+/// The pause before the first repetition; doubled for each further one.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// The longest pause between repetitions.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// A migration's task.
+pub(super) struct Driver {
+    shared: Arc<Shared>,
+    record: Record,
+    facts: Arc<PreflightSourceResponse>,
+    meter: Meter,
+    inputs: mpsc::UnboundedSender<Input>,
+    queue: mpsc::UnboundedReceiver<Input>,
+    view: watch::Sender<Record>,
+    /// Calls under way. They are dropped with the driver, which is when nothing they could say matters any more.
+    calls: JoinSet<()>,
+    attempts: HashMap<Call, u32>,
+    deadline: Option<Instant>,
+}
+
+impl Driver {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        record: Record,
+        inputs: mpsc::UnboundedSender<Input>,
+        queue: mpsc::UnboundedReceiver<Input>,
+        view: watch::Sender<Record>,
+    ) -> Self {
+        let meter = Meter::new(&record);
+        let deadline = shared.deadlines.of_phase(record.state.phase()).map(|limit| Instant::now() + limit);
+        let (facts, calls, attempts) = (Arc::default(), JoinSet::new(), HashMap::new());
+        Self { shared, record, facts, meter, inputs, queue, view, calls, attempts, deadline }
+    }
+
+    /// Runs until the migration is final or the coordinator stops.
+    pub(super) async fn run(mut self, first: Event) -> Result<(), StoreError> {
+        let stop = self.shared.stop.clone();
+        self.apply(first, Instant::now()).await?;
+        while !self.record.state.is_final() {
+            tokio::select! {
+                () = stop.cancelled() => return Ok(()),
+                Some(input) = self.queue.recv() => self.take(input).await?,
+                () = until(self.deadline) => self.phase_is_late().await?,
+                Some(_) = self.calls.join_next() => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn take(&mut self, input: Input) -> Result<(), StoreError> {
+        match input {
+            Input::Answered { call, answer: Ok(answer), at } => {
+                self.note(call, answer, at);
+                self.apply(Event::Succeeded(call), at).await
+            }
+            Input::Answered { call, answer: Err(failure), at } => {
+                tracing::warn!(migration = %self.record.id, ?call, %failure, "call failed");
+                self.apply(Event::Failed(call, failure), at).await
+            }
+            Input::Frozen { freeze_ms, at } => {
+                self.meter.frozen(&mut self.record, at, freeze_ms);
+                self.apply(Event::Frozen, at).await
+            }
+            Input::Progress(progress) => {
+                self.record.report.progress = progress;
+                self.record.report.wire_bytes = progress.wire_bytes;
+                self.view.send_replace(self.record.clone());
+                Ok(())
+            }
+            Input::Cancel { who, reply } => self.cancel(&who, reply).await,
+        }
+    }
+
+    /// Takes down what an answer says beyond yes.
+    fn note(&mut self, call: Call, answer: Answer, at: Instant) {
+        let report = &mut self.record.report;
+        match answer {
+            Answer::Source(facts) => {
+                report.keeps_connections = keeps_connections(&facts);
+                if !report.keeps_connections && facts.tcp_connections > 0 {
+                    report.notes.push(format!(
+                        "{} established TCP connections are closed: the container's address cannot move along, because \
+                         its network namespace is not one given by path",
+                        facts.tcp_connections
+                    ));
+                }
+                report.notes.extend(facts.findings.iter().map(describe));
+                report.progress.expected_bytes = facts.memory_bytes;
+                self.facts = facts;
+            }
+            Answer::Target(findings) => report.notes.extend(findings.iter().map(describe)),
+            Answer::Transferred(sent) => Meter::transferred(&mut self.record, &sent),
+            Answer::Restored(restore_ms) => report.timings.restore = restore_ms,
+            Answer::Done if call == Call::Resume => self.meter.resumed(&mut self.record, at),
+            Answer::Done => {}
+        }
+    }
+
+    async fn phase_is_late(&mut self) -> Result<(), StoreError> {
+        self.deadline = None;
+        let phase = self.record.state.phase();
+        let limit = self.shared.deadlines.of_phase(phase).unwrap_or_default().as_secs_f64();
+        let failure =
+            Failure::new(FailureCode::DeadlineExceeded, format!("the phase {phase} took longer than {limit} s"))
+                .in_phase(phase.as_str())
+                .remedy("look at the agents' logs; a larger deadline can be set in the coordinator's configuration");
+        self.apply(Event::DeadlinePassed(phase, failure), Instant::now()).await
+    }
+
+    async fn cancel(&mut self, who: &str, reply: oneshot::Sender<Result<Record, Failure>>) -> Result<(), StoreError> {
+        let id = self.record.id;
+        if !self.record.state.can_be_cancelled() {
+            let phase = self.record.state.phase();
+            let message = format!("migration {id} cannot be cancelled any more: it is in the phase {phase}");
+            let failure = Failure::new(FailureCode::FailedPrecondition, message).in_phase(phase.as_str());
+            // Who asked may have gone.
+            let _gone = reply.send(Err(failure.remedy("wait for its end; migrate back if it succeeds")));
+            return Ok(());
+        }
+        let failure = Failure::new(FailureCode::Aborted, format!("cancelled by {who}"))
+            .in_phase(self.record.state.phase().as_str());
+        self.apply(Event::CancelRequested(failure), Instant::now()).await?;
+        let _gone = reply.send(Ok(self.record.clone()));
+        Ok(())
+    }
+
+    /// Steps the machine, writes when it has to be written, and executes.
+    async fn apply(&mut self, event: Event, at: Instant) -> Result<(), StoreError> {
+        let step = self.record.state.clone().step(event);
+        self.record.state = step.state;
+        let changed = self.meter.book(&mut self.record, at);
+        match step.durability {
+            Durability::Before => {
+                self.write(true).await?;
+                self.execute(&step.commands);
+            }
+            Durability::Behind => {
+                self.execute(&step.commands);
+                self.write(false).await?;
+            }
+            Durability::Unchanged => self.execute(&step.commands),
+        }
+        if changed {
+            self.enter_phase();
+        }
+        if step.durability != Durability::Unchanged {
+            self.view.send_replace(self.record.clone());
+        }
+        Ok(())
+    }
+
+    fn enter_phase(&mut self) {
+        let phase = self.record.state.phase();
+        self.deadline = self.shared.deadlines.of_phase(phase).map(|limit| Instant::now() + limit);
+        let (id, workload, failure) = (self.record.id, &self.record.workload, self.record.state.failure());
+        let why = failure.map(ToString::to_string);
+        tracing::info!(migration = %id, %workload, %phase, why, "phase");
+    }
+
+    async fn write(&self, before: bool) -> Result<(), StoreError> {
+        let (store, record) = (self.shared.store.clone(), self.record.clone());
+        let what = match record.state.failure() {
+            Some(failure) => format!("{}: {failure}", record.state.phase()),
+            None => record.state.phase().to_string(),
+        };
+        blocking(move || if before { store.update(&record, &what) } else { store.update_lazily(&record, &what) }).await
+    }
+
+    fn execute(&mut self, commands: &[Command]) {
+        for command in commands {
+            let (call, pause) = match *command {
+                Command::Call(call) => (call, Duration::ZERO),
+                Command::Retry(call) => (call, self.pause(call)),
+            };
+            let with = Surroundings {
+                deadlines: self.shared.deadlines,
+                agents: self.shared.agents.clone(),
+                inputs: self.inputs.clone(),
+            };
+            self.calls.spawn(Job::new(call, &self.record, &self.facts, with).run(pause));
+        }
+    }
+
+    fn pause(&mut self, call: Call) -> Duration {
+        let attempts = self.attempts.entry(call).or_default();
+        let pause = FIRST_PAUSE.saturating_mul(1 << (*attempts).min(10)).min(LONGEST_PAUSE);
+        *attempts += 1;
+        pause
+    }
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
+        None => pending().await,
+    }
+}

@@ -1,0 +1,94 @@
+//! What a migration cost, by the coordinator's monotonic clock.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use podferry_proto::v1;
+use tokio::time::Instant;
+
+use crate::migration::Phase;
+use crate::store::{Record, Round};
+
+/// Times one migration.
+pub(super) struct Meter {
+    started: Instant,
+    phase: Phase,
+    phase_since: Instant,
+    frozen: Option<Instant>,
+}
+
+impl Meter {
+    /// Begins, or after a restart goes on by the wall clock of the record.
+    pub(super) fn new(record: &Record) -> Self {
+        let now = Instant::now();
+        let past = |at: Timestamp| {
+            let elapsed = Duration::try_from(Timestamp::now().duration_since(at)).unwrap_or_default();
+            now.checked_sub(elapsed).unwrap_or(now)
+        };
+        Self {
+            started: past(record.created_at),
+            phase: record.state.phase(),
+            phase_since: now,
+            frozen: record.frozen_at.map(past),
+        }
+    }
+
+    /// The source's processes stand still since `at`.
+    pub(super) fn frozen(&mut self, record: &mut Record, at: Instant, freeze_ms: f64) {
+        self.frozen.get_or_insert(at);
+        let ago = jiff::SignedDuration::try_from(at.elapsed()).unwrap_or_default();
+        record.frozen_at.get_or_insert(Timestamp::now() - ago);
+        record.report.timings.freeze = freeze_ms;
+    }
+
+    /// The source has sent everything.
+    pub(super) fn transferred(record: &mut Record, sent: &v1::Transferred) {
+        let report = &mut record.report;
+        report.timings.dump = sent.dump_ms;
+        report.timings.transfer = sent.transfer_ms;
+        report.wire_bytes = sent.wire_bytes;
+        report.progress.raw_bytes = sent.raw_bytes;
+        report.progress.wire_bytes = sent.wire_bytes;
+        report.rounds = vec![Round {
+            pages: sent.pages,
+            raw_bytes: sent.raw_bytes,
+            wire_bytes: sent.wire_bytes,
+            duration_ms: sent.dump_ms + sent.transfer_ms,
+            dirty_rate: 0.0,
+        }];
+    }
+
+    /// The target runs since `at`.
+    pub(super) fn resumed(&self, record: &mut Record, at: Instant) {
+        if let Some(frozen) = self.frozen {
+            record.report.downtime_ms = milliseconds(at.saturating_duration_since(frozen));
+        }
+    }
+
+    /// Books the time since the last call to the phase that it was spent in. Returns whether the phase has changed.
+    pub(super) fn book(&mut self, record: &mut Record, at: Instant) -> bool {
+        let now = record.state.phase();
+        if now == self.phase {
+            return false;
+        }
+        let spent = milliseconds(at.saturating_duration_since(self.phase_since));
+        let timings = &mut record.report.timings;
+        match self.phase {
+            Phase::Preflight => timings.preflight = spent,
+            Phase::Prepare => timings.prepare = spent,
+            Phase::Commit | Phase::Release => timings.commit += spent,
+            Phase::Resume => timings.resume = spent,
+            // The freeze phase is told apart by the agents; the rest is no phase of a finished migration.
+            Phase::Freeze | Phase::RollingBack | Phase::Succeeded | Phase::Failed | Phase::Cancelled => {}
+        }
+        (self.phase, self.phase_since) = (now, at);
+        if record.state.is_settled() {
+            record.report.total_ms = milliseconds(at.saturating_duration_since(self.started));
+        }
+        true
+    }
+}
+
+fn milliseconds(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}

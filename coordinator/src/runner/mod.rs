@@ -1,0 +1,210 @@
+//! The I/O shell around [`crate::migration`]: it calls agents, keeps time, and writes down.
+//!
+//! Each migration that is not final has one task, its driver. A driver that cannot write stops the whole coordinator:
+//! whether a failed write is on disk is not known, and only a fresh look at the disk says it.
+
+mod calls;
+mod deadlines;
+mod driver;
+mod meter;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use podferry_common::{Failure, FailureCode, MigrationId, NodeName, chain};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use deadlines::Deadlines;
+
+use crate::cluster::Agents;
+use crate::migration::Event;
+use crate::store::{Conflict, Record, Store, StoreError};
+use driver::Driver;
+
+/// A driver, seen from outside.
+struct Handle {
+    inputs: mpsc::UnboundedSender<calls::Input>,
+    view: watch::Receiver<Record>,
+}
+
+/// All drivers. Clones share them.
+#[derive(Clone)]
+pub struct Runner {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    store: Store,
+    agents: Agents,
+    deadlines: Deadlines,
+    /// Migrations that one node may take part in at a time.
+    limit: usize,
+    live: Mutex<HashMap<MigrationId, Handle>>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+    /// Set once no more migrations are begun.
+    closing: AtomicBool,
+    fatal: Mutex<Option<StoreError>>,
+}
+
+impl Runner {
+    /// No drivers yet. `stop` ends all of them, and is cancelled by the one that cannot write.
+    pub fn new(store: Store, agents: Agents, deadlines: Deadlines, limit: usize, stop: CancellationToken) -> Self {
+        let (live, tasks, closing, fatal) =
+            (Mutex::default(), TaskTracker::new(), AtomicBool::new(false), Mutex::default());
+        Self { shared: Arc::new(Shared { store, agents, deadlines, limit, live, tasks, stop, closing, fatal }) }
+    }
+
+    /// Goes on with every migration that a former process left open.
+    pub async fn recover(&self) -> Result<usize, StoreError> {
+        let store = self.shared.store.clone();
+        let open = blocking(move || store.open_migrations()).await?;
+        let count = open.len();
+        for record in open {
+            tracing::info!(migration = %record.id, workload = %record.workload, phase = %record.state.phase(), "going on");
+            let failure = Failure::new(FailureCode::Aborted, "the coordinator was restarted before the commit")
+                .in_phase(record.state.phase().as_str())
+                .remedy("migrate again");
+            self.spawn(record, Event::Restarted(failure));
+        }
+        Ok(count)
+    }
+
+    /// Records a migration and begins with it. Returns the record, or the conflict that stands against it.
+    pub async fn start(&self, record: Record) -> Result<Record, Failure> {
+        if self.shared.closing.load(Ordering::Acquire) {
+            return Err(Failure::new(FailureCode::Unavailable, "the coordinator is stopping").remedy("try again later"));
+        }
+        let (store, limit, new) = (self.shared.store.clone(), self.shared.limit, record.clone());
+        match blocking(move || store.create(&new, limit)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(conflict)) => return Err(refusal(&record, conflict)),
+            Err(error) => return Err(self.shared.fail(error)),
+        }
+        tracing::info!(
+            migration = %record.id, workload = %record.workload, source = %record.source, target = %record.target,
+            strategy = %record.strategy, "migration accepted"
+        );
+        self.spawn(record.clone(), Event::Started);
+        Ok(record)
+    }
+
+    fn spawn(&self, record: Record, first: Event) {
+        let id = record.id;
+        let (inputs, queue) = mpsc::unbounded_channel();
+        let (view_sender, view) = watch::channel(record.clone());
+        let driver = Driver::new(Arc::clone(&self.shared), record, inputs.clone(), queue, view_sender);
+        self.shared.live().insert(id, Handle { inputs, view });
+        let shared = Arc::clone(&self.shared);
+        self.shared.tasks.spawn(async move {
+            let ended = driver.run(first).await;
+            shared.live().remove(&id);
+            if let Err(error) = ended {
+                shared.fail(error);
+            }
+        });
+    }
+
+    /// The newest state of a migration that is not final, and every later one.
+    pub fn watch(&self, id: MigrationId) -> Option<watch::Receiver<Record>> {
+        self.shared.live().get(&id).map(|handle| handle.view.clone())
+    }
+
+    /// In how many migrations of open outcome each node takes part.
+    pub fn load(&self) -> HashMap<NodeName, usize> {
+        let mut load = HashMap::new();
+        for handle in self.shared.live().values() {
+            let record = handle.view.borrow();
+            if !record.state.is_settled() {
+                *load.entry(record.source.clone()).or_default() += 1;
+                *load.entry(record.target.clone()).or_default() += 1;
+            }
+        }
+        load
+    }
+
+    /// Migrations that one node may take part in at a time.
+    pub fn limit(&self) -> usize {
+        self.shared.limit
+    }
+
+    /// Undoes a migration that is not committed. `None`: no such migration is live.
+    pub async fn cancel(&self, id: MigrationId, who: &str) -> Option<Result<Record, Failure>> {
+        let (reply, answer) = oneshot::channel();
+        let cancel = calls::Input::Cancel { who: who.to_owned(), reply };
+        // One that ended meanwhile is not live.
+        self.shared.live().get(&id)?.inputs.send(cancel).ok()?;
+        answer.await.ok()
+    }
+
+    /// Begins no more migrations, undoes those that are not committed, waits up to `grace` for all outcomes, and stops. What
+    /// is open then, the next process goes on with. Without this a frozen workload would wait for that process.
+    pub async fn shut_down(&self, grace: Duration) {
+        self.shared.closing.store(true, Ordering::Release);
+        let mut views = Vec::new();
+        for handle in self.shared.live().values() {
+            let (reply, _nobody_waits) = oneshot::channel();
+            let cancel = calls::Input::Cancel { who: "the coordinator's shutdown".to_owned(), reply };
+            // One that has ended needs no cancel.
+            let _ended = handle.inputs.send(cancel);
+            views.push(handle.view.clone());
+        }
+        let settled = views.into_iter().map(|mut view| async move {
+            // A driver that is gone has settled, or could not write.
+            let _gone = view.wait_for(|record| record.state.is_settled()).await.map(drop);
+        });
+        if timeout(grace, futures::future::join_all(settled)).await.is_err() {
+            tracing::warn!("not every migration has an outcome yet: the next start goes on with them");
+        }
+        self.shared.stop.cancel();
+    }
+
+    /// Waits until all drivers have ended, after `stop`. The error is that of the driver that could not write.
+    pub async fn join(&self) -> Result<(), StoreError> {
+        self.shared.tasks.close();
+        self.shared.tasks.wait().await;
+        let fatal = self.shared.fatal.lock().unwrap_or_else(PoisonError::into_inner).take();
+        fatal.map_or(Ok(()), Err)
+    }
+}
+
+impl Shared {
+    fn live(&self) -> std::sync::MutexGuard<'_, HashMap<MigrationId, Handle>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Stops the coordinator because it cannot write any more.
+    fn fail(&self, error: StoreError) -> Failure {
+        tracing::error!(error = %chain(&error), "the store failed: stopping, so that a restart reads what is on disk");
+        let failure = Failure::from_error(FailureCode::Internal, &error).remedy("see the coordinator's disk");
+        self.fatal.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        self.stop.cancel();
+        failure
+    }
+}
+
+fn refusal(record: &Record, conflict: Conflict) -> Failure {
+    match conflict {
+        Conflict::Workload { id } => {
+            let message = format!("workload {} is part of migration {id} already", record.workload);
+            Failure::new(FailureCode::AlreadyExists, message).remedy(format!("wait for {id} to end, or cancel it"))
+        }
+        Conflict::Node { node, limit } => {
+            let message = format!("node {node} takes part in {limit} migrations already, which is its limit");
+            Failure::new(FailureCode::ResourceExhausted, message).on(node.as_str()).remedy("wait until one has ended")
+        }
+    }
+}
+
+/// Runs disk work where it may block.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(value) => value,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
