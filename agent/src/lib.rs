@@ -1,1 +1,17 @@
-//! The podferry node agent.
+//! The podferry node agent: what runs on every node, privileged.
+//!
+//! - [`service`] answers the coordinator,
+//! - [`source`] is a migration's part on the node it leaves, [`target`] on the node it goes to,
+//! - [`worker`] is the process that keeps CRIU and the frozen tasks,
+//! - [`parts`] knows which parts there are, [`journal`] remembers them, [`recovery`] takes them up after a restart.
+
+pub mod config;
+pub mod context;
+pub mod journal;
+pub mod parts;
+pub mod recovery;
+pub mod server;
+pub mod service;
+pub mod source;
+pub mod target;
+pub mod worker;

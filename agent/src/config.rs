@@ -1,0 +1,129 @@
+//! The agent's configuration file, `agent.toml`.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use podferry_common::NodeName;
+use podferry_common::identity::IdentityFiles;
+use serde::Deserialize;
+
+/// Everything the agent is told. Paths are as its own mount namespace sees them.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// This node's name, as in its certificate.
+    pub node: NodeName,
+    /// Where it listens: the coordinator's calls and other agents' transfers come to one port.
+    pub listen: SocketAddr,
+    /// Where it remembers its parts of migrations; on a disk.
+    pub state_dir: PathBuf,
+    /// Where images are kept while a container moves; a tmpfs is mounted there when there is none.
+    pub images_dir: PathBuf,
+    /// Where sockets are made; short, because a socket's path has 108 bytes at most.
+    #[serde(default = "default_runtime_dir")]
+    pub runtime_dir: PathBuf,
+    /// host:port of the coordinator, which a part is asked about after a restart.
+    pub coordinator: String,
+    /// The certificate authority, the node's certificate and its key.
+    pub identity: IdentityFiles,
+    /// Programs.
+    pub tools: Tools,
+    /// Where containers are.
+    pub runtime: Runtime,
+    /// How containers are connected.
+    pub network: Network,
+}
+
+/// Programs that the agent runs.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tools {
+    /// CRIU, 4.2.1 or newer.
+    pub criu: PathBuf,
+    /// runc, 1.3 or newer.
+    pub runc: PathBuf,
+    /// `podferry-hook`.
+    pub hook: PathBuf,
+    /// `podferry-stdio-keeper`.
+    pub stdio_keeper: PathBuf,
+    /// `podferry-dump-worker`.
+    pub dump_worker: PathBuf,
+}
+
+/// Where containers are.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Runtime {
+    /// runc's root folders; containers that arrive go to the first.
+    pub roots: Vec<PathBuf>,
+    /// Where the bundles of containers that may arrive are: `<bundles_dir>/<workload>/config.json`.
+    pub bundles_dir: PathBuf,
+    /// Where containers' output goes.
+    pub logs_dir: PathBuf,
+}
+
+/// How containers are connected.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Network {
+    /// The bridge that arriving containers' links join.
+    pub bridge: String,
+}
+
+/// What is wrong with a configuration file.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It cannot be read.
+    #[error("cannot read the configuration {}", path.display())]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is not what it should be; the source points at the place.
+    #[error("the configuration {} is wrong", path.display())]
+    Parse {
+        /// Which file.
+        path: PathBuf,
+        /// Where and why.
+        source: Box<toml::de::Error>,
+    },
+    /// It names no folder of runc's.
+    #[error("the configuration {} names no root of runc's in runtime.roots", path.display())]
+    NoRoot {
+        /// Which file.
+        path: PathBuf,
+    },
+}
+
+impl Config {
+    /// Reads the file.
+    ///
+    /// # Errors
+    /// When it is not there, or has a key that is missing, unknown or of the wrong kind.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let config: Self = toml::from_str(&text)
+            .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })?;
+        if config.runtime.roots.is_empty() {
+            return Err(ConfigError::NoRoot { path: path.to_owned() });
+        }
+        Ok(config)
+    }
+
+    /// Where arriving containers' state goes.
+    pub fn runc_root(&self) -> &Path {
+        &self.runtime.roots[0]
+    }
+
+    /// Where the parts are remembered.
+    pub fn parts_dir(&self) -> PathBuf {
+        self.state_dir.join("parts")
+    }
+}
+
+fn default_runtime_dir() -> PathBuf {
+    PathBuf::from("/run/podferry")
+}

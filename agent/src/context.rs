@@ -1,0 +1,79 @@
+//! What every part of the agent works with.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use podferry_common::failure::{Failure, FailureCode, chain};
+use podferry_common::identity::Identity;
+use podferry_runtime::Runc;
+
+use crate::config::Config;
+use crate::target::inbox::Admissions;
+
+/// Shared by everything that runs in one agent.
+#[derive(Clone)]
+pub struct Context(Arc<Shared>);
+
+/// What [`Context`] points at.
+pub struct Shared {
+    /// The configuration.
+    pub config: Config,
+    /// Who this agent is.
+    pub identity: Identity,
+    /// Which transfers are expected.
+    pub admissions: Admissions,
+}
+
+impl Context {
+    /// Of a new agent.
+    pub fn new(config: Config, identity: Identity) -> Self {
+        Self(Arc::new(Shared { config, identity, admissions: Admissions::default() }))
+    }
+
+    /// runc with this root folder.
+    pub fn runc(&self, root: &Path) -> Runc {
+        let runc = Runc::new(&self.config.tools.runc, root);
+        match self.config.tools.criu.parent() {
+            Some(dir) => runc.with_criu_dir(dir),
+            None => runc,
+        }
+    }
+
+    /// A failure on this node, with everything that caused it.
+    pub fn failure(&self, code: FailureCode, what: &str, error: &(dyn std::error::Error + 'static)) -> Failure {
+        Failure::new(code, format!("{what}: {}", chain(error))).on(self.config.node.as_str())
+    }
+
+    /// A failure on this node that has no other cause.
+    pub fn refusal(&self, code: FailureCode, message: impl Into<String>) -> Failure {
+        Failure::new(code, message).on(self.config.node.as_str())
+    }
+}
+
+impl std::ops::Deref for Context {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Context {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.debug_struct("Context").field("node", &self.config.node).finish_non_exhaustive()
+    }
+}
+
+/// Runs what blocks on a thread where it may.
+///
+/// # Errors
+/// When it fails, and when it panicked.
+pub async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(Failure::new(FailureCode::Internal, format!("a task of the agent panicked: {error}"))),
+    }
+}

@@ -1,0 +1,139 @@
+//! Which parts of migrations there are on this node.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use podferry_common::MigrationId;
+use podferry_common::failure::{Failure, FailureCode};
+
+use crate::journal::Standing;
+use crate::source::SourcePart;
+use crate::target::TargetPart;
+
+/// A part of a migration.
+#[derive(Clone, Debug)]
+pub enum Part {
+    /// The container leaves this node.
+    Source(Arc<SourcePart>),
+    /// The container comes to this node.
+    Target(Arc<TargetPart>),
+}
+
+/// A place in the registry: a part, one that is being made, or what became of one.
+#[derive(Clone, Debug)]
+pub enum Entry {
+    /// It is being made.
+    Beginning {
+        /// Of which container.
+        workload: String,
+    },
+    /// It is there.
+    Alive {
+        /// Of which container.
+        workload: String,
+        /// The part.
+        part: Part,
+    },
+    /// It has ended.
+    Ended(Standing),
+}
+
+/// All parts of this node.
+#[derive(Clone, Debug, Default)]
+pub struct Parts(Arc<Mutex<HashMap<MigrationId, Entry>>>);
+
+impl Parts {
+    /// Takes the place of a new part.
+    ///
+    /// # Errors
+    /// When the migration has a part here already, or the workload is part of another migration.
+    pub fn reserve(&self, migration: MigrationId, workload: &str) -> Result<Reservation, Failure> {
+        let mut parts = self.lock();
+        if parts.contains_key(&migration) {
+            let message = format!("migration {migration} has a part on this node already");
+            return Err(Failure::new(FailureCode::AlreadyExists, message));
+        }
+        let busy = parts.iter().find(|(_, entry)| entry.workload() == Some(workload));
+        if let Some((other, _)) = busy {
+            let message = format!("{workload} is part of migration {other}");
+            return Err(Failure::new(FailureCode::AlreadyExists, message).remedy("wait for it, or cancel it"));
+        }
+        parts.insert(migration, Entry::Beginning { workload: workload.to_owned() });
+        drop(parts);
+        Ok(Reservation { parts: self.clone(), migration, workload: workload.to_owned(), filled: false })
+    }
+
+    /// What is known of a migration.
+    pub fn get(&self, migration: MigrationId) -> Option<Entry> {
+        self.lock().get(&migration).cloned()
+    }
+
+    /// Notes how a part ended.
+    pub fn ended(&self, migration: MigrationId, standing: Standing) {
+        self.lock().insert(migration, Entry::Ended(standing));
+    }
+
+    /// How many parts have not ended.
+    pub fn alive(&self) -> usize {
+        self.lock().values().filter(|entry| entry.workload().is_some()).count()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<MigrationId, Entry>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Entry {
+    fn workload(&self) -> Option<&str> {
+        match self {
+            Self::Beginning { workload } | Self::Alive { workload, .. } => Some(workload),
+            Self::Ended(_) => None,
+        }
+    }
+}
+
+/// The place of a part that is being made; given back when it comes to nothing.
+#[derive(Debug)]
+pub struct Reservation {
+    parts: Parts,
+    migration: MigrationId,
+    workload: String,
+    filled: bool,
+}
+
+impl Reservation {
+    /// The part is there.
+    pub fn fill(mut self, part: Part) {
+        self.filled = true;
+        let entry = Entry::Alive { workload: self.workload.clone(), part };
+        self.parts.lock().insert(self.migration, entry);
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if !self.filled {
+            self.parts.lock().remove(&self.migration);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_workload_and_a_migration_have_one_part_at_a_time() {
+        let parts = Parts::default();
+        let (first, second) = (MigrationId::new(), MigrationId::new());
+        let reservation = parts.reserve(first, "redis").unwrap();
+        assert!(parts.reserve(first, "other").is_err());
+        assert!(parts.reserve(second, "redis").is_err());
+        assert_eq!(parts.alive(), 1);
+        drop(reservation);
+        drop(parts.reserve(second, "redis").unwrap());
+        parts.ended(first, Standing::Aborted);
+        assert!(parts.reserve(first, "redis").is_err(), "an ended migration does not begin again");
+        assert_eq!(parts.alive(), 0);
+    }
+}

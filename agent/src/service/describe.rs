@@ -1,0 +1,166 @@
+//! What this node is and can do, and what runs on it.
+
+use std::path::Path;
+
+use podferry_common::failure::{Failure, FailureCode, chain};
+use podferry_criu::{Criu, CriuCapabilities};
+use podferry_proto::Version;
+use podferry_proto::v1::{self, Finding};
+use podferry_runtime::{CgroupVersion, Container, HostFacts, NamespaceKind, Status};
+
+use crate::context::{Context, blocking};
+
+/// What was found out when the agent started.
+#[derive(Debug)]
+pub struct Capabilities {
+    criu_version: String,
+    runc_version: String,
+    complaints: Vec<String>,
+}
+
+impl Capabilities {
+    /// Asks CRIU and runc.
+    pub async fn probe(context: &Context) -> Self {
+        let criu = Criu::at(&context.config.tools.criu);
+        let probed = blocking(move || Ok(criu.probe())).await;
+        let (criu_version, mut complaints) = match probed {
+            Ok(Ok(CriuCapabilities { version, complaints })) => (version.to_string(), complaints),
+            Ok(Err(error)) => (String::new(), vec![chain(&error)]),
+            Err(failure) => (String::new(), vec![failure.message]),
+        };
+        let runc_version = runc_version(&context.config.tools.runc).await.unwrap_or_else(|complaint| {
+            complaints.push(complaint);
+            String::new()
+        });
+        for (what, path) in programs(context) {
+            if !path.is_file() {
+                complaints.push(format!("{what} is not at {}", path.display()));
+            }
+        }
+        for complaint in &complaints {
+            tracing::error!(complaint, "this node cannot take part in migrations");
+        }
+        Self { criu_version, runc_version, complaints }
+    }
+
+    /// The complaints as preflight's findings.
+    pub fn findings(&self) -> impl Iterator<Item = Finding> {
+        self.complaints.iter().map(|complaint| Finding {
+            refuses: true,
+            kind: "node-unfit".to_owned(),
+            pid: 0,
+            fd: -1,
+            message: complaint.clone(),
+            remedy: "run deploy/setup/setup.sh on the node, or see docs/operations.md, \"Requirements\"".to_owned(),
+        })
+    }
+
+    /// The answer to `Describe`.
+    pub async fn describe(&self, context: &Context) -> Result<v1::DescribeResponse, Failure> {
+        let facts = host_facts(context).await?;
+        let free = |dir: &Path| podferry_filesystem::free_bytes(dir).unwrap_or(0);
+        Ok(v1::DescribeResponse {
+            version: Some(Version::OURS.into()),
+            node: context.config.node.to_string(),
+            architecture: facts.architecture,
+            kernel: facts.kernel_release,
+            cpu_model: cpu_model(),
+            cpu_features: facts.cpu.flags.into_iter().collect(),
+            memory_total: facts.memory_total,
+            memory_available: facts.memory_available,
+            images_free: free(&context.config.images_dir),
+            layers_free: free(&context.config.runtime.bundles_dir),
+            criu_version: self.criu_version.clone(),
+            complaints: self.complaints.clone(),
+            runc_version: self.runc_version.clone(),
+            cgroup_version: match facts.cgroup_version {
+                CgroupVersion::V1 | CgroupVersion::Hybrid => 1,
+                CgroupVersion::V2 => 2,
+            },
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            fit: self.complaints.is_empty(),
+        })
+    }
+}
+
+/// Facts about this machine, fresh.
+pub async fn host_facts(context: &Context) -> Result<HostFacts, Failure> {
+    let context = context.clone();
+    blocking(move || {
+        let facts = HostFacts::collect();
+        facts.map_err(|error| context.failure(FailureCode::Internal, "this machine cannot be looked at", &error))
+    })
+    .await
+}
+
+/// The containers of all roots.
+pub async fn containers(context: &Context) -> Result<Vec<v1::Container>, Failure> {
+    let found = {
+        let context = context.clone();
+        blocking(move || {
+            let found = podferry_runtime::discover(&context.config.runtime.roots);
+            found.map_err(|error| context.failure(FailureCode::Internal, "the containers cannot be listed", &error))
+        })
+        .await?
+    };
+    let mut messages = Vec::with_capacity(found.len());
+    for container in found {
+        messages.push(message_of(&container).await);
+    }
+    Ok(messages)
+}
+
+async fn message_of(container: &Container) -> v1::Container {
+    v1::Container {
+        id: container.id.clone(),
+        root: container.root.display().to_string(),
+        status: status_word(container.status).to_owned(),
+        pid: container.init.map(|init| init.pid.unsigned_abs()).unwrap_or_default(),
+        memory_bytes: container.memory_to_move().unwrap_or_default(),
+        processes: container.processes().map(|pids| u32::try_from(pids.len()).unwrap_or(u32::MAX)).unwrap_or_default(),
+        addresses: addresses(container).await,
+    }
+}
+
+fn status_word(status: Status) -> &'static str {
+    match status {
+        Status::Created => "created",
+        Status::Running => "running",
+        Status::Paused => "paused",
+        Status::Stopped => "stopped",
+    }
+}
+
+async fn addresses(container: &Container) -> Vec<String> {
+    let Some(path) = container.namespace_paths.get(&NamespaceKind::Network) else { return Vec::new() };
+    let Ok(netns) = podferry_network::Netns::open(path) else { return Vec::new() };
+    match podferry_network::discover(&netns, crate::target::INTERFACE).await {
+        Ok(link) => link.addresses.iter().map(|address| address.addr().to_string()).collect(),
+        Err(_) => Vec::new(),
+    }
+}
+
+async fn runc_version(runc: &Path) -> Result<String, String> {
+    let ran = tokio::process::Command::new(runc).arg("--version").output().await;
+    let output = ran.map_err(|error| format!("runc cannot be started at {}: {error}", runc.display()))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let version = text.lines().find_map(|line| line.strip_prefix("runc version "));
+    version
+        .map(|version| version.trim().to_owned())
+        .ok_or_else(|| format!("{} does not say its version", runc.display()))
+}
+
+fn programs(context: &Context) -> [(&'static str, &Path); 3] {
+    let tools = &context.config.tools;
+    [
+        ("podferry-hook", tools.hook.as_path()),
+        ("podferry-stdio-keeper", tools.stdio_keeper.as_path()),
+        ("podferry-dump-worker", tools.dump_worker.as_path()),
+    ]
+}
+
+fn cpu_model() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let line = text.lines().find(|line| line.starts_with("model name") || line.starts_with("Model"));
+    line.and_then(|line| line.split_once(':')).map(|(_, model)| model.trim().to_owned()).unwrap_or_default()
+}

@@ -1,0 +1,336 @@
+//! `AgentService`: the coordinator's calls. What each means is written in `podferry_proto::agent`.
+
+mod convert;
+mod describe;
+mod preflight;
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use futures::Stream;
+use podferry_common::MigrationId;
+use podferry_common::failure::{Failure, FailureCode};
+use podferry_common::identity::Peer;
+use podferry_common::tls::PeerInfo;
+use podferry_proto::v1::agent_service_server::AgentService;
+use podferry_proto::v1::{self, NetworkKind, PartState};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use crate::context::Context;
+use crate::journal::Standing;
+use crate::parts::{Entry, Part, Parts};
+use crate::recovery;
+use crate::source::{FreezeOrder, SourcePart};
+use crate::target::{PrepareOrder, TargetPart};
+
+/// The shortest and the longest deadline that is taken.
+const DEADLINES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(24 * 3600));
+/// Events that may wait for a slow coordinator.
+const EVENT_QUEUE: usize = 16;
+
+/// The service.
+#[derive(Clone, Debug)]
+pub struct Agent {
+    context: Context,
+    parts: Parts,
+    capabilities: Arc<describe::Capabilities>,
+}
+
+type Events = Pin<Box<dyn Stream<Item = Result<v1::FreezeEvent, Status>> + Send>>;
+
+impl Agent {
+    /// Of this node; looks at CRIU and runc.
+    pub async fn new(context: Context, parts: Parts) -> Self {
+        let capabilities = Arc::new(describe::Capabilities::probe(&context).await);
+        Self { context, parts, capabilities }
+    }
+
+    fn part(&self, migration: MigrationId) -> Result<Part, Failure> {
+        match self.parts.get(migration) {
+            Some(Entry::Alive { part, .. }) => Ok(part),
+            Some(Entry::Beginning { .. }) => {
+                Err(self.context.refusal(FailureCode::FailedPrecondition, "the part is still being made"))
+            }
+            Some(Entry::Ended(standing)) => {
+                let message = format!("this node's part of the migration has ended: {standing:?}");
+                Err(self.context.refusal(FailureCode::FailedPrecondition, message))
+            }
+            None => Err(self.context.refusal(FailureCode::NotFound, "this node has no part of that migration")),
+        }
+    }
+
+    fn source(&self, migration: MigrationId) -> Result<Arc<SourcePart>, Failure> {
+        match self.part(migration)? {
+            Part::Source(source) => Ok(source),
+            Part::Target(_) => Err(self.wrong_role("target")),
+        }
+    }
+
+    fn target(&self, migration: MigrationId) -> Result<Arc<TargetPart>, Failure> {
+        match self.part(migration)? {
+            Part::Target(target) => Ok(target),
+            Part::Source(_) => Err(self.wrong_role("source")),
+        }
+    }
+
+    fn wrong_role(&self, role: &str) -> Failure {
+        let message = format!("this node is the migration's {role}");
+        self.context.refusal(FailureCode::FailedPrecondition, message)
+    }
+
+    fn ended(&self, migration: MigrationId) -> Option<Standing> {
+        match self.parts.get(migration) {
+            Some(Entry::Ended(standing)) => Some(standing),
+            _ => None,
+        }
+    }
+
+    /// Undoes a part whose deadline passes before it is sealed.
+    fn watch_deadline(&self, migration: MigrationId, part: Part, deadline: SystemTime) {
+        let parts = self.parts.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(deadline.duration_since(SystemTime::now()).unwrap_or_default()).await;
+            let standing = match &part {
+                Part::Source(source) => source.standing().await,
+                Part::Target(target) => target.standing().await,
+            };
+            if standing == Standing::Open {
+                tracing::warn!(%migration, "the migration's deadline has passed; undoing this node's part");
+                recovery::undo(&parts, &part, migration, "the migration's deadline has passed").await;
+            }
+        });
+    }
+
+    async fn begin_freeze(
+        &self,
+        request: v1::FreezeRequest,
+    ) -> Result<mpsc::Receiver<Result<v1::FreezeEvent, Status>>, Failure> {
+        let migration = migration_of(&request.migration_id)?;
+        let target = Peer::Agent(convert::node_name(&request.target_node)?);
+        let reservation = self.parts.reserve(migration, &request.workload)?;
+        let found = preflight::container(&self.context, &request.workload).await?;
+        let link = preflight::link_of(&self.context, &found).await?;
+        let order = FreezeOrder {
+            migration,
+            container: found,
+            link: link.and_then(|link| link.handle()),
+            target,
+            target_address: request.target_address,
+            keep_connections: request.keep_connections,
+            compress: request.compress,
+            deadline: deadline_of(request.deadline_ms),
+        };
+        let (part, pages) = SourcePart::begin(&self.context, &order).await?;
+        let part = Arc::new(part);
+        reservation.fill(Part::Source(Arc::clone(&part)));
+        self.watch_deadline(migration, Part::Source(Arc::clone(&part)), order.deadline);
+
+        let (answers, receiver) = mpsc::channel(EVENT_QUEUE);
+        let (events, mut incoming) = mpsc::channel(EVENT_QUEUE);
+        let parts = self.parts.clone();
+        // A task of its own: it does not end when the coordinator's connection does.
+        tokio::spawn(async move {
+            let ended = {
+                let running = part.run(&order, pages, &events);
+                tokio::pin!(running);
+                loop {
+                    tokio::select! {
+                        ended = &mut running => break ended,
+                        Some(event) = incoming.recv() => { let _ = answers.send(Ok(convert::event(event))).await; }
+                    }
+                }
+            };
+            while let Ok(event) = incoming.try_recv() {
+                let _ = answers.send(Ok(convert::event(event))).await;
+            }
+            if let Err(failure) = ended {
+                tracing::warn!(%migration, %failure, "the freeze failed; undoing it");
+                recovery::undo(&parts, &Part::Source(part), migration, &failure.message).await;
+                let _ = answers.send(Err(failure.into_status())).await;
+            }
+        });
+        Ok(receiver)
+    }
+}
+
+#[tonic::async_trait]
+impl AgentService for Agent {
+    type FreezeStream = Events;
+
+    async fn describe(&self, request: Request<v1::DescribeRequest>) -> Result<Response<v1::DescribeResponse>, Status> {
+        self.only_coordinator_or_client(&request)?;
+        podferry_proto::Version::OURS.agree(request.get_ref().version.as_ref()).map_err(|mismatch| {
+            self.context.refusal(FailureCode::FailedPrecondition, mismatch.to_string()).into_status()
+        })?;
+        Ok(Response::new(self.capabilities.describe(&self.context).await?))
+    }
+
+    async fn list_containers(
+        &self,
+        request: Request<v1::ListContainersRequest>,
+    ) -> Result<Response<v1::ListContainersResponse>, Status> {
+        self.only_coordinator(&request)?;
+        let containers = describe::containers(&self.context).await?;
+        Ok(Response::new(v1::ListContainersResponse { containers }))
+    }
+
+    async fn preflight_source(
+        &self,
+        request: Request<v1::PreflightSourceRequest>,
+    ) -> Result<Response<v1::PreflightSourceResponse>, Status> {
+        self.only_coordinator(&request)?;
+        let request = request.into_inner();
+        Ok(Response::new(preflight::source(&self.context, &request.workload).await?))
+    }
+
+    async fn preflight_target(
+        &self,
+        request: Request<v1::PreflightTargetRequest>,
+    ) -> Result<Response<v1::PreflightTargetResponse>, Status> {
+        self.only_coordinator(&request)?;
+        let wish = preflight::Wish::from(request.into_inner());
+        let mut findings = preflight::target(&self.context, &wish).await?;
+        findings.extend(self.capabilities.findings());
+        Ok(Response::new(v1::PreflightTargetResponse { findings }))
+    }
+
+    async fn prepare(&self, request: Request<v1::PrepareRequest>) -> Result<Response<v1::PrepareResponse>, Status> {
+        self.only_coordinator(&request)?;
+        let request = request.into_inner();
+        let migration = migration_of(&request.migration_id)?;
+        let source = Peer::Agent(convert::node_name(&request.source_node)?);
+        let reservation = self.parts.reserve(migration, &request.workload)?;
+        preflight::refuse(&self.context, &preflight::Wish::from(request.clone())).await?;
+        let moves = request.network() == NetworkKind::Path;
+        let order = PrepareOrder {
+            migration,
+            workload: request.workload.clone(),
+            source,
+            source_node: request.source_node.clone(),
+            link: request.link.filter(|_| moves).map(convert::link_of).transpose()?,
+            keep_connections: request.keep_connections,
+        };
+        let part = Arc::new(TargetPart::prepare(&self.context, order).await?);
+        reservation.fill(Part::Target(Arc::clone(&part)));
+        self.watch_deadline(migration, Part::Target(part), deadline_of(request.deadline_ms));
+        Ok(Response::new(v1::PrepareResponse {}))
+    }
+
+    async fn freeze(&self, request: Request<v1::FreezeRequest>) -> Result<Response<Events>, Status> {
+        self.only_coordinator(&request)?;
+        let events = self.begin_freeze(request.into_inner()).await?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(events))))
+    }
+
+    async fn restore(&self, request: Request<v1::RestoreRequest>) -> Result<Response<v1::RestoreResponse>, Status> {
+        self.only_coordinator(&request)?;
+        let request = request.into_inner();
+        let target = self.target(migration_of(&request.migration_id)?)?;
+        let restore_ms = target.restore(deadline_of(request.deadline_ms)).await?;
+        Ok(Response::new(v1::RestoreResponse { restore_ms }))
+    }
+
+    async fn seal(&self, request: Request<v1::SealRequest>) -> Result<Response<v1::SealResponse>, Status> {
+        self.only_coordinator(&request)?;
+        match self.part(migration_of(&request.get_ref().migration_id)?)? {
+            Part::Source(source) => source.seal().await?,
+            Part::Target(target) => target.seal().await?,
+        }
+        Ok(Response::new(v1::SealResponse {}))
+    }
+
+    async fn release(&self, request: Request<v1::ReleaseRequest>) -> Result<Response<v1::ReleaseResponse>, Status> {
+        self.only_coordinator(&request)?;
+        let migration = migration_of(&request.get_ref().migration_id)?;
+        let begun = Instant::now();
+        if self.ended(migration) != Some(Standing::Released) {
+            self.source(migration)?.release().await?;
+            self.parts.ended(migration, Standing::Released);
+        }
+        Ok(Response::new(v1::ReleaseResponse { release_ms: begun.elapsed().as_secs_f64() * 1e3 }))
+    }
+
+    async fn resume(&self, request: Request<v1::ResumeRequest>) -> Result<Response<v1::ResumeResponse>, Status> {
+        self.only_coordinator(&request)?;
+        let migration = migration_of(&request.get_ref().migration_id)?;
+        let begun = Instant::now();
+        let mut pid = 0;
+        if self.ended(migration) != Some(Standing::Resumed) {
+            pid = self.target(migration)?.resume().await?;
+            self.parts.ended(migration, Standing::Resumed);
+        }
+        let resume_ms = begun.elapsed().as_secs_f64() * 1e3;
+        Ok(Response::new(v1::ResumeResponse { resume_ms, pid: pid.unsigned_abs() }))
+    }
+
+    async fn abort(&self, request: Request<v1::AbortRequest>) -> Result<Response<v1::AbortResponse>, Status> {
+        self.only_coordinator(&request)?;
+        let request = request.into_inner();
+        let migration = migration_of(&request.migration_id)?;
+        if matches!(self.ended(migration), Some(Standing::Released | Standing::Resumed)) {
+            let message = "the migration is committed on this node: it cannot be aborted";
+            return Err(self.context.refusal(FailureCode::FailedPrecondition, message).into_status());
+        }
+        match self.parts.get(migration) {
+            Some(Entry::Alive { part: Part::Source(source), .. }) => source.abort(&request.reason).await?,
+            Some(Entry::Alive { part: Part::Target(target), .. }) => target.abort().await?,
+            Some(Entry::Beginning { .. }) => {
+                let failure = self.context.refusal(FailureCode::Unavailable, "the part is still being made");
+                return Err(failure.into_status());
+            }
+            Some(Entry::Ended(_)) | None => {}
+        }
+        // Also for a migration that never came here: what arrives late must not begin.
+        self.parts.ended(migration, Standing::Aborted);
+        Ok(Response::new(v1::AbortResponse {}))
+    }
+
+    async fn part_status(
+        &self,
+        request: Request<v1::PartStatusRequest>,
+    ) -> Result<Response<v1::PartStatusResponse>, Status> {
+        self.only_coordinator(&request)?;
+        let migration = migration_of(&request.get_ref().migration_id)?;
+        let (state, role) = match self.parts.get(migration) {
+            None => (PartState::Unknown, ""),
+            Some(Entry::Beginning { .. }) => (PartState::Unspecified, ""),
+            Some(Entry::Ended(standing)) => (convert::ended(standing), ""),
+            Some(Entry::Alive { part: Part::Source(source), .. }) => (convert::source_state(&source).await, "source"),
+            Some(Entry::Alive { part: Part::Target(target), .. }) => (convert::target_state(&target).await, "target"),
+        };
+        Ok(Response::new(v1::PartStatusResponse { state: state.into(), role: role.to_owned() }))
+    }
+}
+
+impl Agent {
+    fn only_coordinator<T>(&self, request: &Request<T>) -> Result<(), Status> {
+        self.only(request, |peer| *peer == Peer::Coordinator)
+    }
+
+    fn only_coordinator_or_client<T>(&self, request: &Request<T>) -> Result<(), Status> {
+        self.only(request, |peer| matches!(peer, Peer::Coordinator | Peer::Client(_)))
+    }
+
+    fn only<T>(&self, request: &Request<T>, may: impl Fn(&Peer) -> bool) -> Result<(), Status> {
+        let peer = request.extensions().get::<PeerInfo>();
+        match peer {
+            Some(info) if may(&info.peer) => Ok(()),
+            _ => {
+                tracing::warn!(?peer, "a call is refused: its certificate is not the coordinator's");
+                let message = "only the coordinator may call this";
+                Err(self.context.refusal(FailureCode::PermissionDenied, message).into_status())
+            }
+        }
+    }
+}
+
+fn migration_of(text: &str) -> Result<MigrationId, Failure> {
+    text.parse().map_err(|error| Failure::from_error(FailureCode::InvalidArgument, &error))
+}
+
+fn deadline_of(ms: u64) -> SystemTime {
+    SystemTime::now() + Duration::from_millis(ms).clamp(DEADLINES.0, DEADLINES.1)
+}

@@ -1,0 +1,588 @@
+//! A migration's part on the node that the container leaves.
+//!
+//! ```text
+//!  Freeze ─▶ worker started ─▶ tasks frozen, link cut ─▶ pages and images sent ─▶ FROZEN ─Seal─▶ SEALED ─Release─▶ RELEASED
+//!                    └──────────────────┴──────── anything wrong ───┴──────────────┴───── Abort ─────┘──▶ ABORTED
+//! ```
+//!
+//! The tasks belong to the [dump worker](crate::worker), which undoes an unsealed part by itself. What is here moves what
+//! CRIU writes, and when the worker was killed does what it would have done, from its record.
+
+mod pages;
+mod sweep;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use podferry_common::MigrationId;
+use podferry_common::failure::{Failure, FailureCode, chain};
+use podferry_common::identity::Peer;
+use podferry_criu::{CgroupsMode, DumpRequest};
+use podferry_filesystem::WritableLayer;
+use podferry_network::LinkHandle;
+use podferry_runtime::{Container, Externals, Init};
+use podferry_transfer::{Compression, Introduction, Object, Options, Sender};
+use tokio::net::UnixListener;
+use tokio::sync::{Mutex, mpsc};
+
+use crate::context::{Context, blocking};
+use crate::journal::{PartDirs, PartRecord, Role, Standing};
+use crate::worker::client::{View, Worker};
+use crate::worker::messages::{DumpJob, Order, Stage, WorkerRecord};
+
+/// How long CRIU may take to stop all tasks.
+const FREEZE_TIMEOUT_S: u32 = 10;
+/// How long the worker gets to seal: freezing a cgroup of stopped tasks.
+const SEAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the worker gets to undo a dump. CRIU resumes a container in milliseconds.
+const UNDO_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long killed tasks get to die before Release says that it is still waiting.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How often progress is told.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
+/// The name of the writable layer in the transfer.
+pub const LAYER: &str = "upper";
+
+/// What the coordinator wants of a freeze.
+#[derive(Clone, Debug)]
+pub struct FreezeOrder {
+    /// Of which migration.
+    pub migration: MigrationId,
+    /// The container, as it was found.
+    pub container: Container,
+    /// Its link, when it has one that can be cut.
+    pub link: Option<LinkHandle>,
+    /// Where it goes.
+    pub target: Peer,
+    /// host:port of the target's agent.
+    pub target_address: String,
+    /// Whether connections are kept.
+    pub keep_connections: bool,
+    /// Whether pages may be compressed.
+    pub compress: bool,
+    /// When an unsealed part undoes itself.
+    pub deadline: SystemTime,
+}
+
+/// What a freeze tells while it goes on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum FreezeEvent {
+    /// The tasks are frozen; milliseconds since the request.
+    Frozen {
+        /// From the request to the freeze.
+        freeze_ms: f64,
+    },
+    /// Bytes so far.
+    Progress {
+        /// Of the workload.
+        raw_bytes: u64,
+        /// On the wire.
+        wire_bytes: u64,
+    },
+    /// All is with the target, verified and stored.
+    Transferred {
+        /// Pages with contents.
+        pages: u64,
+        /// Bytes of the workload.
+        raw_bytes: u64,
+        /// Of them zero pages, which were not sent.
+        zero_bytes: u64,
+        /// Bytes on the wire.
+        wire_bytes: u64,
+        /// From the freeze until CRIU had written everything.
+        dump_ms: f64,
+        /// From then until the target confirmed.
+        transfer_ms: f64,
+    },
+}
+
+/// The part.
+#[derive(Debug)]
+pub struct SourcePart {
+    context: Context,
+    dirs: PartDirs,
+    /// None when it was gone before a restarted agent looked.
+    container: Option<Container>,
+    /// None when it was killed before a restarted agent looked.
+    worker: Option<Worker>,
+    record: Mutex<PartRecord>,
+}
+
+impl SourcePart {
+    /// Starts the worker, which starts CRIU. The tasks are not frozen yet.
+    ///
+    /// # Errors
+    /// When anything cannot be made ready; then nothing was touched.
+    pub async fn begin(context: &Context, order: &FreezeOrder) -> Result<(Self, UnixListener), Failure> {
+        let dirs = PartDirs::of(&context.config, order.migration);
+        let io_failed = |error| context.failure(FailureCode::Internal, "the part's folders cannot be made", &error);
+        dirs.create().map_err(io_failed)?;
+        let init = order.container.init.ok_or_else(|| not_running(context, &order.container.id))?;
+        let mut record = PartRecord {
+            migration: order.migration,
+            workload: order.container.id.clone(),
+            standing: Standing::Open,
+            written: SystemTime::now(),
+            role: Role::Source {
+                root: order.container.root.clone(),
+                init_pid: init.pid,
+                init_start: init.start_time,
+                bundle: order.container.bundle.clone(),
+                link: order.link.clone(),
+                netns: order.container.namespace_paths.get(&podferry_runtime::NamespaceKind::Network).cloned(),
+            },
+        };
+        record.store(&dirs).map_err(io_failed)?;
+        let started = start_worker(context, &dirs, order, init).await;
+        match started {
+            Ok((worker, pages)) => {
+                let container = Some(order.container.clone());
+                let record = Mutex::new(record);
+                Ok((Self { context: context.clone(), dirs, container, worker: Some(worker), record }, pages))
+            }
+            Err(failure) => {
+                dirs.wipe_volatile();
+                forget(&dirs);
+                Err(failure)
+            }
+        }
+    }
+
+    /// A part of an agent that was killed, taken up again. `worker` is the one that still lives, if it does.
+    pub fn resumed(context: &Context, record: PartRecord, worker: Option<Worker>) -> Self {
+        let dirs = PartDirs::of(&context.config, record.migration);
+        let container = match &record.role {
+            Role::Source { root, init_pid, init_start, .. } => {
+                let found = podferry_runtime::find(std::slice::from_ref(root), &record.workload).ok();
+                let init = Init { pid: *init_pid, start_time: *init_start };
+                // Another container of that name is not ours to touch.
+                found.filter(|container| container.init.is_none_or(|found| found == init))
+            }
+            Role::Target { .. } => None,
+        };
+        Self { context: context.clone(), dirs, container, worker, record: Mutex::new(record) }
+    }
+
+    /// Dumps and sends. Returns when the target has confirmed everything; the tasks stay frozen.
+    ///
+    /// # Errors
+    /// What went wrong. Then the tasks run on, or [`SourcePart::abort`] has to be called and sees to it.
+    pub async fn run(
+        &self,
+        order: &FreezeOrder,
+        pages: UnixListener,
+        events: &mpsc::Sender<FreezeEvent>,
+    ) -> Result<(), Failure> {
+        let begun = Instant::now();
+        let worker = self.worker()?;
+        let sender = self.connect(order).await?;
+        let forwarding = self.spawn_forwarding(&pages, &sender).await?;
+
+        let frozen = worker.until(patience(order.deadline), |view| *view != View::Stage(Stage::Freezing)).await;
+        self.check(&frozen)?;
+        let frozen_at = Instant::now();
+        let _ = events.send(FreezeEvent::Frozen { freeze_ms: ms(begun, frozen_at) }).await;
+
+        let telling = tell_progress(&sender, events);
+        let sending = self.send_rest(order, worker, &sender, forwarding);
+        let (sent, dumped_at) = tokio::select! {
+            sent = sending => sent?,
+            () = telling => return Err(self.context.refusal(FailureCode::Internal, "progress ended").in_phase("transfer")),
+        };
+        let Some(sender) = Arc::into_inner(sender) else {
+            return Err(self.context.refusal(FailureCode::Internal, "the transfer is still used").in_phase("transfer"));
+        };
+        let stats = sender.finish().await.map_err(|error| self.transfer_failed(&error))?;
+        let done = FreezeEvent::Transferred {
+            pages: sent,
+            raw_bytes: stats.raw_bytes,
+            zero_bytes: stats.zero_bytes,
+            wire_bytes: stats.wire_bytes,
+            dump_ms: ms(frozen_at, dumped_at),
+            transfer_ms: ms(dumped_at, Instant::now()),
+        };
+        let _ = events.send(done).await;
+        Ok(())
+    }
+
+    /// Waits for the end of CRIU's dump, then sends images and writable layer.
+    async fn send_rest(
+        &self,
+        order: &FreezeOrder,
+        worker: &Worker,
+        sender: &Arc<Sender>,
+        forwarding: tokio::task::JoinHandle<Result<u64, podferry_criu::CriuError>>,
+    ) -> Result<(u64, Instant), Failure> {
+        let dumped = worker.until(patience(order.deadline), |view| *view == View::Stage(Stage::Dumped)).await;
+        let forwarded = async {
+            let ended = forwarding.await;
+            ended.map_err(|error| self.context.failure(FailureCode::Internal, "the page stream's task ended", &error))
+        };
+        if dumped != View::Stage(Stage::Dumped) {
+            // The transfer's failure is the cause when there is one: CRIU only sees its socket closed.
+            if let View::Stage(Stage::Undone { .. }) | View::Lost = dumped
+                && let Ok(Err(error)) = forwarded.await
+                && matches!(error, podferry_criu::CriuError::Sink(_))
+            {
+                return Err(self.transfer_failed(&error));
+            }
+            self.check(&dumped)?;
+            let message = "the dump did not end before the migration's deadline";
+            return Err(self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("dump"));
+        }
+        let dumped_at = Instant::now();
+        let pages = forwarded.await?.map_err(|error| self.transfer_failed(&error))?;
+        self.send_images(sender).await?;
+        self.send_layer(&order.container, sender).await?;
+        Ok((pages, dumped_at))
+    }
+
+    async fn connect(&self, order: &FreezeOrder) -> Result<Arc<Sender>, Failure> {
+        let introduction = Introduction {
+            migration_id: order.migration,
+            source_node: self.context.config.node.clone(),
+            version: podferry_proto::Version::OURS,
+        };
+        let compression = if order.compress { Compression::Auto } else { Compression::Off };
+        let options = Options { compression, ..Options::default() };
+        let connecting =
+            Sender::connect(&order.target_address, &self.context.identity, &order.target, &introduction, options);
+        connecting.await.map(Arc::new).map_err(|error| self.transfer_failed(&error))
+    }
+
+    async fn spawn_forwarding(
+        &self,
+        pages: &UnixListener,
+        sender: &Arc<Sender>,
+    ) -> Result<tokio::task::JoinHandle<Result<u64, podferry_criu::CriuError>>, Failure> {
+        let what = "the dump worker does not bring CRIU's page stream";
+        let (socket, _) = tokio::time::timeout(Duration::from_secs(10), pages.accept())
+            .await
+            .map_err(|error| self.context.failure(FailureCode::DeadlineExceeded, what, &error))?
+            .map_err(|error| self.context.failure(FailureCode::Internal, what, &error))?;
+        let socket = socket.into_std().and_then(|socket| socket.set_nonblocking(false).map(|()| socket));
+        let socket = socket.map_err(|error| self.context.failure(FailureCode::Internal, what, &error))?;
+        let (pool, sender) = (sender.pool(), Arc::downgrade(sender));
+        Ok(tokio::task::spawn_blocking(move || pages::forward(socket, sender, pool)))
+    }
+
+    async fn send_images(&self, sender: &Arc<Sender>) -> Result<(), Failure> {
+        let images = self.dirs.images.clone();
+        let sender = Arc::clone(sender);
+        let context = self.context.clone();
+        blocking(move || {
+            for file in files_of(&images).map_err(|error| io_failed(&context, &error))? {
+                send_file(&sender, &file).map_err(|error| {
+                    context
+                        .failure(FailureCode::Unavailable, "an image cannot be sent", error.as_ref())
+                        .in_phase("transfer")
+                })?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    async fn send_layer(&self, container: &Container, sender: &Arc<Sender>) -> Result<(), Failure> {
+        let rootfs = container.rootfs.clone();
+        let sender = Arc::clone(sender);
+        let context = self.context.clone();
+        blocking(move || {
+            let failed = |error: &(dyn std::error::Error + 'static)| {
+                context
+                    .failure(FailureCode::Unavailable, "the writable layer cannot be sent", error)
+                    .in_phase("transfer")
+            };
+            let layer = WritableLayer::of(&rootfs).map_err(|error| failed(&error))?;
+            if matches!(layer, WritableLayer::Plain { .. }) {
+                return Ok(());
+            }
+            let object = Object::Layer(LAYER.to_owned());
+            let writer = sender.open_blocking(&object).map_err(|error| failed(&error))?;
+            let mut out = pages::LayerOut::new(writer);
+            podferry_filesystem::pack(&layer, &mut out).map_err(|error| failed(&error))?;
+            out.close().map_err(|error| failed(&error))
+        })
+        .await
+    }
+
+    /// From now on the part waits for the decision, whatever happens to this agent.
+    ///
+    /// # Errors
+    /// When the part is not frozen, or the seal cannot be made; then it is as before.
+    pub async fn seal(&self) -> Result<(), Failure> {
+        let mut record = self.record.lock().await;
+        match record.standing {
+            Standing::Sealed => return Ok(()),
+            Standing::Open => {}
+            other => return Err(self.wrong_standing("seal", other)),
+        }
+        let worker = self.worker()?;
+        if worker.view() != View::Stage(Stage::Dumped) {
+            self.check(&worker.view())?;
+            let message = "the container is not frozen and dumped";
+            return Err(self.context.refusal(FailureCode::FailedPrecondition, message).in_phase("commit"));
+        }
+        worker.order(&Order::Seal).await;
+        let sealed = worker.until(SEAL_TIMEOUT, |view| *view != View::Stage(Stage::Dumped)).await;
+        match sealed {
+            View::Stage(Stage::Sealed) => {}
+            View::Stage(Stage::NotSealed { message }) => {
+                let message = format!("the frozen container cannot be sealed: {message}");
+                return Err(self.context.refusal(FailureCode::Internal, message).in_phase("commit"));
+            }
+            other => {
+                self.check(&other)?;
+                let message = "the dump worker does not seal in time";
+                return Err(self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("commit"));
+            }
+        }
+        record.standing = Standing::Sealed;
+        record.store(&self.dirs).map_err(|error| io_failed(&self.context, &error))
+    }
+
+    /// The migration is committed: destroys the container. Returns once none of its processes is left.
+    ///
+    /// # Errors
+    /// When a process does not die, or the record cannot be written; to be called again.
+    pub async fn release(&self) -> Result<(), Failure> {
+        let mut record = self.record.lock().await;
+        match record.standing {
+            Standing::Released => return Ok(()),
+            Standing::Sealed => {}
+            other => return Err(self.wrong_standing("release", other)),
+        }
+        let ended = match &self.worker {
+            Some(worker) => {
+                worker.order(&Order::Release).await;
+                worker.until(RELEASE_TIMEOUT, View::is_last).await
+            }
+            None => View::Lost,
+        };
+        match ended {
+            View::Stage(Stage::Released) => {}
+            View::Lost => self.kill_orphans().await?,
+            _ => {
+                let message = "the committed source's processes do not die (uninterruptible I/O?)";
+                return Err(self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("release"));
+            }
+        }
+        record.standing = Standing::Released;
+        record.store(&self.dirs).map_err(|error| io_failed(&self.context, &error))?;
+        sweep::remove_container(&self.context, &record, self.container.as_ref()).await;
+        self.dirs.wipe_volatile();
+        Ok(())
+    }
+
+    /// Lets the container run on. Returns once it does.
+    ///
+    /// # Errors
+    /// When it does not resume or its link stays cut; to be called again.
+    pub async fn abort(&self, reason: &str) -> Result<(), Failure> {
+        let mut record = self.record.lock().await;
+        match record.standing {
+            Standing::Aborted => return Ok(()),
+            Standing::Open | Standing::Sealed => {}
+            other => return Err(self.wrong_standing("abort", other)),
+        }
+        let ended = match &self.worker {
+            Some(worker) => {
+                worker.order(&Order::Abort { reason: reason.to_owned() }).await;
+                worker.until(UNDO_TIMEOUT, View::is_last).await
+            }
+            None => View::Lost,
+        };
+        match ended {
+            View::Stage(Stage::Undone { left, .. }) if left.is_empty() => {}
+            View::Stage(Stage::Undone { left, .. }) => {
+                tracing::error!(migration = %record.migration, ?left, "the source is not wholly as it was");
+                self.free_orphans(&record).await?;
+            }
+            View::Stage(Stage::Released) => {
+                let message = "the container's processes are dead already: this migration was committed";
+                return Err(self.context.refusal(FailureCode::FailedPrecondition, message));
+            }
+            View::Lost => self.free_orphans(&record).await?,
+            View::Stage(_) => {
+                let message = "CRIU does not let the tasks go";
+                return Err(self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("rollback"));
+            }
+        }
+        record.standing = Standing::Aborted;
+        record.store(&self.dirs).map_err(|error| io_failed(&self.context, &error))?;
+        self.dirs.wipe_volatile();
+        Ok(())
+    }
+
+    /// Where the part stands.
+    pub async fn standing(&self) -> Standing {
+        self.record.lock().await.standing
+    }
+
+    /// Whether the worker holds the frozen tasks.
+    pub fn is_frozen(&self) -> bool {
+        let view = self.worker.as_ref().map(Worker::view);
+        matches!(view, Some(View::Stage(Stage::Frozen | Stage::Dumped | Stage::Sealed)))
+    }
+
+    /// Waits until the worker has ended.
+    pub async fn ended(&self) {
+        if let Some(worker) = &self.worker {
+            worker.until(Duration::MAX, View::is_last).await;
+        }
+    }
+
+    /// The worker was killed after the commit: does its work.
+    async fn kill_orphans(&self) -> Result<(), Failure> {
+        tracing::warn!("the dump worker is gone; killing the committed source's processes in its place");
+        let Some(container) = self.container.clone() else { return Ok(()) };
+        blocking(move || {
+            crate::worker::run::kill_all(&container);
+            Ok(())
+        })
+        .await
+    }
+
+    /// The worker was killed before the commit: does its work.
+    async fn free_orphans(&self, record: &PartRecord) -> Result<(), Failure> {
+        let worker: Option<WorkerRecord> = crate::worker::record::load(&self.dirs.worker_record())
+            .map_err(|error| io_failed(&self.context, &error))?;
+        let link = match &record.role {
+            Role::Source { link, .. } => link.clone(),
+            Role::Target { .. } => None,
+        };
+        sweep::free_container(&self.context, self.container.as_ref(), worker.unwrap_or_default(), link).await
+    }
+
+    fn worker(&self) -> Result<&Worker, Failure> {
+        let gone = || self.context.refusal(FailureCode::Internal, "the dump worker was killed").in_phase("freeze");
+        self.worker.as_ref().ok_or_else(gone)
+    }
+
+    /// Turns a worker's last word into the failure it is.
+    fn check(&self, view: &View) -> Result<(), Failure> {
+        match view {
+            View::Lost => {
+                let failure = self.context.refusal(FailureCode::Internal, "the dump worker was killed");
+                Err(failure.in_phase("dump").remedy("see who killed it; the container runs on"))
+            }
+            View::Stage(Stage::Undone { message, criu_line, remedy, left }) => {
+                let message = if left.is_empty() { message.clone() } else { format!("{message}; {}", left.join("; ")) };
+                let mut failure = self.context.refusal(FailureCode::Aborted, message).in_phase("dump");
+                failure.criu_line.clone_from(criu_line);
+                failure.remedy.clone_from(remedy);
+                Err(failure)
+            }
+            View::Stage(Stage::Freezing) => {
+                let failure =
+                    self.context.refusal(FailureCode::DeadlineExceeded, "the container does not freeze in time");
+                Err(failure.in_phase("freeze"))
+            }
+            View::Stage(_) => Ok(()),
+        }
+    }
+
+    fn transfer_failed(&self, error: &(dyn std::error::Error + 'static)) -> Failure {
+        self.context.failure(FailureCode::Unavailable, "the transfer to the target broke", error).in_phase("transfer")
+    }
+
+    fn wrong_standing(&self, what: &str, standing: Standing) -> Failure {
+        let message = format!("cannot {what} a source that is {standing:?}");
+        self.context.refusal(FailureCode::FailedPrecondition, message)
+    }
+}
+
+async fn start_worker(
+    context: &Context,
+    dirs: &PartDirs,
+    order: &FreezeOrder,
+    init: Init,
+) -> Result<(Worker, UnixListener), Failure> {
+    let externals = Externals::of(&order.container)
+        .and_then(|externals| externals.write_descriptors(&dirs.images).map(|()| externals))
+        .map_err(|error| {
+            let what = "the container's mounts and namespaces cannot be read";
+            context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("freeze")
+        })?;
+    let pages = UnixListener::bind(dirs.page_socket()).map_err(|error| io_failed(context, &error))?;
+    let job = DumpJob {
+        migration: order.migration.to_string(),
+        criu: context.config.tools.criu.clone(),
+        root: order.container.root.clone(),
+        container: order.container.id.clone(),
+        request: DumpRequest {
+            pid: init.pid,
+            images_dir: dirs.images.clone(),
+            work_dir: dirs.work.clone(),
+            root: order.container.rootfs.clone(),
+            external_mounts: externals.mounts,
+            externals: externals.namespaces,
+            tcp_established: order.keep_connections,
+            freeze_cgroup: None,
+            cgroups: CgroupsMode::Ignore,
+            freeze_timeout_s: FREEZE_TIMEOUT_S,
+        },
+        link: order.link.clone(),
+        deadline: order.deadline,
+        control: dirs.control_socket(),
+        record: dirs.worker_record(),
+    };
+    let job_file = dirs.state.join("job.json");
+    let log = dirs.state.join("worker.log");
+    let program = &context.config.tools.dump_worker;
+    let worker = Worker::start(program, &job, job_file, &dirs.page_socket(), &log).await;
+    worker.map(|worker| (worker, pages)).map_err(|failure| failure.on(context.config.node.as_str()))
+}
+
+async fn tell_progress(sender: &Sender, events: &mpsc::Sender<FreezeEvent>) {
+    loop {
+        tokio::time::sleep(PROGRESS_INTERVAL).await;
+        let stats = sender.stats();
+        // Nobody listens: the coordinator is gone, and the deadline or its successor decides.
+        let _ = events.send(FreezeEvent::Progress { raw_bytes: stats.raw_bytes, wire_bytes: stats.wire_bytes }).await;
+    }
+}
+
+fn send_file(sender: &Sender, file: &Path) -> Result<(), Box<dyn std::error::Error>> {
+    let name = file.file_name().ok_or("an image without a name")?.to_string_lossy().into_owned();
+    let writer = sender.open_blocking(&Object::ImageFile(name))?;
+    let mut out = pages::LayerOut::new(writer);
+    std::io::copy(&mut std::fs::File::open(file)?, &mut out)?;
+    Ok(out.close()?)
+}
+
+fn files_of(dir: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_file() {
+            files.push(entry.path());
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn forget(dirs: &PartDirs) {
+    if let Err(error) = std::fs::remove_dir_all(&dirs.state) {
+        tracing::warn!(%error, "a part that never began cannot be forgotten");
+    }
+}
+
+fn not_running(context: &Context, id: &str) -> Failure {
+    context.refusal(FailureCode::FailedPrecondition, format!("{id} does not run")).in_phase("freeze")
+}
+
+fn io_failed(context: &Context, error: &std::io::Error) -> Failure {
+    tracing::error!(error = chain(error), "the agent cannot write its own files");
+    context.failure(FailureCode::Internal, "the agent cannot write its own files", error)
+}
+
+fn patience(deadline: SystemTime) -> Duration {
+    deadline.duration_since(SystemTime::now()).unwrap_or_default()
+}
+
+fn ms(from: Instant, to: Instant) -> f64 {
+    to.duration_since(from).as_secs_f64() * 1e3
+}

@@ -1,0 +1,167 @@
+//! The agent's side of `podferry-hook`, which holds a restored container before its first instruction.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::unix::OwnedWriteHalf;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Mutex, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+/// What the hook said last.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Hold {
+    /// Nothing yet.
+    NotYet,
+    /// The container is held.
+    Held {
+        /// Its init, in the node's pid namespace.
+        pid: i32,
+    },
+    /// It stays held until it is told otherwise.
+    Sealed {
+        /// Its init, in the node's pid namespace.
+        pid: i32,
+    },
+    /// The hook hung up.
+    Gone,
+}
+
+impl Hold {
+    /// The held init, when one is held.
+    pub fn pid(&self) -> Option<i32> {
+        match self {
+            Self::Held { pid } | Self::Sealed { pid } => Some(*pid),
+            Self::NotYet | Self::Gone => None,
+        }
+    }
+}
+
+/// Waits for the hook of one restore and speaks to it.
+#[derive(Debug)]
+pub struct HookKeeper {
+    hold: watch::Receiver<Hold>,
+    voice: Arc<Mutex<Option<OwnedWriteHalf>>>,
+    listening: JoinHandle<()>,
+}
+
+impl HookKeeper {
+    /// Listens at `socket`, in place of an agent that did so before.
+    ///
+    /// # Errors
+    /// When the socket cannot be made.
+    pub fn listen(socket: &Path, migration: String) -> io::Result<Self> {
+        match std::fs::remove_file(socket) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(socket)?;
+        let (sender, hold) = watch::channel(Hold::NotYet);
+        let voice = Arc::new(Mutex::new(None));
+        let listening = tokio::spawn(accept(listener, migration, sender, Arc::clone(&voice)));
+        Ok(Self { hold, voice, listening })
+    }
+
+    /// What the hook said last.
+    pub fn hold(&self) -> Hold {
+        self.hold.borrow().clone()
+    }
+
+    /// Waits until `fits`, at most `patience`; returns what was said last.
+    pub async fn until(&self, patience: Duration, fits: impl Fn(&Hold) -> bool) -> Hold {
+        let mut hold = self.hold.clone();
+        match timeout(patience, hold.wait_for(|hold| fits(hold))).await {
+            Ok(Ok(hold)) => hold.clone(),
+            _ => self.hold(),
+        }
+    }
+
+    /// Tells the hook `seal`, `go` or `abort`.
+    ///
+    /// # Errors
+    /// When no hook is there or it hung up.
+    pub async fn tell(&self, word: &str) -> io::Result<()> {
+        match &mut *self.voice.lock().await {
+            Some(voice) => voice.write_all(format!("{word}\n").as_bytes()).await,
+            None => Err(io::Error::new(io::ErrorKind::NotConnected, "no hook is there")),
+        }
+    }
+}
+
+impl Drop for HookKeeper {
+    fn drop(&mut self) {
+        self.listening.abort();
+    }
+}
+
+async fn accept(
+    listener: UnixListener,
+    migration: String,
+    hold: watch::Sender<Hold>,
+    voice: Arc<Mutex<Option<OwnedWriteHalf>>>,
+) {
+    loop {
+        match listener.accept().await {
+            // One restore has one hook, so one conversation at a time is enough.
+            Ok((stream, _)) => converse(stream, &migration, &hold, &voice).await,
+            Err(error) => {
+                tracing::warn!(%error, "a hook cannot be accepted");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
+async fn converse(
+    stream: UnixStream,
+    migration: &str,
+    hold: &watch::Sender<Hold>,
+    voice: &Mutex<Option<OwnedWriteHalf>>,
+) {
+    let (read, write) = stream.into_split();
+    *voice.lock().await = Some(write);
+    let mut lines = BufReader::new(read).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        match understand(&line, migration, &hold.borrow()) {
+            Some(said) => {
+                hold.send_replace(said);
+            }
+            None => {
+                tracing::error!(line, migration, "a hook said what nobody understands");
+                break;
+            }
+        }
+    }
+    *voice.lock().await = None;
+    hold.send_replace(Hold::Gone);
+}
+
+fn understand(line: &str, migration: &str, before: &Hold) -> Option<Hold> {
+    let words: Vec<&str> = line.split(' ').collect();
+    match words.as_slice() {
+        ["post-restore", pid, of] if *of == migration => Some(Hold::Held { pid: pid.parse().ok()? }),
+        ["post-restore-sealed", pid, of] if *of == migration => Some(Hold::Sealed { pid: pid.parse().ok()? }),
+        ["sealed"] => Some(Hold::Sealed { pid: before.pid()? }),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_this_migrations_hook_is_understood() {
+        let held = Hold::Held { pid: 7 };
+        assert_eq!(understand("post-restore 7 m1", "m1", &Hold::NotYet), Some(held.clone()));
+        assert_eq!(understand("sealed", "m1", &held), Some(Hold::Sealed { pid: 7 }));
+        assert_eq!(understand("post-restore-sealed 7 m1", "m1", &Hold::Gone), Some(Hold::Sealed { pid: 7 }));
+        for line in ["post-restore 7 m2", "post-restore x m1", "sealed", "", "go"] {
+            assert_eq!(understand(line, "m1", &Hold::NotYet), None, "{line}");
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! What arrives for one migration: images into memory, the writable layer into its folder.
+//!
+//! Everything here comes from another node: names were checked by the transfer, the layer is unpacked under limits, and
+//! nothing is looked at before the source's certificate was that of the node that the coordinator named.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use bytes::Bytes;
+use podferry_common::MigrationId;
+use podferry_common::failure::{Failure, FailureCode};
+use podferry_common::identity::Peer;
+use podferry_common::tls::PeerInfo;
+use podferry_criu::{PageSetWriter, Run, page_flags};
+use podferry_filesystem::Limits;
+use podferry_transfer::{Authorize, Introduction, Object, Owner, PageRun, Sink};
+use tokio::sync::watch;
+
+use crate::source::LAYER;
+
+/// Pieces of the layer that may wait for the disk.
+const LAYER_QUEUE: usize = 4;
+
+/// How far a transfer is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Arrival {
+    /// Nothing has come, or not everything.
+    Waiting,
+    /// Everything is here and verified.
+    Complete,
+    /// It broke.
+    Broken(String),
+}
+
+/// Where one migration's data goes.
+#[derive(Debug)]
+pub struct Inbox {
+    source: Peer,
+    images: PathBuf,
+    layer: PathBuf,
+    layer_bytes: u64,
+    arrival: watch::Sender<Arrival>,
+    taken: Mutex<bool>,
+}
+
+impl Inbox {
+    /// Takes data from `source` only: images into `images`, the writable layer, at most `layer_bytes` of content, into
+    /// the empty folder `layer`.
+    pub fn new(source: Peer, images: PathBuf, layer: PathBuf, layer_bytes: u64) -> Arc<Self> {
+        let (arrival, _) = watch::channel(Arrival::Waiting);
+        Arc::new(Self { source, images, layer, layer_bytes, arrival, taken: Mutex::new(false) })
+    }
+
+    /// To be told when the transfer ends.
+    pub fn arrival(&self) -> watch::Receiver<Arrival> {
+        self.arrival.subscribe()
+    }
+}
+
+/// The transfers that are expected.
+#[derive(Clone, Debug, Default)]
+pub struct Admissions(Arc<Mutex<HashMap<MigrationId, Arc<Inbox>>>>);
+
+impl Admissions {
+    /// Expects one.
+    pub fn expect(&self, migration: MigrationId, inbox: Arc<Inbox>) {
+        self.lock().insert(migration, inbox);
+    }
+
+    /// Expects it no longer.
+    pub fn forget(&self, migration: MigrationId) {
+        self.lock().remove(&migration);
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<MigrationId, Arc<Inbox>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Authorize for Admissions {
+    fn admit(&self, peer: &PeerInfo, introduction: &Introduction) -> Result<Box<dyn Sink>, Failure> {
+        let refuse = |why: &str| {
+            tracing::warn!(peer = ?peer.peer, addr = %peer.addr, migration = %introduction.migration_id, why, "a transfer is refused");
+            Failure::new(FailureCode::PermissionDenied, why)
+        };
+        let inbox = self
+            .lock()
+            .get(&introduction.migration_id)
+            .cloned()
+            .ok_or_else(|| refuse("this migration is not expected here"))?;
+        if peer.peer != inbox.source {
+            return Err(refuse("the coordinator named another source for this migration"));
+        }
+        let mut taken = inbox.taken.lock().unwrap_or_else(PoisonError::into_inner);
+        if std::mem::replace(&mut *taken, true) {
+            return Err(refuse("this migration's data came already"));
+        }
+        drop(taken);
+        Ok(Box::new(Receiving { inbox, open: HashMap::new() }))
+    }
+}
+
+/// One transfer as it comes in.
+struct Receiving {
+    inbox: Arc<Inbox>,
+    open: HashMap<u32, Place>,
+}
+
+/// Where an object goes.
+enum Place {
+    Image(File),
+    Pages(PageSetWriter),
+    Layer(Unpacking),
+}
+
+fn failed(error: impl std::error::Error + 'static) -> Failure {
+    Failure::from_error(FailureCode::Aborted, &error).in_phase("transfer")
+}
+
+impl Sink for Receiving {
+    fn open(&mut self, id: u32, object: &Object) -> Result<(), Failure> {
+        let place = match object {
+            Object::ImageFile(name) => Place::Image(create(&self.inbox.images.join(name)).map_err(failed)?),
+            Object::Pages { owner, id } => {
+                let owner = match owner {
+                    Owner::Process(pid) => podferry_criu::Owner::Process(*pid),
+                    Owner::SharedMemory(id) => podferry_criu::Owner::SharedMemory(*id),
+                };
+                Place::Pages(PageSetWriter::create(&self.inbox.images, owner, *id).map_err(failed)?)
+            }
+            Object::Layer(name) if name == LAYER => {
+                let limits = Limits { max_bytes: self.inbox.layer_bytes, ..Limits::default() };
+                Place::Layer(Unpacking::start(self.inbox.layer.clone(), limits).map_err(failed)?)
+            }
+            Object::Layer(name) => {
+                return Err(failed(io::Error::other(format!("no layer named {name} is expected"))));
+            }
+        };
+        self.open.insert(id, place);
+        Ok(())
+    }
+
+    fn data(&mut self, id: u32, _offset: u64, data: Bytes) -> Result<(), Failure> {
+        match self.open.get_mut(&id) {
+            Some(Place::Image(file)) => file.write_all(&data).map_err(failed),
+            Some(Place::Layer(unpacking)) => unpacking.write(data).map_err(failed),
+            Some(Place::Pages(_)) | None => Err(failed(io::Error::other("data for what takes none"))),
+        }
+    }
+
+    fn pages(&mut self, run: PageRun) -> Result<(), Failure> {
+        let Some(Place::Pages(pages)) = self.open.get_mut(&run.object) else {
+            return Err(failed(io::Error::other("pages for what takes none")));
+        };
+        let present = run.flags & page_flags::PRESENT != 0 && !run.absent;
+        if !present || run.flags & page_flags::PARENT != 0 {
+            return Err(failed(io::Error::other("pages of a parent image, and there is none")));
+        }
+        let placed = Run { address: run.vaddr, pages: run.count, flags: run.flags };
+        let is_zero = |index| usize::try_from(index).is_ok_and(|index| run.zero.is_zero(index));
+        pages.add(placed, is_zero, &run.bytes).map_err(failed)
+    }
+
+    fn close(&mut self, id: u32, _length: u64, _digest: u64) -> Result<(), Failure> {
+        match self.open.remove(&id) {
+            Some(Place::Image(_)) => Ok(()),
+            Some(Place::Pages(pages)) => pages.finish().map_err(failed),
+            Some(Place::Layer(unpacking)) => unpacking.finish().map_err(failed),
+            None => Err(failed(io::Error::other("what is not open is closed"))),
+        }
+    }
+
+    fn end(self: Box<Self>) -> Result<(), Failure> {
+        if !self.open.is_empty() {
+            return Err(failed(io::Error::other("the transfer ends with open objects")));
+        }
+        self.inbox.arrival.send_replace(Arrival::Complete);
+        Ok(())
+    }
+
+    fn abort(self: Box<Self>, reason: &Failure) {
+        self.inbox.arrival.send_replace(Arrival::Broken(reason.to_string()));
+    }
+}
+
+fn create(path: &Path) -> io::Result<File> {
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
+}
+
+/// A thread that unpacks a layer while it comes in.
+struct Unpacking {
+    pieces: SyncSender<Bytes>,
+    thread: JoinHandle<podferry_filesystem::Result<()>>,
+}
+
+impl Unpacking {
+    fn start(dest: PathBuf, limits: Limits) -> io::Result<Self> {
+        let (pieces, incoming) = sync_channel(LAYER_QUEUE);
+        let reader = Pieces { incoming, rest: Bytes::new() };
+        let unpack = move || {
+            let mut reader = reader;
+            podferry_filesystem::unpack(&mut reader, &dest, &limits)?;
+            // Whatever follows the end is not part of the layer, and a sender that waits for it must not hang.
+            io::copy(&mut reader, &mut io::sink()).map_or(Ok(()), |_| Ok(()))
+        };
+        let thread = std::thread::Builder::new().name("unpack".to_owned()).spawn(unpack)?;
+        Ok(Self { pieces, thread })
+    }
+
+    fn write(&mut self, piece: Bytes) -> io::Result<()> {
+        // The thread's own error is told at the end of the object.
+        let _ended = self.pieces.send(piece);
+        Ok(())
+    }
+
+    fn finish(self) -> io::Result<()> {
+        drop(self.pieces);
+        match self.thread.join() {
+            Ok(result) => result.map_err(io::Error::other),
+            Err(_) => Err(io::Error::other("the unpacking thread panicked")),
+        }
+    }
+}
+
+struct Pieces {
+    incoming: Receiver<Bytes>,
+    rest: Bytes,
+}
+
+impl Read for Pieces {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        while self.rest.is_empty() {
+            match self.incoming.recv() {
+                Ok(piece) => self.rest = piece,
+                Err(_) => return Ok(0),
+            }
+        }
+        let taken = out.len().min(self.rest.len());
+        out[..taken].copy_from_slice(&self.rest.split_to(taken));
+        Ok(taken)
+    }
+}

@@ -1,0 +1,502 @@
+//! A migration's part on the node that the container goes to.
+//!
+//! ```text
+//!  Prepare ─▶ PREPARED ─Restore─▶ (arrival, runc restore) ─▶ HELD ─Seal─▶ SEALED ─Resume─▶ RESUMED
+//!                 └─────────────────────────┴─────────────────┴────────────┴── Abort ──▶ ABORTED: nothing left
+//! ```
+//!
+//! Until the resume the container's link is on no bridge, so its address answers nobody here. The images stay until the
+//! container runs: when a committed restore dies before that, it is done again from them.
+
+pub mod bundle;
+pub mod hook;
+pub mod inbox;
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use podferry_common::MigrationId;
+use podferry_common::failure::{Failure, FailureCode, chain};
+use podferry_common::identity::Peer;
+use podferry_criu::CriuLog;
+use podferry_network::{Announcer, ContainerLink, LinkHandle, Netns};
+use podferry_runtime::{CgroupsMode, RestoreRequest, RestoreStdio, RunningRestore};
+use tokio::sync::Mutex;
+use tokio_util::sync::CancellationToken;
+
+use crate::context::{Context, blocking};
+use crate::journal::{PartDirs, PartRecord, Role, Standing};
+use bundle::Bundle;
+use hook::{Hold, HookKeeper};
+use inbox::{Arrival, Inbox};
+
+/// How often a restore is looked at while it works.
+const LOOK: Duration = Duration::from_millis(2);
+/// How long a hook gets to answer.
+const HOOK_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a restore that was told to abort, or to go, gets to end.
+const END_TIMEOUT: Duration = Duration::from_secs(30);
+/// How often an address is announced after the first time, and the pause before each.
+const ANNOUNCEMENTS: u32 = 3;
+const ANNOUNCE_PAUSE: Duration = Duration::from_millis(250);
+/// The interface of a container, as every runtime and CNI calls it.
+pub const INTERFACE: &str = "eth0";
+/// How often a committed restore that dies is done again.
+const RESTORE_TRIES: u32 = 3;
+
+/// What the coordinator wants of a target.
+#[derive(Clone, Debug)]
+pub struct PrepareOrder {
+    /// Of which migration.
+    pub migration: MigrationId,
+    /// runc's id of the container.
+    pub workload: String,
+    /// The only peer that may send it.
+    pub source: Peer,
+    /// The name of that node.
+    pub source_node: String,
+    /// The link to make; none when the container's address does not move.
+    pub link: Option<ContainerLink>,
+    /// Whether connections are kept.
+    pub keep_connections: bool,
+}
+
+/// The part.
+#[derive(Debug)]
+pub struct TargetPart {
+    context: Context,
+    dirs: PartDirs,
+    bundle: Bundle,
+    workload: String,
+    migration: MigrationId,
+    keep_connections: bool,
+    hook: HookKeeper,
+    /// None in an agent that was restarted: what had arrived by then is complete.
+    inbox: Option<Arc<Inbox>>,
+    record: Mutex<PartRecord>,
+    /// The restore that this agent started; a sealed one may be an earlier agent's.
+    restore: Mutex<Option<RunningRestore>>,
+    cancelled: CancellationToken,
+}
+
+impl TargetPart {
+    /// Makes room: folders, network namespace, the expectation of the transfer.
+    ///
+    /// # Errors
+    /// When something is missing or in the way. What was made by then is removed again.
+    pub async fn prepare(context: &Context, order: PrepareOrder) -> Result<Self, Failure> {
+        let bundle = Bundle::read(&context.config.runtime.bundles_dir, &order.workload)
+            .map_err(|failure| failure.on(context.config.node.as_str()))?;
+        let dirs = PartDirs::of(&context.config, order.migration);
+        let netns = order.link.as_ref().and(bundle.netns.clone());
+        let host_interface = host_interface(order.migration);
+        let link = netns.as_ref().map(|_| LinkHandle::new(&host_interface));
+        let mut record = PartRecord {
+            migration: order.migration,
+            workload: order.workload.clone(),
+            standing: Standing::Open,
+            written: SystemTime::now(),
+            role: Role::Target {
+                source_node: order.source_node.clone(),
+                keep_connections: order.keep_connections,
+                link,
+                netns: netns.clone(),
+            },
+        };
+        let made = async {
+            dirs.create().map_err(|error| io_failed(context, &error))?;
+            record.store(&dirs).map_err(|error| io_failed(context, &error))?;
+            bundle.make_room().map_err(|error| io_failed(context, &error))?;
+            if let (Some(netns), Some(link)) = (&netns, &order.link) {
+                let plan = link.plan(&context.config.network.bridge, &host_interface);
+                podferry_network::create(netns, &plan).await.map_err(|error| {
+                    let what = "the container's network namespace cannot be made";
+                    context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("prepare")
+                })?;
+            }
+            HookKeeper::listen(&dirs.hook_socket(), order.migration.to_string())
+                .map_err(|error| io_failed(context, &error))
+        };
+        let hook = match made.await {
+            Ok(hook) => hook,
+            Err(failure) => {
+                remove(context, &record, &bundle, &dirs).await?;
+                return Err(failure);
+            }
+        };
+        let layer_bytes = podferry_filesystem::free_bytes(&bundle.dir).unwrap_or(u64::MAX);
+        let inbox = Inbox::new(order.source, dirs.images.clone(), bundle.upper(), layer_bytes);
+        context.admissions.expect(order.migration, Arc::clone(&inbox));
+        Ok(Self {
+            context: context.clone(),
+            dirs,
+            bundle,
+            workload: order.workload,
+            migration: order.migration,
+            keep_connections: order.keep_connections,
+            hook,
+            inbox: Some(inbox),
+            record: Mutex::new(record),
+            restore: Mutex::new(None),
+            cancelled: CancellationToken::new(),
+        })
+    }
+
+    /// A part of an agent that was killed, taken up again.
+    ///
+    /// # Errors
+    /// When its bundle is gone or its socket cannot be made.
+    pub fn resumed(context: &Context, record: PartRecord) -> Result<Self, Failure> {
+        let dirs = PartDirs::of(&context.config, record.migration);
+        dirs.create().map_err(|error| io_failed(context, &error))?;
+        let bundle = Bundle::read(&context.config.runtime.bundles_dir, &record.workload)?;
+        let hook = HookKeeper::listen(&dirs.hook_socket(), record.migration.to_string())
+            .map_err(|error| io_failed(context, &error))?;
+        let keep_connections = matches!(record.role, Role::Target { keep_connections: true, .. });
+        Ok(Self {
+            context: context.clone(),
+            dirs,
+            bundle,
+            workload: record.workload.clone(),
+            migration: record.migration,
+            keep_connections,
+            hook,
+            inbox: None,
+            record: Mutex::new(record),
+            restore: Mutex::new(None),
+            cancelled: CancellationToken::new(),
+        })
+    }
+
+    /// Waits for the transfer, then restores. Returns the milliseconds from the last byte until the container was held.
+    ///
+    /// # Errors
+    /// When the transfer breaks, the restore fails, the part is aborted, or `deadline` passes.
+    pub async fn restore(&self, deadline: SystemTime) -> Result<f64, Failure> {
+        let patience = deadline.duration_since(SystemTime::now()).unwrap_or_default();
+        let work = async {
+            self.arrived().await?;
+            let begun = Instant::now();
+            self.start_restore().await?;
+            self.until_held().await?;
+            Ok(begun.elapsed().as_secs_f64() * 1e3)
+        };
+        tokio::select! {
+            result = work => result,
+            () = self.cancelled.cancelled() => {
+                Err(self.refused(FailureCode::Aborted, "the migration was aborted", "restore"))
+            }
+            () = tokio::time::sleep(patience) => {
+                Err(self.refused(FailureCode::DeadlineExceeded, "the restore did not end before the deadline", "restore"))
+            }
+        }
+    }
+
+    async fn arrived(&self) -> Result<(), Failure> {
+        let Some(inbox) = &self.inbox else { return Ok(()) };
+        let mut arrival = inbox.arrival();
+        let ended = arrival.wait_for(|arrival| *arrival != Arrival::Waiting).await.map(|arrival| arrival.clone());
+        match ended {
+            Ok(Arrival::Complete) => Ok(()),
+            Ok(Arrival::Broken(reason)) => {
+                let message = format!("the transfer from the source broke: {reason}");
+                Err(self.refused(FailureCode::Unavailable, message, "transfer"))
+            }
+            Ok(Arrival::Waiting) | Err(_) => Err(self.refused(FailureCode::Internal, "nothing arrived", "transfer")),
+        }
+    }
+
+    async fn start_restore(&self) -> Result<(), Failure> {
+        let mut running = self.restore.lock().await;
+        if running.is_some() {
+            return Err(self.refused(FailureCode::FailedPrecondition, "this migration is being restored", "restore"));
+        }
+        let context = self.context.clone();
+        let bundle = self.bundle.clone();
+        let dirs = self.dirs.clone();
+        let order = (self.workload.clone(), self.migration, self.keep_connections);
+        *running = Some(blocking(move || restore_from(&context, &bundle, &dirs, &order)).await?);
+        Ok(())
+    }
+
+    async fn until_held(&self) -> Result<(), Failure> {
+        loop {
+            if self.hook.until(LOOK, |hold| hold.pid().is_some()).await.pid().is_some() {
+                return Ok(());
+            }
+            if let Some(restore) = &mut *self.restore.lock().await
+                && let Err(error) = restore.try_wait()
+            {
+                return Err(self.restore_failed(&error));
+            }
+        }
+    }
+
+    /// From now on the part waits for the decision, whatever happens to this agent.
+    ///
+    /// # Errors
+    /// When the container is not held.
+    pub async fn seal(&self) -> Result<(), Failure> {
+        let mut record = self.record.lock().await;
+        match record.standing {
+            Standing::Sealed => return Ok(()),
+            Standing::Open => {}
+            other => return Err(self.wrong_standing("seal", other)),
+        }
+        let told = self.hook.tell("seal").await;
+        let sealed = self.hook.until(HOOK_TIMEOUT, |hold| !matches!(hold, Hold::Held { .. })).await;
+        if told.is_err() || !matches!(sealed, Hold::Sealed { .. }) {
+            return Err(self.refused(FailureCode::FailedPrecondition, "the container is not held", "commit"));
+        }
+        record.standing = Standing::Sealed;
+        record.store(&self.dirs).map_err(|error| io_failed(&self.context, &error))
+    }
+
+    /// The migration is committed and the source is dead: lets the container run, with its address. Returns its init.
+    ///
+    /// # Errors
+    /// When it does not come to run; to be called again.
+    pub async fn resume(&self) -> Result<i32, Failure> {
+        let mut record = self.record.lock().await;
+        match record.standing {
+            Standing::Resumed => return self.running_init(),
+            Standing::Sealed => {}
+            other => return Err(self.wrong_standing("resume", other)),
+        }
+        self.join_link(&record)?;
+        let pid = self.let_go().await?;
+        self.announce(&record);
+        record.standing = Standing::Resumed;
+        record.store(&self.dirs).map_err(|error| io_failed(&self.context, &error))?;
+        self.context.admissions.forget(self.migration);
+        self.dirs.wipe_volatile();
+        Ok(pid)
+    }
+
+    /// Lets the held container go; restores it again when it is not there any more.
+    async fn let_go(&self) -> Result<i32, Failure> {
+        let mut last = self.refused(FailureCode::Internal, "the held container is gone", "resume");
+        for _ in 0..RESTORE_TRIES {
+            // After this agent's restart a sealed hook finds it within 100 ms.
+            let hold = self.hook.until(HOOK_TIMEOUT, |hold| *hold != Hold::NotYet).await;
+            let gone = match hold {
+                Hold::Held { .. } | Hold::Sealed { .. } => self.hook.tell("go").await.is_err(),
+                // It may have gone because an earlier agent told it so.
+                Hold::Gone | Hold::NotYet => self.running_init().is_err(),
+            };
+            if !gone {
+                match self.until_running().await {
+                    Ok(pid) => return Ok(pid),
+                    Err(failure) => last = failure,
+                }
+            }
+            tracing::error!(migration = %self.migration, failure = %last, "a committed restore died; restoring again");
+            self.restore_again().await?;
+        }
+        Err(last)
+    }
+
+    async fn restore_again(&self) -> Result<(), Failure> {
+        self.clean_restore().await?;
+        self.start_restore().await?;
+        self.until_held().await
+    }
+
+    async fn until_running(&self) -> Result<i32, Failure> {
+        let begun = Instant::now();
+        while begun.elapsed() < END_TIMEOUT {
+            let ended = match &mut *self.restore.lock().await {
+                Some(restore) => restore.try_wait().map_err(|error| self.restore_failed(&error))?,
+                // An earlier agent's: runc writes the pid when it is done.
+                None => self.pid_file().is_file(),
+            };
+            if ended {
+                return self.running_init();
+            }
+            tokio::time::sleep(Duration::from_micros(500)).await;
+        }
+        Err(self.refused(FailureCode::DeadlineExceeded, "runc does not end its restore", "resume"))
+    }
+
+    /// Undoes everything.
+    ///
+    /// # Errors
+    /// When something stays; to be called again.
+    pub async fn abort(&self) -> Result<(), Failure> {
+        self.cancelled.cancel();
+        let mut record = self.record.lock().await;
+        match record.standing {
+            Standing::Aborted => return Ok(()),
+            Standing::Open | Standing::Sealed => {}
+            other => return Err(self.wrong_standing("abort", other)),
+        }
+        self.context.admissions.forget(self.migration);
+        let _gone_already = self.hook.tell("abort").await;
+        self.clean_restore().await?;
+        remove(&self.context, &record, &self.bundle, &self.dirs).await?;
+        record.standing = Standing::Aborted;
+        record.store(&self.dirs).map_err(|error| io_failed(&self.context, &error))
+    }
+
+    /// Ends a restore, if there is one, and removes what it made.
+    async fn clean_restore(&self) -> Result<(), Failure> {
+        let running = self.restore.lock().await.take();
+        let context = self.context.clone();
+        let (workload, bundle) = (self.workload.clone(), self.bundle.dir.clone());
+        blocking(move || {
+            if let Some(mut restore) = running {
+                let ended = restore.wait_until(Instant::now() + END_TIMEOUT);
+                if matches!(ended, Ok(false)) {
+                    tracing::warn!(workload, "a restore does not end by itself; killing it");
+                    restore.kill_and_clean().map_err(|error| cleanup_failed(&context, &error))?;
+                }
+            }
+            let runc = context.runc(context.config.runc_root());
+            runc.cleanup_killed_restore(&workload, &bundle).map_err(|error| cleanup_failed(&context, &error))
+        })
+        .await
+    }
+
+    fn join_link(&self, record: &PartRecord) -> Result<(), Failure> {
+        let Role::Target { link: Some(link), .. } = &record.role else { return Ok(()) };
+        podferry_network::attach(&link.host_interface, &self.context.config.network.bridge).map(drop).map_err(|error| {
+            let what = "the container's link cannot join the bridge";
+            self.context.failure(FailureCode::Internal, what, &error).in_phase("resume")
+        })
+    }
+
+    /// Tells switches and neighbours where the address is now. They would find out by themselves, later.
+    fn announce(&self, record: &PartRecord) {
+        let Role::Target { netns: Some(netns), .. } = &record.role else { return };
+        let announced = Netns::open(netns).and_then(|netns| {
+            let announcer = Announcer::open(&netns, INTERFACE)?;
+            announcer.send().map(|()| announcer)
+        });
+        match announced {
+            // Switches forget, frames get lost: once more, and again.
+            Ok(announcer) => drop(tokio::spawn(async move { announcer.repeat(ANNOUNCEMENTS, ANNOUNCE_PAUSE).await })),
+            Err(error) => tracing::warn!(error = chain(&error), "the container's address cannot be announced"),
+        }
+    }
+
+    fn running_init(&self) -> Result<i32, Failure> {
+        let runc = self.context.runc(self.context.config.runc_root());
+        let container = runc.container(&self.workload).map_err(|error| self.restore_failed(&error))?;
+        match container.init.filter(|_| container.is_alive()) {
+            Some(init) => Ok(init.pid),
+            None => Err(self.refused(FailureCode::Internal, "the restored container does not run", "resume")),
+        }
+    }
+
+    /// Where the part stands.
+    pub async fn standing(&self) -> Standing {
+        self.record.lock().await.standing
+    }
+
+    /// Whether the container is held.
+    pub fn is_held(&self) -> bool {
+        self.hook.hold().pid().is_some()
+    }
+
+    fn pid_file(&self) -> PathBuf {
+        self.dirs.run.join("pid")
+    }
+
+    fn restore_failed(&self, error: &podferry_runtime::Error) -> Failure {
+        let what = "the container cannot be restored";
+        let mut failure = self.context.failure(FailureCode::Aborted, what, error).in_phase("restore");
+        if let Some(criu) = CriuLog::of_restore(&self.dirs.work).failure() {
+            failure = failure.criu_line(criu.line).remedy(criu.remedy);
+        }
+        failure
+    }
+
+    fn refused(&self, code: FailureCode, message: impl Into<String>, phase: &str) -> Failure {
+        self.context.refusal(code, message).in_phase(phase)
+    }
+
+    fn wrong_standing(&self, what: &str, standing: Standing) -> Failure {
+        let message = format!("cannot {what} a target that is {standing:?}");
+        self.context.refusal(FailureCode::FailedPrecondition, message)
+    }
+}
+
+/// Starts `runc restore`; blocks.
+fn restore_from(
+    context: &Context,
+    bundle: &Bundle,
+    dirs: &PartDirs,
+    (workload, migration, keep_connections): &(String, MigrationId, bool),
+) -> Result<RunningRestore, Failure> {
+    let failed = |what: &str, error: &(dyn std::error::Error + 'static)| {
+        context.failure(FailureCode::Internal, what, error).in_phase("restore")
+    };
+    if !bundle.is_mounted() {
+        bundle
+            .overlay()
+            .mount(&bundle.rootfs())
+            .map_err(|error| failed("the container's root filesystem cannot be mounted", &error))?;
+    }
+    let tools = &context.config.tools;
+    let criu_config = dirs.run.join("criu.conf");
+    fs::write(&criu_config, podferry_runtime::criu_config(&tools.hook, !keep_connections))
+        .map_err(|error| io_failed(context, &error))?;
+    fs::create_dir_all(&context.config.runtime.logs_dir).map_err(|error| io_failed(context, &error))?;
+    let log = context.config.runtime.logs_dir.join(format!("{workload}.log"));
+    let stdio = podferry_runtime::stdio::spawn_keeper(&tools.stdio_keeper, &log)
+        .map_err(|error| failed("the container's output cannot be kept", &error))?;
+    let variables: [(&str, OsString); 3] = [
+        ("CRIU_CONFIG_FILE", criu_config.into()),
+        (podferry_runtime::hook::HOOK_SOCKET, dirs.hook_socket().into()),
+        (podferry_runtime::hook::MIGRATION, migration.to_string().into()),
+    ];
+    let request = RestoreRequest {
+        id: workload.clone(),
+        bundle: bundle.dir.clone(),
+        image_path: dirs.images.clone(),
+        work_path: dirs.work.clone(),
+        pid_file: Some(dirs.run.join("pid")),
+        stdio: RestoreStdio::Fds { stdin: stdio.stdin, stdout: stdio.stdout, stderr: stdio.stderr },
+        tcp_established: *keep_connections,
+        file_locks: true,
+        lazy_pages: false,
+        cgroups_mode: CgroupsMode::Ignore,
+        env: variables.into_iter().map(|(name, value)| (name.into(), value)).collect(),
+        detach: true,
+    };
+    let runc = context.runc(context.config.runc_root());
+    runc.restore(request).map_err(|error| failed("runc restore cannot be started", &error))
+}
+
+/// Removes what a target part made apart from the restore itself. Idempotent.
+async fn remove(context: &Context, record: &PartRecord, bundle: &Bundle, dirs: &PartDirs) -> Result<(), Failure> {
+    bundle.dismantle().map_err(|error| {
+        context.failure(FailureCode::Internal, "the writable layer cannot be removed", &error).in_phase("rollback")
+    })?;
+    if let Role::Target { netns: Some(netns), link: Some(link), .. } = &record.role {
+        podferry_network::destroy(netns, &link.host_interface).await.map_err(|error| {
+            let what = "the container's network namespace cannot be removed";
+            context.failure(FailureCode::Internal, what, &error).in_phase("rollback")
+        })?;
+    }
+    dirs.wipe_volatile();
+    Ok(())
+}
+
+/// The host's end of an arriving container's link: at most 15 bytes, and the random end of the id makes it unique.
+fn host_interface(migration: MigrationId) -> String {
+    let id = migration.to_string().replace('-', "");
+    format!("pf{}", &id[id.len().saturating_sub(12)..])
+}
+
+fn cleanup_failed(context: &Context, error: &podferry_runtime::Error) -> Failure {
+    let what = "what a restore left cannot be removed";
+    context.failure(FailureCode::Internal, what, error).in_phase("rollback")
+}
+
+fn io_failed(context: &Context, error: &std::io::Error) -> Failure {
+    context.failure(FailureCode::Internal, "the agent cannot write its own files", error)
+}

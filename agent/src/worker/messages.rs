@@ -1,0 +1,96 @@
+//! What agent and dump worker say to each other: one JSON object a line, over the worker's Unix socket.
+
+use std::path::PathBuf;
+use std::time::SystemTime;
+
+use podferry_criu::DumpRequest;
+use podferry_network::LinkHandle;
+use serde::{Deserialize, Serialize};
+
+/// Everything a dump worker has to know. It is written to a file, which the worker gets as its argument.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct DumpJob {
+    /// Of the migration; for the log.
+    pub migration: String,
+    /// CRIU.
+    pub criu: PathBuf,
+    /// runc's root folder.
+    pub root: PathBuf,
+    /// runc's id of the container.
+    pub container: String,
+    /// What CRIU is asked.
+    pub request: DumpRequest,
+    /// The link to cut when the tasks are frozen; none for a container without one.
+    pub link: Option<LinkHandle>,
+    /// When an unsealed dump is given up.
+    pub deadline: SystemTime,
+    /// Where the worker listens.
+    pub control: PathBuf,
+    /// Where it keeps [`WorkerRecord`].
+    pub record: PathBuf,
+}
+
+/// What has to be known when the worker itself is gone: written before what it says is done.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerRecord {
+    /// CRIU's process id, in the worker's pid namespace.
+    pub criu_pid: Option<u32>,
+    /// The part was sealed.
+    pub sealed: bool,
+    /// Release was ordered: the tasks die.
+    pub released: bool,
+}
+
+/// What the agent tells the worker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "order")]
+pub enum Order {
+    /// Stop rolling back by yourself.
+    Seal,
+    /// The migration is committed: let the tasks die.
+    Release,
+    /// Let the tasks run on.
+    Abort {
+        /// For the log.
+        reason: String,
+    },
+}
+
+/// What the worker tells the agent: how far it is. After connecting it tells the newest at once.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "stage")]
+pub enum Stage {
+    /// CRIU is being started or is freezing the tasks.
+    Freezing,
+    /// The tasks are frozen and the link is cut.
+    Frozen,
+    /// CRIU has dumped everything and waits.
+    Dumped,
+    /// As before, and it waits for ever.
+    Sealed,
+    /// Sealing failed; the part is as it was before.
+    NotSealed {
+        /// Why.
+        message: String,
+    },
+    /// The tasks are dead.
+    Released,
+    /// The tasks run on.
+    Undone {
+        /// Why.
+        message: String,
+        /// CRIU's line, when CRIU failed.
+        criu_line: Option<String>,
+        /// What to do, when CRIU failed.
+        remedy: Option<String>,
+        /// What could not be undone, e.g. a link that stays cut.
+        left: Vec<String>,
+    },
+}
+
+impl Stage {
+    /// Whether nothing comes after it.
+    pub fn is_last(&self) -> bool {
+        matches!(self, Self::Released | Self::Undone { .. })
+    }
+}

@@ -1,0 +1,281 @@
+//! What the worker does: one dump, from CRIU's start until the tasks are dead or run on.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use command_fds::FdMapping;
+use podferry_common::failure::chain;
+use podferry_criu::{CriuError, CriuLog, Notification, Session, Verdict};
+use podferry_network::LinkState;
+use podferry_runtime::{Container, Freezer};
+
+use super::control::Control;
+use super::messages::{DumpJob, Order, Stage, WorkerRecord};
+use super::record;
+
+/// The number under which CRIU inherits the page socket.
+const PAGE_FD: i32 = 4;
+/// How often a waiting worker looks at its deadline and for its agent.
+const TICK: Duration = Duration::from_millis(20);
+/// How long the cgroup freezer gets. The tasks are stopped already, so it is a matter of microseconds.
+const FENCE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long killed tasks get to die before it is said that they do not.
+const DEATH_WARNING: Duration = Duration::from_secs(5);
+
+/// One dump.
+struct Dump {
+    job: DumpJob,
+    container: Container,
+    control: Arc<Control>,
+    record: WorkerRecord,
+    /// Why the dump was given up, when it was.
+    given_up: Option<String>,
+    link_cut: Option<LinkState>,
+}
+
+/// Does the job; `page_socket` is CRIU's end of the page stream. Returns when the tasks are dead or run on.
+///
+/// # Errors
+/// When it cannot even begin; then nothing was touched.
+pub fn run(job: DumpJob, page_socket: OwnedFd) -> Result<(), Box<dyn std::error::Error>> {
+    let control = Control::listen(&job.control)?;
+    let container = podferry_runtime::find(std::slice::from_ref(&job.root), &job.container)?;
+    let mut dump = Dump { job, container, control, record: WorkerRecord::default(), given_up: None, link_cut: None };
+    let last = dump.go(page_socket);
+    dump.control.report(last);
+    // The agent reads the last line before it sees the end.
+    thread::sleep(TICK);
+    Ok(())
+}
+
+impl Dump {
+    fn go(&mut self, page_socket: OwnedFd) -> Stage {
+        let result = self.dump(page_socket);
+        if self.record.released {
+            return self.destroy();
+        }
+        match result {
+            Ok(()) => {
+                tracing::error!("CRIU ended the tasks without having been told to");
+                self.destroy()
+            }
+            Err(error) if self.record.sealed && self.given_up.is_none() => self.hold_without_criu(&error),
+            Err(error) => self.undone(&error),
+        }
+    }
+
+    fn dump(&mut self, page_socket: OwnedFd) -> Result<(), CriuError> {
+        let images = open_dir(&self.job.request.images_dir)?;
+        let work = open_dir(&self.job.request.work_dir)?;
+        let inherit = vec![FdMapping { parent_fd: page_socket, child_fd: PAGE_FD }];
+        let session = Session::start(&self.job.criu, inherit)?;
+        self.record.criu_pid = Some(session.pid());
+        self.note();
+        let options = self.job.request.options(images.as_fd(), work.as_fd(), PAGE_FD);
+        let log = CriuLog::of_dump(&self.job.request.work_dir);
+        session.dump(options, &log, |notification| self.on_notify(notification))
+    }
+
+    fn on_notify(&mut self, notification: &Notification) -> Verdict {
+        tracing::debug!(name = notification.name, "CRIU notifies");
+        match notification.name.as_str() {
+            "network-lock" => self.on_frozen(),
+            "network-unlock" => {
+                self.join_link();
+                Verdict::Proceed
+            }
+            "post-dump" => self.hold(),
+            _ => self.unless_aborted(),
+        }
+    }
+
+    /// The tasks are stopped: nothing may go in or out any more.
+    fn on_frozen(&mut self) -> Verdict {
+        if let Err(error) = self.cut_link() {
+            return self.give_up(format!("the container's link cannot be cut: {}", chain(&error)));
+        }
+        self.control.report(Stage::Frozen);
+        self.unless_aborted()
+    }
+
+    fn unless_aborted(&mut self) -> Verdict {
+        match self.control.order(Duration::ZERO) {
+            Some(Order::Abort { reason }) => self.give_up(reason),
+            Some(order) => {
+                tracing::error!(?order, "an order came too early");
+                Verdict::Proceed
+            }
+            None if self.control.is_abandoned() => self.give_up("the agent is gone".to_owned()),
+            None => Verdict::Proceed,
+        }
+    }
+
+    /// Everything is dumped and the tasks are stopped: waits for the decision.
+    fn hold(&mut self) -> Verdict {
+        self.control.report(Stage::Dumped);
+        loop {
+            match self.control.order(TICK) {
+                Some(Order::Seal) => self.seal(),
+                Some(Order::Release) if self.record.sealed => {
+                    self.record.released = true;
+                    self.note();
+                    return Verdict::Proceed;
+                }
+                Some(Order::Release) => tracing::error!("release was ordered of an unsealed part; ignored"),
+                Some(Order::Abort { reason }) => return self.give_up(reason),
+                None if self.record.sealed => {}
+                None if SystemTime::now() > self.job.deadline => {
+                    return self.give_up("the migration's deadline has passed".to_owned());
+                }
+                None if self.control.is_abandoned() => return self.give_up("the agent is gone".to_owned()),
+                None => {}
+            }
+        }
+    }
+
+    fn seal(&mut self) {
+        if self.record.sealed {
+            self.control.report(Stage::Sealed);
+            return;
+        }
+        let fenced = Freezer::of(&self.container).and_then(|freezer| freezer.freeze(FENCE_TIMEOUT));
+        if let Err(error) = fenced {
+            self.control.report(Stage::NotSealed { message: chain(&error) });
+            return;
+        }
+        self.record.sealed = true;
+        if let Err(error) = record::store(&self.job.record, &self.record) {
+            self.record.sealed = false;
+            self.thaw();
+            self.control.report(Stage::NotSealed { message: format!("the seal cannot be written down: {error}") });
+            return;
+        }
+        self.control.report(Stage::Sealed);
+    }
+
+    fn give_up(&mut self, reason: String) -> Verdict {
+        tracing::info!(reason, "giving the dump up");
+        if self.record.sealed {
+            self.thaw();
+        }
+        self.given_up = Some(reason);
+        Verdict::GiveUp
+    }
+
+    /// CRIU is gone although the part is sealed: the cgroup's freezer holds the tasks, and the decision still counts.
+    fn hold_without_criu(&mut self, error: &CriuError) -> Stage {
+        tracing::error!(error = chain(error), "CRIU is gone while it held sealed tasks; the freezer holds them");
+        loop {
+            match self.control.order(TICK) {
+                Some(Order::Release) => {
+                    self.record.released = true;
+                    self.note();
+                    return self.destroy();
+                }
+                Some(Order::Abort { reason }) => {
+                    self.given_up = Some(reason);
+                    return self.undone(error);
+                }
+                Some(Order::Seal) => self.control.report(Stage::Sealed),
+                None => {}
+            }
+        }
+    }
+
+    /// Makes sure that no task of the container is left. The link stays cut.
+    fn destroy(&mut self) -> Stage {
+        kill_all(&self.container);
+        Stage::Released
+    }
+
+    fn undone(&mut self, error: &CriuError) -> Stage {
+        let mut left = Vec::new();
+        if self.record.sealed {
+            self.thaw();
+        }
+        self.join_link();
+        if self.link_cut.is_some() {
+            left.push("the container's link is still cut: join it by hand".to_owned());
+        }
+        if !self.container.is_alive() {
+            left.push("the container's init is gone".to_owned());
+        }
+        let failure = match error {
+            CriuError::Dump { failure, .. } => Some(failure.clone()),
+            _ => None,
+        };
+        let message = self.given_up.clone().unwrap_or_else(|| chain(error));
+        Stage::Undone {
+            message,
+            criu_line: failure.as_ref().map(|failure| failure.line.clone()),
+            remedy: failure.map(|failure| failure.remedy),
+            left,
+        }
+    }
+
+    fn cut_link(&mut self) -> podferry_network::Result<()> {
+        if let Some(link) = &self.job.link {
+            self.link_cut = Some(podferry_network::cut(link)?);
+        }
+        Ok(())
+    }
+
+    fn join_link(&mut self) {
+        let Some(link) = &self.link_cut else { return };
+        match podferry_network::uncut(link) {
+            Ok(()) => self.link_cut = None,
+            Err(error) => tracing::error!(error = chain(&error), "the container's link cannot be joined again"),
+        }
+    }
+
+    fn thaw(&self) {
+        let thawed = Freezer::of(&self.container).and_then(|freezer| freezer.thaw(FENCE_TIMEOUT));
+        if let Err(error) = thawed {
+            tracing::error!(error = chain(&error), "the container's cgroup cannot be thawed");
+        }
+    }
+
+    fn note(&self) {
+        if let Err(error) = record::store(&self.job.record, &self.record) {
+            tracing::warn!(%error, path = %self.job.record.display(), "the worker's record cannot be written");
+        }
+    }
+}
+
+/// Kills every task of a container and returns when none is left.
+///
+/// A v1 freezer keeps killed tasks from dying, so the cgroup is thawed once every task has its signal.
+pub fn kill_all(container: &Container) {
+    let begun = Instant::now();
+    let mut warned = false;
+    loop {
+        let processes = container.cgroups.processes().unwrap_or_default();
+        if processes.is_empty() && !container.is_alive() {
+            return;
+        }
+        for pid in processes {
+            if let Some(pid) = rustix::process::Pid::from_raw(pid) {
+                let _gone_already = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
+        }
+        if let Ok(freezer) = Freezer::of(container)
+            && let Err(error) = freezer.thaw(FENCE_TIMEOUT)
+        {
+            tracing::debug!(error = chain(&error), "thawing killed tasks");
+        }
+        if !warned && begun.elapsed() > DEATH_WARNING {
+            warned = true;
+            tracing::error!(container = container.id, "killed tasks do not die (uninterruptible I/O?); still waiting");
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn open_dir(path: &std::path::Path) -> Result<File, CriuError> {
+    let opened = File::open(path);
+    opened.map_err(|source: io::Error| CriuError::Image { path: path.to_owned(), source })
+}
