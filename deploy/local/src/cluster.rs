@@ -12,14 +12,15 @@ use rustix::process::Signal;
 use crate::cgroup;
 use crate::command::{self, Output};
 use crate::config;
+use crate::container::Container;
 use crate::daemon::Daemon;
 use crate::error::{Error, FileContext, Result};
-use crate::network::{self, NetnsFolder};
+use crate::network;
 use crate::node::{self, Node, READY_DEADLINE};
 use crate::place::Place;
 use crate::process::{self, ProcessId};
 use crate::state::{Layout, NodeState, State};
-use crate::workload::check_label;
+use crate::workload::{Workload, check_label};
 
 /// The port that the coordinator listens on.
 pub const COORDINATOR_PORT: u16 = 7443;
@@ -43,6 +44,8 @@ pub struct Options {
     pub folder: PathBuf,
     /// The nodes' names, in the order of their addresses.
     pub nodes: Vec<String>,
+    /// Names of workloads that the coordinator's inventory has from the start; [`LocalCluster::start_workload`] adds others.
+    pub workloads: Vec<String>,
     /// The folder of podferry's own programs.
     pub binaries: PathBuf,
     /// The folder of criu and runc.
@@ -61,6 +64,7 @@ impl Options {
             suffix: format!("{}-{count}", std::process::id()),
             folder: folder.into(),
             nodes: vec!["node-a".to_owned(), "node-b".to_owned()],
+            workloads: Vec::new(),
             binaries: crate::default_binaries(),
             tools: crate::default_tools(),
             start_agents: true,
@@ -86,6 +90,7 @@ impl Options {
             return Err(Error::Invalid("a local cluster needs root: namespaces, CRIU and runc do too".to_owned()));
         }
         check_label("the suffix", &self.suffix, 24)?;
+        self.workloads.iter().try_for_each(|name| check_label("the workload's name", name, 63))?;
         for (index, name) in self.nodes.iter().enumerate() {
             check_label("the node name", name, LONGEST_NODE_NAME)?;
             if self.nodes[..index].contains(name) || ["fabric", "coordinator", "client"].contains(&name.as_str()) {
@@ -101,9 +106,12 @@ impl Options {
     fn check_programs(&self) -> Result<()> {
         let build = "build it with `cargo build --workspace`, or name another folder of binaries";
         let set_up = "run deploy/setup/setup.sh, or name another folder of tools";
-        let daemons = ["podferry-agent", "podferry-coordinator", "podferry-hook", "podferry-stdio-keeper"];
+        let daemons = ["podferry-agent", "podferry-coordinator", "podferry-hook", "podferry-dump-worker"];
         let wanted = if self.start_agents { &daemons[..] } else { &[] };
-        let own = wanted.iter().chain(&["podferry-node-init"]).map(|name| (self.binaries.join(name), build));
+        let own = wanted
+            .iter()
+            .chain(&["podferry-node-init", "podferry-stdio-keeper"])
+            .map(|name| (self.binaries.join(name), build));
         let tools = ["criu", "runc"].map(|name| (self.tools.join(name), set_up));
         match own.chain(tools).find(|(path, _)| !path.is_file()) {
             Some((path, hint)) => Err(Error::MissingProgram { path, hint }),
@@ -130,7 +138,7 @@ impl LocalCluster {
     pub fn up(options: &Options) -> Result<Self> {
         options.check()?;
         let (layout, mut state) = claim(options)?;
-        let made = make(&layout, &mut state).and_then(|()| {
+        let made = make(&layout, &mut state, &options.workloads).and_then(|()| {
             let cluster = Self::of(layout.clone(), state.clone());
             cluster.start_daemons()?;
             Ok(cluster)
@@ -231,6 +239,24 @@ impl LocalCluster {
             let known: Vec<&str> = self.nodes.iter().map(|node| node.name()).collect();
             Error::UnknownNode { name: name.to_owned(), known: known.join(", ") }
         })
+    }
+
+    /// Names a workload in the coordinator's inventory and starts it on a node.
+    pub fn start_workload(&self, node: &str, workload: &Workload) -> Result<Container> {
+        let node = self.node(node)?;
+        self.register_workload(&workload.name)?;
+        node.start_workload(workload)
+    }
+
+    /// Makes a node ready to take a workload, see [`Node::prepare_workload`].
+    pub fn prepare_workload(&self, node: &str, workload: &Workload) -> Result<PathBuf> {
+        self.node(node)?.prepare_workload(workload)
+    }
+
+    /// Names a workload in the coordinator's inventory file. True when it was not named yet.
+    pub fn register_workload(&self, name: &str) -> Result<bool> {
+        check_label("the workload's name", name, 63)?;
+        config::register(&self.coordinator.inventory(), name)
     }
 
     /// The coordinator.
@@ -388,7 +414,6 @@ fn claim(options: &Options) -> Result<(Layout, State)> {
         start_agents: options.start_agents,
         bundles_on_tmpfs: is_overlay(&layout.folder),
         nodes: nodes.collect(),
-        netns_folder: NetnsFolder::now(),
     };
     // Before the claim: a sweep of this folder must never remove what is another cluster's.
     if let Some(taken) = network::named("").into_iter().find(|name| state.all_netns().contains(name)) {
@@ -406,10 +431,10 @@ fn is_overlay(folder: &Path) -> bool {
         .is_ok_and(|status| status.filesystem_type() == nix::sys::statfs::OVERLAYFS_SUPER_MAGIC)
 }
 
-fn make(layout: &Layout, state: &mut State) -> Result<()> {
+fn make(layout: &Layout, state: &mut State, workloads: &[String]) -> Result<()> {
     let logs = layout.logs();
     fs::create_dir_all(&logs).at("create the folder", &logs)?;
-    write_configuration(layout, state)?;
+    write_configuration(layout, state, workloads)?;
     make_network(state)?;
     for index in 0..state.nodes.len() {
         let name = state.nodes[index].name.clone();
@@ -436,7 +461,7 @@ fn make_network(state: &State) -> Result<()> {
     Ok(())
 }
 
-fn write_configuration(layout: &Layout, state: &State) -> Result<()> {
+fn write_configuration(layout: &Layout, state: &State, workloads: &[String]) -> Result<()> {
     let failed = |error| document("the cluster's authority", &error);
     let authority = LocalCa::create(&layout.identity().join("authority")).map_err(failed)?;
     let issue = |peer: &Peer, files: &IdentityFiles| {
@@ -454,7 +479,7 @@ fn write_configuration(layout: &Layout, state: &State) -> Result<()> {
     let folder = layout.coordinator();
     let identity = IdentityFiles::in_folder(folder.join("identity"));
     issue(&Peer::Coordinator, &identity)?;
-    config::write(&folder.join("inventory.toml"), &config::inventory(state))?;
+    config::write(&folder.join("inventory.toml"), &config::inventory(state, workloads))?;
     config::write(&folder.join("coordinator.toml"), &config::coordinator(&folder, identity))
 }
 
@@ -489,7 +514,7 @@ fn tear_down(layout: &Layout, state: &State) -> Result<()> {
     for folder in [layout.nodes(), layout.coordinator(), layout.identity()] {
         remove_folder(&folder)?;
     }
-    state.netns_folder.put_back();
+    network::put_folder_back()?;
     State::remove(&layout.folder)
 }
 

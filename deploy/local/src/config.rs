@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use podferry_common::identity::IdentityFiles;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::cluster::COORDINATOR_PORT;
 use crate::container::RUNC_ROOT;
@@ -61,23 +61,47 @@ pub(crate) struct CoordinatorConfig {
 }
 
 /// The coordinator's inventory of a machine without Kubernetes.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Inventory {
-    pub(crate) node: Vec<InventoryNode>,
+    #[serde(default)]
+    pub(crate) nodes: Vec<InventoryNode>,
+    #[serde(default)]
+    pub(crate) workloads: Vec<InventoryWorkload>,
 }
 
 /// One node of the inventory.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct InventoryNode {
     pub(crate) name: String,
     pub(crate) address: String,
+}
+
+/// One workload of the inventory; its container's id is its name, and where it is, the agents say.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct InventoryWorkload {
+    pub(crate) name: String,
 }
 
 /// Writes a document as TOML.
 pub(crate) fn write(path: &Path, document: &impl Serialize) -> Result<()> {
     let text = toml::to_string_pretty(document)
         .map_err(|error| Error::Document { what: path.display().to_string(), reason: error.to_string() })?;
-    fs::write(path, text).at("write", path)
+    // Renamed into place: who reads it meanwhile finds the old text or the new one.
+    let new = path.with_extension("toml.new");
+    fs::write(&new, text).at("write", &new)?;
+    fs::rename(&new, path).at("replace", path)
+}
+
+/// Adds a workload to the inventory. True when it was not there yet.
+pub(crate) fn register(path: &Path, workload: &str) -> Result<bool> {
+    let text = fs::read_to_string(path).at("read", path)?;
+    let mut inventory: Inventory = toml::from_str(&text)
+        .map_err(|error| Error::Document { what: path.display().to_string(), reason: error.to_string() })?;
+    if inventory.workloads.iter().any(|known| known.name == workload) {
+        return Ok(false);
+    }
+    inventory.workloads.push(InventoryWorkload { name: workload.to_owned() });
+    write(path, &inventory).map(|()| true)
 }
 
 /// The configuration of a node's agent.
@@ -116,11 +140,14 @@ pub(crate) fn coordinator(folder: &Path, identity: IdentityFiles) -> Coordinator
     }
 }
 
-/// The nodes, as the coordinator reaches their agents.
-pub(crate) fn inventory(state: &State) -> Inventory {
+/// The nodes, as the coordinator reaches their agents, and the names of workloads.
+pub(crate) fn inventory(state: &State, workloads: &[String]) -> Inventory {
     let entry =
         |node: &NodeState| InventoryNode { name: node.name.clone(), address: format!("{}:{AGENT_PORT}", node.address) };
-    Inventory { node: state.nodes.iter().map(entry).collect() }
+    Inventory {
+        nodes: state.nodes.iter().map(entry).collect(),
+        workloads: workloads.iter().map(|name| InventoryWorkload { name: name.clone() }).collect(),
+    }
 }
 
 fn coordinator_address() -> String {

@@ -113,7 +113,7 @@ impl Node {
         .map(drop)
     }
 
-    /// `runc create`, with the container's streams on pipes (or a terminal) that a keeper of this node holds: CRIU
+    /// `runc create`, with the container's streams on a pipe (or a terminal) that a keeper of this node holds: CRIU
     /// cannot dump a container whose standard output is a file of the machine.
     fn create(&self, workload: &Workload, bundle: &Path, log: &Path) -> Result<()> {
         let runc_log = log.with_extension("runc.log");
@@ -121,6 +121,8 @@ impl Node {
         command.args(["create", "--log"]).arg(log);
         if workload.terminal {
             command.arg("--console-socket").arg(Path::new("/run").join(format!("{}.console", workload.name)));
+        } else {
+            command.arg("--keeper").arg(self.binaries.join("podferry-stdio-keeper"));
         }
         command.arg("--").arg(self.tools.join("runc")).args(["--root", RUNC_ROOT, "--log"]).arg(&runc_log);
         command.args(["create", "--bundle"]).arg(bundle).arg(&workload.name);

@@ -19,8 +19,8 @@
 //! let mut cluster = LocalCluster::up(&Options::new("/tmp/podferry"))?;
 //! let address = podferry_local::FIRST_CONTAINER_ADDRESS;
 //! let workload = Workload::new("redis", "/images/redis", ["/bin/redis-server", "--protected-mode", "no"], address);
-//! cluster.node("node-a")?.start_workload(&workload)?;
-//! cluster.node("node-b")?.prepare_workload(&workload)?;
+//! cluster.start_workload("node-a", &workload)?;
+//! cluster.prepare_workload("node-b", &workload)?;
 //! cluster.podferry(["migrate", "redis", "--to", "node-b", "--wait"])?.success()?;
 //! cluster.down()
 //! # }
@@ -66,9 +66,12 @@ pub fn workspace_root() -> PathBuf {
     here.ancestors().nth(2).unwrap_or(here).to_owned()
 }
 
-/// The folder of criu and runc: `PODFERRY_TOOLS`, else what `deploy/setup/setup.sh` made in the workspace.
+/// The folder of criu and runc: `PODFERRY_TOOLS` or `bin` in it, else what `deploy/setup/setup.sh` made in the workspace.
 pub fn default_tools() -> PathBuf {
-    std::env::var_os("PODFERRY_TOOLS").map_or_else(|| workspace_root().join(".podferry/tools/bin"), PathBuf::from)
+    let folder =
+        std::env::var_os("PODFERRY_TOOLS").map_or_else(|| workspace_root().join(".podferry/tools"), Into::into);
+    let bin = folder.join("bin");
+    if bin.is_dir() { bin } else { folder }
 }
 
 /// The folder of podferry's own programs: `PODFERRY_BINARIES`, else the one this program was built into.

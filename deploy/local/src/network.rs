@@ -3,11 +3,15 @@
 //! Nothing is ever made in the machine's own network namespace: a veth pair is born inside the fabric with its other
 //! end already in the namespace it is meant for.
 
-use std::fs;
+use std::fs::{self, File};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::mount::{MntFlags, umount2};
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
 
 use crate::command::ip;
 use crate::error::{FileContext, Result};
@@ -70,7 +74,11 @@ pub(crate) fn remove_namespace(name: &str) -> Result<()> {
 
 /// The fabric: one bridge that every other namespace has a port of.
 pub(crate) fn make_fabric(fabric: &str) -> Result<()> {
-    add_namespace(fabric)?;
+    {
+        let _one_at_a_time = lock_run()?;
+        note_folder()?;
+        add_namespace(fabric)?;
+    }
     // A fixed address: else the bridge takes over the lowest one of its ports and changes it as they come and go.
     ip(&format!("-n {fabric} link add {FABRIC_BRIDGE} address 02:88:00:00:00:01 type bridge forward_delay 0"))?;
     ip(&format!("-n {fabric} address add {GATEWAY}/{PREFIX_LENGTH} dev {FABRIC_BRIDGE}"))?;
@@ -99,35 +107,60 @@ pub(crate) fn address_node(name: &str, address: Ipv4Addr) -> Result<()> {
     ip(&format!("-n {name} link set {NODE_BRIDGE} up")).map(drop)
 }
 
-/// What `/run/netns` was before: whether it existed, and whether iproute2 had mounted it on itself.
-#[derive(Debug, Clone, Copy, serde::Serialize, serde::Deserialize)]
-pub(crate) struct NetnsFolder {
-    existed: bool,
-    was_mounted: bool,
+/// Notes that nothing was mounted on `/run/netns` before the first cluster came: `ip netns add` mounts the folder on
+/// itself and never unmounts it. Holds whether the folder was there at all.
+const NOTE: &str = "/run/podferry-local-netns";
+const FOLDER_WAS_THERE: &str = "there";
+const FOLDER_WAS_MADE: &str = "made";
+
+/// Clusters that come and go at the same time must not take each other's traces for the machine's own.
+fn lock_run() -> Result<File> {
+    let run = Path::new("/run");
+    let folder = File::open(run).at("open", run)?;
+    folder.lock().at("lock", run)?;
+    Ok(folder)
 }
 
-impl NetnsFolder {
-    pub(crate) fn now() -> Self {
-        Self { existed: Path::new(NETNS_FOLDER).exists(), was_mounted: is_mounted() }
+fn note_folder() -> Result<()> {
+    if is_mounted() {
+        return Ok(());
     }
-
-    /// Puts it back, unless somebody else has begun to use it: `ip netns add` mounts the folder and never unmounts it.
-    pub(crate) fn put_back(self) {
-        let empty = fs::read_dir(NETNS_FOLDER).is_ok_and(|mut entries| entries.next().is_none());
-        if !empty {
-            return;
-        }
-        if !self.was_mounted && is_mounted() {
-            // Refused when something is mounted below it, which is what is wanted.
-            let _ = umount2(NETNS_FOLDER, MntFlags::UMOUNT_NOFOLLOW);
-        }
-        if !self.existed && !is_mounted() {
-            let _ = fs::remove_dir(NETNS_FOLDER);
-        }
-    }
+    let was = if Path::new(NETNS_FOLDER).exists() { FOLDER_WAS_THERE } else { FOLDER_WAS_MADE };
+    fs::write(NOTE, was).at("write", Path::new(NOTE))
 }
 
+/// Puts `/run/netns` back to how the first cluster found it, unless somebody uses it.
+pub(crate) fn put_folder_back() -> Result<()> {
+    let _one_at_a_time = lock_run()?;
+    let empty = fs::read_dir(NETNS_FOLDER).is_ok_and(|mut entries| entries.next().is_none());
+    let Ok(was) = fs::read_to_string(NOTE) else { return Ok(()) };
+    if !empty {
+        return Ok(());
+    }
+    if is_mounted() && !unmount_folder() {
+        return Ok(());
+    }
+    if was == FOLDER_WAS_MADE {
+        // Somebody may have begun to use it just now.
+        let _ = fs::remove_dir(NETNS_FOLDER);
+    }
+    fs::remove_file(NOTE).at("remove", Path::new(NOTE))
+}
+
+/// Refused when something is mounted below it, which is what is wanted, but also while a process that looked into it
+/// is just ending.
+fn unmount_folder() -> bool {
+    for _ in 0..50 {
+        if umount2(NETNS_FOLDER, MntFlags::UMOUNT_NOFOLLOW) != Err(Errno::EBUSY) {
+            break;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    !is_mounted()
+}
+
+/// Whether the folder is the root of a mount (statx(2), since Linux 5.8). The table of mounts also has hidden ones.
 fn is_mounted() -> bool {
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    table.lines().any(|line| line.split_whitespace().nth(4) == Some(NETNS_FOLDER))
+    statx(CWD, NETNS_FOLDER, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::empty())
+        .is_ok_and(|status| status.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }

@@ -89,17 +89,22 @@ pub(crate) fn kill_tree(pid: u32) {
     }
 }
 
-/// The process that `nsenter --pid` (or a shell) forked for us.
+/// The process that `nsenter --pid` forked for us, once it has become the program that was asked for.
 pub(crate) fn only_child(parent: u32, deadline: Duration) -> Option<ProcessId> {
     let end = Instant::now() + deadline;
     while Instant::now() < end {
-        if let Some(child) = children(parent).first().and_then(|pid| ProcessId::of(*pid)) {
+        let child = children(parent).first().and_then(|pid| ProcessId::of(*pid));
+        if let Some(child) = child.filter(|child| program(child.pid).is_some_and(|own| program(parent) != Some(own))) {
             return Some(child);
         }
         ProcessId::of(parent)?;
         thread::sleep(Duration::from_millis(1));
     }
     None
+}
+
+fn program(pid: u32) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/exe")).ok()
 }
 
 /// Every process of the machine whose network namespace is one of these `/run/netns` files. Ourselves never.

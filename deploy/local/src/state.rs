@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, FileContext, Result};
-use crate::network::{self, NetnsFolder};
+use crate::network;
 use crate::process::ProcessId;
 
 /// The name of the state file in a cluster's folder.
@@ -32,7 +32,6 @@ pub(crate) struct State {
     /// Writable layers and bundles live on a tmpfs of the node, because the folder's file system takes no overlays.
     pub(crate) bundles_on_tmpfs: bool,
     pub(crate) nodes: Vec<NodeState>,
-    pub(crate) netns_folder: NetnsFolder,
 }
 
 impl State {

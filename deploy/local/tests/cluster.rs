@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Once;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,23 @@ use podferry_local::{Error, FIRST_CONTAINER_ADDRESS, LocalCluster, Options, Plac
 
 /// Set for the process that is going to be killed: the folder to bring a cluster up in.
 const CREATOR_FOLDER: &str = "PODFERRY_LOCAL_TEST_FOLDER";
+
+/// Options for a cluster without agents. `cargo test` builds this crate's own program only, so the keeper is built here
+/// when nobody has yet.
+fn options(folder: impl Into<PathBuf>) -> Options {
+    static KEEPER: Once = Once::new();
+    let options = Options::new(folder).without_agents();
+    KEEPER.call_once(|| {
+        if options.binaries.join("podferry-stdio-keeper").exists() {
+            return;
+        }
+        let release = options.binaries.ends_with("release").then_some("--release");
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--package", "podferry-runtime", "--bins"]).args(release);
+        assert!(build.current_dir(workspace_root()).status().unwrap().success());
+    });
+    options
+}
 
 /// What the machine has of a cluster: empty when nothing was left behind.
 fn traces(suffix: &str, folder: &Path) -> Vec<String> {
@@ -77,14 +95,14 @@ fn ask_redis(from: &Place, question: &str) -> String {
 fn nothing_is_left_of_a_cluster() {
     let folder = tempfile::tempdir().unwrap();
     let links = own_links();
-    let options = Options::new(folder.path()).without_agents();
-    let mut cluster = LocalCluster::up(&options).unwrap();
+    let wanted = options(folder.path());
+    let mut cluster = LocalCluster::up(&wanted).unwrap();
     let suffix = cluster.suffix().to_owned();
     assert!(!traces(&suffix, cluster.folder()).is_empty());
-    assert!(matches!(LocalCluster::up(&options), Err(Error::AlreadyUp { .. })));
+    assert!(matches!(LocalCluster::up(&wanted), Err(Error::AlreadyUp { .. })));
 
     let other = tempfile::tempdir().unwrap();
-    let same_names = Options::new(other.path()).without_agents().with_suffix(&suffix);
+    let same_names = options(other.path()).with_suffix(&suffix);
     assert!(matches!(LocalCluster::up(&same_names), Err(Error::Invalid(_))));
     // A refused connection comes from the other side, so the way there and back is open.
     let output = cluster.client().exec(["bash", "-c", "exec 3<>/dev/tcp/10.88.0.12/9"]).unwrap();
@@ -101,7 +119,7 @@ fn nothing_is_left_of_a_cluster() {
 #[test]
 fn a_node_has_its_own_namespaces_and_reaps() {
     let folder = tempfile::tempdir().unwrap();
-    let cluster = LocalCluster::up(&Options::new(folder.path()).without_agents()).unwrap();
+    let cluster = LocalCluster::up(&options(folder.path())).unwrap();
     let node = cluster.node("node-a").unwrap();
     assert_eq!(node.check(["hostname"]).or_else(|_| node.check(["uname", "-n"])).unwrap().trim(), "node-a");
     assert_eq!(node.check(["cat", "/proc/1/comm"]).unwrap().trim(), "podferry-node-i");
@@ -134,7 +152,7 @@ fn a_node_has_its_own_namespaces_and_reaps() {
 #[test]
 fn a_container_answers_the_client_and_leaves_no_trace() {
     let folder = tempfile::tempdir().unwrap();
-    let mut cluster = LocalCluster::up(&Options::new(folder.path()).without_agents()).unwrap();
+    let mut cluster = LocalCluster::up(&options(folder.path())).unwrap();
     let suffix = cluster.suffix().to_owned();
     let (source, target) = (cluster.node("node-a").unwrap(), cluster.node("node-b").unwrap());
     // iptables makes a lock file in /run once.
@@ -142,8 +160,11 @@ fn a_container_answers_the_client_and_leaves_no_trace() {
     let before = cluster.census().unwrap();
 
     let workload = redis("redis");
-    let container = source.start_workload(&workload).unwrap();
+    let container = cluster.start_workload("node-a", &workload).unwrap();
     assert!(container.process.is_alive());
+    assert!(!cluster.register_workload("redis").unwrap());
+    let inventory = fs::read_to_string(cluster.coordinator().inventory()).unwrap();
+    assert_eq!(inventory.matches("redis").count(), 1, "{inventory}");
     assert_eq!(ask_redis(cluster.client(), "PING"), "+PONG");
     assert_eq!(ask_redis(&target, "SET a 1"), "+OK");
     assert_eq!(source.container_process("redis").unwrap(), container.process);
@@ -178,9 +199,32 @@ fn a_container_answers_the_client_and_leaves_no_trace() {
 }
 
 #[test]
+fn criu_works_on_a_node() {
+    let folder = tempfile::tempdir().unwrap();
+    let cluster = LocalCluster::up(&options(folder.path())).unwrap();
+    let node = cluster.node("node-a").unwrap();
+    node.start_workload(&redis("redis")).unwrap();
+    assert_eq!(ask_redis(cluster.client(), "SET kept yes"), "+OK");
+    let (images, bundle) = (node.images(), node.bundle("redis"));
+    let images = images.display();
+    let checkpoint = format!("runc --root /run/runc checkpoint --tcp-established --image-path {images} redis");
+    node.shell(&checkpoint).unwrap();
+    assert!(fs::read_dir(node.images()).unwrap().next().is_none(), "images belong into the node's own tmpfs");
+    assert!(node.container_process("redis").is_err());
+    node.shell(&format!(
+        "runc --root /run/runc restore --detach --tcp-established --image-path {images} --bundle {} redis \
+           </dev/null >/dev/null 2>&1",
+        bundle.display()
+    ))
+    .unwrap();
+    assert_eq!(ask_redis(cluster.client(), "EXISTS kept"), ":1");
+    node.remove_workload("redis").unwrap();
+}
+
+#[test]
 fn a_frozen_container_and_one_on_a_terminal_go_down_with_the_cluster() {
     let folder = tempfile::tempdir().unwrap();
-    let mut cluster = LocalCluster::up(&Options::new(folder.path()).without_agents()).unwrap();
+    let mut cluster = LocalCluster::up(&options(folder.path())).unwrap();
     let suffix = cluster.suffix().to_owned();
     let node = cluster.node("node-a").unwrap();
     let script = "echo on $(readlink /proc/self/fd/0); sleep 600";
@@ -201,7 +245,7 @@ fn a_frozen_container_and_one_on_a_terminal_go_down_with_the_cluster() {
 #[test]
 fn a_container_that_cannot_start_says_why_and_is_removed() {
     let folder = tempfile::tempdir().unwrap();
-    let cluster = LocalCluster::up(&Options::new(folder.path()).without_agents()).unwrap();
+    let cluster = LocalCluster::up(&options(folder.path())).unwrap();
     let node = cluster.node("node-a").unwrap();
     let broken = Workload::new("broken", redis_rootfs(), ["/bin/no-such-program"], FIRST_CONTAINER_ADDRESS);
     let error = node.start_workload(&broken).unwrap_err().to_string();
@@ -215,17 +259,35 @@ fn a_container_that_cannot_start_says_why_and_is_removed() {
 fn creator() {
     let Some(folder) = std::env::var_os(CREATOR_FOLDER) else {
         let folder = tempfile::tempdir().unwrap();
-        let cluster = LocalCluster::up(&Options::new(folder.path()).without_agents()).unwrap();
+        let cluster = LocalCluster::up(&options(folder.path())).unwrap();
         let suffix = cluster.suffix().to_owned();
         drop(cluster);
         assert_no_traces(&suffix, folder.path());
         return;
     };
-    let cluster = LocalCluster::up(&Options::new(folder).without_agents()).unwrap();
+    let cluster = LocalCluster::up(&options(folder)).unwrap();
     cluster.node("node-a").unwrap().start_workload(&redis("redis")).unwrap();
     let _sleeper = cluster.client().spawn(["sleep", "600"]).unwrap();
     println!("up {}", cluster.suffix());
     thread::sleep(Duration::from_secs(600));
+}
+
+#[test]
+fn mounts_and_run_are_as_before() {
+    options("/nowhere");
+    // A mount namespace with a /run of its own: nobody else on this machine adds to it meanwhile.
+    let script = "mount -t tmpfs tmpfs /run
+        before=$(cat /proc/self/mountinfo)
+        \"$0\" creator --exact
+        test \"$before\" = \"$(cat /proc/self/mountinfo)\"
+        ls -A /run; test -z \"$(ls -A /run)\"";
+    let output = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-euxc", script])
+        .arg(std::env::current_exe().unwrap())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"));
 }
 
 #[test]
@@ -258,7 +320,7 @@ fn a_cluster_whose_creator_was_killed_is_used_and_swept() {
 #[test]
 fn options_that_cannot_work_are_refused_before_anything_is_made() {
     let folder = tempfile::tempdir().unwrap();
-    let good = Options::new(folder.path().join("cluster")).without_agents();
+    let good = options(folder.path().join("cluster"));
     let refused = |options: Options| LocalCluster::up(&options).unwrap_err().to_string();
     assert!(refused(good.clone().with_suffix("Not/good")).contains("suffix"));
     assert!(refused(Options { nodes: vec!["a".into(), "a".into()], ..good.clone() }).contains("taken"));

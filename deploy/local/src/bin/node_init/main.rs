@@ -42,24 +42,24 @@ enum Role {
         #[command(flatten)]
         node: Node,
     },
-    /// Run `runc create` with its streams on pipes, or a terminal, whose other ends a keeper holds.
+    /// Run `runc create` with its streams on a pipe, or a terminal, whose other end a keeper holds.
     Create {
         /// The file that the container's output is appended to.
         #[arg(long)]
         log: PathBuf,
-        /// The socket on which runc hands over the terminal; made here. Without it there is none.
+        /// `podferry-stdio-keeper`, for a pipe.
+        #[arg(long, required_unless_present = "console_socket")]
+        keeper: Option<PathBuf>,
+        /// The socket on which runc hands over the terminal, for a terminal; made here.
         #[arg(long)]
         console_socket: Option<PathBuf>,
         /// runc and its arguments.
         #[arg(last = true, required = true)]
         command: Vec<std::ffi::OsString>,
     },
-    /// Hold a container's streams and write what comes to standard error. Started by `create` only.
-    Keep {
-        /// Standard input is a socket on which a terminal will be handed over.
-        #[arg(long)]
-        terminal: bool,
-    },
+    /// Hold a container's terminal, which is handed over on the socket that standard input is, and write what comes to
+    /// standard error. Started by `create` only.
+    Keep,
     /// Set up the node's mounts, then reap. Started by `launch` only.
     Init {
         #[command(flatten)]
@@ -83,8 +83,12 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().role {
         Role::Launch { netns, node } => launch(&netns, &node),
         Role::Init { node } => init(&node),
-        Role::Create { log, console_socket, command } => streams::create(&log, console_socket.as_deref(), &command),
-        Role::Keep { terminal } => streams::keep(terminal),
+        Role::Create { log, keeper, console_socket, command } => match (console_socket, keeper) {
+            (Some(socket), _) => streams::create_on_terminal(&socket, &log, &command),
+            (None, Some(keeper)) => streams::create_on_pipe(&keeper, &log, &command),
+            (None, None) => Err("neither a keeper nor a console socket".into()),
+        },
+        Role::Keep => streams::keep(),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("podferry-node-init: {error}");
@@ -98,6 +102,8 @@ fn launch(netns: &Path, node: &Node) -> Outcome<ExitCode> {
     let binary = std::env::current_exe()?;
     let namespace = File::open(netns).map_err(|error| format!("cannot open {}: {error}", netns.display()))?;
     setns(&namespace, CloneFlags::CLONE_NEWNET)?;
+    // Held open, it would keep the machine's mount of the namespace busy.
+    drop(namespace);
     let namespaces =
         CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC;
     unshare(namespaces).map_err(|error| format!("cannot make the node's namespaces (root is needed): {error}"))?;

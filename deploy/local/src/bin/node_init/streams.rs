@@ -1,4 +1,5 @@
-//! The standard streams of a container: on pipes or a terminal whose other ends a keeper holds.
+//! The standard streams of a container: on a pipe or a terminal whose other end a keeper holds. CRIU cannot dump a
+//! container whose standard output is a file of the machine.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -7,39 +8,39 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::process::{Child, Command, ExitCode, Stdio};
-use std::thread;
+use std::process::{Command, ExitCode, Stdio};
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
 use crate::{Outcome, exit_code};
 
-/// Runs `runc create`; the keeper stays behind and ends when the last process of the container has.
-pub(crate) fn create(log: &Path, console_socket: Option<&Path>, command: &[OsString]) -> Outcome<ExitCode> {
-    let log = File::options().create(true).append(true).open(log)?;
-    match console_socket {
-        Some(socket) => create_on_terminal(log, socket, command),
-        None => create_on_pipes(log, command),
+/// Runs `runc create` with both output streams on one pipe, whose other end `podferry-stdio-keeper` holds.
+pub(crate) fn create_on_pipe(keeper: &Path, log: &Path, command: &[OsString]) -> Outcome<ExitCode> {
+    let (reader, writer) = io::pipe()?;
+    let detached = Command::new(keeper).arg(log).stdin(reader).stdout(Stdio::null()).status()?;
+    if !detached.success() {
+        return Err(format!("{} cannot write {}", keeper.display(), log.display()).into());
     }
-}
-
-fn create_on_pipes(log: File, command: &[OsString]) -> Outcome<ExitCode> {
-    let (out_reader, out_writer) = io::pipe()?;
-    let (error_reader, error_writer) = io::pipe()?;
-    start_keeper(&[], out_reader.into(), Some(error_reader.into()), log)?;
     let status = Command::new(&command[0])
         .args(&command[1..])
         // runc exchanges it for the container's own /dev/null.
         .stdin(Stdio::null())
-        .stdout(out_writer)
-        .stderr(error_writer)
+        .stdout(writer.try_clone()?)
+        .stderr(writer)
         .status()?;
     Ok(exit_code(status))
 }
 
-fn create_on_terminal(log: File, socket: &Path, command: &[OsString]) -> Outcome<ExitCode> {
+/// Runs `runc create` with a terminal, whose master side a keeper of our own holds.
+pub(crate) fn create_on_terminal(socket: &Path, log: &Path, command: &[OsString]) -> Outcome<ExitCode> {
+    let log = File::options().create(true).append(true).open(log)?;
     let listener = UnixListener::bind(socket)?;
-    let mut keeper = start_keeper(&["--terminal"], listener.into(), None, log)?;
+    let mut keeper = Command::new(std::env::current_exe()?)
+        .arg("keep")
+        .stdin(OwnedFd::from(listener))
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()?;
     // The container's name is the last argument, options come before it.
     let (name, create) = command.split_last().ok_or("no command")?;
     let status = Command::new(&create[0])
@@ -58,41 +59,18 @@ fn create_on_terminal(log: File, socket: &Path, command: &[OsString]) -> Outcome
     Ok(exit_code(status))
 }
 
-/// The keeper has what to read from as its standard input and output, and the log as its standard error.
-fn start_keeper(arguments: &[&str], first: OwnedFd, second: Option<OwnedFd>, log: File) -> Outcome<Child> {
-    let keeper = Command::new(std::env::current_exe()?)
-        .arg("keep")
-        .args(arguments)
-        .stdin(first)
-        .stdout(second.map_or_else(Stdio::null, Stdio::from))
-        .stderr(log)
-        .spawn()?;
-    Ok(keeper)
-}
-
-/// The keeper itself.
-pub(crate) fn keep(terminal: bool) -> Outcome<ExitCode> {
-    let first = io::stdin().as_fd().try_clone_to_owned()?;
-    if terminal {
-        copy(File::from(receive_terminal(&UnixListener::from(first))?));
-        return Ok(ExitCode::SUCCESS);
-    }
-    let second = io::stdout().as_fd().try_clone_to_owned()?;
-    let errors = thread::spawn(|| copy(File::from(second)));
-    copy(File::from(first));
-    let _ = errors.join();
-    Ok(ExitCode::SUCCESS)
-}
-
-/// Until the end, which on a terminal is an error. A full disk must not stop the container, so writing may fail.
-fn copy(mut from: File) {
+/// The keeper of a terminal: what comes is written to standard error, which is the log.
+pub(crate) fn keep() -> Outcome<ExitCode> {
+    let listener = UnixListener::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let mut master = File::from(receive_terminal(&listener)?);
     let mut buffer = vec![0; 1 << 16];
     loop {
-        match from.read(&mut buffer) {
-            Ok(0) => return,
-            Ok(length) => drop(io::stderr().write_all(&buffer[..length])),
+        match master.read(&mut buffer) {
+            // A full disk must not stop the container, so writing may fail.
+            Ok(length) if length > 0 => drop(io::stderr().write_all(&buffer[..length])),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return,
+            // The end of a terminal is an error: its last user has closed it.
+            Ok(_) | Err(_) => return Ok(ExitCode::SUCCESS),
         }
     }
 }
