@@ -33,7 +33,7 @@ make_skeleton() {
 
 add_shell() {
     local root=$1 applet
-    install -m 0755 "$PODFERRY_TOOLS/libexec/busybox" "$root/usr/bin/busybox"
+    install -m 0755 "$TOOLS_DIR/libexec/busybox" "$root/usr/bin/busybox"
     for applet in sh cat date dd echo env false id ip kill ls mkdir mount mv nc ps rm sleep stat sync true umount; do
         ln -s busybox "$root/usr/bin/$applet"
     done
@@ -64,7 +64,7 @@ main() {
     [[ $# -ge 4 && $3 == -- ]] || die "usage: image.sh [--library-path DIRS] NAME OUTDIR -- BINARY..."
     name=$1 out=$2
     shift 3
-    [[ -x $PODFERRY_TOOLS/libexec/busybox ]] || die "no tools in $PODFERRY_TOOLS: run deploy/setup/setup.sh"
+    [[ -x $TOOLS_DIR/libexec/busybox ]] || die "no tools in $TOOLS_DIR: run deploy/setup/setup.sh"
 
     mkdir -p "$out"
     root=$(mktemp -d "$out/rootfs.XXXXXX")

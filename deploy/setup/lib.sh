@@ -4,8 +4,7 @@
 
 PODFERRY_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 PODFERRY_STATE=$PODFERRY_ROOT/.podferry
-PODFERRY_TOOLS=$PODFERRY_STATE/tools
-export PODFERRY_ROOT PODFERRY_STATE PODFERRY_TOOLS
+TOOLS_DIR=$PODFERRY_STATE/tools
 
 # Debian's archive keys of bookworm (B8B80B5B623EAB6AD8775C45B7C5D7D6350947F8, until 2031) and trixie
 # (04B54C3CDCA79751B16BC6B5225629DF75B188BD, until 2035), which sign sid too. Here because Ubuntu 22.04's package of
@@ -52,7 +51,7 @@ host_path() {
     local parts
     IFS=: read -r -a parts <<<"$PATH"
     for part in "${parts[@]}"; do
-        [[ $part == "$PODFERRY_TOOLS/bin" ]] || kept+=("$part")
+        [[ $part == "$TOOLS_DIR/bin" ]] || kept+=("$part")
     done
     (IFS=: && printf '%s' "${kept[*]}")
 }

@@ -93,11 +93,11 @@ good_on_host() {
 }
 
 good_tools() {
-    local bin=$PODFERRY_TOOLS/bin
-    [[ -f $PODFERRY_TOOLS/stamp && $(<"$PODFERRY_TOOLS/stamp") == "$LAYOUT $PODFERRY_TOOLS" ]] &&
+    local bin=$TOOLS_DIR/bin
+    [[ -f $TOOLS_DIR/stamp && $(<"$TOOLS_DIR/stamp") == "$LAYOUT $TOOLS_DIR" ]] &&
         version_at_least "$(criu_version "$bin/criu")" "$CRIU_MINIMUM" &&
         version_at_least "$(runc_version "$bin/runc")" "$RUNC_MINIMUM" &&
-        [[ -x $PODFERRY_TOOLS/libexec/busybox ]]
+        [[ -x $TOOLS_DIR/libexec/busybox ]]
 }
 
 # copy_libraries BINARY ROOT DEST: BINARY's libraries and its loader, flat in DEST. Prints the loader's name.
@@ -122,7 +122,7 @@ bundle_criu() {
     cat >"$new/bin/criu" <<WRAPPER
 #!/bin/sh
 # Made by deploy/setup/setup.sh: Debian's CRIU with its own libraries and loader.
-t='$PODFERRY_TOOLS'
+t='$TOOLS_DIR'
 exec "\$t/lib/criu/$loader" --inhibit-cache --library-path "\$t/lib/criu" --argv0 criu "\$t/libexec/criu" "\$@"
 WRAPPER
     chmod 0755 "$new/bin/criu"
@@ -135,7 +135,7 @@ bundle_runc() {
     [[ -n $binary ]] || die "no runc in $root"
     loader=$(copy_libraries "$binary" "$root" "$new/lib/runc")
     install -m 0755 "$binary" "$new/bin/runc"
-    patchelf --set-interpreter "$PODFERRY_TOOLS/lib/runc/$loader" --set-rpath "$PODFERRY_TOOLS/lib/runc" \
+    patchelf --set-interpreter "$TOOLS_DIR/lib/runc/$loader" --set-rpath "$TOOLS_DIR/lib/runc" \
         --force-rpath "$new/bin/runc"
 }
 
@@ -153,20 +153,20 @@ make_tools() {
     install -m 0755 "$(find "$root" -path '*/bin/busybox' -type f | head -n 1)" "$new/libexec/busybox"
     if [[ -n $criu ]]; then ln -s "$criu" "$new/bin/criu"; else bundle_criu "$root" "$new"; fi
     if [[ -n $runc ]]; then ln -s "$runc" "$new/bin/runc"; else bundle_runc "$root" "$new"; fi
-    printf '%s\n' "$LAYOUT $PODFERRY_TOOLS" >"$new/stamp"
+    printf '%s\n' "$LAYOUT $TOOLS_DIR" >"$new/stamp"
 
-    rm -rf "$PODFERRY_TOOLS"
-    mv "$new" "$PODFERRY_TOOLS"
+    rm -rf "$TOOLS_DIR"
+    mv "$new" "$TOOLS_DIR"
     rm -rf "$root"
-    good_tools || die "the tools made in $PODFERRY_TOOLS are not usable: criu '$(criu_version "$PODFERRY_TOOLS/bin/criu")'" \
-        "(need $CRIU_MINIMUM), runc '$(runc_version "$PODFERRY_TOOLS/bin/runc")' (need $RUNC_MINIMUM)"
+    good_tools || die "the tools made in $TOOLS_DIR are not usable: criu '$(criu_version "$TOOLS_DIR/bin/criu")'" \
+        "(need $CRIU_MINIMUM), runc '$(runc_version "$TOOLS_DIR/bin/runc")' (need $RUNC_MINIMUM)"
 }
 
 verify() {
     local said
-    said=$("$PODFERRY_TOOLS/bin/criu" check 2>&1) ||
+    said=$("$TOOLS_DIR/bin/criu" check 2>&1) ||
         die "this kernel ($(uname -r)) lacks what CRIU needs, or the container running this lacks privileges: $said"
-    log "criu $(criu_version "$PODFERRY_TOOLS/bin/criu"), runc $(runc_version "$PODFERRY_TOOLS/bin/runc"): criu check says: $said"
+    log "criu $(criu_version "$TOOLS_DIR/bin/criu"), runc $(runc_version "$TOOLS_DIR/bin/runc"): criu check says: $said"
 }
 
 main() {
