@@ -2,4 +2,12 @@
 //!
 //! What the clients of a workload see is the only measure: [`load`] checks each of their answers and times each pause.
 
+pub mod clients;
+pub mod demo;
+pub mod error;
 pub mod load;
+pub mod local;
+pub mod migration;
+pub mod stage;
+pub mod summary;
+pub mod warm;

@@ -3,8 +3,15 @@
 use std::{io::Read, net::SocketAddr, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand};
-use podferry_bench::load::{self, Event, Kind, LoadOptions, LoadReport, Readiness, redis_data};
+use podferry_bench::{
+    demo,
+    load::{self, Event, Kind, LoadOptions, LoadReport, Readiness, redis_data},
+    local,
+    stage::Interrupt,
+    warm,
+};
 use serde::Serialize;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 /// Workloads under load, the demo, and the measurements.
@@ -17,6 +24,13 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Move three workloads under load between two local nodes and back, and check that nothing of them is lost.
+    Demo(Extent),
+    /// Measure warm migration of Redis at several sizes.
+    Warm(Extent),
+    /// A local cluster to play with, which goes on until it is taken down.
+    #[command(subcommand)]
+    Local(Local),
     /// Put a workload under load and check every answer; prints a line of JSON when all clients have had an answer, and
     /// one with the report at the end.
     Load(LoadArguments),
@@ -24,6 +38,29 @@ enum Command {
     RedisFill(FillArguments),
     /// Print the digest of what Redis holds.
     RedisDigest(Target),
+}
+
+#[derive(Debug, Args)]
+struct Extent {
+    /// Fewer moves, smaller sizes.
+    #[arg(long, env = "QUICK", value_parser = clap::builder::FalseyValueParser::new(), action = clap::ArgAction::SetTrue)]
+    quick: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Local {
+    /// Bring it up, with the demo's workloads on the first node.
+    Up,
+    /// Take it down.
+    Down,
+    /// Show what runs where.
+    Status,
+    /// Run the command line on its client side.
+    Podferry {
+        /// What to give to `podferry`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -77,6 +114,9 @@ fn run(command: Command) -> Outcome {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let outcome = runtime.block_on(async {
         match command {
+            Command::Demo(extent) => staged(|interrupt| Ok(demo::run(extent.quick, interrupt)?.holds())),
+            Command::Warm(extent) => staged(|interrupt| Ok(warm::run(extent.quick, interrupt)?.holds())),
+            Command::Local(command) => run_local(command),
             Command::Load(arguments) => run_load(arguments).await,
             Command::RedisFill(arguments) => print(&redis_data::fill(arguments.target.target, arguments.mib).await?),
             Command::RedisDigest(target) => print(&redis_data::state(target.target).await?),
@@ -85,6 +125,35 @@ fn run(command: Command) -> Outcome {
     // The thread that waits for standard input cannot be ended.
     runtime.shutdown_background();
     outcome
+}
+
+/// Runs what needs a cluster. It is told when somebody wants it to end, and then takes the cluster down first.
+fn staged(work: impl FnOnce(&Interrupt) -> podferry_bench::error::Result<bool>) -> Outcome {
+    let interrupt = Interrupt::default();
+    for kind in [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()] {
+        let (mut signals, interrupt) = (signal(kind)?, interrupt.clone());
+        tokio::spawn(async move {
+            while signals.recv().await.is_some() {
+                eprintln!("ending; what was brought up is taken down first");
+                interrupt.set();
+            }
+        });
+    }
+    let holds = tokio::task::block_in_place(|| work(&interrupt))?;
+    Ok(if holds { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn run_local(command: Local) -> Outcome {
+    match command {
+        Local::Up => local::up()?,
+        Local::Down => local::down()?,
+        Local::Status => print!("{}", local::status()?),
+        Local::Podferry { arguments } => {
+            let code = local::podferry(&arguments)?.code().and_then(|code| u8::try_from(code).ok());
+            return Ok(code.map_or(ExitCode::FAILURE, ExitCode::from));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn print(value: &impl Serialize) -> Outcome {

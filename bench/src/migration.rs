@@ -1,0 +1,148 @@
+//! What `podferry migrate --wait --output json` answers, and what became of a hop.
+
+use serde::{Deserialize, Serialize};
+
+/// The phase of a migration that came to its good end.
+const SUCCEEDED: &str = "succeeded";
+
+/// Time spent in each phase, in ms; 0 for a phase that was not gone through.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Timings {
+    /// Looking whether it can be done.
+    pub preflight: f64,
+    /// Reserving on the target.
+    pub prepare: f64,
+    /// Copying memory while the workload ran.
+    pub precopy: f64,
+    /// From the request to freeze until all tasks stood still.
+    pub freeze: f64,
+    /// Writing the images.
+    pub dump: f64,
+    /// Carrying the images over.
+    pub transfer: f64,
+    /// Making the processes on the target.
+    pub restore: f64,
+    /// Deciding.
+    pub commit: f64,
+    /// Letting the target run.
+    pub resume: f64,
+    /// Fetching what was missing behind the running target.
+    pub fill: f64,
+}
+
+/// A migration as the command line tells of it. Fields that are not named here are passed over.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct MigrationRecord {
+    /// Its id.
+    pub id: String,
+    /// What was moved.
+    pub workload: String,
+    /// From which node.
+    pub source: String,
+    /// To which node.
+    pub target: String,
+    /// How it ended.
+    pub phase: String,
+    /// Why, when it did not end well.
+    #[serde(default)]
+    pub reason: String,
+    /// From freeze to resume as the coordinator saw it, in ms.
+    pub downtime_ms: f64,
+    /// From the request to the end, in ms.
+    pub total_ms: f64,
+    /// Bytes that crossed the network.
+    pub wire_bytes: u64,
+    /// Time spent in each phase.
+    pub timings: Timings,
+}
+
+impl MigrationRecord {
+    /// Whether the workload runs on the target now.
+    pub fn succeeded(&self) -> bool {
+        self.phase.eq_ignore_ascii_case(SUCCEEDED)
+    }
+}
+
+/// Reads what the command line printed: one object, or lines of them of which the last counts.
+pub fn parse_record(output: &str) -> Result<MigrationRecord, serde_json::Error> {
+    let whole = output.trim();
+    serde_json::from_str(whole).or_else(|error| {
+        let last = whole.lines().next_back().unwrap_or_default();
+        serde_json::from_str(last).map_err(|_| error)
+    })
+}
+
+/// One move of one workload.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Hop {
+    /// What was to be moved.
+    pub workload: String,
+    /// From which node.
+    pub source: String,
+    /// To which node.
+    pub target: String,
+    /// When it was asked for, in ms since 1970.
+    pub start_unix_ms: f64,
+    /// When the answer was there, in ms since 1970.
+    pub end_unix_ms: f64,
+    /// What podferry says of it, or what went wrong.
+    pub outcome: Result<MigrationRecord, String>,
+}
+
+impl Hop {
+    /// What podferry says of it when it succeeded.
+    pub fn record(&self) -> Option<&MigrationRecord> {
+        self.outcome.as_ref().ok()
+    }
+}
+
+/// The median, `None` of nothing.
+pub fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    let middle = values.len() / 2;
+    let upper = *values.get(middle)?;
+    if values.len() % 2 == 1 {
+        return Some(upper);
+    }
+    values.get(middle - 1).map(|lower| f64::midpoint(*lower, upper))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RECORD: &str = r#"{"id":"0197","workload":"redis","strategy":"warm","source":"node-a","target":"node-b",
+        "phase":"succeeded","reason":"","downtime_ms":81.5,"total_ms":240,"rounds":[{"pages":1}],"wire_bytes":4096,
+        "timings":{"freeze":3.5,"dump":20,"transfer":22,"restore":31}}"#;
+
+    #[test]
+    fn the_documented_json_is_read() {
+        let record = parse_record(RECORD).unwrap();
+        assert!(record.succeeded());
+        assert_eq!((record.workload.as_str(), record.target.as_str()), ("redis", "node-b"));
+        assert!(
+            (record.downtime_ms - 81.5).abs() < f64::EPSILON && (record.timings.restore - 31.0).abs() < f64::EPSILON
+        );
+        assert!(record.timings.fill.abs() < f64::EPSILON);
+    }
+
+    #[test]
+    fn of_several_lines_the_last_counts() {
+        let line = RECORD.replace('\n', "");
+        let lines = format!("{}\n{line}\n", line.replace("succeeded", "freeze"));
+        assert!(parse_record(&lines).unwrap().succeeded());
+        assert!(!parse_record(&line.replace("succeeded", "failed")).unwrap().succeeded());
+        assert!(parse_record("error: no such workload").is_err());
+        assert!(parse_record("").is_err());
+    }
+
+    #[test]
+    fn the_median_is_the_middle() {
+        assert_eq!(median([]), None);
+        assert_eq!(median([7.0]), Some(7.0));
+        assert_eq!(median([9.0, 1.0, 5.0]), Some(5.0));
+        assert_eq!(median([4.0, 1.0, 9.0, 6.0]), Some(5.0));
+    }
+}
