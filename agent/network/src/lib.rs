@@ -1,1 +1,32 @@
-//! A container's link and address: making, cutting, joining, announcing.
+//! A container's link and address, and how they move from one node to another.
+//!
+//! A container sits in a network namespace of its own, on one end of a veth pair; the other end, the *host interface*, is a
+//! port of the node's bridge. Moving it means: [`discover`] what the container has; [`create`] the same on the target,
+//! with the host interface off the bridge, so that nothing reaches the copy; [`cut`] the source's host interface while
+//! the container is frozen, so that no packet meets sockets that are being dumped; and at the commit [`attach`] the
+//! target's to its bridge and [announce](Announcer) the address there. A migration that fails [`uncut`]s the source.
+//!
+//! [`cut`], [`uncut`], [`is_cut`] and [`attach`] are plain blocking calls of well under a millisecond, free of an async
+//! runtime, because they stand in the gap that clients see; the small processes that CRIU runs as hooks call them too.
+//! They act in the network namespace of the calling thread; [`Netns::run`] gives them another one.
+
+mod announce;
+mod attach;
+mod create;
+mod cut;
+mod discover;
+mod error;
+mod link;
+mod netlink;
+mod netns;
+
+pub use announce::Announcer;
+pub use attach::{attach, detach};
+pub use create::{create, destroy};
+pub use cut::{LinkHandle, LinkState, cut, is_cut, uncut};
+pub use discover::discover;
+pub use error::{Error, Result};
+pub use link::{ContainerLink, MacAddress, NetworkPlan, Route};
+pub use netns::Netns;
+
+pub use ipnet::IpNet;
