@@ -42,24 +42,30 @@ pub struct LinkState {
     pub made_qdisc: bool,
 }
 
-/// Cuts a link: no frame passes in or out until [`uncut`]. Cutting what is cut already is no error; of two such cuts the
-/// first one's state is the one to keep.
+/// Cuts a link: no frame passes in or out until [`uncut`]. Cutting what is cut already is no error, and undoing the second
+/// cut is as good as undoing the first: so a cut whose state was lost with its process can still be undone.
 pub fn cut(handle: &LinkHandle) -> Result<LinkState> {
     let interface = handle.host_interface.as_str();
     let mut netlink = open_for(interface)?;
     let index = netlink.link(interface)?.index();
     let made_qdisc = add_clsact(&mut netlink, index).map_err(link_error("cut", interface))?;
-    let state = LinkState { host_interface: interface.into(), index, made_qdisc };
+    let mut state = LinkState { host_interface: interface.into(), index, made_qdisc };
+    let mut was_cut = false;
     for direction in DIRECTIONS {
         let message = RouteNetlinkMessage::NewTrafficFilter(drop_filter(index, direction));
-        if let Err(source) = ignore(netlink.ask(message, NLM_F_CREATE | NLM_F_EXCL), Errno::EEXIST) {
+        let added = ignore(netlink.ask(message, NLM_F_CREATE | NLM_F_EXCL), Errno::EEXIST);
+        was_cut |= !added.map_err(|source| {
             // Half a cut is none: what passes one way only confuses both ends.
             let _ = uncut(&state);
-            return Err(match errno(&source) {
+            match errno(&source) {
                 Errno::ENOENT => Error::NoClassifier { interface: interface.into(), source },
                 _ => link_error("cut", interface)(source),
-            });
-        }
+            }
+        })?;
+    }
+    if was_cut {
+        // Whether the qdisc was made for the first cut is not known; when it serves nothing else, it was.
+        state.made_qdisc = !serves_others(&mut netlink, index).map_err(link_error("cut", interface))?;
     }
     Ok(state)
 }
@@ -161,6 +167,24 @@ fn has_filters(netlink: &mut Netlink, index: u32) -> io::Result<bool> {
         }
     }
     Ok(true)
+}
+
+/// Whether the interface's hooks have filters that are not ours. A dump names each filter's chain with the handle 0 first.
+fn serves_others(netlink: &mut Netlink, index: u32) -> io::Result<bool> {
+    let ours = |found: &TcMessage| {
+        found.header.info == FILTER_INFO && [TcHandle::UNSPEC, FILTER_HANDLE].contains(&found.header.handle)
+    };
+    for direction in DIRECTIONS {
+        let mut message = TcMessage::default();
+        message.header.index = signed(index);
+        message.header.parent = direction;
+        let found = netlink.dump(RouteNetlinkMessage::GetTrafficFilter(message))?;
+        let other = |answer: &RouteNetlinkMessage| matches!(answer, RouteNetlinkMessage::NewTrafficFilter(found) if !ours(found));
+        if found.iter().any(other) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn remove_filters(netlink: &mut Netlink, state: &LinkState) -> io::Result<()> {
