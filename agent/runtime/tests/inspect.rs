@@ -1,0 +1,287 @@
+//! Real containers, looked at: found, described, frozen, and what of them cannot be dumped.
+
+#![allow(clippy::unwrap_used, reason = "a helper that fails has to fail its test")]
+
+mod lab;
+
+use std::fs::{self, File};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use command_fds::{CommandFdExt, FdMapping};
+use io_uring::IoUring;
+use lab::{COUNTER, Lab, wait_for};
+use nix::sys::ptrace;
+use podferry_runtime::{
+    Container, Error, Externals, Finding, FindingKind, Freezer, FreezerState, NetworkKind, Report, Severity, Status,
+    discover, find, preflight,
+};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use serde_json::json;
+
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Sleeps, in a process that has the shell's descriptors.
+const SLEEPER: &str = "sleep 1000 & wait";
+
+#[test]
+fn a_running_container_is_found_and_described() {
+    let lab = Lab::new(COUNTER);
+    let roots = [PathBuf::from("/nonexistent"), lab.runc.root().to_owned()];
+    assert!(discover(&roots).unwrap().is_empty());
+    assert!(matches!(find(&roots, &lab.id), Err(Error::NotFound { .. })));
+    assert!(matches!(find(&roots, "../t0"), Err(Error::BadId { .. })));
+    lab.run();
+    // Half-made containers and other files do not disturb.
+    fs::create_dir(lab.runc.root().join("half")).unwrap();
+
+    let found = discover(&roots).unwrap();
+    assert_eq!(found.len(), 1);
+    let container = &found[0];
+    assert_eq!((container.id.as_str(), container.status), (lab.id.as_str(), Status::Running));
+    assert_eq!(container.bundle, lab.bundle());
+    assert_eq!(container.rootfs, lab.rootfs());
+    assert_eq!(container.annotations["podferry.dev/test"], "yes");
+    assert!(container.is_alive());
+    let init = container.init.unwrap();
+    wait_for("the program's sleep", || container.processes().unwrap().len() == 2);
+    assert!(container.processes().unwrap().contains(&init.pid));
+    let memory = container.memory_to_move().unwrap();
+    assert!((50_000..100_000_000).contains(&memory), "{memory} bytes for two busybox processes");
+    assert!(container.external_descriptors[1].starts_with("pipe:["));
+    assert_eq!(container.external_descriptors[0], "/dev/null");
+
+    lab.runc.kill(&lab.id, "KILL").unwrap();
+    wait_for("it to stop", || lab.container().status == Status::Stopped);
+    assert!(!container.is_alive());
+    assert!(matches!(preflight(&lab.container()), Err(Error::NotRunning { .. })));
+}
+
+#[test]
+fn a_container_that_was_made_and_not_started_says_so() {
+    let lab = Lab::new(COUNTER);
+    let mut create = Command::new(lab::tools().join("bin/runc"));
+    create.arg("--root").arg(lab.runc.root()).args(["create", "--bundle"]).arg(lab.bundle()).arg(&lab.id);
+    let status = create.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap();
+    assert!(status.success());
+    assert_eq!(lab.container().status, Status::Created);
+}
+
+#[test]
+fn a_frozen_container_stands_still_and_goes_on() {
+    let lab = Lab::new(COUNTER);
+    let container = lab.run();
+    wait_for("it to count", || lab.count() > 1);
+    let freezer = Freezer::of(&container).unwrap();
+    assert_eq!(freezer.state().unwrap(), FreezerState::Thawed);
+    freezer.freeze(TIMEOUT).unwrap();
+    assert_eq!(freezer.state().unwrap(), FreezerState::Frozen);
+    assert_eq!(lab.container().status, Status::Paused);
+    let count = lab.count();
+    std::thread::sleep(Duration::from_millis(400));
+    assert_eq!(lab.count(), count);
+    assert!(!freezer.holds_killed_tasks().unwrap());
+    freezer.thaw(TIMEOUT).unwrap();
+    wait_for("it to count again", || lab.count() > count + 1);
+
+    freezer.freeze(TIMEOUT).unwrap();
+    let init = rustix::process::Pid::from_raw(container.init.unwrap().pid).unwrap();
+    rustix::process::kill_process(init, rustix::process::Signal::KILL).unwrap();
+    let version_1 = freezer.dir().join("freezer.state").exists();
+    if version_1 {
+        assert!(freezer.holds_killed_tasks().unwrap());
+        assert!(container.is_alive(), "a v1 freezer holds even killed tasks");
+    }
+    freezer.thaw(TIMEOUT).unwrap();
+    wait_for("it to die", || !container.is_alive());
+}
+
+/// Runs the container with descriptors of this process, from 3 on.
+fn run_with(lab: &Lab, descriptors: Vec<OwnedFd>) -> Container {
+    let count = descriptors.len();
+    let mappings = (3..).zip(descriptors).map(|(child_fd, parent_fd)| FdMapping { parent_fd, child_fd }).collect();
+    let mut command = lab.run_command();
+    command.arg("--preserve-fds").arg(count.to_string()).arg(&lab.id).fd_mappings(mappings).unwrap();
+    assert!(command.status().unwrap().success());
+    lab.container()
+}
+
+/// The crate lends only the number. Taking one's own descriptor by a pidfd makes an owned one of it.
+fn ring_descriptor(ring: &IoUring) -> OwnedFd {
+    let own = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
+    pidfd_getfd(own, ring.as_raw_fd(), PidfdGetfdFlags::empty()).unwrap()
+}
+
+fn finding(report: &Report, kind: FindingKind) -> &Finding {
+    report.findings.iter().find(|finding| finding.kind == kind).unwrap_or_else(|| panic!("no {kind:?} in {report:?}"))
+}
+
+#[test]
+fn an_ordinary_container_has_no_findings() {
+    let lab = Lab::with_config(COUNTER, |config| {
+        let mounts = config["mounts"].as_array_mut().unwrap();
+        mounts.push(json!({"destination": "/etc/hostname", "type": "bind", "source": "/etc/hostname", "options": ["bind", "ro"]}));
+        mounts.push(json!({"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro"]}));
+        mounts.push(json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]}));
+        config["linux"]["readonlyPaths"] = json!(["/proc/sys", "/proc/bus"]);
+    });
+    let container = lab.run();
+    for _ in 0..20 {
+        assert_eq!(preflight(&container).unwrap().findings, []);
+    }
+    let report = preflight(&container).unwrap();
+    assert!(report.can_be_dumped());
+    assert_eq!(report.facts.network, NetworkKind::Own);
+    assert_eq!(report.facts.tcp_connections, 0);
+    assert!(report.facts.processes >= 1 && report.facts.threads >= 1);
+    assert!(report.facts.memory_bytes > 0);
+}
+
+#[test]
+fn descriptors_that_cannot_be_dumped_are_named() {
+    let lab = Lab::new(SLEEPER);
+    let ring = IoUring::new(2).unwrap();
+    let (inside, _outside) = UnixStream::pair().unwrap();
+    let host_file = File::open("/etc/passwd").unwrap();
+    let mptcp = rustix::net::socket(
+        rustix::net::AddressFamily::INET,
+        rustix::net::SocketType::STREAM,
+        Some(rustix::net::ipproto::MPTCP),
+    )
+    .unwrap();
+    let ring = ring_descriptor(&ring);
+    let container = run_with(&lab, vec![ring, inside.into(), host_file.into(), mptcp]);
+    let init = container.init.unwrap().pid;
+    let report = preflight(&container).unwrap();
+    assert!(!report.can_be_dumped());
+    for (fd, kind) in [
+        (3, FindingKind::IoUring),
+        (4, FindingKind::ExternalUnixSocket),
+        (5, FindingKind::HostFile),
+        (6, FindingKind::Mptcp),
+    ] {
+        let finding = finding(&report, kind);
+        assert_eq!((finding.pid, finding.fd, finding.severity), (Some(init), Some(fd), Severity::Blocking));
+        assert!(!finding.remedy.is_empty());
+    }
+}
+
+#[test]
+fn a_host_file_as_stdio_is_named_and_criu_indeed_refuses_it() {
+    let lab = Lab::new(COUNTER);
+    let log = File::create(lab.log()).unwrap();
+    let mut command = lab.run_command();
+    assert!(command.arg(&lab.id).stdout(log).status().unwrap().success());
+    let container = lab.container();
+    let report = preflight(&container).unwrap();
+    let finding = finding(&report, FindingKind::HostStdio);
+    assert_eq!((finding.pid, finding.fd), (container.init.map(|init| init.pid), Some(1)));
+    assert!(finding.message.contains("stdout.log"), "{finding}");
+    let refused = lab.try_checkpoint().unwrap_err();
+    assert!(refused.contains("stdout.log"), "{refused}");
+    assert!(lab.container().is_alive(), "a refused dump leaves the container running");
+}
+
+#[test]
+fn a_zombie_that_stays_is_told() {
+    // The shell's child becomes a program that never reaps its own.
+    let lab = Lab::new("sleep 0 & exec sleep 1000");
+    let container = lab.run();
+    wait_for("the zombie", || {
+        let report = preflight(&container).unwrap();
+        report.findings.iter().any(|finding| finding.kind == FindingKind::Zombie && finding.message.contains("sleep"))
+    });
+}
+
+#[test]
+fn what_was_put_in_from_outside_is_told() {
+    let lab = Lab::new(SLEEPER);
+    lab.run();
+    let mut exec = Command::new(lab::tools().join("bin/runc"));
+    exec.arg("--root").arg(lab.runc.root()).args(["exec", "--detach", &lab.id, "/bin/sleep", "1000"]);
+    assert!(exec.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success());
+    let report = preflight(&lab.container()).unwrap();
+    assert_eq!(finding(&report, FindingKind::OutsideTree).severity, Severity::Warning);
+    assert!(report.can_be_dumped(), "{report:?}");
+    assert_eq!(lab.try_checkpoint(), Ok(()));
+}
+
+#[test]
+fn sharing_with_the_host_is_told_and_connections_are_counted() {
+    let lab = Lab::with_config(SLEEPER, |config| {
+        config["linux"]["namespaces"] = json!([{"type": "uts"}, {"type": "mount"}]);
+    });
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let container = run_with(&lab, vec![client.into()]);
+    let report = preflight(&container).unwrap();
+    assert_eq!(report.facts.network, NetworkKind::Host);
+    assert_eq!(report.facts.tcp_connections, 1, "the shell's and its child's descriptor are one connection");
+    let shared: Vec<_> =
+        report.findings.iter().filter(|finding| finding.kind == FindingKind::SharedNamespace).collect();
+    assert_eq!(shared.len(), 2, "{report:?}");
+    assert!(
+        shared.iter().any(|finding| finding.severity == Severity::Blocking && finding.message.contains("process ids"))
+    );
+}
+
+#[test]
+fn a_debugger_is_told() {
+    let lab = Lab::new(SLEEPER);
+    let container = lab.run();
+    let init = container.init.unwrap().pid;
+    let traced = nix::unistd::Pid::from_raw(init);
+    ptrace::seize(traced, ptrace::Options::empty()).unwrap();
+    let report = preflight(&container).unwrap();
+    let finding = finding(&report, FindingKind::Traced);
+    assert_eq!(finding.pid, Some(init));
+    assert!(finding.message.contains("traces it"), "{finding}");
+}
+
+struct KillOnDrop(Child);
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_network_namespace_by_path_is_external_and_its_sockets_are_followed() {
+    let holder = KillOnDrop(Command::new("unshare").args(["--net", "sleep", "1000"]).spawn().unwrap());
+    let path = format!("/proc/{}/ns/net", holder.0.id());
+    let own = fs::read_link("/proc/self/ns/net").unwrap();
+    wait_for("the namespace", || fs::read_link(&path).is_ok_and(|link| link != own));
+    let lab = Lab::with_config(SLEEPER, |config| {
+        config["linux"]["namespaces"] = json!([{"type": "pid"}, {"type": "network", "path": path}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}]);
+    });
+    // A client of a host's daemon, made inside the namespace: path sockets reach across network namespaces.
+    let socket = lab.dir.path().join("daemon.sock");
+    let daemon = UnixListener::bind(&socket).unwrap();
+    let client = connect_inside(Path::new(&path), &socket);
+    let (_accepted, _) = daemon.accept().unwrap();
+
+    let container = run_with(&lab, vec![client.into()]);
+    let report = preflight(&container).unwrap();
+    assert_eq!(report.facts.network, NetworkKind::Path(PathBuf::from(&path)));
+    let finding = finding(&report, FindingKind::ExternalUnixSocket);
+    assert_eq!(finding.fd, Some(3));
+    assert!(finding.message.contains("daemon.sock"), "{finding}");
+    let inode = fs::read_link(&path).unwrap().to_str().unwrap().replace("net:", "net");
+    assert_eq!(Externals::of(&container).unwrap().namespaces, [format!("{inode}:extRootNetNS")]);
+}
+
+fn connect_inside(namespace: &Path, socket: &Path) -> UnixStream {
+    let namespace = File::open(namespace).unwrap();
+    let connect = || {
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).unwrap();
+        UnixStream::connect(socket).unwrap()
+    };
+    std::thread::scope(|scope| scope.spawn(connect).join().unwrap())
+}
