@@ -395,7 +395,7 @@ async fn who_is_not_trusted_or_not_there_is_unreachable() {
     let ran = with(&cluster.address, &expired).await.exits(5);
     assert!(ran.err.contains("expired"), "{}", ran.err);
 
-    cluster.stop();
+    cluster.stop().await;
     let started = Instant::now();
     let ran = with(&cluster.address, &cluster.identity()).await.exits(5);
     assert!(ran.err.contains(&cluster.address) && ran.err.contains("refused"), "{}", ran.err);

@@ -17,7 +17,7 @@ use podferry_proto::v1::{
     Phase, ProtocolVersion, WatchMigrationRequest, WatchMigrationResponse, Workload,
 };
 use tempfile::TempDir;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::process::Command;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
@@ -241,14 +241,21 @@ impl Cluster {
         run(self.command(arguments)).await
     }
 
-    pub fn stop(&self) {
+    /// Stops the coordinator and returns when its port is closed: an abort alone leaves a moment in which the listener
+    /// still accepts, and resets.
+    pub async fn stop(&self) {
         self.server.abort();
+        let deadline = tokio::time::Instant::now() + LIMIT;
+        while TcpStream::connect(&self.address).await.is_ok() {
+            assert!(tokio::time::Instant::now() < deadline, "{} still accepts", self.address);
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
     }
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        self.stop();
+        self.server.abort();
     }
 }
 
