@@ -44,7 +44,8 @@ pub struct Options {
     pub folder: PathBuf,
     /// The nodes' names, in the order of their addresses.
     pub nodes: Vec<String>,
-    /// Names of workloads that the coordinator's inventory has from the start; [`LocalCluster::start_workload`] adds others.
+    /// Names of workloads that the coordinator's inventory has from the start; [`LocalCluster::start_workload`] adds
+    /// others.
     pub workloads: Vec<String>,
     /// The folder of podferry's own programs.
     pub binaries: PathBuf,
@@ -241,22 +242,28 @@ impl LocalCluster {
         })
     }
 
-    /// Names a workload in the coordinator's inventory and starts it on a node.
+    /// Names a workload in the coordinator's inventory and starts it on a node. A coordinator that did not know the name
+    /// is restarted; [`Options::workloads`] avoids that.
     pub fn start_workload(&self, node: &str, workload: &Workload) -> Result<Container> {
         let node = self.node(node)?;
-        self.register_workload(&workload.name)?;
+        self.register_workloads([&workload.name])?;
         node.start_workload(workload)
+    }
+
+    /// Names workloads that are started with [`Node::start_workload`] or in another way.
+    pub fn register_workloads<N: AsRef<str>>(&self, names: impl IntoIterator<Item = N>) -> Result<()> {
+        let mut any_new = false;
+        for name in names {
+            check_label("the workload's name", name.as_ref(), 63)?;
+            any_new |= config::register(&self.coordinator.inventory(), name.as_ref())?;
+        }
+        // The coordinator reads its inventory when it starts.
+        if any_new && self.coordinator.process().is_some() { self.coordinator.restart() } else { Ok(()) }
     }
 
     /// Makes a node ready to take a workload, see [`Node::prepare_workload`].
     pub fn prepare_workload(&self, node: &str, workload: &Workload) -> Result<PathBuf> {
         self.node(node)?.prepare_workload(workload)
-    }
-
-    /// Names a workload in the coordinator's inventory file. True when it was not named yet.
-    pub fn register_workload(&self, name: &str) -> Result<bool> {
-        check_label("the workload's name", name, 63)?;
-        config::register(&self.coordinator.inventory(), name)
     }
 
     /// The coordinator.
@@ -276,7 +283,11 @@ impl LocalCluster {
 
     /// The client side's certificate, key and authority.
     pub fn client_identity(&self) -> IdentityFiles {
-        IdentityFiles::in_folder(self.layout.identity().join("client"))
+        IdentityFiles::in_folder(self.client_identity_folder())
+    }
+
+    fn client_identity_folder(&self) -> PathBuf {
+        self.layout.identity().join("client")
     }
 
     /// Issues a certificate of the cluster's own authority.
@@ -288,13 +299,10 @@ impl LocalCluster {
 
     /// A command that runs podferry's command-line client on the client side with the client's identity.
     pub fn podferry_command(&self) -> Command {
-        let files = self.client_identity();
         let mut command = self.client.command(self.state.binaries.join("podferry"));
         command
             .env("PODFERRY_COORDINATOR", self.coordinator.address())
-            .env("PODFERRY_CA", &files.ca)
-            .env("PODFERRY_CERTIFICATE", &files.certificate)
-            .env("PODFERRY_KEY", &files.key);
+            .env("PODFERRY_IDENTITY", self.client_identity_folder());
         command
     }
 
@@ -381,6 +389,13 @@ impl Coordinator {
     /// Sends it a signal and, when that ends it, waits for its end.
     pub fn kill(&self, signal: Signal) -> Result<()> {
         self.daemon.kill(signal)
+    }
+
+    /// Ends it, starts it again and waits until it listens.
+    pub fn restart(&self) -> Result<()> {
+        self.kill(Signal::TERM)?;
+        self.start()?;
+        self.wait_ready()
     }
 
     /// Waits until it listens, at most 30 s.

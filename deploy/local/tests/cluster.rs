@@ -162,7 +162,7 @@ fn a_container_answers_the_client_and_leaves_no_trace() {
     let workload = redis("redis");
     let container = cluster.start_workload("node-a", &workload).unwrap();
     assert!(container.process.is_alive());
-    assert!(!cluster.register_workload("redis").unwrap());
+    cluster.register_workloads(["redis"]).unwrap();
     let inventory = fs::read_to_string(cluster.coordinator().inventory()).unwrap();
     assert_eq!(inventory.matches("redis").count(), 1, "{inventory}");
     assert_eq!(ask_redis(cluster.client(), "PING"), "+PONG");
