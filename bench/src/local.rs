@@ -6,11 +6,11 @@ use std::{
     process::{Command, ExitStatus},
 };
 
-use podferry_local::{LocalCluster, Options};
+use podferry_local::LocalCluster;
 
 use crate::{
     error::{Error, Result},
-    stage::{NODES, Program, make_image, start_workload},
+    stage::{NODES, Program, make_image, options, start_workload},
     summary::columns,
 };
 
@@ -25,7 +25,7 @@ pub fn folder() -> PathBuf {
 /// Brings the cluster up, with the demo's workloads on the first node.
 pub fn up() -> Result<()> {
     let folder = folder();
-    let cluster = LocalCluster::up_detached(&Options::new(&folder).with_suffix(SUFFIX))?;
+    let cluster = LocalCluster::up_detached(&options(&folder).with_suffix(SUFFIX))?;
     let started = Program::ALL.into_iter().try_for_each(|program| {
         println!("starting {} at {}", program.name(), program.address());
         start_workload(&cluster, program, &make_image(program, &folder)?)

@@ -73,6 +73,25 @@ pub fn parse_record(output: &str) -> Result<MigrationRecord, serde_json::Error> 
     })
 }
 
+#[derive(Debug, Deserialize)]
+struct Refused {
+    error: Refusal,
+}
+
+#[derive(Debug, Deserialize)]
+struct Refusal {
+    code: String,
+    message: String,
+    #[serde(default)]
+    remedy: String,
+}
+
+/// What the command line said when nothing was begun, in words; `None` when it said something else.
+pub fn parse_refusal(output: &str) -> Option<String> {
+    let Refused { error: Refusal { code, message, remedy } } = serde_json::from_str(output.trim()).ok()?;
+    Some(if remedy.is_empty() { format!("{code}: {message}") } else { format!("{code}: {message}; {remedy}") })
+}
+
 /// One move of one workload.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Hop {
@@ -136,6 +155,14 @@ mod tests {
         assert!(!parse_record(&line.replace("succeeded", "failed")).unwrap().succeeded());
         assert!(parse_record("error: no such workload").is_err());
         assert!(parse_record("").is_err());
+    }
+
+    #[test]
+    fn a_refusal_is_told_in_words() {
+        let said = r#"{"error":{"code":"NOT_FOUND","message":"no workload \"x\"","remedy":"name one of: redis"}}"#;
+        assert_eq!(parse_refusal(said).unwrap(), "NOT_FOUND: no workload \"x\"; name one of: redis");
+        assert_eq!(parse_refusal(RECORD), None);
+        assert_eq!(parse_refusal("killed"), None);
     }
 
     #[test]

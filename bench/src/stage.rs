@@ -17,7 +17,7 @@ use podferry_local::{FIRST_CONTAINER_ADDRESS, LocalCluster, Node, Options, Workl
 use crate::{
     error::{Error, Result},
     load::{Kind, milliseconds},
-    migration::{Hop, MigrationRecord, parse_record},
+    migration::{Hop, MigrationRecord, parse_record, parse_refusal},
 };
 
 /// The nodes that workloads are moved between; they start on the first.
@@ -127,7 +127,7 @@ impl Stage {
     pub fn up_as(name: &str, interrupt: &Interrupt, change: impl FnOnce(Options) -> Options) -> Result<Self> {
         interrupt.check()?;
         let folder = Folder::claim(&podferry_local::workspace_root().join(".podferry").join(name))?;
-        let cluster = LocalCluster::up(&change(Options::new(&folder.path))).inspect_err(|_| folder.remove_empty())?;
+        let cluster = LocalCluster::up(&change(options(&folder.path))).inspect_err(|_| folder.remove_empty())?;
         Ok(Self { cluster, folder, interrupt: interrupt.clone() })
     }
 
@@ -182,6 +182,9 @@ impl Stage {
             Ok(record) if record.succeeded() => record,
             Ok(record) => return Err(Error::Misplaced(format!("{}: {}", record.phase, record.reason))),
             Err(error) => {
+                if let Some(refusal) = parse_refusal(&output.stdout).or_else(|| parse_refusal(&output.stderr)) {
+                    return Err(Error::Misplaced(refusal));
+                }
                 let said = output.success()?;
                 return Err(Error::Misplaced(format!("`podferry migrate` said {said:?}: {error}")));
             }
@@ -212,6 +215,13 @@ impl Stage {
     pub fn logs(&self) -> PathBuf {
         self.cluster.logs()
     }
+}
+
+/// A cluster in this folder whose coordinator knows all programs.
+pub fn options(folder: &Path) -> Options {
+    let mut options = Options::new(folder);
+    options.workloads = Program::ALL.map(|program| program.name().to_owned()).into();
+    options
 }
 
 /// Makes the program's root filesystem; our own programs' below `folder`.
