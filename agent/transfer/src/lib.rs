@@ -6,9 +6,8 @@
 //!
 //! The protocol is specified in [`podferry_proto::transfer`].
 
-#![expect(clippy::result_large_err, reason = "a failure is made once, and then the transfer ends")]
-
 pub mod compression;
+mod connection;
 mod error;
 pub mod frame;
 pub mod limits;
@@ -22,6 +21,7 @@ mod socket;
 mod tuner;
 mod zero;
 
+pub use connection::{IncomingConnection, fast};
 pub use error::TransferError;
 pub use object::{InvalidObject, Object, Owner};
 pub use pool::Pool;

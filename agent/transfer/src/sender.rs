@@ -27,6 +27,7 @@ use tokio::time::{sleep, timeout};
 pub use writer::ObjectWriter;
 
 use crate::compression::Level;
+use crate::connection::Connection;
 use crate::error::TransferError;
 use crate::frame::Frame;
 use crate::limits::{
@@ -193,9 +194,9 @@ impl Sender {
         introduction: &Introduction,
         options: Options,
     ) -> Result<Self, TransferError> {
-        let mut stream =
-            tls::dial(address, identity, peer).await.map_err(|error| TransferError::Connect(Arc::new(error)))?;
-        crate::socket::tune(&mut stream).map_err(|error| TransferError::Socket(Arc::new(error)))?;
+        let stream = tls::dial(address, identity, peer).await;
+        let connection = Connection::new(stream.map_err(|error| TransferError::Connect(Arc::new(error)))?);
+        crate::socket::tune(connection.tcp()).map_err(|error| TransferError::Socket(Arc::new(error)))?;
         let shared = Arc::new(Shared::new(options));
         let tasks = Tasks::default();
         let (requests, connection) = http2::Builder::new(tasks.clone())
@@ -206,7 +207,7 @@ impl Sender {
             .max_send_buf_size(MAX_MESSAGE_LENGTH * 2)
             .keep_alive_interval(KEEPALIVE_INTERVAL)
             .keep_alive_timeout(KEEPALIVE_TIMEOUT)
-            .handshake(TokioIo::new(stream))
+            .handshake(TokioIo::new(connection))
             .await
             .map_err(|error| TransferError::broken(&error))?;
         tasks.spawn(drive(connection));
@@ -388,7 +389,7 @@ fn request(body: FrameBody) -> Request<FrameBody> {
 }
 
 /// Keeps the connection going. Its end shows in body and answers.
-async fn drive(connection: http2::Connection<TokioIo<tls::TlsStream<tokio::net::TcpStream>>, FrameBody, Tasks>) {
+async fn drive(connection: http2::Connection<TokioIo<Connection>, FrameBody, Tasks>) {
     if let Err(error) = connection.await {
         tracing::debug!(error = %podferry_common::chain(&error), "the transfer's connection ended");
     }

@@ -1,6 +1,6 @@
 //! Both roles over real sockets and mutual TLS.
 
-#![expect(clippy::result_large_err, clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 mod support;
 

@@ -12,7 +12,7 @@ use podferry_common::identity::{Identity, IdentityFiles, LocalCa, Peer};
 use podferry_common::tls::{Incoming, PeerInfo};
 use podferry_common::{Failure, FailureCode, MigrationId};
 use podferry_proto::Version;
-use podferry_transfer::{Authorize, Introduction, Object, PageRun, Sink, TransferServer, tune};
+use podferry_transfer::{Authorize, Introduction, Object, PageRun, Sink, TransferServer, fast, tune};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -164,7 +164,7 @@ impl Cluster {
         store.keep_bytes.store(true, Ordering::Relaxed);
         let service = TransferServer::new(Arc::new(Gate(Arc::clone(&store))));
         let server = tune(tonic::transport::Server::builder()).add_service(service);
-        let incoming = Incoming::new(listener, &identity);
+        let incoming = fast(Incoming::new(listener, &identity));
         let server = tokio::spawn(async move { server.serve_with_incoming(incoming).await.unwrap() });
         Self { folder, ca, address, store, server }
     }
