@@ -20,6 +20,8 @@ const ROUNDS: u32 = 3;
 const QUICK_ROUNDS: u32 = 1;
 /// What Redis holds, in MiB.
 const REDIS_MIB: u64 = 16;
+/// After so many failed moves no further ones are tried: they would only take time.
+const MAX_FAILURES: usize = 3;
 /// Load between two moves, so that each of them finds the workload at work.
 const BETWEEN: Duration = Duration::from_millis(300);
 
@@ -71,19 +73,22 @@ fn play(stage: &Stage, quick: bool, interrupt: &Interrupt, began: Instant) -> Re
 
 fn hop_all(stage: &Stage, rounds: u32, interrupt: &Interrupt, began: Instant) -> Result<Vec<Hop>> {
     let mut places: HashMap<&str, usize> = HashMap::new();
-    let mut hops = Vec::new();
-    let all = rounds as usize * NODES.len() * Program::ALL.len();
-    for program in (0..rounds as usize * NODES.len()).flat_map(|_| Program::ALL) {
+    let mut hops: Vec<Hop> = Vec::new();
+    let moves = rounds as usize * NODES.len();
+    let all = moves * Program::ALL.len();
+    for program in (0..moves).flat_map(|_| Program::ALL) {
         interrupt.check()?;
         std::thread::sleep(BETWEEN);
         let place = places.entry(program.name()).or_default();
         let target = (*place + 1) % NODES.len();
         let hop = stage.migrate(program, NODES[*place], NODES[target])?;
-        if hop.outcome.is_ok() {
-            *place = target;
-        }
+        *place = if hop.outcome.is_ok() { target } else { stage.place(program).unwrap_or(*place) };
+        say(began, &describe(hops.len() + 1, all, &hop));
         hops.push(hop);
-        say(began, &describe(hops.len(), all, &hops[hops.len() - 1]));
+        if hops.iter().filter(|hop| hop.outcome.is_err()).count() == MAX_FAILURES {
+            say(began, &format!("{MAX_FAILURES} moves have failed: no more are tried"));
+            break;
+        }
     }
     Ok(hops)
 }
@@ -127,7 +132,7 @@ fn end_early(stage: Stage, error: Error) -> Error {
 }
 
 fn tell_of_logs(stage: &Stage) {
-    println!("the logs of agents and coordinator are kept in {}", stage.logs().display());
+    println!("until the next demo, the logs of agents and coordinator are kept in {}", stage.logs().display());
 }
 
 fn say(began: Instant, what: &str) {

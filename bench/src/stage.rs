@@ -1,14 +1,16 @@
 //! The local cluster with workloads on it, and moves between its nodes.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Read},
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
+    thread::JoinHandle,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -24,6 +26,10 @@ use crate::{
 pub const NODES: [&str; 2] = ["node-a", "node-b"];
 /// How long a workload may take to listen.
 const LISTEN_DEADLINE: Duration = Duration::from_secs(30);
+/// How long a move may take before it counts as failed: the largest takes seconds.
+const MOVE_DEADLINE: Duration = Duration::from_secs(120);
+/// How often is looked whether somebody wants the end. Short enough that a move's end is not noticed late.
+const POLL: Duration = Duration::from_millis(200);
 
 /// What there is to be moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,6 +95,16 @@ impl Program {
             ],
         }
     }
+}
+
+/// Reads a stream to its end beside whatever else is done: a full pipe would stop its writer.
+fn collect(mut stream: impl Read + Send + 'static) -> JoinHandle<String> {
+    std::thread::spawn(move || {
+        let mut bytes = Vec::new();
+        // A stream that breaks off still shows what came before.
+        let _ = stream.read_to_end(&mut bytes);
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
 }
 
 /// Becomes true when somebody wants the program to end.
@@ -177,20 +193,38 @@ impl Stage {
 
     fn try_migrate(&self, program: Program, source: &str, target: &str) -> Result<MigrationRecord> {
         let words = ["migrate", program.name(), "--to", target, "--strategy", "warm", "--wait", "--output", "json"];
-        let output = self.cluster.podferry(words)?;
-        let record = match parse_record(&output.stdout) {
+        let (stdout, stderr) = self.podferry(&words)?;
+        let record = match parse_record(&stdout) {
             Ok(record) if record.succeeded() => record,
             Ok(record) => return Err(Error::Misplaced(format!("{}: {}", record.phase, record.reason))),
             Err(error) => {
-                if let Some(refusal) = parse_refusal(&output.stdout).or_else(|| parse_refusal(&output.stderr)) {
-                    return Err(Error::Misplaced(refusal));
-                }
-                let said = output.success()?;
-                return Err(Error::Misplaced(format!("`podferry migrate` said {said:?}: {error}")));
+                let refusal = parse_refusal(&stdout).or_else(|| parse_refusal(&stderr));
+                let said = || format!("`podferry migrate` said {:?}: {error}", format!("{stdout}{stderr}").trim());
+                return Err(Error::Misplaced(refusal.unwrap_or_else(said)));
             }
         };
         self.check_place(program, source, target)?;
         Ok(record)
+    }
+
+    /// Runs the command line and gives what it wrote to its two streams. An interrupt ends the wait.
+    fn podferry(&self, words: &[&str]) -> Result<(String, String)> {
+        let mut command = self.cluster.podferry_command();
+        command.args(words).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut running = self.cluster.client().spawn_command(command)?;
+        let child = running.child();
+        let (stdout, stderr) = (child.stdout.take().map(collect), child.stderr.take().map(collect));
+        let since = Instant::now();
+        while running.wait(POLL).is_none() {
+            self.interrupt.check()?;
+            if since.elapsed() > MOVE_DEADLINE {
+                let (words, seconds) = (words.join(" "), MOVE_DEADLINE.as_secs());
+                return Err(Error::Misplaced(format!("`podferry {words}` did not end within {seconds} s")));
+            }
+        }
+        let joined =
+            |reader: Option<JoinHandle<String>>| reader.and_then(|reader| reader.join().ok()).unwrap_or_default();
+        Ok((joined(stdout), joined(stderr)))
     }
 
     /// There is one copy, and it is on the target.
@@ -202,6 +236,16 @@ impl Stage {
                 Err(Error::Misplaced(format!("{name} still runs on {source}, too, as process {}", process.pid)))
             }
             Err(_) => Ok(()),
+        }
+    }
+
+    /// On which of [`NODES`] a workload runs; `None` when it runs on none, or on both.
+    pub fn place(&self, program: Program) -> Option<usize> {
+        let runs = |name: &str| self.cluster.node(name).and_then(|node| node.container_process(program.name())).is_ok();
+        match NODES.map(runs) {
+            [true, false] => Some(0),
+            [false, true] => Some(1),
+            _ => None,
         }
     }
 
@@ -240,7 +284,7 @@ pub fn make_image(program: Program, folder: &Path) -> Result<PathBuf> {
 
 fn run_script(command: &mut Command) -> Result<()> {
     let text = command.get_program().to_string_lossy().into_owned();
-    let status = command.stdout(std::process::Stdio::null()).status().map_err(fail("run", Path::new(&text)))?;
+    let status = command.stdout(Stdio::null()).status().map_err(fail("run", Path::new(&text)))?;
     if status.success() { Ok(()) } else { Err(Error::Image { command: text, status }) }
 }
 

@@ -1,8 +1,16 @@
 //! The demo's workloads in real containers of a local cluster, and its clients on the client side. Without agents: what
 //! is tested is the stage, not the migration.
 
-use std::time::Duration;
+use std::{
+    process::{Command, Stdio},
+    sync::Once,
+    time::{Duration, Instant},
+};
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use podferry_bench::{
     clients::{self, LoadProcess},
     load::LoadReport,
@@ -10,7 +18,20 @@ use podferry_bench::{
 };
 use podferry_local::Options;
 
+/// Builds what a cluster is made of: cargo builds only this package's own programs for its tests.
+fn build_programs() {
+    static BUILT: Once = Once::new();
+    BUILT.call_once(|| {
+        let packages = ["podferry", "podferry-agent", "podferry-coordinator", "podferry-local", "podferry-workloads"];
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--bins"]).args(packages.map(|package| format!("--package={package}")));
+        let built = build.current_dir(podferry_local::workspace_root()).status().expect("cargo runs");
+        assert!(built.success(), "podferry's programs do not build");
+    });
+}
+
 fn stage() -> Stage {
+    build_programs();
     Stage::up_as("test-stage", &Interrupt::default(), Options::without_agents).expect("the cluster comes up")
 }
 
@@ -68,4 +89,48 @@ fn a_workload_can_be_removed_and_started_again() {
         stage.remove(Program::Redis).unwrap();
     }
     stage.down().unwrap();
+}
+
+#[test]
+fn an_interrupted_demo_takes_everything_away() {
+    build_programs();
+    let mut demo = Command::new(env!("CARGO_BIN_EXE_podferry-bench"))
+        .args(["demo", "--quick"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let id = demo.id();
+    let prefix = format!("pf-{id}-");
+    let namespaces = || {
+        let entries = std::fs::read_dir("/run/netns").into_iter().flatten().flatten();
+        entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&prefix)).count()
+    };
+    let folders = || {
+        let demos = podferry_local::workspace_root().join(".podferry/demo");
+        let own = format!("{id}-");
+        let entries = std::fs::read_dir(demos).into_iter().flatten().flatten();
+        entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&own)).count()
+    };
+    let since = Instant::now();
+    while namespaces() < 5 && since.elapsed() < Duration::from_secs(30) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let (up, folder) = (namespaces(), folders());
+    // Into the middle of the moves.
+    std::thread::sleep(Duration::from_secs(3));
+    kill(Pid::from_raw(id.try_into().unwrap()), Signal::SIGINT).unwrap();
+    let asked = Instant::now();
+    let mut status = demo.try_wait().unwrap();
+    while status.is_none() && asked.elapsed() < Duration::from_secs(60) {
+        std::thread::sleep(Duration::from_millis(50));
+        status = demo.try_wait().unwrap();
+    }
+    if status.is_none() {
+        let _ = demo.kill();
+        let _ = demo.wait();
+    }
+    assert_eq!((up, folder), (5, 1));
+    assert!(!status.expect("it ends within a minute").success());
+    assert_eq!((namespaces(), folders()), (0, 0));
 }
