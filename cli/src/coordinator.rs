@@ -35,8 +35,14 @@ pub(crate) async fn connect(flags: &Global) -> Result<Coordinator, Failure> {
     })?;
     let channel = tls::connect(address, &identity, &Peer::Coordinator).await.map_err(|error| unreachable(&error))?;
     let mut coordinator = CoordinatorServiceClient::new(channel);
-    greet(&mut coordinator).await?;
-    Ok(coordinator)
+    match greet(&mut coordinator).await {
+        Ok(()) => Ok(coordinator),
+        Err(Greeting::Answered(failure)) => Err(failure),
+        Err(Greeting::Broken(status)) => Err(match tls::refusal(address, &identity, &Peer::Coordinator).await {
+            Some(reason) => distrusted(Failure::from_error(FailureCode::Unavailable, &reason)),
+            None => distrusted(Failure { code: FailureCode::Unavailable, ..Failure::from_status(&status) }),
+        }),
+    }
 }
 
 fn unreachable(error: &TlsError) -> Failure {
@@ -48,22 +54,30 @@ fn unreachable(error: &TlsError) -> Failure {
     }
 }
 
-/// The handshake. A coordinator that does not trust our certificate breaks the connection here at the latest.
-async fn greet(coordinator: &mut Coordinator) -> Result<(), Failure> {
+/// Why there was no handshake.
+enum Greeting {
+    /// The coordinator's own answer, or our judgement of it.
+    Answered(Failure),
+    /// The connection broke. A coordinator that does not trust our certificate breaks it here at the latest.
+    Broken(Status),
+}
+
+fn distrusted(failure: Failure) -> Failure {
+    failure.remedy("see that the coordinator trusts this client's certificate, and that it has not expired")
+}
+
+/// The versioned handshake.
+async fn greet(coordinator: &mut Coordinator) -> Result<(), Greeting> {
     let request = HelloRequest { version: Some(Version::OURS.into()) };
     let hello = match tokio::time::timeout(ANSWER_TIMEOUT, coordinator.hello(request)).await {
         Ok(Ok(hello)) => hello.into_inner(),
-        Ok(Err(status)) if is_broken(&status) => {
-            let failure = Failure { code: FailureCode::Unavailable, ..Failure::from_status(&status) };
-            return Err(failure
-                .remedy("see that the coordinator trusts this client's certificate, and that it has not expired"));
-        }
-        Ok(Err(status)) => return Err(Failure::from_status(&status)),
-        Err(_) => return Err(silent()),
+        Ok(Err(status)) if is_broken(&status) => return Err(Greeting::Broken(status)),
+        Ok(Err(status)) => return Err(Greeting::Answered(Failure::from_status(&status))),
+        Err(_) => return Err(Greeting::Answered(silent())),
     };
     match Version::OURS.agree(hello.version.as_ref()) {
         Ok(_) => Ok(()),
-        Err(mismatch) => Err(Failure::from_error(FailureCode::FailedPrecondition, &mismatch)),
+        Err(mismatch) => Err(Greeting::Answered(Failure::from_error(FailureCode::FailedPrecondition, &mismatch))),
     }
 }
 

@@ -2,8 +2,6 @@
 //!
 //! Results go to standard output, progress and errors to standard error. `docs/cli.md` describes verbs and exit codes.
 
-#![expect(clippy::result_large_err, reason = "a failure is made once, and then the program ends")]
-
 mod arguments;
 mod commands;
 mod coordinator;

@@ -15,6 +15,7 @@ use std::time::Duration;
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::CertificateDer;
 use thiserror::Error;
+use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
@@ -32,6 +33,9 @@ pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// How long it has for an answer before the connection counts as broken.
 pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long [`refusal`] waits for an alert.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Who is at the other end. In a tonic handler: `request.extensions().get::<PeerInfo>()`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -154,6 +158,20 @@ pub async fn dial(address: &str, identity: &Identity, expected: &Peer) -> Result
         return Err(TlsError::WrongPeer { address: address.to_owned(), expected: expected.clone(), found });
     }
     Ok(stream.into())
+}
+
+/// Asks a server why it broke a channel: dials anew, sends nothing, and waits for its alert. `None` when it sends none.
+///
+/// A channel often cannot say: its first request is on the way when the alert arrives, and fails as cancelled.
+pub async fn refusal(address: &str, identity: &Identity, expected: &Peer) -> Option<TlsError> {
+    let mut stream = match dial(address, identity, expected).await {
+        Ok(stream) => stream,
+        Err(error) => return Some(error),
+    };
+    // A server that trusts us sends its HTTP/2 settings, or waits for ours: neither is a refusal.
+    let source = timeout(REFUSAL_TIMEOUT, stream.read_u8()).await.ok()?.err()?;
+    let alert = source.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()).is_some();
+    alert.then(|| TlsError::ClientHandshake { peer: expected.clone(), address: address.to_owned(), source })
 }
 
 /// Does the server's side of the handshake on a fresh TCP connection and says who is there.

@@ -386,6 +386,16 @@ async fn garbage_and_silence_on_the_port_do_not_stop_the_server() {
     assert_eq!(refused.code(), tonic::Code::PermissionDenied);
     assert!(refused.message().contains("alice"), "{refused:?}");
 
+    // Who is trusted hears of no refusal; who is not hears why.
+    let reason = tls::refusal(&addr.to_string(), &alice, &agent("n1")).await;
+    assert!(reason.is_none(), "{reason:?}");
+    let files = cluster.files("stranger");
+    Cluster::new().ca.issue(&Peer::Coordinator, HOUR, &files).unwrap();
+    fs::write(&files.ca, cluster.ca.certificate()).unwrap();
+    let stranger = Identity::load(files).unwrap();
+    let reason = tls::refusal(&addr.to_string(), &stranger, &agent("n1")).await.unwrap();
+    assert!(chain(&reason).contains("UnknownCA"), "{}", chain(&reason));
+
     assert!(!server.is_finished());
     server.abort();
     drop(silent);
