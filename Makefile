@@ -25,7 +25,7 @@ setup:
 
 build: setup
 	@$(RUN) cargo build --locked --release -p podferry-agent -p podferry-coordinator -p podferry -p podferry-bench \
-		-p podferry-workloads
+		-p podferry-workloads -p podferry-runtime -p podferry-local
 
 demo: build
 	@$(RUN) $(RELEASE)/podferry-bench demo

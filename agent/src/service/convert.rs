@@ -16,12 +16,12 @@ const MOST_ADDRESSES: usize = 16;
 const MOST_ROUTES: usize = 64;
 
 /// A node's name.
-pub fn node_name(text: &str) -> Result<NodeName, Failure> {
+pub(crate) fn node_name(text: &str) -> Result<NodeName, Failure> {
     text.parse().map_err(|error| Failure::from_error(FailureCode::InvalidArgument, &error))
 }
 
 /// A link as the network code has it. Its plan checks it further.
-pub fn link_of(message: v1::Link) -> Result<ContainerLink, Failure> {
+pub(crate) fn link_of(message: v1::Link) -> Result<ContainerLink, Failure> {
     if message.addresses.len() > MOST_ADDRESSES || message.routes.len() > MOST_ROUTES {
         return Err(invalid("a link has more addresses or routes than are taken"));
     }
@@ -39,7 +39,7 @@ pub fn link_of(message: v1::Link) -> Result<ContainerLink, Failure> {
 }
 
 /// A link as the protocol has it.
-pub fn link_message(link: &ContainerLink) -> v1::Link {
+pub(crate) fn link_message(link: &ContainerLink) -> v1::Link {
     let address = |net: &IpNet| v1::Address { ip: net.addr().to_string(), prefix: net.prefix_len().into() };
     let route = |route: &Route| v1::Route {
         destination: route.destination.to_string(),
@@ -75,7 +75,7 @@ fn route_of(message: &v1::Route) -> Result<Route, Failure> {
 }
 
 /// `IoUring` as `io-uring`.
-pub fn kebab(name: &str) -> String {
+pub(crate) fn kebab(name: &str) -> String {
     let mut word = String::with_capacity(name.len() + 4);
     for letter in name.chars() {
         if letter.is_ascii_uppercase() && !word.is_empty() {
@@ -91,7 +91,7 @@ fn invalid(message: impl Into<String>) -> Failure {
 }
 
 /// An event of a freeze.
-pub fn event(event: FreezeEvent) -> v1::FreezeEvent {
+pub(crate) fn event(event: FreezeEvent) -> v1::FreezeEvent {
     let event = match event {
         FreezeEvent::Frozen { freeze_ms } => freeze_event::Event::Frozen(v1::Frozen { freeze_ms }),
         FreezeEvent::Progress { raw_bytes, wire_bytes } => {
@@ -106,7 +106,7 @@ pub fn event(event: FreezeEvent) -> v1::FreezeEvent {
 }
 
 /// How a part ended.
-pub fn ended(standing: Standing) -> PartState {
+pub(crate) fn ended(standing: Standing) -> PartState {
     match standing {
         Standing::Released => PartState::Released,
         Standing::Resumed => PartState::Resumed,
@@ -116,7 +116,7 @@ pub fn ended(standing: Standing) -> PartState {
 }
 
 /// Where a source stands.
-pub async fn source_state(part: &SourcePart) -> PartState {
+pub(crate) async fn source_state(part: &SourcePart) -> PartState {
     match part.standing().await {
         Standing::Open if part.is_frozen() => PartState::Frozen,
         Standing::Open => PartState::Freezing,
@@ -126,7 +126,7 @@ pub async fn source_state(part: &SourcePart) -> PartState {
 }
 
 /// Where a target stands.
-pub async fn target_state(part: &TargetPart) -> PartState {
+pub(crate) async fn target_state(part: &TargetPart) -> PartState {
     match part.standing().await {
         Standing::Open if part.is_held() => PartState::Held,
         Standing::Open => PartState::Prepared,

@@ -12,7 +12,7 @@ use crate::context::{Context, blocking};
 
 /// What was found out when the agent started.
 #[derive(Debug)]
-pub struct Capabilities {
+pub(crate) struct Capabilities {
     criu_version: String,
     runc_version: String,
     complaints: Vec<String>,
@@ -20,7 +20,7 @@ pub struct Capabilities {
 
 impl Capabilities {
     /// Asks CRIU and runc.
-    pub async fn probe(context: &Context) -> Self {
+    pub(crate) async fn probe(context: &Context) -> Self {
         let criu = Criu::at(&context.config.tools.criu);
         let probed = blocking(move || Ok(criu.probe())).await;
         let (criu_version, mut complaints) = match probed {
@@ -44,7 +44,7 @@ impl Capabilities {
     }
 
     /// The complaints as preflight's findings.
-    pub fn findings(&self) -> impl Iterator<Item = Finding> {
+    pub(crate) fn findings(&self) -> impl Iterator<Item = Finding> {
         self.complaints.iter().map(|complaint| Finding {
             refuses: true,
             kind: "node-unfit".to_owned(),
@@ -56,7 +56,7 @@ impl Capabilities {
     }
 
     /// The answer to `Describe`.
-    pub async fn describe(&self, context: &Context) -> Result<v1::DescribeResponse, Failure> {
+    pub(crate) async fn describe(&self, context: &Context) -> Result<v1::DescribeResponse, Failure> {
         let facts = host_facts(context).await?;
         let free = |dir: &Path| podferry_filesystem::free_bytes(dir).unwrap_or(0);
         Ok(v1::DescribeResponse {
@@ -84,7 +84,7 @@ impl Capabilities {
 }
 
 /// Facts about this machine, fresh.
-pub async fn host_facts(context: &Context) -> Result<HostFacts, Failure> {
+pub(crate) async fn host_facts(context: &Context) -> Result<HostFacts, Failure> {
     let context = context.clone();
     blocking(move || {
         let facts = HostFacts::collect();
@@ -94,7 +94,7 @@ pub async fn host_facts(context: &Context) -> Result<HostFacts, Failure> {
 }
 
 /// The containers of all roots.
-pub async fn containers(context: &Context) -> Result<Vec<v1::Container>, Failure> {
+pub(crate) async fn containers(context: &Context) -> Result<Vec<v1::Container>, Failure> {
     let found = {
         let context = context.clone();
         blocking(move || {

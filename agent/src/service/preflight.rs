@@ -18,7 +18,7 @@ const SPARE_BYTES: u64 = 64 << 20;
 
 /// What would come to this node.
 #[derive(Clone, Debug)]
-pub struct Wish {
+pub(crate) struct Wish {
     workload: String,
     memory_bytes: u64,
     layer_bytes: u64,
@@ -52,14 +52,14 @@ impl From<v1::PrepareRequest> for Wish {
 
 /// A link together with where it is cut.
 #[derive(Clone, Debug)]
-pub struct FoundLink {
+pub(crate) struct FoundLink {
     /// The link.
     pub link: ContainerLink,
 }
 
 impl FoundLink {
     /// Where to cut it.
-    pub fn handle(&self) -> Option<LinkHandle> {
+    pub(crate) fn handle(&self) -> Option<LinkHandle> {
         self.link.peer.as_ref().map(LinkHandle::new)
     }
 }
@@ -68,7 +68,7 @@ impl FoundLink {
 ///
 /// # Errors
 /// `NOT_FOUND` when no root has it.
-pub async fn container(context: &Context, workload: &str) -> Result<Container, Failure> {
+pub(crate) async fn container(context: &Context, workload: &str) -> Result<Container, Failure> {
     let id = workload.to_owned();
     let context = context.clone();
     blocking(move || {
@@ -84,7 +84,7 @@ pub async fn container(context: &Context, workload: &str) -> Result<Container, F
 ///
 /// # Errors
 /// When it has none that can be cut.
-pub async fn link_of(context: &Context, container: &Container) -> Result<Option<FoundLink>, Failure> {
+pub(crate) async fn link_of(context: &Context, container: &Container) -> Result<Option<FoundLink>, Failure> {
     let Some(path) = container.namespace_paths.get(&NamespaceKind::Network) else { return Ok(None) };
     let failed = |error: podferry_network::Error| {
         let what = "the container's link cannot be read";
@@ -104,7 +104,7 @@ pub async fn link_of(context: &Context, container: &Container) -> Result<Option<
 ///
 /// # Errors
 /// When it is not there or cannot be looked at. What speaks against a dump is not an error but a finding.
-pub async fn source(context: &Context, workload: &str) -> Result<v1::PreflightSourceResponse, Failure> {
+pub(crate) async fn source(context: &Context, workload: &str) -> Result<v1::PreflightSourceResponse, Failure> {
     let container = container(context, workload).await?;
     if container.status != Status::Running {
         let message = format!("{workload} is {:?}, not running", container.status).to_lowercase();
@@ -182,7 +182,7 @@ fn plain_root(container: &Container, rootfs: &Path) -> Option<Finding> {
 ///
 /// # Errors
 /// When this machine cannot be looked at.
-pub async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding>, Failure> {
+pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding>, Failure> {
     let mut findings = Vec::new();
     match Bundle::read(&context.config.runtime.bundles_dir, &wish.workload) {
         Ok(bundle) => findings.extend(bundle_findings(&bundle, wish)),
@@ -222,7 +222,7 @@ pub async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding>, Fail
 ///
 /// # Errors
 /// The first finding.
-pub async fn refuse(context: &Context, wish: &Wish) -> Result<(), Failure> {
+pub(crate) async fn refuse(context: &Context, wish: &Wish) -> Result<(), Failure> {
     let Some(finding) = target(context, wish).await?.into_iter().next() else { return Ok(()) };
     let failure = context.refusal(FailureCode::FailedPrecondition, finding.message).in_phase("prepare");
     Err(failure.remedy(finding.remedy))

@@ -363,7 +363,7 @@ impl SourcePart {
         match ended {
             View::Stage(Stage::Released) => {}
             View::Lost => self.kill_orphans().await?,
-            _ => {
+            View::Stage(_) => {
                 let message = "the committed source's processes do not die (uninterruptible I/O?)";
                 return Err(self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("release"));
             }

@@ -19,7 +19,7 @@ struct Forwarder {
 
 /// Why pages could not be sent.
 #[derive(Debug)]
-pub struct SendFailed(Box<dyn std::error::Error + Send + Sync>);
+pub(crate) struct SendFailed(Box<dyn std::error::Error + Send + Sync>);
 
 impl fmt::Display for SendFailed {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -41,7 +41,7 @@ fn failed(error: impl std::error::Error + Send + Sync + 'static) -> SendFailed {
 ///
 /// # Errors
 /// When CRIU's stream or the transfer breaks.
-pub fn forward(socket: UnixStream, sender: Weak<Sender>, pool: Pool) -> Result<u64, CriuError> {
+pub(crate) fn forward(socket: UnixStream, sender: Weak<Sender>, pool: Pool) -> Result<u64, CriuError> {
     // The pages files are numbered from 1, as CRIU does.
     let mut forwarder = Forwarder { sender, pool, writer: None, next_id: 1 };
     let stats = page_stream::receive(socket, &mut forwarder)?;
@@ -89,7 +89,7 @@ impl PageSink for Forwarder {
 }
 
 /// An object of the transfer as something to write into, in pieces of a size that suits it.
-pub struct LayerOut {
+pub(crate) struct LayerOut {
     writer: ObjectWriter,
     buffer: Vec<u8>,
 }
@@ -99,7 +99,7 @@ const PIECE: usize = 256 * 1024;
 
 impl LayerOut {
     /// Into this object.
-    pub fn new(writer: ObjectWriter) -> Self {
+    pub(crate) fn new(writer: ObjectWriter) -> Self {
         Self { writer, buffer: Vec::with_capacity(PIECE) }
     }
 
@@ -107,7 +107,7 @@ impl LayerOut {
     ///
     /// # Errors
     /// When the transfer is broken.
-    pub fn close(mut self) -> std::io::Result<()> {
+    pub(crate) fn close(mut self) -> std::io::Result<()> {
         self.send()?;
         self.writer.close_blocking().map_err(std::io::Error::other)
     }

@@ -20,7 +20,7 @@ const THAW_TIMEOUT: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// When CRIU does not end, or thawing or joining fails.
-pub async fn free_container(
+pub(crate) async fn free_container(
     context: &Context,
     container: Option<&Container>,
     worker: WorkerRecord,
@@ -73,7 +73,7 @@ fn is_criu(pid: u32) -> bool {
 ///
 /// Only what is podferry's: a bundle that lies elsewhere, and its namespace, stay for whoever made them. What cannot be
 /// removed is logged: the migration has succeeded all the same.
-pub async fn remove_container(context: &Context, record: &PartRecord, container: Option<&Container>) {
+pub(crate) async fn remove_container(context: &Context, record: &PartRecord, container: Option<&Container>) {
     let Role::Source { root, bundle, link, netns, .. } = &record.role else { return };
     let runc = context.runc(root);
     let id = record.workload.clone();

@@ -126,15 +126,12 @@ async fn converse(
     *voice.lock().await = Some(write);
     let mut lines = BufReader::new(read).lines();
     while let Ok(Some(line)) = lines.next_line().await {
-        match understand(&line, migration, &hold.borrow()) {
-            Some(said) => {
-                hold.send_replace(said);
-            }
-            None => {
-                tracing::error!(line, migration, "a hook said what nobody understands");
-                break;
-            }
-        }
+        let before = hold.borrow().clone();
+        let Some(said) = understand(&line, migration, &before) else {
+            tracing::error!(line, migration, "a hook said what nobody understands");
+            break;
+        };
+        hold.send_replace(said);
     }
     *voice.lock().await = None;
     hold.send_replace(Hold::Gone);

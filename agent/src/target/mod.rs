@@ -268,7 +268,7 @@ impl TargetPart {
         }
         self.join_link(&record)?;
         let pid = self.let_go().await?;
-        self.announce(&record);
+        Self::announce(&record);
         record.standing = Standing::Resumed;
         record.store(&self.dirs).map_err(|error| io_failed(&self.context, &error))?;
         self.context.admissions.forget(self.migration);
@@ -369,7 +369,7 @@ impl TargetPart {
     }
 
     /// Tells switches and neighbours where the address is now. They would find out by themselves, later.
-    fn announce(&self, record: &PartRecord) {
+    fn announce(record: &PartRecord) {
         let Role::Target { netns: Some(netns), .. } = &record.role else { return };
         let announced = Netns::open(netns).and_then(|netns| {
             let announcer = Announcer::open(&netns, INTERFACE)?;

@@ -123,6 +123,8 @@ impl Dump {
                 Some(Order::Release) if self.record.sealed => {
                     self.record.released = true;
                     self.note();
+                    // CRIU kills them too, and then waits for deaths that a v1 freezer does not let happen.
+                    kill_once(&self.container);
                     return Verdict::Proceed;
                 }
                 Some(Order::Release) => tracing::error!("release was ordered of an unsealed part; ignored"),
@@ -247,25 +249,12 @@ impl Dump {
 }
 
 /// Kills every task of a container and returns when none is left.
-///
-/// A v1 freezer keeps killed tasks from dying, so the cgroup is thawed once every task has its signal.
 pub fn kill_all(container: &Container) {
     let begun = Instant::now();
     let mut warned = false;
     loop {
-        let processes = container.cgroups.processes().unwrap_or_default();
-        if processes.is_empty() && !container.is_alive() {
+        if kill_once(container) == 0 && !container.is_alive() {
             return;
-        }
-        for pid in processes {
-            if let Some(pid) = rustix::process::Pid::from_raw(pid) {
-                let _gone_already = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-            }
-        }
-        if let Ok(freezer) = Freezer::of(container)
-            && let Err(error) = freezer.thaw(FENCE_TIMEOUT)
-        {
-            tracing::debug!(error = chain(&error), "thawing killed tasks");
         }
         if !warned && begun.elapsed() > DEATH_WARNING {
             warned = true;
@@ -273,6 +262,23 @@ pub fn kill_all(container: &Container) {
         }
         thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// Sends every task its end, then thaws the cgroup: none runs another instruction of its program. Returns how many there
+/// were.
+fn kill_once(container: &Container) -> usize {
+    let processes = container.cgroups.processes().unwrap_or_default();
+    for pid in &processes {
+        if let Some(pid) = rustix::process::Pid::from_raw(*pid) {
+            let _gone_already = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+    if let Ok(freezer) = Freezer::of(container)
+        && let Err(error) = freezer.thaw(FENCE_TIMEOUT)
+    {
+        tracing::debug!(error = chain(&error), "thawing killed tasks");
+    }
+    processes.len()
 }
 
 fn open_dir(path: &std::path::Path) -> Result<File, CriuError> {
