@@ -9,8 +9,6 @@
 //! - [`api`]: what callers can ask, and gRPC on it,
 //! - [`config`]: the file `coordinator.toml`.
 
-#![expect(clippy::result_large_err, reason = "a failure is what a person reads, once: its size does not matter")]
-
 pub mod api;
 pub mod cluster;
 pub mod config;

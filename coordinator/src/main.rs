@@ -9,7 +9,7 @@ use clap::Parser;
 use podferry_common::identity::Identity;
 use podferry_common::tls::Incoming;
 use podferry_common::{chain, telemetry};
-use podferry_coordinator::api::{Core, serve};
+use podferry_coordinator::api::{Core, Current, serve};
 use podferry_coordinator::cluster::{Agents, Inventory};
 use podferry_coordinator::config::Config;
 use podferry_coordinator::runner::Runner;
@@ -76,7 +76,7 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
 
     tokio::spawn(stop_on_signal(signals, runner.clone()));
     let served = tokio::select! {
-        served = serve(core, incoming, stop.clone()) => served,
+        served = serve(Current::new(core, config.inventory.clone()), incoming, stop.clone()) => served,
         // Requests under way are finished, but a caller that does not read its answer keeps nobody from stopping.
         () = stopped_for(&stop, LAST_ANSWERS) => Ok(()),
     };

@@ -30,6 +30,12 @@ impl Core {
         Self { inventory: Arc::new(inventory), agents, store, runner, deadlines }
     }
 
+    /// The same with another inventory.
+    #[must_use]
+    pub fn with_inventory(&self, inventory: Inventory) -> Self {
+        Self { inventory: Arc::new(inventory), ..self.clone() }
+    }
+
     /// All nodes, and what their agents say now.
     pub async fn nodes(&self) -> Vec<v1::Node> {
         let views = self.survey(self.inventory.nodes()).await;

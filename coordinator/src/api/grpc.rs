@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
-use super::Core;
+use super::Current;
 use crate::migration::Decision;
 use crate::store::Record;
 
@@ -24,19 +24,19 @@ const MAX_STREAMS: u32 = 256;
 
 /// The gRPC front of the core.
 pub struct GrpcService {
-    core: Core,
+    core: Current,
     stop: CancellationToken,
 }
 
 impl GrpcService {
     /// The front of that core. Watches end when `stop` is cancelled.
-    pub fn new(core: Core, stop: CancellationToken) -> Self {
+    pub fn new(core: Current, stop: CancellationToken) -> Self {
         Self { core, stop }
     }
 }
 
 /// Serves on these connections until `stop` is cancelled; then finishes the requests under way.
-pub async fn serve(core: Core, incoming: Incoming, stop: CancellationToken) -> Result<(), ServeError> {
+pub async fn serve(core: Current, incoming: Incoming, stop: CancellationToken) -> Result<(), ServeError> {
     let (reporter, health) = tonic_health::server::health_reporter();
     reporter.set_serving::<CoordinatorServiceServer<GrpcService>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
@@ -138,7 +138,7 @@ impl CoordinatorService for GrpcService {
         request: Request<v1::ListNodesRequest>,
     ) -> Result<Response<v1::ListNodesResponse>, Status> {
         caller(&request, Open::Clients)?;
-        Ok(Response::new(v1::ListNodesResponse { nodes: self.core.nodes().await }))
+        Ok(Response::new(v1::ListNodesResponse { nodes: self.core.get().nodes().await }))
     }
 
     async fn list_workloads(
@@ -146,14 +146,14 @@ impl CoordinatorService for GrpcService {
         request: Request<v1::ListWorkloadsRequest>,
     ) -> Result<Response<v1::ListWorkloadsResponse>, Status> {
         caller(&request, Open::Clients)?;
-        let workloads = self.core.workloads(&request.get_ref().node).await?;
+        let workloads = self.core.get().workloads(&request.get_ref().node).await?;
         Ok(Response::new(v1::ListWorkloadsResponse { workloads }))
     }
 
     async fn migrate(&self, request: Request<v1::MigrateRequest>) -> Result<Response<v1::MigrateResponse>, Status> {
         let peer = caller(&request, Open::Clients)?;
         let wanted = request.into_inner();
-        match self.core.migrate(&wanted).await {
+        match self.core.get().migrate(&wanted).await {
             Ok(record) => Ok(Response::new(v1::MigrateResponse { migration: Some(record.to_wire()) })),
             Err(failure) => {
                 tracing::info!(%peer, workload = wanted.workload, target = wanted.target, %failure, "migration refused");
@@ -167,7 +167,7 @@ impl CoordinatorService for GrpcService {
         request: Request<v1::GetMigrationRequest>,
     ) -> Result<Response<v1::GetMigrationResponse>, Status> {
         caller(&request, Open::Clients)?;
-        let record = self.core.migration(&request.get_ref().id).await?;
+        let record = self.core.get().migration(&request.get_ref().id).await?;
         Ok(Response::new(v1::GetMigrationResponse { migration: Some(record.to_wire()) }))
     }
 
@@ -177,7 +177,7 @@ impl CoordinatorService for GrpcService {
     ) -> Result<Response<v1::ListMigrationsResponse>, Status> {
         caller(&request, Open::Clients)?;
         let v1::ListMigrationsRequest { workload, active_only } = request.into_inner();
-        let records = self.core.migrations(&workload, active_only).await?;
+        let records = self.core.get().migrations(&workload, active_only).await?;
         let migrations = records.iter().map(Record::to_wire).collect();
         Ok(Response::new(v1::ListMigrationsResponse { migrations }))
     }
@@ -189,7 +189,7 @@ impl CoordinatorService for GrpcService {
         request: Request<v1::WatchMigrationRequest>,
     ) -> Result<Response<WatchStream>, Status> {
         caller(&request, Open::Clients)?;
-        let (now, view) = self.core.watch(&request.get_ref().id).await?;
+        let (now, view) = self.core.get().watch(&request.get_ref().id).await?;
         let first = stream::once(future::ready(Ok(shown(&now))));
         let later = stream::iter(view).flat_map(later);
         // A server that stops waits for its requests: a watch may last for hours, so it ends by itself.
@@ -202,7 +202,7 @@ impl CoordinatorService for GrpcService {
         request: Request<v1::CancelMigrationRequest>,
     ) -> Result<Response<v1::CancelMigrationResponse>, Status> {
         let peer = caller(&request, Open::Clients)?;
-        let record = self.core.cancel(&request.get_ref().id, &peer.to_string()).await?;
+        let record = self.core.get().cancel(&request.get_ref().id, &peer.to_string()).await?;
         Ok(Response::new(v1::CancelMigrationResponse { migration: Some(record.to_wire()) }))
     }
 
@@ -212,7 +212,7 @@ impl CoordinatorService for GrpcService {
     ) -> Result<Response<v1::GetDecisionResponse>, Status> {
         let peer = caller(&request, Open::Agents)?;
         let id = &request.get_ref().migration_id;
-        let decision = self.core.decision(id).await?;
+        let decision = self.core.get().decision(id).await?;
         tracing::info!(%peer, migration = %id, ?decision, "decision asked for");
         let decision = match decision {
             Decision::Commit => v1::Decision::Commit,

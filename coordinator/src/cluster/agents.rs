@@ -1,6 +1,7 @@
 //! Channels to the agents, each of which must prove to be the agent of its node.
 
 use std::collections::HashMap;
+use std::error::Error as _;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use podferry_common::identity::{Identity, Peer};
@@ -67,6 +68,10 @@ fn other_version(node: &NodeName, mismatch: VersionMismatch) -> Failure {
 /// A failed call as a failure that says where and when it failed and, for an agent that is not there, what to do.
 pub fn placed(status: &Status, node: &NodeName, address: &str, phase: &str) -> Failure {
     let mut failure = Failure::from_status(status);
+    // A status with a cause was made on this side: the connection broke, whatever code the library has for the way it did.
+    if status.source().is_some() {
+        failure.code = FailureCode::Unavailable;
+    }
     failure.node.get_or_insert_with(|| node.to_string());
     failure.phase.get_or_insert_with(|| phase.to_owned());
     if failure.code == FailureCode::Unavailable && failure.remedy.is_none() {
