@@ -10,7 +10,6 @@ use crate::{
     load::{Kind, LoadReport},
     migration::{Hop, MigrationRecord, median},
     stage::{Interrupt, NODES, Program, Stage},
-    summary::columns,
 };
 
 /// Sizes of the data set in MiB, and how often each is moved.
@@ -169,30 +168,27 @@ fn tenths(value: Option<f64>) -> f64 {
     (value.unwrap_or(0.0) * 10.0).round() / 10.0
 }
 
-/// The result as a table for people, in Markdown.
+/// The result as a table in Markdown.
 pub fn table(result: &WarmResult) -> String {
     let titles = [
-        "| data",
-        "| resident",
-        "| runs",
-        "| freeze",
-        "| dump",
-        "| transfer",
-        "| restore",
-        "| downtime",
-        "| client gap",
-        "| longest",
-        "| on the wire |",
+        "data",
+        "resident",
+        "runs",
+        "freeze",
+        "dump",
+        "transfer",
+        "restore",
+        "downtime",
+        "client gap",
+        "longest gap",
+        "on the wire",
     ];
-    let mut rows = vec![titles.map(str::to_owned).to_vec()];
-    rows.push(vec!["|---".to_owned(); titles.len() - 1]);
-    rows[1].push("|---|".to_owned());
-    for size in &result.sizes {
-        let ms = |value: f64| format!("| {value:.0} ms");
-        rows.push(vec![
-            format!("| {} MiB", size.mib),
-            format!("| {} MiB", size.resident_mib),
-            format!("| {}", size.runs),
+    let ms = |value: f64| format!("{value:.0} ms");
+    let cells = |size: &SizeResult| {
+        [
+            format!("{} MiB", size.mib),
+            format!("{} MiB", size.resident_mib),
+            size.runs.to_string(),
             ms(size.freeze_ms),
             ms(size.dump_ms),
             ms(size.transfer_ms),
@@ -200,10 +196,12 @@ pub fn table(result: &WarmResult) -> String {
             ms(size.downtime_ms),
             ms(size.client_gap_ms),
             ms(size.client_gap_ms_max),
-            format!("| {:.0} MiB |", size.wire_mib),
-        ]);
-    }
-    columns(&rows)
+            format!("{:.0} MiB", size.wire_mib),
+        ]
+    };
+    let mut rows = vec![titles.map(str::to_owned), titles.map(|_| "---:".to_owned())];
+    rows.extend(result.sizes.iter().map(cells));
+    rows.iter().map(|row| format!("| {} |\n", row.join(" | "))).collect()
 }
 
 #[cfg(test)]
