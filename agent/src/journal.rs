@@ -82,6 +82,9 @@ pub struct PartRecord {
     pub workload: String,
     /// Where it stands.
     pub standing: Standing,
+    /// A released source: what the container left has been removed too. Until then the workload cannot come back.
+    #[serde(default)]
+    pub tidied: bool,
     /// When the record was written last.
     pub written: SystemTime,
     /// What only one role has to know.

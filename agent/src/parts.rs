@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use podferry_common::MigrationId;
 use podferry_common::failure::{Failure, FailureCode};
@@ -9,6 +10,9 @@ use podferry_common::failure::{Failure, FailureCode};
 use crate::journal::Standing;
 use crate::source::SourcePart;
 use crate::target::TargetPart;
+
+/// How long the removal of a released container is waited for.
+const TIDY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A part of a migration.
 #[derive(Clone, Debug)]
@@ -66,6 +70,25 @@ impl Parts {
     /// What is known of a migration.
     pub fn get(&self, migration: MigrationId) -> Option<Entry> {
         self.lock().get(&migration).cloned()
+    }
+
+    /// Waits while an earlier migration's part of that workload is being removed: it may come back at once.
+    pub async fn tidied(&self, workload: &str) {
+        let begun = Instant::now();
+        while begun.elapsed() < TIDY_TIMEOUT && self.is_released(workload).await {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
+    async fn is_released(&self, workload: &str) -> bool {
+        let source = self.lock().values().find_map(|entry| match entry {
+            Entry::Alive { workload: of, part: Part::Source(source) } if of == workload => Some(Arc::clone(source)),
+            _ => None,
+        });
+        match source {
+            Some(source) => source.standing().await == Standing::Released,
+            None => false,
+        }
     }
 
     /// Notes how a part ended.

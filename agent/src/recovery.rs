@@ -38,6 +38,9 @@ pub async fn recover(context: &Context, parts: &Parts) {
     };
     journal::prune(&context.config, &records);
     for record in records {
+        if record.standing == Standing::Released && !record.tidied {
+            SourcePart::resumed(context, record.clone(), None).tidy().await;
+        }
         if record.standing.is_last() {
             parts.ended(record.migration, record.standing);
             PartDirs::of(&context.config, record.migration).wipe_volatile();
@@ -92,7 +95,7 @@ async fn settle_sealed(context: &Context, parts: &Parts, part: &Part, migration:
             }
             (Some(Decision::Commit), Part::Source(source)) => match source.release().await {
                 Ok(()) => {
-                    parts.ended(migration, Standing::Released);
+                    tidy(parts, source, migration).await;
                     return;
                 }
                 Err(failure) => tracing::error!(%migration, %failure, "a committed source cannot be released"),
@@ -102,6 +105,12 @@ async fn settle_sealed(context: &Context, parts: &Parts, part: &Part, migration:
         }
         tokio::time::sleep(RETRY).await;
     }
+}
+
+/// Removes what a released source leaves, and then lets its workload come back.
+pub async fn tidy(parts: &Parts, source: &SourcePart, migration: podferry_common::MigrationId) {
+    source.tidy().await;
+    parts.ended(migration, Standing::Released);
 }
 
 /// Undoes a part, again and again until it is undone.

@@ -191,7 +191,9 @@ impl AgentService for Agent {
         request: Request<v1::PreflightTargetRequest>,
     ) -> Result<Response<v1::PreflightTargetResponse>, Status> {
         self.only_coordinator(&request)?;
-        let wish = preflight::Wish::from(request.into_inner());
+        let request = request.into_inner();
+        self.parts.tidied(&request.workload).await;
+        let wish = preflight::Wish::from(request);
         let mut findings = preflight::target(&self.context, &wish).await?;
         findings.extend(self.capabilities.findings());
         Ok(Response::new(v1::PreflightTargetResponse { findings }))
@@ -202,6 +204,7 @@ impl AgentService for Agent {
         let request = request.into_inner();
         let migration = migration_of(&request.migration_id)?;
         let source = Peer::Agent(convert::node_name(&request.source_node)?);
+        self.parts.tidied(&request.workload).await;
         let reservation = self.parts.reserve(migration, &request.workload)?;
         preflight::refuse(&self.context, &preflight::Wish::from(request.clone())).await?;
         let moves = request.network() == NetworkKind::Path;
@@ -247,8 +250,10 @@ impl AgentService for Agent {
         let migration = migration_of(&request.get_ref().migration_id)?;
         let begun = Instant::now();
         if self.ended(migration) != Some(Standing::Released) {
-            self.source(migration)?.release().await?;
-            self.parts.ended(migration, Standing::Released);
+            let source = self.source(migration)?;
+            source.release().await?;
+            let parts = self.parts.clone();
+            tokio::spawn(async move { recovery::tidy(&parts, &source, migration).await });
         }
         Ok(Response::new(v1::ReleaseResponse { release_ms: begun.elapsed().as_secs_f64() * 1e3 }))
     }

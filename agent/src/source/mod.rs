@@ -123,6 +123,7 @@ impl SourcePart {
             migration: order.migration,
             workload: order.container.id.clone(),
             standing: Standing::Open,
+            tidied: false,
             written: SystemTime::now(),
             role: Role::Source {
                 root: order.container.root.clone(),
@@ -342,7 +343,8 @@ impl SourcePart {
         record.store(&self.dirs).map_err(|error| io_failed(&self.context, &error))
     }
 
-    /// The migration is committed: destroys the container. Returns once none of its processes is left.
+    /// The migration is committed: ends the container. Returns once none of its processes is left; what else it leaves is
+    /// for [`SourcePart::tidy`].
     ///
     /// # Errors
     /// When a process does not die, or the record cannot be written; to be called again.
@@ -369,10 +371,21 @@ impl SourcePart {
             }
         }
         record.standing = Standing::Released;
-        record.store(&self.dirs).map_err(|error| io_failed(&self.context, &error))?;
+        record.store(&self.dirs).map_err(|error| io_failed(&self.context, &error))
+    }
+
+    /// Removes what a released container leaves: runc's state, its writable layer, its network namespace, its images.
+    pub async fn tidy(&self) {
+        if let Some(worker) = &self.worker {
+            worker.gone().await;
+        }
+        let mut record = self.record.lock().await;
         sweep::remove_container(&self.context, &record, self.container.as_ref()).await;
         self.dirs.wipe_volatile();
-        Ok(())
+        record.tidied = true;
+        if let Err(error) = record.store(&self.dirs) {
+            tracing::error!(%error, migration = %record.migration, "that a released source was removed cannot be noted");
+        }
     }
 
     /// Lets the container run on. Returns once it does.

@@ -98,6 +98,7 @@ impl TargetPart {
             migration: order.migration,
             workload: order.workload.clone(),
             standing: Standing::Open,
+            tidied: false,
             written: SystemTime::now(),
             role: Role::Target {
                 source_node: order.source_node.clone(),

@@ -130,6 +130,12 @@ impl Worker {
         }
     }
 
+    /// Waits until the worker has ended and with it CRIU.
+    pub async fn gone(&self) {
+        let mut view = self.view.clone();
+        while view.changed().await.is_ok() {}
+    }
+
     /// Gives an order. That it was carried out is for [`Worker::until`] to see; a worker that is gone shows there too.
     pub async fn order(&self, order: &Order) {
         let Ok(mut line) = serde_json::to_vec(order) else { return };

@@ -123,8 +123,10 @@ impl Dump {
                 Some(Order::Release) if self.record.sealed => {
                     self.record.released = true;
                     self.note();
-                    // CRIU kills them too, and then waits for deaths that a v1 freezer does not let happen.
-                    kill_once(&self.container);
+                    // CRIU would kill them too, but waits for deaths that a v1 freezer does not let happen; and its tidying
+                    // afterwards is nothing that the target has to wait for.
+                    kill_all(&self.container);
+                    self.control.report(Stage::Released);
                     return Verdict::Proceed;
                 }
                 Some(Order::Release) => tracing::error!("release was ordered of an unsealed part; ignored"),
