@@ -201,7 +201,7 @@ pub fn table(result: &WarmResult) -> String {
     };
     let mut rows = vec![titles.map(str::to_owned), titles.map(|_| "---:".to_owned())];
     rows.extend(result.sizes.iter().map(cells));
-    rows.iter().map(|row| format!("| {} |\n", row.join(" | "))).collect()
+    rows.iter().map(|row| format!("| {} |", row.join(" | "))).collect::<Vec<_>>().join("\n")
 }
 
 #[cfg(test)]
