@@ -1,5 +1,7 @@
 //! Sessions with the real CRIU, on a process of a pid namespace of its own.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::os::fd::AsFd as _;
