@@ -303,7 +303,7 @@ async fn a_stop_by_signal_undoes_first() {
     coordinator.signal(Signal::TERM);
     assert!(coordinator.end().await.success());
     assert_untouched(&world);
-    assert!(coordinator.log.lock().unwrap().last().unwrap().contains("stopped"));
+    coordinator.said(|line| line.contains("\"stopped\"")).await;
     let (_coordinator, mut client) = world.coordinator().await;
     let seen = watch(&mut client, &accepted.id).await;
     assert_eq!(seen.last().unwrap().phase(), Phase::Cancelled);

@@ -155,9 +155,7 @@ async fn a_stranger_gets_no_answer() {
     let mut client = CoordinatorServiceClient::new(channel);
     client.list_nodes(v1::ListNodesRequest {}).await.unwrap_err();
     let refused = |line: &String| line.contains("connection refused") && line.contains("handshake");
-    while !coordinator.log.lock().unwrap().iter().any(refused) {
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    }
+    coordinator.said(refused).await;
 }
 
 #[tokio::test]
@@ -187,4 +185,22 @@ async fn nodes_health_and_reflection() {
         panic!("reflection does not list the services")
     };
     assert!(list.service.iter().any(|service| service.name == "podferry.v1.CoordinatorService"), "{list:?}");
+}
+
+#[tokio::test]
+async fn an_edited_inventory_counts_and_a_broken_one_does_not() {
+    let world = World::new().await;
+    let (coordinator, mut client) = world.coordinator().await;
+    let path = world.folder.path().join("inventory.toml");
+    let old = std::fs::read_to_string(&path).unwrap();
+    world.node("a", |node| node.containers.insert("late".to_owned(), Copy::Running));
+    assert_eq!(migrate(&mut client, "late", "b").await.unwrap_err().code, FailureCode::NotFound);
+    std::fs::write(&path, format!("{old}\n[[workloads]]\nname = \"late\"\n")).unwrap();
+    let accepted = migrate(&mut client, "late", "b").await.unwrap();
+    assert_eq!(outcome(&mut client, &accepted.id).await.phase(), v1::Phase::Succeeded);
+    std::fs::write(&path, "[[workloads]]\nname = \"LATE\"\n").unwrap();
+    let back = migrate(&mut client, "late", "a").await.unwrap();
+    assert_eq!(outcome(&mut client, &back.id).await.phase(), v1::Phase::Succeeded);
+    let said = |line: &String| line.contains("the old one stays") && line.contains("inventory.toml:2:8");
+    coordinator.said(said).await;
 }

@@ -59,6 +59,16 @@ impl Coordinator {
             .unwrap()
     }
 
+    /// Waits until it has logged such a line.
+    pub(crate) async fn said(&self, such: impl Fn(&String) -> bool) {
+        let said = async {
+            while !self.log.lock().unwrap().iter().any(&such) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(PATIENCE, said).await.expect("the coordinator does not say it");
+    }
+
     /// `kill -9`.
     pub(crate) async fn kill(mut self) {
         self.signal(Signal::KILL);
