@@ -9,5 +9,6 @@ pub mod load;
 pub mod local;
 pub mod migration;
 pub mod stage;
+pub mod stream;
 pub mod summary;
 pub mod warm;

@@ -8,7 +8,7 @@ use podferry_bench::{
     load::{self, Event, Kind, LoadOptions, LoadReport, Readiness, redis_data},
     local,
     stage::Interrupt,
-    warm,
+    stream, warm,
 };
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
@@ -28,6 +28,8 @@ enum Command {
     Demo(Extent),
     /// Measure warm migration of Redis at several sizes.
     Warm(Extent),
+    /// Measure the page stream between two network namespaces against raw TCP, and packing against none.
+    Stream(stream::Arguments),
     /// A local cluster to play with, which goes on until it is taken down.
     #[command(subcommand)]
     Local(Local),
@@ -116,6 +118,9 @@ fn run(command: Command) -> Outcome {
         match command {
             Command::Demo(extent) => staged(|interrupt| Ok(demo::run(extent.quick, interrupt)?.holds())),
             Command::Warm(extent) => staged(|interrupt| Ok(warm::run(extent.quick, interrupt)?.holds())),
+            Command::Stream(arguments) => {
+                Ok(if stream::run(arguments).await? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+            }
             Command::Local(command) => run_local(command),
             Command::Load(arguments) => run_load(arguments).await,
             Command::RedisFill(arguments) => print(&redis_data::fill(arguments.target.target, arguments.mib).await?),

@@ -15,7 +15,7 @@ use podferry_common::tls::{Incoming, PeerInfo};
 use podferry_common::{Failure, MigrationId};
 use podferry_proto::Version;
 use podferry_transfer::{
-    Authorize, Compression, Introduction, Object, Options, Owner, PageRun, Sender, Sink, TransferServer, tune,
+    Authorize, Compression, Introduction, Object, Options, Owner, PageRun, Sender, Sink, TransferServer, fast, tune,
 };
 use serde::{Deserialize, Serialize};
 use socket2::SockRef;
@@ -183,7 +183,7 @@ fn send_raw(address: SocketAddr, mib: u64, source: &Bytes) -> Result<Measured, E
 async fn receive_stream(address: SocketAddr) -> Result<Measured, Error> {
     let identity = identity()?;
     let listener = tokio::net::TcpListener::bind(address).await.map_err(io_error("listen"))?;
-    let incoming = Incoming::new(listener, &identity);
+    let incoming = fast(Incoming::new(listener, &identity));
     let (done, measured) = oneshot::channel();
     let (stop, stopped) = oneshot::channel::<()>();
     let service = TransferServer::new(Arc::new(Anybody(Mutex::new(Some(done)))));
@@ -255,7 +255,8 @@ fn source(contents: Contents) -> Bytes {
             Contents::Noise => bytes.extend(random().to_le_bytes()),
             Contents::Records => {
                 let (id, score) = (random() % 1_000_000_000, random() % 1000);
-                let record = format!("{{\"id\":{id},\"name\":\"user-{score}\",\"active\":true,\"token\":\"{:x}\"}}", random());
+                let record =
+                    format!("{{\"id\":{id},\"name\":\"user-{score}\",\"active\":true,\"token\":\"{:x}\"}}", random());
                 bytes.extend(record.as_bytes());
                 bytes.resize(bytes.len().next_multiple_of(16), 0);
             }
