@@ -349,3 +349,64 @@ struct StateDevice {
 fn null_is_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A root with one container whose state is this, and its bundle.
+    fn root_with(id: &str, state: &str) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        let bundle = dir.path().join("bundle");
+        fs::create_dir_all(dir.path().join("root").join(id)).unwrap();
+        fs::create_dir_all(&bundle).unwrap();
+        let config = r#"{"ociVersion":"1.2.1","root":{"path":"rootfs"},"annotations":{"a":"b"}}"#;
+        fs::write(bundle.join("config.json"), config).unwrap();
+        let state = state.replace("@BUNDLE@", bundle.to_str().unwrap());
+        fs::write(dir.path().join("root").join(id).join("state.json"), state).unwrap();
+        dir
+    }
+
+    #[test]
+    fn state_of_runc_on_cgroup_v1_is_understood() {
+        let dir = root_with("redis", include_str!("../tests/fixtures/state-v1.json"));
+        let container = find(&[dir.path().join("none"), dir.path().join("root")], "redis").unwrap();
+        assert_eq!(container.bundle, dir.path().join("bundle"));
+        assert_eq!(container.init, Some(Init { pid: 4204, start_time: 401_005 }));
+        assert!(!container.is_alive(), "no process of this machine has that pid and start time");
+        assert_eq!(container.status, Status::Stopped);
+        assert_eq!(container.cgroups.dirs().len(), 4);
+        let freezer = Freezer::of(&container).unwrap();
+        assert_eq!(freezer.dir(), Path::new("/sys/fs/cgroup/freezer/podferry/redis"));
+        assert!(container.namespace_paths.is_empty() && container.namespaces.contains(&NamespaceKind::Network));
+        assert_eq!(container.external_descriptors, ["/dev/null", "pipe:[1234]", "pipe:[1234]"]);
+        assert_eq!(container.mounts[1].destination, Path::new("/data"));
+        assert_eq!(container.annotations["a"], "b");
+    }
+
+    #[test]
+    fn state_of_containerd_on_cgroup_v2_is_understood() {
+        let dir = root_with("c0ffee", include_str!("../tests/fixtures/state-v2.json"));
+        let container = discover(&[dir.path().join("root")]).unwrap().remove(0);
+        assert_eq!(container.init, None);
+        assert_eq!(container.cgroups, CgroupPaths::V2("/sys/fs/cgroup/kubepods.slice/pod1/c0ffee".into()));
+        assert_eq!(container.namespace_paths[&NamespaceKind::Network], Path::new("/var/run/netns/cni-1"));
+        assert_eq!(container.namespace_paths.len(), 3);
+        assert!(container.mounts.is_empty() && container.external_descriptors.is_empty());
+    }
+
+    #[test]
+    fn a_container_without_freezer_says_which_controllers_it_has() {
+        let cgroups = CgroupPaths::V1(BTreeMap::from([("memory".to_owned(), PathBuf::from("/x"))]));
+        let error = Freezer::at(cgroups).unwrap_err().to_string();
+        assert!(error.contains("no freezer cgroup (only: memory)"), "{error}");
+    }
+
+    #[test]
+    fn broken_state_is_an_error_with_its_path_and_hides_no_other() {
+        let dir = root_with("bad", "{\"id\":");
+        let root = dir.path().join("root");
+        assert!(Container::read(&root, "bad").unwrap_err().to_string().contains("bad/state.json"));
+        assert!(discover(&[root]).unwrap().is_empty());
+    }
+}

@@ -108,7 +108,7 @@ fn run_with(lab: &Lab, descriptors: Vec<OwnedFd>) -> Container {
     let mut command = lab.run_command();
     command.arg("--preserve-fds").arg(count.to_string()).arg(&lab.id).fd_mappings(mappings).unwrap();
     assert!(command.status().unwrap().success());
-    lab.container()
+    lab.started()
 }
 
 /// The crate lends only the number. Taking one's own descriptor by a pidfd makes an owned one of it.
@@ -177,7 +177,7 @@ fn a_host_file_as_stdio_is_named_and_criu_indeed_refuses_it() {
     let log = File::create(lab.log()).unwrap();
     let mut command = lab.run_command();
     assert!(command.arg(&lab.id).stdout(log).status().unwrap().success());
-    let container = lab.container();
+    let container = lab.started();
     let report = preflight(&container).unwrap();
     let finding = finding(&report, FindingKind::HostStdio);
     assert_eq!((finding.pid, finding.fd), (container.init.map(|init| init.pid), Some(1)));

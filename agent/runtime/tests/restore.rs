@@ -39,7 +39,7 @@ fn go_lets_the_container_run_with_its_stdio_and_runc_manages_it() {
     let frozen_at = lab.count();
     let agent = lab.agent();
     let mut restore = lab.restore(&agent);
-    let mut hook = agent.accept();
+    let mut hook = agent.accept(&mut restore);
     let init = hook.announcement("post-restore");
     assert_held(&lab, &mut restore);
     assert_eq!(lab.count(), frozen_at);
@@ -72,7 +72,7 @@ fn abort_undoes_the_restore_and_says_so() {
     let count = lab.count();
     let agent = lab.agent();
     let mut restore = lab.restore(&agent);
-    let mut hook = agent.accept();
+    let mut hook = agent.accept(&mut restore);
     let init = hook.announcement("post-restore");
     hook.say("abort");
     let error = wait(&mut restore).unwrap_err().to_string();
@@ -84,7 +84,7 @@ fn abort_undoes_the_restore_and_says_so() {
 
     // The images are untouched: a second attempt works.
     let mut restore = lab.restore(&agent);
-    let mut hook = agent.accept();
+    let mut hook = agent.accept(&mut restore);
     hook.announcement("post-restore");
     hook.say("go");
     wait(&mut restore).unwrap();
@@ -97,7 +97,7 @@ fn an_agent_that_hangs_up_before_the_seal_aborts() {
     lab.checkpoint();
     let agent = lab.agent();
     let mut restore = lab.restore(&agent);
-    let mut hook = agent.accept();
+    let mut hook = agent.accept(&mut restore);
     hook.announcement("post-restore");
     drop(hook);
     let error = wait(&mut restore).unwrap_err().to_string();
@@ -118,7 +118,7 @@ fn a_sealed_hook_outlives_its_agent() {
     lab.checkpoint();
     let agent = lab.agent();
     let mut restore = lab.restore(&agent);
-    let mut hook = agent.accept();
+    let mut hook = agent.accept(&mut restore);
     let init = hook.announcement("post-restore");
     hook.say("seal");
     assert_eq!(hook.hear(), "sealed");
@@ -127,7 +127,7 @@ fn a_sealed_hook_outlives_its_agent() {
     assert_held(&lab, &mut restore);
 
     let agent = lab.agent();
-    let mut hook = agent.accept();
+    let mut hook = agent.accept(&mut restore);
     assert_eq!(hook.announcement("post-restore-sealed"), init);
     hook.say("seal");
     assert_eq!(hook.hear(), "sealed");
@@ -141,7 +141,7 @@ fn kill_runc(lab: &Lab) -> (Hook, i32) {
     lab.checkpoint();
     let agent = lab.agent();
     let mut restore = lab.restore(&agent);
-    let mut hook = agent.accept();
+    let mut hook = agent.accept(&mut restore);
     let init = hook.announcement("post-restore");
     hook.say("seal");
     assert_eq!(hook.hear(), "sealed");
@@ -181,7 +181,7 @@ fn a_held_restore_can_be_ended_by_force() {
     lab.checkpoint();
     let agent = lab.agent();
     let mut restore = lab.restore(&agent);
-    let mut hook = agent.accept();
+    let mut hook = agent.accept(&mut restore);
     let init = hook.announcement("post-restore");
     restore.kill_and_clean().unwrap();
     assert!(!Path::new(&format!("/proc/{init}/exe")).exists());

@@ -14,14 +14,17 @@ use std::time::{Duration, Instant};
 use podferry_runtime::hook::{HOOK_SOCKET, MIGRATION};
 use podferry_runtime::stdio::{ContainerStdio, spawn_keeper};
 use podferry_runtime::{CgroupsMode, Container, RestoreRequest, RestoreStdio, Runc, RunningRestore, criu_config};
+use rustix::fs::{FileType, Mode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Nothing here takes longer than this, even on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Counts into its stdout and into a file, ten times a second, and reaps what is started in it.
-pub(crate) const COUNTER: &str = "i=0; while true; do i=$((i+1)); echo $i; echo $i > /data/count; sleep 0.1; done";
+/// Counts into its stdout and into a file, ten times a second, beside a second process. It starts nothing while it counts:
+/// CRIU waits in vain, for 10 s, for a process that it has caught between `vfork` and `exec`.
+pub(crate) const COUNTER: &str = "sleep 1000 & exec 3<>/data/never; i=0; \
+    while true; do i=$((i+1)); echo $i; echo $i > /data/count; read -t 0.1 x <&3; done";
 
 static NUMBER: AtomicU32 = AtomicU32::new(0);
 
@@ -72,10 +75,15 @@ impl Lab {
         for name in ["bin", "data", "dev", "etc", "proc", "sys", "tmp"] {
             fs::create_dir_all(rootfs.join(name)).unwrap();
         }
-        fs::copy(tools.join("libexec/busybox"), rootfs.join("bin/busybox")).unwrap();
+        // By another process: a descriptor for writing here may be inherited by what another test starts just now, and the
+        // container's program would be "text file busy".
+        let copy = Command::new("cp").arg(tools.join("libexec/busybox")).arg(rootfs.join("bin/busybox")).status();
+        assert!(copy.unwrap().success());
         for applet in ["sh", "sleep", "cat", "echo", "kill"] {
             std::os::unix::fs::symlink("busybox", rootfs.join("bin").join(applet)).unwrap();
         }
+        let never = rootfs.join("data/never");
+        rustix::fs::mknodat(rustix::fs::CWD, never, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
         fs::write(rootfs.join("etc/precious"), "do not lose me").unwrap();
         let mut config = config(script, &format!("/{}/{}", lab.cgroup, lab.id));
         change(&mut config);
@@ -129,7 +137,15 @@ impl Lab {
         let mut command = self.run_command();
         command.arg(&self.id).stdin(stdio.stdin).stdout(stdio.stdout).stderr(stdio.stderr);
         assert!(command.status().unwrap().success(), "runc run failed");
-        self.container()
+        self.started()
+    }
+
+    /// The container, once its program has taken the place of runc's own first process.
+    pub(crate) fn started(&self) -> Container {
+        let container = self.container();
+        let exe = format!("/proc/{}/exe", container.init.unwrap().pid);
+        wait_for("the program to start", || fs::read_link(&exe).is_ok_and(|exe| exe.ends_with("bin/busybox")));
+        container
     }
 
     /// Runs the container, and leaves it as images.
@@ -284,13 +300,14 @@ impl Agent {
         Self { path, listener }
     }
 
-    /// Waits for a hook.
-    pub(crate) fn accept(&self) -> Hook {
+    /// Waits for the hook of this restore.
+    pub(crate) fn accept(&self, restore: &mut RunningRestore) -> Hook {
         let start = Instant::now();
         let stream = loop {
             if let Ok((stream, _)) = self.listener.accept() {
                 break stream;
             }
+            assert!(!restore.try_wait().unwrap(), "the restore ended without its hook");
             assert!(start.elapsed() < PATIENCE, "no hook came");
             std::thread::sleep(Duration::from_millis(2));
         };
