@@ -17,7 +17,7 @@ use podferry_proto::v1::{Decision, GetDecisionRequest};
 
 use crate::context::Context;
 use crate::journal::{self, PartDirs, PartRecord, Role, Standing};
-use crate::parts::{Part, Parts};
+use crate::parts::{Authority, Part, Parts};
 use crate::source::SourcePart;
 use crate::target::TargetPart;
 use crate::worker::client::Worker;
@@ -76,7 +76,8 @@ async fn take_up(context: &Context, parts: &Parts, mut record: PartRecord) -> Re
         if record.standing == Standing::Sealed {
             settle_sealed(&context, &parts, &part, migration).await;
         } else {
-            undo(&parts, &part, migration, "the agent was restarted before the migration was sealed").await;
+            let reason = "the agent was restarted before the migration was sealed";
+            undo(&parts, &part, migration, reason, Authority::Own).await;
         }
     });
     Ok(())
@@ -90,7 +91,8 @@ async fn settle_sealed(context: &Context, parts: &Parts, part: &Part, migration:
         }
         match (ask(context, migration).await, part) {
             (Some(Decision::Abort), _) => {
-                undo(parts, part, migration, "the coordinator's record says that the migration was aborted").await;
+                let reason = "the coordinator's record says that the migration was aborted";
+                undo(parts, part, migration, reason, Authority::Coordinator).await;
                 return;
             }
             (Some(Decision::Commit), Part::Source(source)) => match source.release().await {
@@ -113,12 +115,18 @@ pub async fn tidy(parts: &Parts, source: &SourcePart, migration: podferry_common
     parts.ended(migration, Standing::Released);
 }
 
-/// Undoes a part, again and again until it is undone.
-pub async fn undo(parts: &Parts, part: &Part, migration: podferry_common::MigrationId, reason: &str) {
+/// Undoes a part, again and again until it is undone or may not be any more.
+pub async fn undo(
+    parts: &Parts,
+    part: &Part,
+    migration: podferry_common::MigrationId,
+    reason: &str,
+    authority: Authority,
+) {
     loop {
         let undone = match part {
-            Part::Source(source) => source.abort(reason).await,
-            Part::Target(target) => target.abort().await,
+            Part::Source(source) => source.abort(reason, authority).await,
+            Part::Target(target) => target.abort(authority).await,
         };
         match undone {
             Ok(()) => {
@@ -126,6 +134,7 @@ pub async fn undo(parts: &Parts, part: &Part, migration: podferry_common::Migrat
                 return;
             }
             Err(_) if standing(part).await.is_last() => return,
+            Err(_) if authority == Authority::Own && standing(part).await == Standing::Sealed => return,
             Err(failure) => tracing::error!(%migration, %failure, "a part cannot be undone; trying again"),
         }
         tokio::time::sleep(RETRY).await;

@@ -21,7 +21,7 @@ use tonic::{Request, Response, Status};
 
 use crate::context::Context;
 use crate::journal::Standing;
-use crate::parts::{Entry, Part, Parts};
+use crate::parts::{Authority, Entry, Part, Parts};
 use crate::recovery;
 use crate::source::{FreezeOrder, SourcePart};
 use crate::target::{PrepareOrder, TargetPart};
@@ -99,7 +99,8 @@ impl Agent {
             };
             if standing == Standing::Open {
                 tracing::warn!(%migration, "the migration's deadline has passed; undoing this node's part");
-                recovery::undo(&parts, &part, migration, "the migration's deadline has passed").await;
+                let reason = "the migration's deadline has passed";
+                recovery::undo(&parts, &part, migration, reason, Authority::Own).await;
             }
         });
     }
@@ -133,12 +134,15 @@ impl Agent {
         let parts = self.parts.clone();
         // A task of its own: it does not end when the coordinator's connection does.
         tokio::spawn(async move {
+            let lost = Failure::new(FailureCode::Aborted, "the coordinator's connection broke").in_phase("freeze");
             let ended = {
                 let running = part.run(&order, pages, &events);
                 tokio::pin!(running);
                 loop {
                     tokio::select! {
                         ended = &mut running => break ended,
+                        // Nobody waits for the end any more, and nobody may come back before the deadline.
+                        () = answers.closed() => break Err(lost),
                         Some(event) = incoming.recv() => { let _ = answers.send(Ok(convert::event(event))).await; }
                     }
                 }
@@ -148,7 +152,8 @@ impl Agent {
             }
             if let Err(failure) = ended {
                 tracing::warn!(%migration, %failure, "the freeze failed; undoing it");
-                recovery::undo(&parts, &Part::Source(part), migration, &failure.message).await;
+                let part = Part::Source(part);
+                recovery::undo(&parts, &part, migration, &failure.message, Authority::Own).await;
                 let _ = answers.send(Err(failure.into_status())).await;
             }
         });
@@ -280,8 +285,10 @@ impl AgentService for Agent {
             return Err(self.context.refusal(FailureCode::FailedPrecondition, message).into_status());
         }
         match self.parts.get(migration) {
-            Some(Entry::Alive { part: Part::Source(source), .. }) => source.abort(&request.reason).await?,
-            Some(Entry::Alive { part: Part::Target(target), .. }) => target.abort().await?,
+            Some(Entry::Alive { part: Part::Source(source), .. }) => {
+                source.abort(&request.reason, Authority::Coordinator).await?;
+            }
+            Some(Entry::Alive { part: Part::Target(target), .. }) => target.abort(Authority::Coordinator).await?,
             Some(Entry::Beginning { .. }) => {
                 let failure = self.context.refusal(FailureCode::Unavailable, "the part is still being made");
                 return Err(failure.into_status());

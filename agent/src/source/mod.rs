@@ -25,9 +25,11 @@ use podferry_runtime::{Container, Externals, Init};
 use podferry_transfer::{Compression, Introduction, Object, Options, Sender};
 use tokio::net::UnixListener;
 use tokio::sync::{Mutex, mpsc};
+use tokio_util::sync::CancellationToken;
 
 use crate::context::{Context, blocking};
 use crate::journal::{PartDirs, PartRecord, Role, Standing};
+use crate::parts::Authority;
 use crate::worker::client::{View, Worker};
 use crate::worker::messages::{DumpJob, Order, Stage, WorkerRecord};
 
@@ -107,6 +109,8 @@ pub struct SourcePart {
     /// None when it was killed before a restarted agent looked.
     worker: Option<Worker>,
     record: Mutex<PartRecord>,
+    /// Ends a dump and transfer that go on: a stalled link must not keep the tasks frozen.
+    cancelled: CancellationToken,
 }
 
 impl SourcePart {
@@ -140,7 +144,9 @@ impl SourcePart {
             Ok((worker, pages)) => {
                 let container = Some(order.container.clone());
                 let record = Mutex::new(record);
-                Ok((Self { context: context.clone(), dirs, container, worker: Some(worker), record }, pages))
+                let cancelled = CancellationToken::new();
+                let worker = Some(worker);
+                Ok((Self { context: context.clone(), dirs, container, worker, record, cancelled }, pages))
             }
             Err(failure) => {
                 dirs.wipe_volatile();
@@ -162,7 +168,8 @@ impl SourcePart {
             }
             Role::Target { .. } => None,
         };
-        Self { context: context.clone(), dirs, container, worker, record: Mutex::new(record) }
+        let cancelled = CancellationToken::new();
+        Self { context: context.clone(), dirs, container, worker, record: Mutex::new(record), cancelled }
     }
 
     /// Dumps and sends. Returns when the target has confirmed everything; the tasks stay frozen.
@@ -170,6 +177,21 @@ impl SourcePart {
     /// # Errors
     /// What went wrong. Then the tasks run on, or [`SourcePart::abort`] has to be called and sees to it.
     pub async fn run(
+        &self,
+        order: &FreezeOrder,
+        pages: UnixListener,
+        events: &mpsc::Sender<FreezeEvent>,
+    ) -> Result<(), Failure> {
+        tokio::select! {
+            ended = self.dump_and_send(order, pages, events) => ended,
+            // Dropping the transfer breaks CRIU's page stream, and CRIU fails and resumes the tasks.
+            () = self.cancelled.cancelled() => {
+                Err(self.context.refusal(FailureCode::Aborted, "the migration was aborted").in_phase("transfer"))
+            }
+        }
+    }
+
+    async fn dump_and_send(
         &self,
         order: &FreezeOrder,
         pages: UnixListener,
@@ -392,13 +414,15 @@ impl SourcePart {
     ///
     /// # Errors
     /// When it does not resume or its link stays cut; to be called again.
-    pub async fn abort(&self, reason: &str) -> Result<(), Failure> {
+    pub async fn abort(&self, reason: &str, authority: Authority) -> Result<(), Failure> {
         let mut record = self.record.lock().await;
         match record.standing {
             Standing::Aborted => return Ok(()),
-            Standing::Open | Standing::Sealed => {}
+            Standing::Open => {}
+            Standing::Sealed if authority == Authority::Coordinator => {}
             other => return Err(self.wrong_standing("abort", other)),
         }
+        self.cancelled.cancel();
         let ended = match &self.worker {
             Some(worker) => {
                 worker.order(&Order::Abort { reason: reason.to_owned() }).await;

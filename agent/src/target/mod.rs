@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::context::{Context, blocking};
 use crate::journal::{PartDirs, PartRecord, Role, Standing};
+use crate::parts::Authority;
 use bundle::Bundle;
 use hook::{Hold, HookKeeper};
 use inbox::{Arrival, Inbox};
@@ -326,14 +327,15 @@ impl TargetPart {
     ///
     /// # Errors
     /// When something stays; to be called again.
-    pub async fn abort(&self) -> Result<(), Failure> {
-        self.cancelled.cancel();
+    pub async fn abort(&self, authority: Authority) -> Result<(), Failure> {
         let mut record = self.record.lock().await;
         match record.standing {
             Standing::Aborted => return Ok(()),
-            Standing::Open | Standing::Sealed => {}
+            Standing::Open => {}
+            Standing::Sealed if authority == Authority::Coordinator => {}
             other => return Err(self.wrong_standing("abort", other)),
         }
+        self.cancelled.cancel();
         self.context.admissions.forget(self.migration);
         let _gone_already = self.hook.tell("abort").await;
         self.clean_restore().await?;

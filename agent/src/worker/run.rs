@@ -125,8 +125,9 @@ impl Dump {
                     self.note();
                     // CRIU would kill them too, but waits for deaths that a v1 freezer does not let happen; and its tidying
                     // afterwards is nothing that the target has to wait for.
-                    kill_all(&self.container);
-                    self.control.report(Stage::Released);
+                    if stop_all(&self.container) {
+                        self.control.report(Stage::Released);
+                    }
                     return Verdict::Proceed;
                 }
                 Some(Order::Release) => tracing::error!("release was ordered of an unsealed part; ignored"),
@@ -248,6 +249,23 @@ impl Dump {
             tracing::warn!(%error, path = %self.job.record.display(), "the worker's record cannot be written");
         }
     }
+}
+
+/// Kills every task of a container. True when none will run another instruction.
+///
+/// They are not gone then. CRIU traces them, so it is CRIU that has to collect those that died; until it has, the init
+/// of a pid namespace waits for them in its own exit. A cgroup does not list tasks that are exiting.
+fn stop_all(container: &Container) -> bool {
+    let begun = Instant::now();
+    while begun.elapsed() < DEATH_WARNING {
+        kill_once(container);
+        if container.cgroups.processes().is_ok_and(|processes| processes.is_empty()) {
+            return true;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    tracing::error!(container = container.id, "killed tasks do not die while CRIU traces them; letting it go first");
+    false
 }
 
 /// Kills every task of a container and returns when none is left.
