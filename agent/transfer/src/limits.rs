@@ -26,7 +26,7 @@ pub const WINDOW: u32 = 16 << 20;
 /// The largest HTTP/2 frame that a receiver takes: a message in one piece is not copied together.
 pub const MAX_HTTP2_FRAME: u32 = 2 << 20;
 /// Raw bytes that a sender puts into one frame.
-pub const FRAME_LENGTH: usize = 256 << 10;
+pub const FRAME_LENGTH: usize = 512 << 10;
 /// Frames that wait on each side between threads.
 pub const QUEUE: usize = 8;
 

@@ -11,17 +11,23 @@ use std::time::{Duration, Instant};
 use crate::compression::{Level, Packing};
 
 /// On faster links, in bytes per second, nothing pays: one core packs memory at about this rate (`docs/performance.md`).
-const FAST_LINK: f64 = 512.0 * 1024.0 * 1024.0;
-/// Packing is chosen when it promises this much more, and kept while it gives at least half of the gain.
-const GAIN: f64 = 1.1;
+const FAST_LINK: f64 = 400.0 * 1024.0 * 1024.0;
+/// Packing is chosen when it promises this much more: the processor that packs is also the one that encrypts,
+const PROMISED: f64 = 1.3;
+/// and kept while it gives this much more.
+const KEPT: f64 = 1.05;
+/// A level is left for another that promises this much more than it does: the measurements are not that good.
+const BETTER: f64 = 1.1;
 /// How long the link is watched before anything is concluded.
 const WINDOW: Duration = Duration::from_millis(50);
 /// Writers that wait less than this part of the time are themselves what is slow.
 const WAITING: f64 = 0.25;
 /// How often levels are measured anew.
 const SAMPLE_EVERY: Duration = Duration::from_millis(250);
-/// For how long packing is not tried again after it did not keep its promise.
+/// For how long packing is not tried again after it did not keep its promise; each time twice as long,
 const PAUSE: Duration = Duration::from_secs(5);
+/// up to this.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// The share of a new measurement in the running average.
 const FRESH: f64 = 0.3;
 
@@ -91,6 +97,7 @@ struct State {
     window_waited: Duration,
     sampled: Option<Instant>,
     paused_until: Instant,
+    pause: Duration,
     /// The first window after a change carries bytes of both.
     changed: bool,
 }
@@ -107,6 +114,7 @@ impl State {
             window_waited: Duration::ZERO,
             sampled: None,
             paused_until: now,
+            pause: PAUSE,
             changed: false,
         }
     }
@@ -161,9 +169,10 @@ impl State {
             return;
         };
         let raw = rate * self.seen[level as usize].map_or(1.0, |seen| seen.ratio);
-        if raw < self.plain * f64::midpoint(1.0, GAIN) {
+        if raw < self.plain * KEPT {
             // Somebody else is slow (the store, this processor), or the link changed: begin again from what is known.
-            self.paused_until = now + PAUSE;
+            self.paused_until = now + self.pause;
+            self.pause = (2 * self.pause).min(LONGEST_PAUSE);
             self.link = Some(self.plain);
         }
     }
@@ -172,12 +181,16 @@ impl State {
         let link = self.link.filter(|link| *link < FAST_LINK && now >= self.paused_until)?;
         let promise = |level: &Level| self.seen[*level as usize].map_or(0.0, |seen| seen.speed.min(link * seen.ratio));
         let best = Level::ALL.into_iter().max_by(|one, other| promise(one).total_cmp(&promise(other)))?;
-        if promise(&best) < link * GAIN {
+        if promise(&best) < self.demand(link) {
             return None;
         }
-        // A level is not left for a little more: the measurements are not that good.
-        let stay = self.level.filter(|level| promise(level) * GAIN > promise(&best));
+        let stay = self.level.filter(|level| promise(level) * BETTER > promise(&best));
         Some(stay.unwrap_or(best))
+    }
+
+    /// What packing must promise: more to begin with than to go on.
+    fn demand(&self, link: f64) -> f64 {
+        link * if self.level.is_some() { KEPT } else { PROMISED }
     }
 }
 

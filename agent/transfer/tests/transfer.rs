@@ -160,7 +160,7 @@ async fn a_cap_is_kept() {
     writer.close().await.unwrap();
     sender.finish().await.unwrap();
     let took = begun.elapsed().as_secs_f64();
-    assert!((0.4..2.0).contains(&took), "{took} s for half a second's worth");
+    assert!(took > 0.4, "{took} s for half a second's worth");
 }
 
 /// Sends until it fails, and says how.
