@@ -89,7 +89,8 @@ impl Parts {
         }
     }
 
-    async fn is_released(&self, workload: &str) -> bool {
+    /// Whether an earlier migration's part of that workload has been released, and only its removal goes on.
+    pub async fn is_released(&self, workload: &str) -> bool {
         let source = self.lock().values().find_map(|entry| match entry {
             Entry::Alive { workload: of, part: Part::Source(source) } if of == workload => Some(Arc::clone(source)),
             _ => None,

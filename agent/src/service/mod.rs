@@ -178,7 +178,13 @@ impl AgentService for Agent {
         request: Request<v1::ListContainersRequest>,
     ) -> Result<Response<v1::ListContainersResponse>, Status> {
         self.only_coordinator(&request)?;
-        let containers = describe::containers(&self.context).await?;
+        let mut containers = Vec::new();
+        for container in describe::containers(&self.context).await? {
+            // A dead one that is just being removed would keep its workload from coming back at once.
+            if !self.parts.is_released(&container.id).await {
+                containers.push(container);
+            }
+        }
         Ok(Response::new(v1::ListContainersResponse { containers }))
     }
 
