@@ -26,9 +26,9 @@ pub const WINDOW: u32 = 16 << 20;
 /// The largest HTTP/2 frame that a receiver takes: a message in one piece is not copied together.
 pub const MAX_HTTP2_FRAME: u32 = 2 << 20;
 /// Raw bytes that a sender puts into one frame.
-pub const FRAME_LENGTH: usize = 512 << 10;
+pub const FRAME_LENGTH: usize = 1 << 20;
 /// Frames that wait on each side between threads.
-pub const QUEUE: usize = 8;
+pub const QUEUE: usize = 4;
 
 const _: () = assert!(FRAME_LENGTH <= MAX_RAW_LENGTH && FRAME_LENGTH.is_multiple_of(PAGE_SIZE));
 const _: () = assert!(MAX_MESSAGE_LENGTH + 5 <= MAX_HTTP2_FRAME as usize);
