@@ -68,6 +68,9 @@ pub enum Role {
         keep_connections: bool,
         /// The host's end of the link that was made for it.
         link: Option<LinkHandle>,
+        /// The MTU of its interface, in bytes; until the container runs it is one lower.
+        #[serde(default)]
+        mtu: Option<u32>,
         /// The network namespace that was made for it.
         netns: Option<PathBuf>,
     },

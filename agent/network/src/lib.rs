@@ -17,6 +17,7 @@ mod cut;
 mod discover;
 mod error;
 mod link;
+mod mtu;
 mod netlink;
 mod netns;
 
@@ -27,6 +28,7 @@ pub use cut::{LinkHandle, LinkState, cut, is_cut, uncut};
 pub use discover::discover;
 pub use error::{Error, Result};
 pub use link::{ContainerLink, MacAddress, NetworkPlan, Route};
+pub use mtu::set_mtu;
 pub use netns::Netns;
 
 pub use ipnet::IpNet;

@@ -14,7 +14,7 @@ pub mod inbox;
 
 use std::ffi::OsString;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -105,6 +105,7 @@ impl TargetPart {
                 source_node: order.source_node.clone(),
                 keep_connections: order.keep_connections,
                 link,
+                mtu: order.link.as_ref().map(|link| link.mtu),
                 netns: netns.clone(),
             },
         };
@@ -118,6 +119,7 @@ impl TargetPart {
                     let what = "the container's network namespace cannot be made";
                     context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("prepare")
                 })?;
+                set_mtu(netns, link.mtu.saturating_sub(1));
             }
             HookKeeper::listen(&dirs.hook_socket(), order.migration.to_string())
                 .map_err(|error| io_failed(context, &error))
@@ -271,6 +273,7 @@ impl TargetPart {
         self.join_link(&record)?;
         let pid = self.let_go().await?;
         Self::announce(&record);
+        restore_mtu(&record);
         record.standing = Standing::Resumed;
         record.store(&self.dirs).map_err(|error| io_failed(&self.context, &error))?;
         self.context.admissions.forget(self.migration);
@@ -487,6 +490,22 @@ async fn remove(context: &Context, record: &PartRecord, bundle: &Bundle, dirs: &
     }
     dirs.wipe_volatile();
     Ok(())
+}
+
+/// CRIU restores sockets with a maximum segment size of 524 bytes, and idle ones keep it until their route's MTU changes:
+/// so it is one lower during the restore and as it was from the resume on.
+fn restore_mtu(record: &PartRecord) {
+    if let Role::Target { netns: Some(netns), mtu: Some(mtu), .. } = &record.role {
+        set_mtu(netns, *mtu);
+    }
+}
+
+/// A wrong MTU makes connections slow and breaks none, so it is no reason to fail.
+fn set_mtu(netns: &Path, mtu: u32) {
+    let set = Netns::open(netns).and_then(|netns| podferry_network::set_mtu(&netns, INTERFACE, mtu));
+    if let Err(error) = set {
+        tracing::warn!(error = chain(&error), netns = %netns.display(), mtu, "the container's MTU cannot be set");
+    }
 }
 
 /// The host's end of an arriving container's link: at most 15 bytes, and the random end of the id makes it unique.
