@@ -57,11 +57,9 @@ fn workloads_in_containers_serve_the_client_side_and_leave_nothing() {
     assert!(report.is_clean(), "{report:#?}");
     assert_eq!(report.clients.len(), 7);
     assert!(report.clients.iter().all(|client| client.requests > 20), "{report:#?}");
-    assert_eq!(clients::redis_state(client, Program::Redis.address()).unwrap(), {
-        let mut expected = before.clone();
-        expected.used_bytes = clients::redis_state(client, Program::Redis.address()).unwrap().used_bytes;
-        expected
-    });
+    // Not the memory in use: that changes with every connection.
+    let after = clients::redis_state(client, Program::Redis.address()).unwrap();
+    assert_eq!((after.digest, after.keys), (before.digest, before.keys));
     let logs = stage.logs();
     stage.down().unwrap();
     assert!(!logs.exists());
