@@ -7,7 +7,7 @@
 //!
 //! The stream is read by the target from a peer that may be hostile ([`unpack`] says what it refuses), and it keeps what
 //! a tar archive loses easily: whiteouts, opaque directories, extended attributes with binary values, holes,
-//! nanoseconds. [`format`] is its specification.
+//! nanoseconds. [The `format` module](mod@format) is its specification.
 //!
 //! Not carried: inode flags (`chattr`), `SELinux` labels (they come from the target's own specification), access and change
 //! times, and overlayfs' private notes about the source's lower layers (`trusted.overlay.origin` and the like).
