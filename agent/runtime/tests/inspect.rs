@@ -17,8 +17,8 @@ use io_uring::IoUring;
 use lab::{COUNTER, Lab, wait_for};
 use nix::sys::ptrace;
 use podferry_runtime::{
-    Container, Error, Externals, Finding, FindingKind, Freezer, FreezerState, NetworkKind, Report, Severity, Status,
-    discover, find, preflight,
+    CgroupPaths, Container, Error, Externals, Finding, FindingKind, Freezer, FreezerState, NetworkKind, Report,
+    Severity, Status, discover, find, preflight,
 };
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -99,6 +99,42 @@ fn a_frozen_container_stands_still_and_goes_on() {
     }
     freezer.thaw(TIMEOUT).unwrap();
     wait_for("it to die", || !container.is_alive());
+}
+
+/// A cgroup of version 2, removed when the test ends.
+struct UnifiedCgroup(PathBuf);
+
+impl Drop for UnifiedCgroup {
+    fn drop(&mut self) {
+        let _ = fs::write(self.0.join("cgroup.freeze"), "0");
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// Freezing needs no controller, so the v2 hierarchy of a hybrid machine will do.
+#[test]
+fn a_cgroup_of_version_2_is_frozen_as_well() {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let unified = mounts.lines().find(|line| line.contains(" - cgroup2 ")).expect("mount a cgroup2 hierarchy");
+    let point = PathBuf::from(unified.split(' ').nth(4).unwrap());
+    let cgroup = UnifiedCgroup(point.join(format!("podferry-test-v2-{}", std::process::id())));
+    fs::create_dir(&cgroup.0).unwrap();
+    let child = KillOnDrop(Command::new("sleep").arg("1000").spawn().unwrap());
+    fs::write(cgroup.0.join("cgroup.procs"), child.0.id().to_string()).unwrap();
+
+    let paths = CgroupPaths::V2(cgroup.0.clone());
+    assert_eq!(paths.processes().unwrap(), [child.0.id().cast_signed()].into());
+    let freezer = Freezer::at(paths).unwrap();
+    assert_eq!(freezer.state().unwrap(), FreezerState::Thawed);
+    freezer.freeze(TIMEOUT).unwrap();
+    assert_eq!(freezer.state().unwrap(), FreezerState::Frozen);
+    freezer.thaw(TIMEOUT).unwrap();
+    assert_eq!(freezer.state().unwrap(), FreezerState::Thawed);
+    freezer.freeze(TIMEOUT).unwrap();
+    // Unlike version 1 it lets killed tasks die.
+    drop(child);
+    freezer.thaw(TIMEOUT).unwrap();
+    assert!(CgroupPaths::V2(cgroup.0.clone()).processes().unwrap().is_empty());
 }
 
 /// Runs the container with descriptors of this process, from 3 on.
