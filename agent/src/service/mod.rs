@@ -89,10 +89,12 @@ impl Agent {
     }
 
     /// Undoes a part whose deadline passes before it is sealed.
-    fn watch_deadline(&self, migration: MigrationId, part: Part, deadline: SystemTime) {
+    fn watch_deadline(&self, migration: MigrationId, deadline: SystemTime) {
         let parts = self.parts.clone();
         tokio::spawn(async move {
             tokio::time::sleep(deadline.duration_since(SystemTime::now()).unwrap_or_default()).await;
+            // Looked up only now: a part that has ended by then is not to keep its sockets open until its deadline.
+            let Some(Entry::Alive { part, .. }) = parts.get(migration) else { return };
             let standing = match &part {
                 Part::Source(source) => source.standing().await,
                 Part::Target(target) => target.standing().await,
@@ -127,7 +129,7 @@ impl Agent {
         let (part, pages) = SourcePart::begin(&self.context, &order).await?;
         let part = Arc::new(part);
         reservation.fill(Part::Source(Arc::clone(&part)));
-        self.watch_deadline(migration, Part::Source(Arc::clone(&part)), order.deadline);
+        self.watch_deadline(migration, order.deadline);
 
         let (answers, receiver) = mpsc::channel(EVENT_QUEUE);
         let (events, mut incoming) = mpsc::channel(EVENT_QUEUE);
@@ -228,8 +230,8 @@ impl AgentService for Agent {
             keep_connections: request.keep_connections,
         };
         let part = Arc::new(TargetPart::prepare(&self.context, order).await?);
-        reservation.fill(Part::Target(Arc::clone(&part)));
-        self.watch_deadline(migration, Part::Target(part), deadline_of(request.deadline_ms));
+        reservation.fill(Part::Target(part));
+        self.watch_deadline(migration, deadline_of(request.deadline_ms));
         Ok(Response::new(v1::PrepareResponse {}))
     }
 
