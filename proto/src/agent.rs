@@ -47,8 +47,8 @@
 //!
 //! A call that does not fit the part's state is refused with `FAILED_PRECONDITION` and changes nothing. Seal, Release,
 //! Resume and Abort may be repeated: the answer to a repetition is the answer to the first. `Abort` for an unknown
-//! migration succeeds (there is nothing to undo), and `Release` for an unknown one too when the container is not there
-//! any more. A second `Prepare` or `Freeze` of the same workload while a part of it lives: `ALREADY_EXISTS`.
+//! migration succeeds (there is nothing to undo) and keeps it from beginning later; every other call for an unknown one is
+//! answered with `NOT_FOUND`. A second `Prepare` or `Freeze` of the same workload while a part of it lives: `ALREADY_EXISTS`.
 //!
 //! # Limits
 //!

@@ -95,7 +95,7 @@ pub(crate) fn event(event: FreezeEvent) -> v1::FreezeEvent {
     let event = match event {
         FreezeEvent::Frozen { freeze_ms } => freeze_event::Event::Frozen(v1::Frozen { freeze_ms }),
         FreezeEvent::Progress { raw_bytes, wire_bytes } => {
-            freeze_event::Event::Progress(v1::Progress { raw_bytes, wire_bytes, expected_bytes: 0 })
+            freeze_event::Event::Progress(v1::Progress { raw_bytes, wire_bytes })
         }
         FreezeEvent::Transferred { pages, raw_bytes, zero_bytes, wire_bytes, dump_ms, transfer_ms } => {
             let transferred = v1::Transferred { pages, raw_bytes, zero_bytes, wire_bytes, dump_ms, transfer_ms };

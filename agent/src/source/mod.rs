@@ -34,7 +34,7 @@ use crate::worker::client::{View, Worker};
 use crate::worker::messages::{DumpJob, Order, Stage, WorkerRecord};
 
 /// How long CRIU may take to stop all tasks.
-const FREEZE_TIMEOUT_S: u32 = 10;
+const FREEZE_TIMEOUT_S: u32 = 5;
 /// How long the worker gets to seal: freezing a cgroup of stopped tasks.
 const SEAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the worker gets to undo a dump. CRIU resumes a container in milliseconds.

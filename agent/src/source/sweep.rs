@@ -38,9 +38,11 @@ pub(crate) async fn free_container(
         }
         if let Some(link) = &link {
             // How it was cut died with the worker; cutting it again tells.
-            podferry_network::cut(link)
-                .and_then(|cut| podferry_network::uncut(&cut))
-                .map_err(|error| failed(&context, "the container's link cannot be joined again", &error))?;
+            match podferry_network::cut(link).and_then(|cut| podferry_network::uncut(&cut)) {
+                // It went with its container or with a restart of the node.
+                Ok(()) | Err(podferry_network::Error::NoInterface { .. }) => {}
+                Err(error) => return Err(failed(&context, "the container's link cannot be joined again", &error)),
+            }
         }
         Ok(())
     })

@@ -250,6 +250,10 @@ impl TargetPart {
             Standing::Open => {}
             other => return Err(self.wrong_standing("seal", other)),
         }
+        // A dead restore could be done again after the commit, but before it the source is the safer copy.
+        if let Some(restore) = &mut *self.restore.lock().await {
+            restore.try_wait().map_err(|error| self.restore_failed(&error))?;
+        }
         let told = self.hook.tell("seal").await;
         let sealed = self.hook.until(HOOK_TIMEOUT, |hold| !matches!(hold, Hold::Held { .. })).await;
         if told.is_err() || !matches!(sealed, Hold::Sealed { .. }) {

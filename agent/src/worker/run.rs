@@ -12,6 +12,7 @@ use podferry_common::failure::chain;
 use podferry_criu::{CriuError, CriuLog, Notification, Session, Verdict};
 use podferry_network::LinkState;
 use podferry_runtime::{Container, Freezer};
+use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 
 use super::control::Control;
 use super::messages::{DumpJob, Order, Stage, WorkerRecord};
@@ -25,6 +26,9 @@ const TICK: Duration = Duration::from_millis(20);
 const FENCE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long killed tasks get to die before it is said that they do not.
 const DEATH_WARNING: Duration = Duration::from_secs(5);
+
+/// Why a dump is given up whose CRIU died.
+const CRIU_GONE: &str = "CRIU was killed while it held the tasks; they run on";
 
 /// One dump.
 struct Dump {
@@ -133,6 +137,7 @@ impl Dump {
                 Some(Order::Release) => tracing::error!("release was ordered of an unsealed part; ignored"),
                 Some(Order::Abort { reason }) => return self.give_up(reason),
                 None if self.record.sealed => {}
+                None if !self.criu_lives() => return self.give_up(CRIU_GONE.to_owned()),
                 None if SystemTime::now() > self.job.deadline => {
                     return self.give_up("the migration's deadline has passed".to_owned());
                 }
@@ -152,6 +157,13 @@ impl Dump {
             self.control.report(Stage::NotSealed { message: chain(&error) });
             return;
         }
+        // Looked at behind the fence: a CRIU that lives now has held the tasks ever since they were dumped. The tasks of one
+        // that died have run on meanwhile, and what they did is not in the images.
+        if !self.criu_lives() {
+            self.thaw();
+            self.control.report(Stage::NotSealed { message: CRIU_GONE.to_owned() });
+            return;
+        }
         self.record.sealed = true;
         if let Err(error) = record::store(&self.job.record, &self.record) {
             self.record.sealed = false;
@@ -160,6 +172,13 @@ impl Dump {
             return;
         }
         self.control.report(Stage::Sealed);
+    }
+
+    /// Looks without reaping: that is for the session to do.
+    fn criu_lives(&self) -> bool {
+        let pid = self.record.criu_pid.and_then(|pid| Pid::from_raw(pid.cast_signed()));
+        let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        pid.is_some_and(|pid| matches!(waitid(WaitId::Pid(pid), look), Ok(None)))
     }
 
     fn give_up(&mut self, reason: String) -> Verdict {

@@ -72,9 +72,11 @@ pub fn placed(status: &Status, node: &NodeName, address: &str, phase: &str) -> F
     if status.source().is_some() {
         failure.code = FailureCode::Unavailable;
     }
+    // An agent signs its own failures: one that says that its peer is gone is there itself.
+    let answered = status.source().is_none() && failure.node.is_some();
     failure.node.get_or_insert_with(|| node.to_string());
     failure.phase.get_or_insert_with(|| phase.to_owned());
-    if failure.code == FailureCode::Unavailable && failure.remedy.is_none() {
+    if failure.code == FailureCode::Unavailable && failure.remedy.is_none() && !answered {
         failure.message = format!("the agent of node {node} cannot be reached: {}", failure.message);
         failure.remedy = Some(format!("see that the agent of {node} runs and can be reached at {address}"));
     }

@@ -15,7 +15,7 @@ use tonic::Status;
 use super::Deadlines;
 use crate::cluster::{AgentClient, Agents, placed};
 use crate::migration::{Call, Side};
-use crate::store::{Progress, Record};
+use crate::store::Record;
 
 /// What comes to a driver.
 pub(super) enum Input {
@@ -24,7 +24,7 @@ pub(super) enum Input {
     /// The source's processes stand still.
     Frozen { freeze_ms: f64, at: Instant },
     /// The transfer goes on.
-    Progress(Progress),
+    Progress(v1::Progress),
     /// Somebody asks to stop.
     Cancel { who: String, reply: oneshot::Sender<Result<Record, Failure>> },
 }
@@ -208,11 +208,7 @@ impl Job {
             let at = Instant::now();
             let input = match event.event {
                 Some(FreezeEvent::Frozen(frozen)) => Input::Frozen { freeze_ms: frozen.freeze_ms, at },
-                Some(FreezeEvent::Progress(now)) => Input::Progress(Progress {
-                    raw_bytes: now.raw_bytes,
-                    wire_bytes: now.wire_bytes,
-                    expected_bytes: now.expected_bytes,
-                }),
+                Some(FreezeEvent::Progress(now)) => Input::Progress(now),
                 Some(FreezeEvent::Transferred(sent)) => {
                     complete = true;
                     Input::Answered { call: self.call, answer: Ok(Answer::Transferred(sent)), at }

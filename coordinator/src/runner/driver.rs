@@ -81,8 +81,10 @@ impl Driver {
                 self.apply(Event::Frozen, at).await
             }
             Input::Progress(progress) => {
-                self.record.report.progress = progress;
-                self.record.report.wire_bytes = progress.wire_bytes;
+                let report = &mut self.record.report;
+                report.progress.raw_bytes = progress.raw_bytes;
+                report.progress.wire_bytes = progress.wire_bytes;
+                report.wire_bytes = progress.wire_bytes;
                 self.view.send_replace(self.record.clone());
                 Ok(())
             }

@@ -199,7 +199,7 @@ impl AgentService for Agent {
         tokio::spawn(async move {
             let send = |event| events.send(Ok(FreezeEvent { event: Some(event) }));
             let _gone = send(Event::Frozen(Frozen { freeze_ms: 1.5 })).await;
-            let half = Progress { raw_bytes: MEMORY / 2, wire_bytes: MEMORY / 4, expected_bytes: MEMORY };
+            let half = Progress { raw_bytes: MEMORY / 2, wire_bytes: MEMORY / 4 };
             let _gone = send(Event::Progress(half)).await;
             let failed = match agent.enter("Transfer").await {
                 Err(status) => Some(status),
