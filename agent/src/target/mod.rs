@@ -251,9 +251,7 @@ impl TargetPart {
             other => return Err(self.wrong_standing("seal", other)),
         }
         // A dead restore could be done again after the commit, but before it the source is the safer copy.
-        if let Some(restore) = &mut *self.restore.lock().await {
-            restore.try_wait().map_err(|error| self.restore_failed(&error))?;
-        }
+        self.check_restore().await?;
         let told = self.hook.tell("seal").await;
         let sealed = self.hook.until(HOOK_TIMEOUT, |hold| !matches!(hold, Hold::Held { .. })).await;
         if told.is_err() || !matches!(sealed, Hold::Sealed { .. }) {
@@ -274,8 +272,7 @@ impl TargetPart {
             Standing::Sealed => {}
             other => return Err(self.wrong_standing("resume", other)),
         }
-        self.join_link(&record)?;
-        let pid = self.let_go().await?;
+        let pid = self.let_go(&record).await?;
         Self::announce(&record);
         restore_mtu(&record);
         record.standing = Standing::Resumed;
@@ -285,27 +282,48 @@ impl TargetPart {
         Ok(pid)
     }
 
-    /// Lets the held container go; restores it again when it is not there any more.
-    async fn let_go(&self) -> Result<i32, Failure> {
+    /// Lets the held container go, with its link; restores it again when it is not there any more.
+    ///
+    /// The link joins only for a copy that is about to run: the sockets of a dead one would answer clients with resets, or
+    /// acknowledge what the next copy knows nothing of.
+    async fn let_go(&self, record: &PartRecord) -> Result<i32, Failure> {
         let mut last = self.refused(FailureCode::Internal, "the held container is gone", "resume");
         for _ in 0..RESTORE_TRIES {
             // After this agent's restart a sealed hook finds it within 100 ms.
             let hold = self.hook.until(HOOK_TIMEOUT, |hold| *hold != Hold::NotYet).await;
             let gone = match hold {
-                Hold::Held { .. } | Hold::Sealed { .. } => self.hook.tell("go").await.is_err(),
+                Hold::Held { .. } | Hold::Sealed { .. } => match self.check_restore().await {
+                    Ok(()) => {
+                        self.join_link(record)?;
+                        self.hook.tell("go").await.is_err()
+                    }
+                    Err(failure) => {
+                        last = failure;
+                        true
+                    }
+                },
                 // It may have gone because an earlier agent told it so.
                 Hold::Gone | Hold::NotYet => self.running_init().is_err(),
             };
             if !gone {
                 match self.until_running().await {
-                    Ok(pid) => return Ok(pid),
+                    Ok(pid) => return self.join_link(record).map(|()| pid),
                     Err(failure) => last = failure,
                 }
             }
             tracing::error!(migration = %self.migration, failure = %last, "a committed restore died; restoring again");
+            self.part_link(record)?;
             self.restore_again().await?;
         }
         Err(last)
+    }
+
+    /// Fails when the restore has died.
+    async fn check_restore(&self) -> Result<(), Failure> {
+        match &mut *self.restore.lock().await {
+            Some(restore) => restore.try_wait().map(drop).map_err(|error| self.restore_failed(&error)),
+            None => Ok(()),
+        }
     }
 
     async fn restore_again(&self) -> Result<(), Failure> {
@@ -374,6 +392,14 @@ impl TargetPart {
         let Role::Target { link: Some(link), .. } = &record.role else { return Ok(()) };
         podferry_network::attach(&link.host_interface, &self.context.config.network.bridge).map(drop).map_err(|error| {
             let what = "the container's link cannot join the bridge";
+            self.context.failure(FailureCode::Internal, what, &error).in_phase("resume")
+        })
+    }
+
+    fn part_link(&self, record: &PartRecord) -> Result<(), Failure> {
+        let Role::Target { link: Some(link), .. } = &record.role else { return Ok(()) };
+        podferry_network::detach(&link.host_interface).map_err(|error| {
+            let what = "the link of a container that died cannot leave the bridge";
             self.context.failure(FailureCode::Internal, what, &error).in_phase("resume")
         })
     }
