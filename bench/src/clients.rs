@@ -18,8 +18,8 @@ use crate::{
 
 /// How long the clients may take until each has had an answer.
 const READY_DEADLINE: Duration = Duration::from_secs(30);
-/// How long they may take to end: longer than one of them waits for an answer.
-const END_DEADLINE: Duration = Duration::from_secs(150);
+/// How long they may take to end: longer than their last answer, another connection and the final checks take together.
+const END_DEADLINE: Duration = Duration::from_secs(60);
 /// How long Redis may take to be filled or to digest what it holds.
 const DATA_DEADLINE: Duration = Duration::from_secs(300);
 

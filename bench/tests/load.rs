@@ -31,7 +31,7 @@ impl Load {
 
     async fn stop(self) -> LoadReport {
         self.stop.cancel();
-        tokio::time::timeout(Duration::from_secs(30), self.running).await.expect("the clients end").unwrap()
+        tokio::time::timeout(Duration::from_secs(60), self.running).await.expect("the clients end").unwrap()
     }
 }
 
@@ -159,6 +159,24 @@ async fn redis_is_as_before_when_the_clients_have_gone() {
     assert_ne!(during.digest, before.digest, "the clients write");
     assert_clean(&load.stop().await, 2);
     assert_eq!(redis_data::state(redis.address).await.unwrap().digest, before.digest);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_has_gone_silent_is_a_reset_in_the_report() {
+    let (cart, redis) = (Service::cart(), Redis::start());
+    let loads = [
+        Load::start(Kind::Cart, cart.address, 1).await,
+        Load::start(Kind::Feed, cart.address, 1).await,
+        Load::start(Kind::Redis, redis.address, 1).await,
+    ];
+    for_a_while().await;
+    cart.freeze();
+    redis.freeze();
+    let reports: Vec<_> = loads.map(|load| tokio::spawn(load.stop())).into();
+    for report in reports {
+        let client = only(report.await.unwrap());
+        assert!(client.connection_resets >= 1 && client.failed_requests >= 1, "{client:#?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

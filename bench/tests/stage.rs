@@ -22,11 +22,16 @@ use podferry_local::Options;
 fn build_programs() {
     static BUILT: Once = Once::new();
     BUILT.call_once(|| {
-        let packages = ["podferry", "podferry-agent", "podferry-coordinator", "podferry-local", "podferry-workloads"];
-        let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "--bins"]).args(packages.map(|package| format!("--package={package}")));
-        let built = build.current_dir(podferry_local::workspace_root()).status().expect("cargo runs");
-        assert!(built.success(), "podferry's programs do not build");
+        let of_podferry = ["podferry", "podferry-agent", "podferry-coordinator", "podferry-local", "podferry-runtime"];
+        let mut podferry = vec!["--bins".to_owned()];
+        podferry.extend(of_podferry.map(|package| format!("--package={package}")));
+        let workloads = ["--package=podferry-workloads", "--bin=catalogue", "--bin=shopping-cart"];
+        for arguments in [podferry, workloads.map(str::to_owned).into()] {
+            let mut build = Command::new(env!("CARGO"));
+            build.args(["build", "--quiet"]).args(arguments).current_dir(podferry_local::workspace_root());
+            let built = build.status().expect("cargo runs");
+            assert!(built.success(), "podferry's programs do not build");
+        }
     });
 }
 

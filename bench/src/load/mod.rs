@@ -40,9 +40,12 @@ pub use self::{
 const PACE: Duration = Duration::from_millis(1);
 /// How long an answer may take before the connection counts as broken. Longer than any migration's freeze here.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(60);
-/// How often and at what distance a connection is tried again after it broke.
-const RECONNECT_TRIES: u32 = 50;
-const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
+/// How long the last answer and the final checks may take once the clients are told to end, when nothing is being moved.
+const END_DEADLINE: Duration = Duration::from_secs(10);
+/// How long and at what distance a connection is tried again after it broke, and how long one try may take.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
+const CONNECT_TRY: Duration = Duration::from_secs(5);
+const CONNECT_PAUSE: Duration = Duration::from_millis(100);
 
 /// One client of a workload.
 trait Client: Send {
@@ -148,7 +151,7 @@ async fn drive<C: Client>(
         if client.is_paced() {
             pace.tick().await;
         }
-        match within_deadline(client.step()).await {
+        match answer_in_time(client.step(), &stop).await {
             Ok(()) => {
                 recorder.answered(Instant::now());
                 ready.tell();
@@ -163,28 +166,40 @@ async fn drive<C: Client>(
     }
     let end = Instant::now();
     if connected {
-        for fault in client.finish().await {
+        let late = || vec![Fault::Broken(format!("the final checks did not end within {} s", END_DEADLINE.as_secs()))];
+        for fault in timeout(END_DEADLINE, client.finish()).await.unwrap_or_else(|_| late()) {
             recorder.fault(&fault);
         }
     }
     recorder.finish(end)
 }
 
-async fn within_deadline<T>(step: impl Future<Output = Result<T, Fault>>) -> Result<T, Fault> {
-    let late = || Err(Fault::Broken(format!("no answer within {} s", ANSWER_DEADLINE.as_secs())));
-    timeout(ANSWER_DEADLINE, step).await.unwrap_or_else(|_| late())
+/// Waits for an answer as long as a move may take, but not as long once the end is wanted.
+async fn answer_in_time(step: impl Future<Output = Result<(), Fault>>, stop: &CancellationToken) -> Result<(), Fault> {
+    let late =
+        |after: Duration, when: &str| Err(Fault::Broken(format!("no answer within {} s{when}", after.as_secs())));
+    let ended = async {
+        stop.cancelled().await;
+        tokio::time::sleep(END_DEADLINE).await;
+    };
+    tokio::select! {
+        answered = timeout(ANSWER_DEADLINE, step) => answered.unwrap_or_else(|_| late(ANSWER_DEADLINE, "")),
+        () = ended => late(END_DEADLINE, " of the end of all moves"),
+    }
 }
 
 /// Opens a connection, trying for a few seconds. A client that cannot get one at all has failed.
 async fn open<C: Client>(client: &mut C, recorder: &mut Recorder) -> bool {
-    let mut last = None;
-    for _ in 0..RECONNECT_TRIES {
-        match within_deadline(client.connect()).await {
-            Ok(()) => return true,
-            Err(fault) => last = Some(fault),
+    let began = Instant::now();
+    let mut last = Fault::Broken(format!("no connection within {} s", CONNECT_TRY.as_secs()));
+    while began.elapsed() < CONNECT_DEADLINE {
+        match timeout(CONNECT_TRY, client.connect()).await {
+            Ok(Ok(())) => return true,
+            Ok(Err(fault)) => last = fault,
+            Err(_) => {}
         }
-        tokio::time::sleep(RECONNECT_PAUSE).await;
+        tokio::time::sleep(CONNECT_PAUSE).await;
     }
-    recorder.fault(&Fault::Wrong(format!("no connection after {RECONNECT_TRIES} tries, the last one: {last:?}")));
+    recorder.fault(&Fault::Wrong(format!("no connection in {} s: {last:?}", CONNECT_DEADLINE.as_secs())));
     false
 }

@@ -30,7 +30,16 @@ fn workload(name: &str) -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| {
         let built = Command::new(env!("CARGO"))
-            .args(["build", "--quiet", "--package", "podferry-workloads", "--bins"])
+            .args([
+                "build",
+                "--quiet",
+                "--package",
+                "podferry-workloads",
+                "--bin",
+                "catalogue",
+                "--bin",
+                "shopping-cart",
+            ])
             .current_dir(workspace())
             .status()
             .unwrap();
@@ -147,6 +156,10 @@ impl Redis {
             std::thread::sleep(Duration::from_millis(20));
         }
         redis
+    }
+
+    pub(crate) fn freeze(&self) {
+        kill(pid(&self.child), Signal::SIGSTOP).unwrap();
     }
 
     /// Does what no client expects.
