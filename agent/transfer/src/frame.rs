@@ -1,5 +1,8 @@
 //! One frame: encoded without touching its payload, and checked before anything believes it.
 
+use std::collections::HashMap;
+use std::hash::Hasher as _;
+
 use bytes::buf::Chain;
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 use podferry_proto::v1::transfer_request::Kind;
@@ -124,7 +127,6 @@ pub(crate) fn sum(bytes: &[u8]) -> u64 {
 }
 
 fn checksum(head: &[u8], payload_sum: u64) -> u64 {
-    use std::hash::Hasher as _;
     let mut hasher = XxHash3_64::new();
     hasher.write(head);
     hasher.write(&payload_sum.to_le_bytes());
@@ -136,14 +138,13 @@ fn checksum(head: &[u8], payload_sum: u64) -> u64 {
 pub struct Frame {
     head: TransferRequest,
     payload: Bytes,
-    payload_sum: u64,
 }
 
 impl Frame {
     /// A frame without payload.
     pub fn bare(object: u32, kind: Kind) -> Self {
         let head = TransferRequest { object, kind: Some(kind), ..TransferRequest::default() };
-        Self { head, payload: Bytes::new(), payload_sum: sum(&[]) }
+        Self { head, payload: Bytes::new() }
     }
 
     /// A frame with payload, which is `raw_length` bytes once unpacked.
@@ -156,17 +157,17 @@ impl Frame {
     ) -> Self {
         let compression = compression.into();
         let head = TransferRequest { object, kind: Some(kind), compression, raw_length, ..TransferRequest::default() };
-        let payload_sum = sum(&payload);
-        Self { head, payload, payload_sum }
-    }
-
-    /// The XXH3-64 of the payload.
-    pub fn payload_sum(&self) -> u64 {
-        self.payload_sum
+        Self { head, payload }
     }
 
     /// The gRPC message at that place in the stream: prefix and head in the first half, the payload, untouched, the second.
-    pub fn encode(mut self, sequence: u64) -> Chain<Bytes, Bytes> {
+    /// A digest in it is sent as it is.
+    pub fn encode(self, sequence: u64) -> Chain<Bytes, Bytes> {
+        let payload_sum = sum(&self.payload);
+        self.encode_with(sequence, payload_sum)
+    }
+
+    fn encode_with(mut self, sequence: u64, payload_sum: u64) -> Chain<Bytes, Bytes> {
         self.head.sequence = sequence;
         let head_length = self.head.encoded_len();
         let length = head_length + tail_length(self.payload.len());
@@ -174,9 +175,36 @@ impl Frame {
         front.put_u8(0);
         front.put_u32(u32::try_from(length).expect("payloads are at most MAX_RAW_LENGTH"));
         self.head.encode_raw(&mut front);
-        let checksum = checksum(&front[PREFIX_LENGTH..], self.payload_sum);
+        let checksum = checksum(&front[PREFIX_LENGTH..], payload_sum);
         put_tail(&mut front, checksum, self.payload.len());
         front.freeze().chain(self.payload)
+    }
+}
+
+/// Encodes the frames of one transfer in their order: counts them, and puts its digest into each object's Close.
+///
+/// The sums are made here, on the thread that encrypts the payload next, so that it is read from memory once.
+#[derive(Default)]
+pub struct Encoder {
+    sequence: u64,
+    digests: HashMap<u32, XxHash3_64>,
+}
+
+impl Encoder {
+    /// The gRPC message of the next frame.
+    pub fn encode(&mut self, mut frame: Frame) -> Chain<Bytes, Bytes> {
+        let payload_sum = sum(&frame.payload);
+        let object = frame.head.object;
+        match &mut frame.head.kind {
+            Some(Kind::Data(_) | Kind::Pages(_)) => {
+                self.digests.entry(object).or_default().write(&payload_sum.to_le_bytes());
+            }
+            Some(Kind::Close(close)) => close.digest = self.digests.remove(&object).unwrap_or_default().finish(),
+            _ => {}
+        }
+        let sequence = self.sequence;
+        self.sequence += 1;
+        frame.encode_with(sequence, payload_sum)
     }
 }
 

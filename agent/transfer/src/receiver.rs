@@ -75,10 +75,13 @@ pub trait Sink: Send + 'static {
     fn abort(self: Box<Self>, reason: &Failure);
 }
 
-/// Verifies and stores one transfer after its introduction, on a blocking thread.
+/// A frame and how many bytes its message had, or why no more come.
+type Item = Result<(Received, usize), Failure>;
+
+/// Stores one transfer after its introduction, on a blocking thread.
 struct Receiving {
     session: Session,
-    items: mpsc::Receiver<Result<Bytes, Failure>>,
+    items: mpsc::Receiver<Item>,
     answers: Answers,
     wire_bytes: u64,
     acknowledged: Instant,
@@ -91,7 +94,7 @@ struct Complete {
 }
 
 impl Receiving {
-    fn new(session: Session, items: mpsc::Receiver<Result<Bytes, Failure>>, answers: Answers) -> Self {
+    fn new(session: Session, items: mpsc::Receiver<Item>, answers: Answers) -> Self {
         Self { session, items, answers, wire_bytes: 0, acknowledged: Instant::now(), acknowledged_bytes: 0 }
     }
 
@@ -115,8 +118,7 @@ impl Receiving {
 
     fn store(&mut self, sink: &mut dyn Sink) -> Result<Complete, Failure> {
         loop {
-            let message = self.items.blocking_recv().unwrap_or_else(|| Err(cut_off()))?;
-            let frame = Received::parse(&message).map_err(|error| refusal(&error))?;
+            let (frame, length) = self.items.blocking_recv().unwrap_or_else(|| Err(cut_off()))?;
             match self.session.take(&frame).map_err(|error| refusal(&error))? {
                 Event::Open { id, object } => sink.open(id, &object)?,
                 Event::Data { id, offset, bytes } => sink.data(id, offset, bytes)?,
@@ -126,7 +128,7 @@ impl Receiving {
                 Event::Abort { reason } => return Err(Failure::new(FailureCode::Aborted, given_up(&reason))),
                 Event::Begin(_) => return Err(cut_off()),
             }
-            self.acknowledge(message.len());
+            self.acknowledge(length);
         }
     }
 

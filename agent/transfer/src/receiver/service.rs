@@ -24,7 +24,7 @@ use tonic::transport::Server;
 use tower::Service;
 
 use super::answers::{AnswerBody, Answers};
-use super::{Authorize, Receiving, cut_off, refusal, session};
+use super::{Authorize, Item, Receiving, cut_off, refusal, session};
 use crate::frame::Received;
 use crate::limits::{GREETING_TIMEOUT, MAX_HTTP2_FRAME, MAX_MESSAGE_LENGTH, MAX_RAW_LENGTH, QUEUE, WINDOW};
 use crate::message::Messages;
@@ -150,10 +150,16 @@ fn introduction(begin: &TransferBegin) -> Result<Introduction, Failure> {
     })
 }
 
-/// Hands messages to the store's thread, as fast as that takes them.
-async fn read(mut incoming: Incoming, items: mpsc::Sender<Result<Bytes, Failure>>) {
+/// Hands frames to the store's thread, as fast as that takes them. They are verified here, as long as the processor that
+/// has decrypted them has them in its cache.
+async fn read(mut incoming: Incoming, items: mpsc::Sender<Item>) {
+    let verify = |message: Bytes| match Received::parse(&message) {
+        Ok(frame) => Ok((frame, message.len())),
+        Err(error) => Err(refusal(&error)),
+    };
     loop {
-        let Some(item) = incoming.next().await.transpose() else { return };
+        let Some(message) = incoming.next().await.transpose() else { return };
+        let item = message.and_then(verify);
         let last = item.is_err();
         // The receiver is gone when the transfer failed for another reason.
         if items.send(item).await.is_err() || last {

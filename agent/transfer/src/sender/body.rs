@@ -13,14 +13,14 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::{Chunk, Shared};
-use crate::frame::Frame;
+use crate::frame::{Encoder, Frame};
 
 /// How far a capped stream may be ahead of its rate: below the resolution of timers a cap would cost throughput.
 const AHEAD: Duration = Duration::from_millis(5);
 
 pub(crate) struct FrameBody {
     frames: mpsc::Receiver<Frame>,
-    sequence: u64,
+    encoder: Encoder,
     shared: Arc<Shared>,
     /// When a capped stream has caught up with its rate.
     due: Instant,
@@ -29,7 +29,7 @@ pub(crate) struct FrameBody {
 
 impl FrameBody {
     pub(super) fn new(frames: mpsc::Receiver<Frame>, shared: Arc<Shared>) -> Self {
-        Self { frames, sequence: 0, shared, due: Instant::now(), pause: None }
+        Self { frames, encoder: Encoder::default(), shared, due: Instant::now(), pause: None }
     }
 
     fn poll_pause(&mut self, cx: &mut Context<'_>) -> Poll<()> {
@@ -62,8 +62,7 @@ impl Body for FrameBody {
     ) -> Poll<Option<Result<BodyFrame<Chunk>, Infallible>>> {
         ready!(self.poll_pause(cx));
         let Some(frame) = ready!(self.frames.poll_recv(cx)) else { return Poll::Ready(None) };
-        let chunk = frame.encode(self.sequence);
-        self.sequence += 1;
+        let chunk = self.encoder.encode(frame);
         self.shared.frames.fetch_add(1, Ordering::Relaxed);
         self.shared.wire_bytes.fetch_add(chunk.remaining() as u64, Ordering::Relaxed);
         self.pace(chunk.remaining());

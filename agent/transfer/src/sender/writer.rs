@@ -1,6 +1,5 @@
 //! One object on its way out: cut into frames, zero pages left out, packed if that pays.
 
-use std::hash::Hasher as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -9,7 +8,6 @@ use bytes::Bytes;
 use podferry_proto::v1::transfer_request::Kind;
 use podferry_proto::v1::{TransferClose, TransferCompression, TransferData, TransferPages};
 use tokio::sync::mpsc;
-use twox_hash::XxHash3_64;
 
 use super::{Compression, Shared};
 use crate::compression::{Level, Packer};
@@ -31,13 +29,12 @@ pub struct ObjectWriter {
     queue: mpsc::Sender<Frame>,
     shared: Arc<Shared>,
     length: u64,
-    digest: XxHash3_64,
     packer: Option<Packer>,
 }
 
 impl ObjectWriter {
     pub(super) fn new(id: u32, object: Object, queue: mpsc::Sender<Frame>, shared: Arc<Shared>) -> Self {
-        Self { id, object, queue, shared, length: 0, digest: XxHash3_64::new(), packer: None }
+        Self { id, object, queue, shared, length: 0, packer: None }
     }
 
     /// The next bytes of an image file or layer, any number.
@@ -82,7 +79,8 @@ impl ObjectWriter {
 
     /// Completes the object. The receiver compares its length and digest.
     pub async fn close(self) -> Result<(), TransferError> {
-        let close = TransferClose { length: self.length, digest: self.digest.finish() };
+        // The encoder, which sees every payload, knows the digest.
+        let close = TransferClose { length: self.length, digest: 0 };
         self.shared.queue(&self.queue, Frame::bare(self.id, Kind::Close(close))).await
     }
 
@@ -145,7 +143,6 @@ impl ObjectWriter {
             None => (TransferCompression::Unspecified, raw),
         };
         let frame = Frame::with_payload(self.id, kind, compression, raw_length, payload);
-        self.digest.write(&frame.payload_sum().to_le_bytes());
         self.length += length as u64;
         self.shared.raw_bytes.fetch_add(length as u64, Ordering::Relaxed);
         self.shared.zero_bytes.fetch_add(zero as u64, Ordering::Relaxed);
