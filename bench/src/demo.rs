@@ -67,8 +67,12 @@ fn play(stage: &Stage, quick: bool, interrupt: &Interrupt, began: Instant) -> Re
     let hops = hop_all(stage, if quick { QUICK_ROUNDS } else { ROUNDS }, interrupt, began)?;
     say(began, "stopping the clients, which check that all that was confirmed to them is there");
     let observed = collect(load)?;
-    let after = clients::redis_state(client, redis)?;
-    Ok(Findings { hops, observed, redis_digests: Some((before.digest, after.digest)) })
+    // A Redis that does not answer any more is a finding, too: the summary is to say so.
+    let (redis_digests, problems) = match clients::redis_state(client, redis) {
+        Ok(after) => (Some((before.digest, after.digest)), Vec::new()),
+        Err(error) => (None, vec![error.to_string()]),
+    };
+    Ok(Findings { hops, observed, redis_digests, problems })
 }
 
 fn hop_all(stage: &Stage, rounds: u32, interrupt: &Interrupt, began: Instant) -> Result<Vec<Hop>> {

@@ -25,8 +25,10 @@ pub struct Findings {
     pub hops: Vec<Hop>,
     /// The workloads.
     pub observed: Vec<Observed>,
-    /// Digest of all that Redis held before the first hop and after the last.
+    /// Digest of all that Redis held before the first hop and after the last; `None` when it could not be asked.
     pub redis_digests: Option<(String, String)>,
+    /// What else went wrong.
+    pub problems: Vec<String>,
 }
 
 /// The demo's last line. The order of its fields is fixed: people read it, too.
@@ -69,6 +71,7 @@ impl Summary {
 
     /// Whether everything moved and nothing was lost. Nothing moved is no success.
     pub fn holds(&self) -> bool {
+        // A digest that could not be asked for is not an equal one.
         let faults = self.failed + self.lost_items + self.failed_requests + self.connection_resets;
         self.migrations > 0 && faults == 0 && self.redis_digest_equal
     }
@@ -155,7 +158,7 @@ fn problems(findings: &Findings) -> Vec<String> {
             })
         })
     });
-    hops.chain(clients).collect()
+    hops.chain(clients).chain(findings.problems.iter().cloned()).collect()
 }
 
 #[cfg(test)]
@@ -185,6 +188,7 @@ mod tests {
             hops: vec![hop("redis", 1000.0, 80.0), hop("redis", 2000.0, 90.0)],
             observed: vec![Observed { workload: "redis".to_owned(), load }],
             redis_digests: Some(("d1".to_owned(), "d1".to_owned())),
+            problems: Vec::new(),
         }
     }
 
@@ -223,7 +227,9 @@ mod tests {
         let mut findings = good();
         findings.hops[1].outcome = Err("CRIU said no".to_owned());
         findings.observed[0].load.clients[0].problems = vec!["connection lost: reset".to_owned()];
+        findings.problems = vec!["Redis does not answer".to_owned()];
         let table = table(&findings);
+        assert!(table.contains("PROBLEM Redis does not answer"));
         let row = table.lines().find(|line| line.starts_with("redis ")).unwrap();
         let cells: Vec<&str> = row.split_whitespace().collect();
         assert_eq!(cells, ["redis", "1", "of", "2", "80", "ms", "91", "ms", "91", "ms", "900", "0", "0", "0"]);
