@@ -134,14 +134,20 @@ fn make_link(path: &Path, plan: &NetworkPlan) -> Result<()> {
     })
 }
 
+/// An address for the host interface that is never the container's own: with one address at both ends the bridge would
+/// keep every frame for itself.
+fn host_mac(MacAddress(mut mac): MacAddress) -> MacAddress {
+    mac[0] = HOST_MAC_FIRST;
+    mac[5] = !mac[5];
+    MacAddress(mac)
+}
+
 /// Makes both ends at once, each in its namespace: the container's name is never seen on the node.
 fn make_pair(container: &Netns, plan: &NetworkPlan) -> Result<()> {
     let host = plan.host_interface.as_str();
     let mut peer = end(&plan.interface, plan.mac, plan.mtu);
     peer.attributes.push(LinkAttribute::NetNsFd(container.raw_fd()));
-    let mut host_mac = plan.mac;
-    host_mac.0[0] = HOST_MAC_FIRST;
-    let mut pair = end(host, host_mac, plan.mtu);
+    let mut pair = end(host, host_mac(plan.mac), plan.mtu);
     pair.attributes.push(LinkAttribute::LinkInfo(vec![
         LinkInfo::Kind(InfoKind::Veth),
         LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
@@ -244,4 +250,20 @@ fn route_message(route: &Route, plan: &NetworkPlan, index: u32) -> RouteMessage 
 
 fn family(address: IpAddr) -> AddressFamily {
     if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_ends_never_have_one_address() {
+        for first in 0..=u8::MAX {
+            for last in [0, 1, 0x7f, 0x80, 0xff] {
+                let container = MacAddress([first, 2, 3, 4, 5, last]);
+                assert_ne!(host_mac(container), container);
+                assert_eq!(host_mac(container).0[0], HOST_MAC_FIRST);
+            }
+        }
+    }
 }
