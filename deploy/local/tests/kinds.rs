@@ -1,0 +1,122 @@
+//! One of every kind of object that a container may hold goes there and back, and is what it was.
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use podferry_local::oci_spec::runtime::{
+    Capability, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompBuilder, LinuxSyscallBuilder,
+};
+use podferry_local::{FIRST_CONTAINER_ADDRESS, Workload, workspace_root};
+use support::{Line, NODES, Stage};
+
+/// What `chroot` fails with in the container: an error that it has in no other way.
+const FILTERED: u32 = 117;
+/// All kinds, as the program names them.
+const KINDS: [&str; 39] = [
+    "alarm-clock",
+    "appended-file",
+    "deleted-file",
+    "environment",
+    "epoll-eventfd",
+    "extended-attribute",
+    "fifo",
+    "file-offset",
+    "futex",
+    "hard-link",
+    "heap",
+    "inotify-tmpfs",
+    "limits",
+    "mapped-file",
+    "pending-signal",
+    "periodic-timerfd",
+    "pipe",
+    "posix-shared-memory",
+    "posix-timer",
+    "process-tree",
+    "renamed-file",
+    "seccomp",
+    "shared-anonymous-memory",
+    "signal-handler",
+    "status",
+    "subreaper",
+    "system-v-ipc",
+    "tcp-listener",
+    "tcp-loopback",
+    "terminal",
+    "threads",
+    "timerfd",
+    "udp",
+    "umask",
+    "unix-datagrams",
+    "unix-listener",
+    "unix-stream-pair",
+    "working-directory",
+    "zombie",
+];
+
+/// A root filesystem with the program and what makes System V objects.
+fn image(folder: &Path) -> PathBuf {
+    let image = folder.join("image");
+    let program = podferry_local::default_binaries().join("podferry-kinds");
+    assert!(program.exists(), "{} is missing: run `cargo build --bins` first", program.display());
+    let mut script = Command::new(workspace_root().join("deploy/setup/image.sh"));
+    script.arg("kinds").arg(&image).arg("--").arg(program).arg("/usr/bin/ipcmk");
+    let output = script.output().unwrap();
+    assert!(output.status.success(), "image.sh: {}", String::from_utf8_lossy(&output.stderr));
+    image.join("rootfs")
+}
+
+/// Everything but `chroot`, which fails in a way of its own.
+fn filter() -> LinuxSeccomp {
+    let chroot = LinuxSyscallBuilder::default()
+        .names(["chroot".to_owned()])
+        .action(LinuxSeccompAction::ScmpActErrno)
+        .errno_ret(FILTERED)
+        .build()
+        .unwrap();
+    LinuxSeccompBuilder::default().default_action(LinuxSeccompAction::ScmpActAllow).syscalls([chroot]).build().unwrap()
+}
+
+/// What the program says of each kind; panics unless all are there.
+fn kinds(line: &mut Line) -> BTreeMap<String, String> {
+    let mut found = BTreeMap::new();
+    let mut next = line.ask("check");
+    while next != "end" {
+        let (name, words) = next.split_once(' ').unwrap_or_else(|| panic!("{next:?}"));
+        found.insert(name.to_owned(), words.to_owned());
+        next = line.line();
+    }
+    assert_eq!(found.keys().collect::<Vec<_>>(), KINDS, "{found:#?}");
+    found
+}
+
+fn assert_all_ok(line: &mut Line, place: &str) {
+    let failed: Vec<_> = kinds(line).into_iter().filter(|(_, words)| words != "ok").collect();
+    assert!(failed.is_empty(), "{place}: {failed:#?}");
+}
+
+#[test]
+fn every_kind_of_object_goes_there_and_back() {
+    let stage = Stage::up(&["kinds"]);
+    let script = "ipcmk -M 8192 && ipcmk -S 3 && ipcmk -Q && exec podferry-kinds";
+    let rootfs = image(stage.folder.path());
+    let mut workload = Workload::new("kinds", rootfs, ["/bin/sh", "-c", script], FIRST_CONTAINER_ADDRESS);
+    workload.seccomp = Some(filter());
+    workload.capabilities = Some(vec![Capability::Kill, Capability::Chown, Capability::NetBindService]);
+    workload.env = vec!["KINDS=all of them, with = and blanks".to_owned(), "PODFERRY_KINDS_SKIP=inotify".to_owned()];
+    stage.start(&workload);
+
+    let mut line = stage.connect(SocketAddr::new(FIRST_CONTAINER_ADDRESS.into(), 7000));
+    assert_all_ok(&mut line, "before the first migration");
+    for (target, hop) in [(NODES[1], "there"), (NODES[0], "back")] {
+        stage.migrate("kinds", target);
+        // Twice: the first look takes up what was under way, the second what was written after the migration.
+        assert_all_ok(&mut line, hop);
+        assert_all_ok(&mut line, hop);
+    }
+}
