@@ -4,7 +4,7 @@
 
 use std::fs::{self, File};
 use std::io::Read as _;
-use std::os::fd::AsFd as _;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -16,6 +16,7 @@ use podferry_criu::{
     CgroupsMode, Criu, CriuError, CriuLog, DumpRequest, Owner, PAGE_SIZE, PageSetWriter, PageSink, Run, Session,
     Verdict, page_stream,
 };
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 
 const PAGE_FD: i32 = 4;
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -42,6 +43,8 @@ const PROGRAM: &str = r#"
 struct Victim {
     launcher: Child,
     pid: i32,
+    /// Stays the victim's own when its number is given to another.
+    handle: OwnedFd,
     restored: Option<i32>,
     dir: tempfile::TempDir,
 }
@@ -53,10 +56,12 @@ impl Victim {
             fs::create_dir(dir.path().join(name)).unwrap();
         }
         let count = dir.path().join("count");
+        // Its /proc is not of its pid namespace, so CRIU mounts one in its working directory: not in one that others share.
+        // No --kill-child: the signal at a parent's death is restored too, and the restored copy's parent is CRIU.
         let launcher = Command::new("unshare")
-            .args(["--pid", "--fork", "--kill-child", "setsid", "perl", "-e", PROGRAM])
+            .args(["--pid", "--fork", "setsid", "perl", "-e", PROGRAM])
             .arg(&count)
-            .current_dir("/")
+            .current_dir(dir.path())
             .stdin(stdin)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -64,7 +69,9 @@ impl Victim {
             .unwrap();
         until("the victim counts", || count.exists());
         let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", launcher.id())).unwrap();
-        Self { launcher, pid: children.trim().parse().unwrap(), restored: None, dir }
+        let pid = children.trim().parse().unwrap();
+        let handle = pidfd_open(Pid::from_raw(pid).unwrap(), PidfdFlags::empty()).unwrap();
+        Self { launcher, pid, handle, restored: None, dir }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -152,12 +159,10 @@ impl Victim {
 
 impl Drop for Victim {
     fn drop(&mut self) {
-        let kill = |pid: i32| {
-            if let Some(pid) = rustix::process::Pid::from_raw(pid) {
-                let _gone = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-            }
-        };
-        self.restored.into_iter().for_each(kill);
+        if let Some(restored) = self.restored.and_then(Pid::from_raw) {
+            let _gone = kill_process(restored, Signal::KILL);
+        }
+        let _gone = pidfd_send_signal(&self.handle, Signal::KILL);
         let _gone = self.launcher.kill();
         let _reaped = self.launcher.wait();
     }
@@ -239,8 +244,7 @@ fn a_refused_post_dump_resumes_the_tasks() {
 fn a_criu_killed_while_it_holds_the_tasks_is_reported_and_the_tasks_run_on() {
     let victim = Victim::start(Stdio::null());
     let result = victim.dump(|swrk| {
-        let pid = rustix::process::Pid::from_raw(swrk.cast_signed()).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        kill_process(Pid::from_raw(swrk.cast_signed()).unwrap(), Signal::KILL).unwrap();
         Verdict::Proceed
     });
     assert!(matches!(result, Err(CriuError::Gone { .. })), "{result:?}");
