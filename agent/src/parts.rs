@@ -81,6 +81,16 @@ impl Parts {
         self.lock().get(&migration).cloned()
     }
 
+    /// What is known of a migration; when that is nothing, it is aborted from now on and has no part here any more.
+    pub fn get_or_abort(&self, migration: MigrationId) -> Option<Entry> {
+        let mut parts = self.lock();
+        let known = parts.get(&migration).cloned();
+        if known.is_none() {
+            parts.insert(migration, Entry::Ended(Standing::Aborted));
+        }
+        known
+    }
+
     /// Waits while an earlier migration's part of that workload is being removed: it may come back at once.
     pub async fn tidied(&self, workload: &str) {
         let begun = Instant::now();
@@ -167,6 +177,8 @@ mod tests {
         drop(parts.reserve(second, "redis").unwrap());
         parts.ended(first, Standing::Aborted);
         assert!(parts.reserve(first, "redis").is_err(), "an ended migration does not begin again");
+        assert!(parts.get_or_abort(second).is_none());
+        assert!(parts.reserve(second, "redis").is_err(), "what was aborted before it came does not begin");
         assert_eq!(parts.alive(), 0);
     }
 }

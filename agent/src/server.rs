@@ -6,11 +6,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use podferry_common::identity::Identity;
+use podferry_common::listen::listen;
 use podferry_common::tls::Incoming;
 use podferry_proto::DESCRIPTORS;
 use podferry_proto::v1::agent_service_server::AgentServiceServer;
 use podferry_transfer::TransferServer;
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tonic::transport::Server;
 
@@ -33,7 +33,8 @@ pub async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     make_folders(&config)?;
     let identity = Identity::load(config.identity.clone())?;
     let _watching = identity.watch(IDENTITY_INTERVAL);
-    let listener = TcpListener::bind(config.listen).await?;
+    let listener =
+        listen(config.listen).await.map_err(|error| format!("cannot listen on {}: {error}", config.listen))?;
     let context = Context::new(config, identity);
     let parts = Parts::default();
     recovery::recover(&context, &parts).await;

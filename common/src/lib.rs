@@ -4,11 +4,13 @@
 //! - [`failure`]: what failed, where, why and what to do, in one shape that survives gRPC.
 //! - [`identity`]: who a process is: certificate files, their rotation, and a local certificate authority.
 //! - [`tls`]: connections that know both ends by name: mutual TLS 1.3 and nothing else.
+//! - [`listen`]: listening where a predecessor may just be ending.
 //! - [`telemetry`]: where log lines go.
 
 pub mod failure;
 pub mod id;
 pub mod identity;
+pub mod listen;
 pub mod telemetry;
 pub mod tls;
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use podferry_common::identity::Identity;
+use podferry_common::listen::listen;
 use podferry_common::tls::Incoming;
 use podferry_common::{chain, telemetry};
 use podferry_coordinator::api::{Core, Current, serve};
@@ -14,7 +15,6 @@ use podferry_coordinator::cluster::{Agents, Inventory};
 use podferry_coordinator::config::Config;
 use podferry_coordinator::runner::Runner;
 use podferry_coordinator::store::Store;
-use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -66,9 +66,8 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let runner = Runner::new(store.clone(), agents.clone(), config.deadlines, config.migrations_per_node, stop.clone());
     let core = Core::new(inventory, agents, store, runner.clone(), config.deadlines);
 
-    let listener = TcpListener::bind(config.listen)
-        .await
-        .map_err(|error| format!("cannot listen on {}: {error}", config.listen))?;
+    let listener =
+        listen(config.listen).await.map_err(|error| format!("cannot listen on {}: {error}", config.listen))?;
     let incoming = Incoming::new(listener, &identity);
     let address = incoming.local_addr()?;
     let open = runner.recover().await?;

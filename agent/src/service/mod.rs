@@ -107,6 +107,27 @@ impl Agent {
         });
     }
 
+    async fn begin_prepare(&self, request: v1::PrepareRequest) -> Result<(), Failure> {
+        let migration = migration_of(&request.migration_id)?;
+        let source = Peer::Agent(convert::node_name(&request.source_node)?);
+        self.parts.tidied(&request.workload).await;
+        let reservation = self.parts.reserve(migration, &request.workload)?;
+        preflight::refuse(&self.context, &preflight::Wish::from(request.clone())).await?;
+        let moves = request.network() == NetworkKind::Path;
+        let order = PrepareOrder {
+            migration,
+            workload: request.workload.clone(),
+            source,
+            source_node: request.source_node.clone(),
+            link: request.link.filter(|_| moves).map(convert::link_of).transpose()?,
+            keep_connections: request.keep_connections,
+        };
+        let part = Arc::new(TargetPart::prepare(&self.context, order).await?);
+        reservation.fill(Part::Target(part));
+        self.watch_deadline(migration, deadline_of(request.deadline_ms));
+        Ok(())
+    }
+
     async fn begin_freeze(
         &self,
         request: v1::FreezeRequest,
@@ -161,6 +182,27 @@ impl Agent {
         });
         Ok(receiver)
     }
+
+    async fn undo(&self, request: v1::AbortRequest) -> Result<(), Failure> {
+        let migration = migration_of(&request.migration_id)?;
+        if matches!(self.ended(migration), Some(Standing::Released | Standing::Resumed)) {
+            let message = "the migration is committed on this node: it cannot be aborted";
+            return Err(self.context.refusal(FailureCode::FailedPrecondition, message));
+        }
+        // A migration that never came here is aborted too: what arrives late must not begin.
+        match self.parts.get_or_abort(migration) {
+            Some(Entry::Alive { part: Part::Source(source), .. }) => {
+                source.abort(&request.reason, Authority::Coordinator).await?;
+            }
+            Some(Entry::Alive { part: Part::Target(target), .. }) => target.abort(Authority::Coordinator).await?,
+            Some(Entry::Beginning { .. }) => {
+                return Err(self.context.refusal(FailureCode::Unavailable, "the part is still being made"));
+            }
+            Some(Entry::Ended(_)) | None => return Ok(()),
+        }
+        self.parts.ended(migration, Standing::Aborted);
+        Ok(())
+    }
 }
 
 #[tonic::async_trait]
@@ -214,30 +256,15 @@ impl AgentService for Agent {
 
     async fn prepare(&self, request: Request<v1::PrepareRequest>) -> Result<Response<v1::PrepareResponse>, Status> {
         self.only_coordinator(&request)?;
-        let request = request.into_inner();
-        let migration = migration_of(&request.migration_id)?;
-        let source = Peer::Agent(convert::node_name(&request.source_node)?);
-        self.parts.tidied(&request.workload).await;
-        let reservation = self.parts.reserve(migration, &request.workload)?;
-        preflight::refuse(&self.context, &preflight::Wish::from(request.clone())).await?;
-        let moves = request.network() == NetworkKind::Path;
-        let order = PrepareOrder {
-            migration,
-            workload: request.workload.clone(),
-            source,
-            source_node: request.source_node.clone(),
-            link: request.link.filter(|_| moves).map(convert::link_of).transpose()?,
-            keep_connections: request.keep_connections,
-        };
-        let part = Arc::new(TargetPart::prepare(&self.context, order).await?);
-        reservation.fill(Part::Target(part));
-        self.watch_deadline(migration, deadline_of(request.deadline_ms));
+        let agent = self.clone();
+        to_its_end(async move { agent.begin_prepare(request.into_inner()).await }).await?;
         Ok(Response::new(v1::PrepareResponse {}))
     }
 
     async fn freeze(&self, request: Request<v1::FreezeRequest>) -> Result<Response<Events>, Status> {
         self.only_coordinator(&request)?;
-        let events = self.begin_freeze(request.into_inner()).await?;
+        let agent = self.clone();
+        let events = to_its_end(async move { agent.begin_freeze(request.into_inner()).await }).await?;
         Ok(Response::new(Box::pin(ReceiverStream::new(events))))
     }
 
@@ -251,10 +278,14 @@ impl AgentService for Agent {
 
     async fn seal(&self, request: Request<v1::SealRequest>) -> Result<Response<v1::SealResponse>, Status> {
         self.only_coordinator(&request)?;
-        match self.part(migration_of(&request.get_ref().migration_id)?)? {
-            Part::Source(source) => source.seal().await?,
-            Part::Target(target) => target.seal().await?,
-        }
+        let part = self.part(migration_of(&request.get_ref().migration_id)?)?;
+        to_its_end(async move {
+            match part {
+                Part::Source(source) => source.seal().await,
+                Part::Target(target) => target.seal().await,
+            }
+        })
+        .await?;
         Ok(Response::new(v1::SealResponse {}))
     }
 
@@ -264,9 +295,13 @@ impl AgentService for Agent {
         let begun = Instant::now();
         if self.ended(migration) != Some(Standing::Released) {
             let source = self.source(migration)?;
-            source.release().await?;
             let parts = self.parts.clone();
-            tokio::spawn(async move { recovery::tidy(&parts, &source, migration).await });
+            to_its_end(async move {
+                source.release().await?;
+                tokio::spawn(async move { recovery::tidy(&parts, &source, migration).await });
+                Ok(())
+            })
+            .await?;
         }
         Ok(Response::new(v1::ReleaseResponse { release_ms: begun.elapsed().as_secs_f64() * 1e3 }))
     }
@@ -277,8 +312,13 @@ impl AgentService for Agent {
         let begun = Instant::now();
         let mut pid = 0;
         if self.ended(migration) != Some(Standing::Resumed) {
-            pid = self.target(migration)?.resume().await?;
-            self.parts.ended(migration, Standing::Resumed);
+            let (target, parts) = (self.target(migration)?, self.parts.clone());
+            pid = to_its_end(async move {
+                let pid = target.resume().await?;
+                parts.ended(migration, Standing::Resumed);
+                Ok(pid)
+            })
+            .await?;
         }
         let resume_ms = begun.elapsed().as_secs_f64() * 1e3;
         Ok(Response::new(v1::ResumeResponse { resume_ms, pid: pid.unsigned_abs() }))
@@ -286,25 +326,8 @@ impl AgentService for Agent {
 
     async fn abort(&self, request: Request<v1::AbortRequest>) -> Result<Response<v1::AbortResponse>, Status> {
         self.only_coordinator(&request)?;
-        let request = request.into_inner();
-        let migration = migration_of(&request.migration_id)?;
-        if matches!(self.ended(migration), Some(Standing::Released | Standing::Resumed)) {
-            let message = "the migration is committed on this node: it cannot be aborted";
-            return Err(self.context.refusal(FailureCode::FailedPrecondition, message).into_status());
-        }
-        match self.parts.get(migration) {
-            Some(Entry::Alive { part: Part::Source(source), .. }) => {
-                source.abort(&request.reason, Authority::Coordinator).await?;
-            }
-            Some(Entry::Alive { part: Part::Target(target), .. }) => target.abort(Authority::Coordinator).await?,
-            Some(Entry::Beginning { .. }) => {
-                let failure = self.context.refusal(FailureCode::Unavailable, "the part is still being made");
-                return Err(failure.into_status());
-            }
-            Some(Entry::Ended(_)) | None => {}
-        }
-        // Also for a migration that never came here: what arrives late must not begin.
-        self.parts.ended(migration, Standing::Aborted);
+        let agent = self.clone();
+        to_its_end(async move { agent.undo(request.into_inner()).await }).await?;
         Ok(Response::new(v1::AbortResponse {}))
     }
 
@@ -344,6 +367,17 @@ impl Agent {
                 Err(self.context.refusal(FailureCode::PermissionDenied, message).into_status())
             }
         }
+    }
+}
+
+/// Does the work also when its caller goes away meanwhile: tonic drops the call then, and half a step is neither done nor
+/// undone.
+async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, Failure>> + Send + 'static,
+) -> Result<T, Failure> {
+    match tokio::spawn(work).await {
+        Ok(result) => result,
+        Err(error) => Err(Failure::new(FailureCode::Internal, format!("a task of the agent panicked: {error}"))),
     }
 }
 

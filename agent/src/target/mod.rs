@@ -79,7 +79,7 @@ pub struct TargetPart {
     inbox: Option<Arc<Inbox>>,
     record: Mutex<PartRecord>,
     /// The restore that this agent started; a sealed one may be an earlier agent's.
-    restore: Mutex<Option<RunningRestore>>,
+    restore: Arc<Mutex<Option<RunningRestore>>>,
     cancelled: CancellationToken,
 }
 
@@ -144,7 +144,7 @@ impl TargetPart {
             hook,
             inbox: Some(inbox),
             record: Mutex::new(record),
-            restore: Mutex::new(None),
+            restore: Arc::default(),
             cancelled: CancellationToken::new(),
         })
     }
@@ -170,7 +170,7 @@ impl TargetPart {
             hook,
             inbox: None,
             record: Mutex::new(record),
-            restore: Mutex::new(None),
+            restore: Arc::default(),
             cancelled: CancellationToken::new(),
         })
     }
@@ -214,7 +214,7 @@ impl TargetPart {
     }
 
     async fn start_restore(&self) -> Result<(), Failure> {
-        let mut running = self.restore.lock().await;
+        let mut running = Arc::clone(&self.restore).lock_owned().await;
         if running.is_some() {
             return Err(self.refused(FailureCode::FailedPrecondition, "this migration is being restored", "restore"));
         }
@@ -222,8 +222,16 @@ impl TargetPart {
         let bundle = self.bundle.clone();
         let dirs = self.dirs.clone();
         let order = (self.workload.clone(), self.migration, self.keep_connections);
-        *running = Some(blocking(move || restore_from(&context, &bundle, &dirs, &order)).await?);
-        Ok(())
+        let cancelled = self.cancelled.clone();
+        // This future may be dropped while runc starts. The lock goes along, so that an abort waits for what was started.
+        blocking(move || {
+            if cancelled.is_cancelled() {
+                return Err(context.refusal(FailureCode::Aborted, "the migration was aborted").in_phase("restore"));
+            }
+            *running = Some(restore_from(&context, &bundle, &dirs, &order)?);
+            Ok(())
+        })
+        .await
     }
 
     async fn until_held(&self) -> Result<(), Failure> {

@@ -299,7 +299,7 @@ fn the_sampler_sees_two_running_copies() {
     wait_for("two running copies", || (!sampler.doubles().is_empty()).then_some(()));
     // One that stands still does not run.
     cluster.node(NODES[1]).unwrap().runc(&["pause", NAME]).unwrap().success().unwrap();
-    thread::sleep(Duration::from_millis(100));
+    thread::sleep(Duration::from_secs(1));
     let before = sampler.doubles().len();
     thread::sleep(Duration::from_millis(500));
     assert_eq!(sampler.doubles().len(), before);

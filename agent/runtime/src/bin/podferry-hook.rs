@@ -16,17 +16,20 @@
 //! A hook whose CRIU died exits at once, since there is nobody left to hold the container for.
 
 use std::env;
+use std::fs;
 use std::io::{self, BufRead, BufReader, ErrorKind, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::parent_id;
 use std::process::ExitCode;
 use std::thread::sleep;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
 /// Between two attempts of a sealed hook to find its agent.
 const RECONNECT: Duration = Duration::from_millis(100);
-/// How often a waiting hook looks whether its CRIU still lives.
-const PARENT_CHECK: Duration = Duration::from_millis(250);
 
 /// What the agent decided.
 enum Verdict {
@@ -38,7 +41,8 @@ struct Hook {
     socket: String,
     init_pid: String,
     migration: String,
-    criu: u32,
+    /// Readable once CRIU is dead.
+    criu: OwnedFd,
     sealed: bool,
 }
 
@@ -64,7 +68,7 @@ fn hold() -> io::Result<Verdict> {
         socket: variable("PODFERRY_HOOK_SOCKET")?,
         init_pid: variable("CRTOOLS_INIT_PID")?,
         migration: variable("PODFERRY_MIGRATION")?,
-        criu: parent_id(),
+        criu: criu()?,
         sealed: false,
     };
     loop {
@@ -84,7 +88,6 @@ impl Hook {
     /// One connection to the agent, up to its verdict.
     fn ask(&mut self) -> io::Result<Verdict> {
         let mut stream = UnixStream::connect(&self.socket)?;
-        stream.set_read_timeout(Some(PARENT_CHECK))?;
         let stage = if self.sealed { "post-restore-sealed" } else { "post-restore" };
         stream.write_all(format!("{stage} {} {}\n", self.init_pid, self.migration).as_bytes())?;
         let mut lines = BufReader::new(stream.try_clone()?);
@@ -104,25 +107,50 @@ impl Hook {
         }
     }
 
-    /// Waits for one whole line for as long as CRIU lives.
+    /// Waits for one whole line for as long as CRIU lives. The agent has to hear of its death at once: it must not connect
+    /// a copy that nobody completes.
     fn read_line(&self, lines: &mut BufReader<UnixStream>) -> io::Result<String> {
-        let mut line = String::new();
-        loop {
-            match lines.read_line(&mut line) {
-                Ok(_) if line.ends_with('\n') => return Ok(line),
-                Ok(_) => return Err(io::Error::new(ErrorKind::UnexpectedEof, "the agent hung up")),
-                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
-                    if !self.criu_lives() {
-                        return Err(io::Error::new(ErrorKind::BrokenPipe, "CRIU is gone"));
-                    }
-                }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+        let mut line = Vec::new();
+        while line.last() != Some(&b'\n') {
+            if lines.buffer().is_empty() {
+                self.wait(lines.get_ref())?;
             }
+            let available = lines.fill_buf()?;
+            let end = available.iter().position(|byte| *byte == b'\n').map_or(available.len(), |at| at + 1);
+            if end == 0 {
+                return Err(io::Error::new(ErrorKind::UnexpectedEof, "the agent hung up"));
+            }
+            line.extend_from_slice(&available[..end]);
+            lines.consume(end);
+        }
+        String::from_utf8(line).map_err(|error| io::Error::new(ErrorKind::InvalidData, error))
+    }
+
+    /// Waits until the agent has said something.
+    fn wait(&self, stream: &UnixStream) -> io::Result<()> {
+        let mut watched = [PollFd::new(stream, PollFlags::IN), PollFd::new(&self.criu, PollFlags::IN)];
+        match poll(&mut watched, None) {
+            Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
+            Ok(_) if watched[1].revents().is_empty() => Ok(()),
+            Ok(_) => Err(io::Error::new(ErrorKind::BrokenPipe, "CRIU is gone")),
         }
     }
 
     fn criu_lives(&self) -> bool {
-        parent_id() == self.criu
+        let mut watched = [PollFd::new(&self.criu, PollFlags::IN)];
+        poll(&mut watched, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) == Ok(0)
     }
+}
+
+/// The CRIU that runs this. It runs its scripts by `sh -c`; most shells become the script, some wait for it.
+fn criu() -> io::Result<OwnedFd> {
+    let mut pid = parent_id();
+    if fs::read_to_string(format!("/proc/{pid}/comm"))?.trim_end() == "sh" {
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let parent = status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok());
+        pid = parent.ok_or_else(|| io::Error::new(ErrorKind::InvalidData, "the shell has no parent"))?;
+    }
+    let criu = Pid::from_raw(pid.cast_signed()).ok_or_else(|| io::Error::from(ErrorKind::NotFound))?;
+    Ok(pidfd_open(criu, PidfdFlags::empty())?)
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use podferry_local::{Node, ProcessId};
 
@@ -14,6 +14,9 @@ use super::processes::of_container;
 
 /// Between two looks.
 const INTERVAL: Duration = Duration::from_millis(10);
+
+/// An idle Redis wakes ten times a second; two that do so in turns run all the same.
+const IDLE: Duration = Duration::from_millis(250);
 
 /// Looks until it is dropped.
 pub struct Sampler {
@@ -40,13 +43,17 @@ impl Sampler {
         let thread = thread::spawn(move || {
             let look = || -> Vec<Switches> { nodes.iter().map(|node| switches(node, &workload, &program)).collect() };
             let mut before = look();
+            let mut ran_at: Vec<HashMap<(u32, u64), Instant>> = vec![HashMap::new(); nodes.len()];
             while !ending.load(Ordering::Acquire) {
                 thread::sleep(INTERVAL);
                 let now = look();
+                for (ran_at, (before, now)) in ran_at.iter_mut().zip(before.iter().zip(&now)) {
+                    note_runs(ran_at, before, now);
+                }
                 let running: Vec<String> = nodes
                     .iter()
-                    .zip(before.iter().zip(&now))
-                    .filter_map(|(node, (before, now))| ran(before, now).map(|pid| format!("{} {pid}", node.name())))
+                    .zip(&ran_at)
+                    .filter_map(|(node, ran_at)| Some(format!("{} {}", node.name(), ran_at.keys().next()?.0)))
                     .collect();
                 let mut seen = noting.lock().unwrap();
                 seen.looks += 1;
@@ -79,10 +86,12 @@ impl Drop for Sampler {
     }
 }
 
-/// A process that was there before and has been on a processor since. One that is stopped, frozen or held is not.
-fn ran(before: &Switches, now: &Switches) -> Option<u32> {
-    let advanced = now.iter().find(|(process, count)| before.get(process).is_some_and(|earlier| earlier < *count));
-    advanced.map(|((pid, _), _)| *pid)
+/// Takes note of who has been on a processor since the last look: one that is stopped, frozen or held has not. Who is gone
+/// or has not run for [`IDLE`] does not run. A source is dead before its target runs, however soon after.
+fn note_runs(ran_at: &mut HashMap<(u32, u64), Instant>, before: &Switches, now: &Switches) {
+    let advanced = now.iter().filter(|(process, count)| before.get(process).is_some_and(|earlier| earlier < *count));
+    ran_at.extend(advanced.map(|(process, _)| (*process, Instant::now())));
+    ran_at.retain(|process, ran| now.contains_key(process) && ran.elapsed() < IDLE);
 }
 
 fn switches(node: &Node, workload: &str, program: &str) -> Switches {
