@@ -9,10 +9,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use podferry_common::MigrationId;
-use podferry_network::LinkHandle;
+use podferry_network::{ContainerLink, LinkHandle};
 use serde::{Deserialize, Serialize};
 
+use tokio::sync::{Mutex, MutexGuard, watch};
+
 use crate::config::Config;
+use crate::worker::messages::WorkerRecord;
 use crate::worker::record;
 
 /// How long ended parts are remembered.
@@ -68,9 +71,8 @@ pub enum Role {
         keep_connections: bool,
         /// The host's end of the link that was made for it.
         link: Option<LinkHandle>,
-        /// The MTU of its interface, in bytes; until the container runs it is one lower.
-        #[serde(default)]
-        mtu: Option<u32>,
+        /// What its interface is like; until the container runs its MTU is one lower.
+        plan: Option<ContainerLink>,
         /// The network namespace that was made for it.
         netns: Option<PathBuf>,
     },
@@ -88,6 +90,9 @@ pub struct PartRecord {
     /// A released source: what the container left has been removed too. Until then the workload cannot come back.
     #[serde(default)]
     pub tidied: bool,
+    /// A sealed target: its container has been told to go, so it may have run.
+    #[serde(default)]
+    pub going: bool,
     /// When the record was written last.
     pub written: SystemTime,
     /// What only one role has to know.
@@ -148,6 +153,11 @@ impl PartDirs {
         self.state.join("part.json")
     }
 
+    /// The operator's word on a sealed part: see [`decide`].
+    pub fn decision_file(&self) -> PathBuf {
+        self.state.join("decision.json")
+    }
+
     /// The record of the dump worker.
     pub fn worker_record(&self) -> PathBuf {
         self.state.join("worker.json")
@@ -180,21 +190,128 @@ impl PartRecord {
     }
 }
 
-/// All parts that are remembered. What cannot be read is logged and left where it is.
+/// How a sealed part ends, in the word of an operator who knows what no record says any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OperatorsWord {
+    /// The target's copy is the right one. On a source: destroy it. On a target: the source never runs again, so let go.
+    Commit,
+    /// The source's copy is the right one. On a source: let it run on. On a target: undo everything.
+    Abort,
+}
+
+/// Why an operator's word is not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum DecideError {
+    /// There is no such part.
+    #[error("no part of migration {migration} is remembered in {}", parts_dir.display())]
+    Unknown {
+        /// Which migration.
+        migration: MigrationId,
+        /// Where parts are remembered.
+        parts_dir: PathBuf,
+    },
+    /// Only a sealed part waits for a decision.
+    #[error("this node's part of migration {migration} is {standing:?}, so it waits for no decision")]
+    NotSealed {
+        /// Which migration.
+        migration: MigrationId,
+        /// Where the part stands.
+        standing: Standing,
+    },
+    /// The journal cannot be read or written.
+    #[error("the journal of migration {migration} cannot be read or written")]
+    Journal {
+        /// Which migration.
+        migration: MigrationId,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Notes an operator's word. The agent follows it within seconds, or when it is started again.
+///
+/// # Errors
+/// When no such part waits for a decision, or the disk does not take it.
+pub fn decide(config: &Config, migration: MigrationId, word: OperatorsWord) -> Result<(), DecideError> {
+    let dirs = PartDirs::of(config, migration);
+    let failed = |source| DecideError::Journal { migration, source };
+    let Some(part) = record::load::<PartRecord>(&dirs.part_file()).map_err(failed)? else {
+        return Err(DecideError::Unknown { migration, parts_dir: config.parts_dir() });
+    };
+    // A worker seals before the agent notes it.
+    let worker: Option<WorkerRecord> = record::load(&dirs.worker_record()).map_err(failed)?;
+    let sealed = part.standing == Standing::Sealed || worker.is_some_and(|worker| worker.sealed);
+    if !sealed || part.standing.is_last() {
+        return Err(DecideError::NotSealed { migration, standing: part.standing });
+    }
+    record::store(&dirs.decision_file(), &word).map_err(failed)
+}
+
+/// A part's record in memory, never ahead of the disk.
+#[derive(Debug)]
+pub struct Ledger {
+    record: Mutex<PartRecord>,
+    dirs: PartDirs,
+    /// For those who must not wait for a step that is being taken.
+    standing: watch::Sender<Standing>,
+}
+
+impl Ledger {
+    /// Of a part whose record is on the disk as it is here.
+    pub fn new(record: PartRecord, dirs: PartDirs) -> Self {
+        let (standing, _) = watch::channel(record.standing);
+        Self { record: Mutex::new(record), dirs, standing }
+    }
+
+    /// Waits for the step that is being taken, and takes the next.
+    pub async fn lock(&self) -> MutexGuard<'_, PartRecord> {
+        self.record.lock().await
+    }
+
+    /// Where the part stands, by the last step that was taken.
+    pub fn standing(&self) -> Standing {
+        *self.standing.borrow()
+    }
+
+    /// Changes the record, first on the disk.
+    ///
+    /// # Errors
+    /// When the disk does not take it; then nothing has changed.
+    pub fn change(
+        &self,
+        record: &mut MutexGuard<'_, PartRecord>,
+        change: impl FnOnce(&mut PartRecord),
+    ) -> io::Result<()> {
+        let mut next = PartRecord::clone(record);
+        change(&mut next);
+        next.store(&self.dirs)?;
+        self.standing.send_replace(next.standing);
+        **record = next;
+        Ok(())
+    }
+}
+
+/// What the journal remembers, oldest first, and the migrations whose record cannot be read: those are left where they are.
 ///
 /// # Errors
 /// When the folder cannot be listed.
-pub fn load_all(parts_dir: &Path) -> io::Result<Vec<PartRecord>> {
-    let mut parts = Vec::new();
+pub fn load_all(parts_dir: &Path) -> io::Result<(Vec<PartRecord>, Vec<MigrationId>)> {
+    let (mut parts, mut unreadable) = (Vec::new(), Vec::new());
     for entry in fs::read_dir(parts_dir)? {
-        let path = entry?.path().join("part.json");
+        let entry = entry?;
+        let path = entry.path().join("part.json");
         match record::load::<PartRecord>(&path) {
             Ok(Some(part)) => parts.push(part),
             Ok(None) => {}
-            Err(error) => tracing::error!(%error, path = %path.display(), "a part's record cannot be read"),
+            Err(error) => {
+                tracing::error!(%error, path = %path.display(), "a part's record cannot be read");
+                unreadable.extend(entry.file_name().to_str().and_then(|name| name.parse::<MigrationId>().ok()));
+            }
         }
     }
-    Ok(parts)
+    parts.sort_by_key(|part| part.written);
+    Ok((parts, unreadable))
 }
 
 /// Forgets ended parts that nobody will ask about any more.

@@ -47,6 +47,11 @@ pub enum Entry {
         /// The part.
         part: Part,
     },
+    /// It is there and cannot be taken up: nobody knows how it stands.
+    Broken {
+        /// Of which container, when that is known.
+        workload: String,
+    },
     /// It has ended.
     Ended(Standing),
 }
@@ -94,21 +99,24 @@ impl Parts {
     /// Waits while an earlier migration's part of that workload is being removed: it may come back at once.
     pub async fn tidied(&self, workload: &str) {
         let begun = Instant::now();
-        while begun.elapsed() < TIDY_TIMEOUT && self.is_released(workload).await {
+        while begun.elapsed() < TIDY_TIMEOUT && self.is_released(workload) {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
 
     /// Whether an earlier migration's part of that workload has been released, and only its removal goes on.
-    pub async fn is_released(&self, workload: &str) -> bool {
-        let source = self.lock().values().find_map(|entry| match entry {
-            Entry::Alive { workload: of, part: Part::Source(source) } if of == workload => Some(Arc::clone(source)),
-            _ => None,
-        });
-        match source {
-            Some(source) => source.standing().await == Standing::Released,
-            None => false,
-        }
+    pub fn is_released(&self, workload: &str) -> bool {
+        self.lock().values().any(|entry| match entry {
+            Entry::Alive { workload: of, part: Part::Source(source) } => {
+                of == workload && source.standing() == Standing::Released
+            }
+            _ => false,
+        })
+    }
+
+    /// Notes a part that cannot be taken up.
+    pub fn broken(&self, migration: MigrationId, workload: &str) {
+        self.lock().insert(migration, Entry::Broken { workload: workload.to_owned() });
     }
 
     /// Notes how a part ended.
@@ -126,10 +134,20 @@ impl Parts {
     }
 }
 
+impl Part {
+    /// Where it stands.
+    pub fn standing(&self) -> Standing {
+        match self {
+            Self::Source(source) => source.standing(),
+            Self::Target(target) => target.standing(),
+        }
+    }
+}
+
 impl Entry {
     fn workload(&self) -> Option<&str> {
         match self {
-            Self::Beginning { workload } | Self::Alive { workload, .. } => Some(workload),
+            Self::Beginning { workload } | Self::Alive { workload, .. } | Self::Broken { workload } => Some(workload),
             Self::Ended(_) => None,
         }
     }

@@ -4,11 +4,13 @@
 //! |---|---|---|
 //! | open | the worker has undone the dump when its agent went, or is told to | the hook has failed the restore; the rest is removed |
 //! | sealed | the coordinator's record decides | kept held; the coordinator's record aborts it, only its `Resume` frees it |
+//! | sealed, and an operator has decided | the operator's word | the same; it may free it, too |
 //! | ended | a tombstone, and what was not removed yet is | the same |
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use podferry_common::MigrationId;
 use podferry_common::failure::Failure;
 use podferry_common::identity::Peer;
 use podferry_common::tls;
@@ -16,8 +18,8 @@ use podferry_proto::v1::coordinator_service_client::CoordinatorServiceClient;
 use podferry_proto::v1::{Decision, GetDecisionRequest};
 
 use crate::context::Context;
-use crate::journal::{self, PartDirs, PartRecord, Role, Standing};
-use crate::parts::{Authority, Part, Parts};
+use crate::journal::{self, OperatorsWord, PartDirs, PartRecord, Role, Standing};
+use crate::parts::{Authority, Entry, Part, Parts};
 use crate::source::SourcePart;
 use crate::target::TargetPart;
 use crate::worker::client::Worker;
@@ -26,16 +28,21 @@ use crate::worker::record;
 
 /// Between two questions to the coordinator, and between two tries to undo.
 const RETRY: Duration = Duration::from_secs(1);
+/// How long a sealed part waits for the coordinator before it asks by itself.
+const SETTLE_AFTER: Duration = Duration::from_secs(5);
 
 /// Takes up everything. Returns when every part is either settled or has a task that settles it.
 pub async fn recover(context: &Context, parts: &Parts) {
-    let records = match journal::load_all(&context.config.parts_dir()) {
-        Ok(records) => records,
+    let (records, unreadable) = match journal::load_all(&context.config.parts_dir()) {
+        Ok(found) => found,
         Err(error) => {
             tracing::error!(%error, "the journal cannot be read; parts of earlier migrations are not taken up");
             return;
         }
     };
+    for migration in unreadable {
+        parts.broken(migration, "");
+    }
     journal::prune(&context.config, &records);
     for record in records {
         if record.standing == Standing::Released && !record.tidied {
@@ -48,6 +55,7 @@ pub async fn recover(context: &Context, parts: &Parts) {
         }
         if let Err(failure) = take_up(context, parts, record.clone()).await {
             tracing::error!(migration = %record.migration, %failure, "a part of an earlier migration cannot be taken up");
+            parts.broken(record.migration, &record.workload);
         }
     }
 }
@@ -83,15 +91,18 @@ async fn take_up(context: &Context, parts: &Parts, mut record: PartRecord) -> Re
     Ok(())
 }
 
-/// Follows the coordinator's record. The coordinator's own calls may come first; they say the same.
-async fn settle_sealed(context: &Context, parts: &Parts, part: &Part, migration: podferry_common::MigrationId) {
-    loop {
-        if standing(part).await != Standing::Sealed {
-            return;
-        }
-        match (ask(context, migration).await, part) {
+/// Follows the operator's word, or the coordinator's record. The coordinator's own calls may come first; they say the same.
+async fn settle_sealed(context: &Context, parts: &Parts, part: &Part, migration: MigrationId) {
+    while part.standing() == Standing::Sealed {
+        let word = operators_word(context, migration);
+        let decision = match word {
+            Some(OperatorsWord::Commit) => Some(Decision::Commit),
+            Some(OperatorsWord::Abort) => Some(Decision::Abort),
+            None => ask(context, migration).await,
+        };
+        match (decision, part) {
             (Some(Decision::Abort), _) => {
-                let reason = "the coordinator's record says that the migration was aborted";
+                let reason = if word.is_some() { "an operator decided so" } else { "the coordinator's record says so" };
                 undo(parts, part, migration, reason, Authority::Coordinator).await;
                 return;
             }
@@ -102,27 +113,47 @@ async fn settle_sealed(context: &Context, parts: &Parts, part: &Part, migration:
                 }
                 Err(failure) => tracing::error!(%migration, %failure, "a committed source cannot be released"),
             },
-            // The source must be dead before this copy runs, and only the coordinator knows that.
-            (Some(Decision::Commit), Part::Target(_)) | (Some(_) | None, _) => {}
+            // The source must be dead before this copy runs: only the coordinator knows that, and the operator.
+            (Some(Decision::Commit), Part::Target(target)) if word.is_some() => match target.resume().await {
+                Ok(_) => {
+                    parts.ended(migration, Standing::Resumed);
+                    return;
+                }
+                Err(failure) => tracing::error!(%migration, %failure, "a target cannot be let go"),
+            },
+            (Some(_) | None, _) => {}
         }
         tokio::time::sleep(RETRY).await;
     }
 }
 
+/// Settles a part that has just been sealed, should the coordinator not do so soon.
+pub fn settle_later(context: &Context, parts: &Parts, migration: MigrationId) {
+    let (context, parts) = (context.clone(), parts.clone());
+    tokio::spawn(async move {
+        tokio::time::sleep(SETTLE_AFTER).await;
+        // Looked up only now: a part that has ended by then is not to be kept.
+        if let Some(Entry::Alive { part, .. }) = parts.get(migration) {
+            settle_sealed(&context, &parts, &part, migration).await;
+        }
+    });
+}
+
+fn operators_word(context: &Context, migration: MigrationId) -> Option<OperatorsWord> {
+    let file = PartDirs::of(&context.config, migration).decision_file();
+    let word = record::load(&file);
+    word.inspect_err(|error| tracing::error!(%migration, %error, "the operator's word cannot be read"))
+        .unwrap_or_default()
+}
+
 /// Removes what a released source leaves, and then lets its workload come back.
-pub async fn tidy(parts: &Parts, source: &SourcePart, migration: podferry_common::MigrationId) {
+pub async fn tidy(parts: &Parts, source: &SourcePart, migration: MigrationId) {
     source.tidy().await;
     parts.ended(migration, Standing::Released);
 }
 
 /// Undoes a part, again and again until it is undone or may not be any more.
-pub async fn undo(
-    parts: &Parts,
-    part: &Part,
-    migration: podferry_common::MigrationId,
-    reason: &str,
-    authority: Authority,
-) {
+pub async fn undo(parts: &Parts, part: &Part, migration: MigrationId, reason: &str, authority: Authority) {
     loop {
         let undone = match part {
             Part::Source(source) => source.abort(reason, authority).await,
@@ -133,22 +164,15 @@ pub async fn undo(
                 parts.ended(migration, Standing::Aborted);
                 return;
             }
-            Err(_) if standing(part).await.is_last() => return,
-            Err(_) if authority == Authority::Own && standing(part).await == Standing::Sealed => return,
+            Err(_) if part.standing().is_last() => return,
+            Err(_) if authority == Authority::Own && part.standing() == Standing::Sealed => return,
             Err(failure) => tracing::error!(%migration, %failure, "a part cannot be undone; trying again"),
         }
         tokio::time::sleep(RETRY).await;
     }
 }
 
-async fn standing(part: &Part) -> Standing {
-    match part {
-        Part::Source(source) => source.standing().await,
-        Part::Target(target) => target.standing().await,
-    }
-}
-
-async fn ask(context: &Context, migration: podferry_common::MigrationId) -> Option<Decision> {
+async fn ask(context: &Context, migration: MigrationId) -> Option<Decision> {
     let channel = tls::connect(&context.config.coordinator, &context.identity, &Peer::Coordinator).await;
     let channel = channel
         .inspect_err(|error| tracing::warn!(%migration, %error, "the coordinator cannot be asked for its decision"))

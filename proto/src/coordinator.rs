@@ -27,8 +27,9 @@
 //! `FAILED_PRECONDITION` from the commit on.
 //!
 //! `GetDecision` answers from the durable record alone: `COMMIT` after the commit's write, `ABORT` once rolling back has
-//! been written and for ids that were never recorded, `UNDECIDED` before either. A part that gets `UNDECIDED` or no
-//! answer asks again; it changes nothing meanwhile.
+//! been written, `UNDECIDED` before either. An id that was never recorded is `UNDECIDED` too: its record was lost, and may
+//! have been a commit. A part that gets `UNDECIDED` or no answer asks again; it changes nothing meanwhile, unless its
+//! operator decides (`podferry-agent decide`).
 //!
 //! # Errors
 //!

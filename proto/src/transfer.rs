@@ -58,6 +58,6 @@
 //!
 //! Checked before memory is taken for what they bound: a message is at most 1 MiB + 4 KiB, its head at most 4 KiB, its raw
 //! bytes at most 1 MiB and its payload not longer than those; names are 1 to 128 of `A-Z a-z 0-9 . _ -` without a dot in
-//! front; a transfer has at most 65536 objects, no two the same; a reason at most 1 KiB. `Begin` must come, and be answered,
+//! front; a transfer has at most 65536 objects, no two the same and at most 16 open; a reason at most 1 KiB. `Begin` must come, and be answered,
 //! within 10 s. The receiver allows 16 MiB under way (HTTP/2's window) and takes more as its store takes what came: a slow
 //! store slows the sender, and neither side's memory grows.

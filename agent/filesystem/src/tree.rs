@@ -58,9 +58,46 @@ pub fn free_bytes(dir: &Path) -> Result<u64> {
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
-/// Writes everything of this directory's file system to its disk, so that a layer outlives a crash of the node.
+/// Up to so many files and directories are written to the disk one by one. The whole file system, which may have much else
+/// to write, takes longer than these.
+const SYNCED_ALONE: usize = 64;
+
+/// Writes all that is in a directory to its disk, so that a layer outlives a crash of the node. What appears or goes
+/// meanwhile may be missed.
 pub fn sync(dir: &Path) -> Result<()> {
-    fs::syncfs(open_root(dir)?).map_err(failed("sync", dir))
+    let mut entries = vec![dir.to_owned()];
+    if !collect_few(dir, &mut entries) {
+        return fs::syncfs(open_root(dir)?).map_err(failed("sync", dir));
+    }
+    if entries.len() == 1 {
+        return Ok(());
+    }
+    for path in &entries {
+        // Sockets, fifos and links have no content, and opening them may wait for ever: their directory holds all of them.
+        let kind = std::fs::symlink_metadata(path).map(|now| now.file_type());
+        if kind.is_ok_and(|kind| kind.is_file() || kind.is_dir()) {
+            let file = fs::open(path, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty());
+            match file.and_then(fs::fsync) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(error) => return Err(failed("sync", path)(error)),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Adds everything below a directory. False when that is more than [`SYNCED_ALONE`], or cannot be read.
+fn collect_few(dir: &Path, entries: &mut Vec<PathBuf>) -> bool {
+    let Ok(here) = std::fs::read_dir(dir) else { return false };
+    for entry in here {
+        let Ok(entry) = entry else { return false };
+        entries.push(entry.path());
+        let is_dir = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        if entries.len() > SYNCED_ALONE || (is_dir && !collect_few(&entry.path(), entries)) {
+            return false;
+        }
+    }
+    true
 }
 
 /// Deletes all that is in a directory, and keeps the directory. Symbolic links are deleted, not followed. When anything

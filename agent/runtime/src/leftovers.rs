@@ -53,7 +53,7 @@ impl Record {
         remove_file(&Self::path(runc, id))
     }
 
-    fn read(runc: &Runc, id: &str) -> Result<Option<Self>, Error> {
+    pub(crate) fn read(runc: &Runc, id: &str) -> Result<Option<Self>, Error> {
         let path = Self::path(runc, id);
         let Some(text) = read_if_there(&path)? else { return Ok(None) };
         serde_json::from_str(&text).map(Some).map_err(|source| Error::State { path, source })

@@ -156,6 +156,14 @@ impl Runc {
     }
 }
 
+impl Runc {
+    /// The work folder of the restore of a container that is under way, or was killed or failed and is not cleaned up.
+    pub fn restores_from(&self, id: &str) -> Result<Option<PathBuf>, Error> {
+        check_id(id)?;
+        Ok(Record::read(self, id)?.map(|record| record.work_path))
+    }
+}
+
 impl RunningRestore {
     /// Waits until runc exits. An error means that the restore failed and CRIU has undone it.
     pub fn wait(&mut self) -> Result<(), Error> {
@@ -214,7 +222,10 @@ impl RunningRestore {
 
     fn judge(&self, status: ExitStatus) -> Result<(), Error> {
         if status.success() {
-            return Record::remove(&self.runc, &self.id);
+            if let Err(error) = Record::remove(&self.runc, &self.id) {
+                tracing::warn!(%error, id = self.id, "the note of a restore that succeeded stays");
+            }
+            return Ok(());
         }
         let mut detail = runc_errors(&self.work_path.join(RUNC_LOG))?;
         detail.extend(criu_errors(&self.work_path.join(CRIU_LOG))?);

@@ -116,8 +116,8 @@ pub(crate) fn ended(standing: Standing) -> PartState {
 }
 
 /// Where a source stands.
-pub(crate) async fn source_state(part: &SourcePart) -> PartState {
-    match part.standing().await {
+pub(crate) fn source_state(part: &SourcePart) -> PartState {
+    match part.standing() {
         Standing::Open if part.is_frozen() => PartState::Frozen,
         Standing::Open => PartState::Freezing,
         Standing::Sealed => PartState::Sealed,
@@ -126,8 +126,8 @@ pub(crate) async fn source_state(part: &SourcePart) -> PartState {
 }
 
 /// Where a target stands.
-pub(crate) async fn target_state(part: &TargetPart) -> PartState {
-    match part.standing().await {
+pub(crate) fn target_state(part: &TargetPart) -> PartState {
+    match part.standing() {
         Standing::Open if part.is_held() => PartState::Held,
         Standing::Open => PartState::Prepared,
         Standing::Sealed => PartState::Sealed,

@@ -58,8 +58,15 @@ impl Agent {
                 let message = format!("this node's part of the migration has ended: {standing:?}");
                 Err(self.context.refusal(FailureCode::FailedPrecondition, message))
             }
+            Some(Entry::Broken { .. }) => Err(self.broken()),
             None => Err(self.context.refusal(FailureCode::NotFound, "this node has no part of that migration")),
         }
+    }
+
+    fn broken(&self) -> Failure {
+        let message = "this node's part of the migration could not be taken up again";
+        let failure = self.context.refusal(FailureCode::Unavailable, message);
+        failure.remedy("see the agent's log, put right what it names, and restart the agent")
     }
 
     fn source(&self, migration: MigrationId) -> Result<Arc<SourcePart>, Failure> {
@@ -95,11 +102,7 @@ impl Agent {
             tokio::time::sleep(deadline.duration_since(SystemTime::now()).unwrap_or_default()).await;
             // Looked up only now: a part that has ended by then is not to keep its sockets open until its deadline.
             let Some(Entry::Alive { part, .. }) = parts.get(migration) else { return };
-            let standing = match &part {
-                Part::Source(source) => source.standing().await,
-                Part::Target(target) => target.standing().await,
-            };
-            if standing == Standing::Open {
+            if part.standing() == Standing::Open {
                 tracing::warn!(%migration, "the migration's deadline has passed; undoing this node's part");
                 let reason = "the migration's deadline has passed";
                 recovery::undo(&parts, &part, migration, reason, Authority::Own).await;
@@ -147,7 +150,7 @@ impl Agent {
             compress: request.compress,
             deadline: deadline_of(request.deadline_ms),
         };
-        let (part, pages) = SourcePart::begin(&self.context, &order).await?;
+        let (part, started) = SourcePart::begin(&self.context, &order).await?;
         let part = Arc::new(part);
         reservation.fill(Part::Source(Arc::clone(&part)));
         self.watch_deadline(migration, order.deadline);
@@ -159,7 +162,7 @@ impl Agent {
         tokio::spawn(async move {
             let lost = Failure::new(FailureCode::Aborted, "the coordinator's connection broke").in_phase("freeze");
             let ended = {
-                let running = part.run(&order, pages, &events);
+                let running = part.run(&order, started, &events);
                 tokio::pin!(running);
                 loop {
                     tokio::select! {
@@ -198,6 +201,7 @@ impl Agent {
             Some(Entry::Beginning { .. }) => {
                 return Err(self.context.refusal(FailureCode::Unavailable, "the part is still being made"));
             }
+            Some(Entry::Broken { .. }) => return Err(self.broken()),
             Some(Entry::Ended(_)) | None => return Ok(()),
         }
         self.parts.ended(migration, Standing::Aborted);
@@ -225,7 +229,7 @@ impl AgentService for Agent {
         let mut containers = Vec::new();
         for container in describe::containers(&self.context).await? {
             // A dead one that is just being removed would keep its workload from coming back at once.
-            if !self.parts.is_released(&container.id).await {
+            if !self.parts.is_released(&container.id) {
                 containers.push(container);
             }
         }
@@ -278,12 +282,16 @@ impl AgentService for Agent {
 
     async fn seal(&self, request: Request<v1::SealRequest>) -> Result<Response<v1::SealResponse>, Status> {
         self.only_coordinator(&request)?;
-        let part = self.part(migration_of(&request.get_ref().migration_id)?)?;
+        let migration = migration_of(&request.get_ref().migration_id)?;
+        let part = self.part(migration)?;
+        let agent = self.clone();
         to_its_end(async move {
             match part {
-                Part::Source(source) => source.seal().await,
-                Part::Target(target) => target.seal().await,
+                Part::Source(source) => source.seal().await?,
+                Part::Target(target) => target.seal().await?,
             }
+            recovery::settle_later(&agent.context, &agent.parts, migration);
+            Ok(())
         })
         .await?;
         Ok(Response::new(v1::SealResponse {}))
@@ -339,10 +347,10 @@ impl AgentService for Agent {
         let migration = migration_of(&request.get_ref().migration_id)?;
         let (state, role) = match self.parts.get(migration) {
             None => (PartState::Unknown, ""),
-            Some(Entry::Beginning { .. }) => (PartState::Unspecified, ""),
+            Some(Entry::Beginning { .. } | Entry::Broken { .. }) => (PartState::Unspecified, ""),
             Some(Entry::Ended(standing)) => (convert::ended(standing), ""),
-            Some(Entry::Alive { part: Part::Source(source), .. }) => (convert::source_state(&source).await, "source"),
-            Some(Entry::Alive { part: Part::Target(target), .. }) => (convert::target_state(&target).await, "target"),
+            Some(Entry::Alive { part: Part::Source(source), .. }) => (convert::source_state(&source), "source"),
+            Some(Entry::Alive { part: Part::Target(target), .. }) => (convert::target_state(&target), "target"),
         };
         Ok(Response::new(v1::PartStatusResponse { state: state.into(), role: role.to_owned() }))
     }

@@ -24,11 +24,11 @@ use podferry_network::LinkHandle;
 use podferry_runtime::{Container, Externals, Init};
 use podferry_transfer::{Compression, Introduction, Object, Options, Sender};
 use tokio::net::UnixListener;
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::context::{Context, blocking};
-use crate::journal::{PartDirs, PartRecord, Role, Standing};
+use crate::journal::{Ledger, PartDirs, PartRecord, Role, Standing};
 use crate::parts::Authority;
 use crate::worker::client::{View, Worker};
 use crate::worker::messages::{DumpJob, Order, Stage, WorkerRecord};
@@ -108,17 +108,28 @@ pub struct SourcePart {
     container: Option<Container>,
     /// None when it was killed before a restarted agent looked.
     worker: Option<Worker>,
-    record: Mutex<PartRecord>,
+    ledger: Ledger,
     /// Ends a dump and transfer that go on: a stalled link must not keep the tasks frozen.
     cancelled: CancellationToken,
 }
 
+/// A dump that has been started.
+#[expect(missing_debug_implementations, reason = "the transfer's sender has none")]
+pub struct Started {
+    /// Where CRIU's page stream comes.
+    pages: UnixListener,
+    /// The way to the target.
+    sender: Arc<Sender>,
+    /// When.
+    at: Instant,
+}
+
 impl SourcePart {
-    /// Starts the worker, which starts CRIU. The tasks are not frozen yet.
+    /// Connects to the target, then starts the worker, which starts CRIU. The tasks are not frozen yet.
     ///
     /// # Errors
     /// When anything cannot be made ready; then nothing was touched.
-    pub async fn begin(context: &Context, order: &FreezeOrder) -> Result<(Self, UnixListener), Failure> {
+    pub async fn begin(context: &Context, order: &FreezeOrder) -> Result<(Self, Started), Failure> {
         let dirs = PartDirs::of(&context.config, order.migration);
         let io_failed = |error| context.failure(FailureCode::Internal, "the part's folders cannot be made", &error);
         dirs.create().map_err(io_failed)?;
@@ -128,6 +139,7 @@ impl SourcePart {
             workload: order.container.id.clone(),
             standing: Standing::Open,
             tidied: false,
+            going: false,
             written: SystemTime::now(),
             role: Role::Source {
                 root: order.container.root.clone(),
@@ -139,14 +151,20 @@ impl SourcePart {
             },
         };
         record.store(&dirs).map_err(io_failed)?;
-        let started = start_worker(context, &dirs, order, init).await;
-        match started {
-            Ok((worker, pages)) => {
+        // A target that cannot be reached is to cost the tasks nothing.
+        let started = async {
+            let sender = connect(context, order).await?;
+            let at = Instant::now();
+            let (worker, pages) = start_worker(context, &dirs, order, init).await?;
+            Ok((worker, Started { pages, sender, at }))
+        };
+        match started.await {
+            Ok((worker, started)) => {
                 let container = Some(order.container.clone());
-                let record = Mutex::new(record);
+                let ledger = Ledger::new(record, dirs.clone());
                 let cancelled = CancellationToken::new();
                 let worker = Some(worker);
-                Ok((Self { context: context.clone(), dirs, container, worker, record, cancelled }, pages))
+                Ok((Self { context: context.clone(), dirs, container, worker, ledger, cancelled }, started))
             }
             Err(failure) => {
                 dirs.wipe_volatile();
@@ -169,7 +187,8 @@ impl SourcePart {
             Role::Target { .. } => None,
         };
         let cancelled = CancellationToken::new();
-        Self { context: context.clone(), dirs, container, worker, record: Mutex::new(record), cancelled }
+        let ledger = Ledger::new(record, dirs.clone());
+        Self { context: context.clone(), dirs, container, worker, ledger, cancelled }
     }
 
     /// Dumps and sends. Returns when the target has confirmed everything; the tasks stay frozen.
@@ -179,11 +198,11 @@ impl SourcePart {
     pub async fn run(
         &self,
         order: &FreezeOrder,
-        pages: UnixListener,
+        started: Started,
         events: &mpsc::Sender<FreezeEvent>,
     ) -> Result<(), Failure> {
         tokio::select! {
-            ended = self.dump_and_send(order, pages, events) => ended,
+            ended = self.dump_and_send(order, started, events) => ended,
             // Dropping the transfer breaks CRIU's page stream, and CRIU fails and resumes the tasks.
             () = self.cancelled.cancelled() => {
                 Err(self.context.refusal(FailureCode::Aborted, "the migration was aborted").in_phase("transfer"))
@@ -194,12 +213,11 @@ impl SourcePart {
     async fn dump_and_send(
         &self,
         order: &FreezeOrder,
-        pages: UnixListener,
+        started: Started,
         events: &mpsc::Sender<FreezeEvent>,
     ) -> Result<(), Failure> {
-        let begun = Instant::now();
+        let Started { pages, sender, at: begun } = started;
         let worker = self.worker()?;
-        let sender = self.connect(order).await?;
         let forwarding = self.spawn_forwarding(&pages, &sender).await?;
 
         let frozen = worker.until(patience(order.deadline), |view| *view != View::Stage(Stage::Freezing)).await;
@@ -261,19 +279,6 @@ impl SourcePart {
         Ok((pages, dumped_at))
     }
 
-    async fn connect(&self, order: &FreezeOrder) -> Result<Arc<Sender>, Failure> {
-        let introduction = Introduction {
-            migration_id: order.migration,
-            source_node: self.context.config.node.clone(),
-            version: podferry_proto::Version::OURS,
-        };
-        let compression = if order.compress { Compression::Auto } else { Compression::Off };
-        let options = Options { compression, ..Options::default() };
-        let connecting =
-            Sender::connect(&order.target_address, &self.context.identity, &order.target, &introduction, options);
-        connecting.await.map(Arc::new).map_err(|error| self.transfer_failed(&error))
-    }
-
     async fn spawn_forwarding(
         &self,
         pages: &UnixListener,
@@ -294,9 +299,10 @@ impl SourcePart {
         let images = self.dirs.images.clone();
         let sender = Arc::clone(sender);
         let context = self.context.clone();
+        let cancelled = self.cancelled.clone();
         blocking(move || {
             for file in files_of(&images).map_err(|error| io_failed(&context, &error))? {
-                send_file(&sender, &file).map_err(|error| {
+                send_file(&sender, &file, &cancelled).map_err(|error| {
                     context
                         .failure(FailureCode::Unavailable, "an image cannot be sent", error.as_ref())
                         .in_phase("transfer")
@@ -311,6 +317,7 @@ impl SourcePart {
         let rootfs = container.rootfs.clone();
         let sender = Arc::clone(sender);
         let context = self.context.clone();
+        let cancelled = self.cancelled.clone();
         blocking(move || {
             let failed = |error: &(dyn std::error::Error + 'static)| {
                 context
@@ -323,7 +330,7 @@ impl SourcePart {
             }
             let object = Object::Layer(LAYER.to_owned());
             let writer = sender.open_blocking(&object).map_err(|error| failed(&error))?;
-            let mut out = pages::LayerOut::new(writer);
+            let mut out = pages::LayerOut::new(writer, cancelled);
             podferry_filesystem::pack(&layer, &mut out).map_err(|error| failed(&error))?;
             out.close().map_err(|error| failed(&error))
         })
@@ -335,7 +342,7 @@ impl SourcePart {
     /// # Errors
     /// When the part is not frozen, or the seal cannot be made; then it is as before.
     pub async fn seal(&self) -> Result<(), Failure> {
-        let mut record = self.record.lock().await;
+        let mut record = self.ledger.lock().await;
         match record.standing {
             Standing::Sealed => return Ok(()),
             Standing::Open => {}
@@ -361,8 +368,9 @@ impl SourcePart {
                 return Err(self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("commit"));
             }
         }
-        record.standing = Standing::Sealed;
-        record.store(&self.dirs).map_err(|error| io_failed(&self.context, &error))
+        self.ledger
+            .change(&mut record, |record| record.standing = Standing::Sealed)
+            .map_err(|error| io_failed(&self.context, &error))
     }
 
     /// The migration is committed: ends the container. Returns once none of its processes is left; what else it leaves is
@@ -371,7 +379,7 @@ impl SourcePart {
     /// # Errors
     /// When a process does not die, or the record cannot be written; to be called again.
     pub async fn release(&self) -> Result<(), Failure> {
-        let mut record = self.record.lock().await;
+        let mut record = self.ledger.lock().await;
         match record.standing {
             Standing::Released => return Ok(()),
             Standing::Sealed => {}
@@ -386,14 +394,15 @@ impl SourcePart {
         };
         match ended {
             View::Stage(Stage::Released) => {}
-            View::Lost => self.kill_orphans().await?,
+            View::Lost => self.kill_orphans(&record).await?,
             View::Stage(_) => {
                 let message = "the committed source's processes do not die (uninterruptible I/O?)";
                 return Err(self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("release"));
             }
         }
-        record.standing = Standing::Released;
-        record.store(&self.dirs).map_err(|error| io_failed(&self.context, &error))
+        self.ledger
+            .change(&mut record, |record| record.standing = Standing::Released)
+            .map_err(|error| io_failed(&self.context, &error))
     }
 
     /// Removes what a released container leaves: runc's state, its writable layer, its network namespace, its images.
@@ -401,11 +410,14 @@ impl SourcePart {
         if let Some(worker) = &self.worker {
             worker.gone().await;
         }
-        let mut record = self.record.lock().await;
+        let mut record = self.ledger.lock().await;
+        // The workload may have come back since.
+        if record.tidied {
+            return;
+        }
         sweep::remove_container(&self.context, &record, self.container.as_ref()).await;
         self.dirs.wipe_volatile();
-        record.tidied = true;
-        if let Err(error) = record.store(&self.dirs) {
+        if let Err(error) = self.ledger.change(&mut record, |record| record.tidied = true) {
             tracing::error!(%error, migration = %record.migration, "that a released source was removed cannot be noted");
         }
     }
@@ -415,7 +427,7 @@ impl SourcePart {
     /// # Errors
     /// When it does not resume or its link stays cut; to be called again.
     pub async fn abort(&self, reason: &str, authority: Authority) -> Result<(), Failure> {
-        let mut record = self.record.lock().await;
+        let mut record = self.ledger.lock().await;
         match record.standing {
             Standing::Aborted => return Ok(()),
             Standing::Open => {}
@@ -446,15 +458,16 @@ impl SourcePart {
                 return Err(self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("rollback"));
             }
         }
-        record.standing = Standing::Aborted;
-        record.store(&self.dirs).map_err(|error| io_failed(&self.context, &error))?;
+        self.ledger
+            .change(&mut record, |record| record.standing = Standing::Aborted)
+            .map_err(|error| io_failed(&self.context, &error))?;
         self.dirs.wipe_volatile();
         Ok(())
     }
 
     /// Where the part stands.
-    pub async fn standing(&self) -> Standing {
-        self.record.lock().await.standing
+    pub fn standing(&self) -> Standing {
+        self.ledger.standing()
     }
 
     /// Whether the worker holds the frozen tasks.
@@ -471,9 +484,9 @@ impl SourcePart {
     }
 
     /// The worker was killed after the commit: does its work.
-    async fn kill_orphans(&self) -> Result<(), Failure> {
+    async fn kill_orphans(&self, record: &PartRecord) -> Result<(), Failure> {
         tracing::warn!("the dump worker is gone; killing the committed source's processes in its place");
-        let Some(container) = self.container.clone() else { return Ok(()) };
+        let Some(container) = self.known_unless_dead(record)? else { return Ok(()) };
         blocking(move || {
             crate::worker::run::kill_all(&container);
             Ok(())
@@ -489,7 +502,20 @@ impl SourcePart {
             Role::Source { link, .. } => link.clone(),
             Role::Target { .. } => None,
         };
-        sweep::free_container(&self.context, self.container.as_ref(), worker.unwrap_or_default(), link).await
+        let container = self.known_unless_dead(record)?;
+        sweep::free_container(&self.context, container.as_ref(), worker.unwrap_or_default(), link).await
+    }
+
+    /// The container; none when its init is dead.
+    fn known_unless_dead(&self, record: &PartRecord) -> Result<Option<Container>, Failure> {
+        let Role::Source { init_pid, init_start, .. } = &record.role else { return Ok(None) };
+        let lives = Init { pid: *init_pid, start_time: *init_start }.is_alive();
+        if self.container.is_none() && lives {
+            let message =
+                format!("what runc knows of {} cannot be read, and its init {init_pid} lives", record.workload);
+            return Err(self.context.refusal(FailureCode::Internal, message));
+        }
+        Ok(self.container.clone())
     }
 
     fn worker(&self) -> Result<&Worker, Failure> {
@@ -521,13 +547,29 @@ impl SourcePart {
     }
 
     fn transfer_failed(&self, error: &(dyn std::error::Error + 'static)) -> Failure {
-        self.context.failure(FailureCode::Unavailable, "the transfer to the target broke", error).in_phase("transfer")
+        transfer_failed(&self.context, error)
     }
 
     fn wrong_standing(&self, what: &str, standing: Standing) -> Failure {
         let message = format!("cannot {what} a source that is {standing:?}");
         self.context.refusal(FailureCode::FailedPrecondition, message)
     }
+}
+
+fn transfer_failed(context: &Context, error: &(dyn std::error::Error + 'static)) -> Failure {
+    context.failure(FailureCode::Unavailable, "the transfer to the target broke", error).in_phase("transfer")
+}
+
+async fn connect(context: &Context, order: &FreezeOrder) -> Result<Arc<Sender>, Failure> {
+    let introduction = Introduction {
+        migration_id: order.migration,
+        source_node: context.config.node.clone(),
+        version: podferry_proto::Version::OURS,
+    };
+    let compression = if order.compress { Compression::Auto } else { Compression::Off };
+    let options = Options { compression, ..Options::default() };
+    let connecting = Sender::connect(&order.target_address, &context.identity, &order.target, &introduction, options);
+    connecting.await.map(Arc::new).map_err(|error| transfer_failed(context, &error))
 }
 
 async fn start_worker(
@@ -581,10 +623,10 @@ async fn tell_progress(sender: &Sender, events: &mpsc::Sender<FreezeEvent>) {
     }
 }
 
-fn send_file(sender: &Sender, file: &Path) -> Result<(), Box<dyn std::error::Error>> {
+fn send_file(sender: &Sender, file: &Path, cancelled: &CancellationToken) -> Result<(), Box<dyn std::error::Error>> {
     let name = file.file_name().ok_or("an image without a name")?.to_string_lossy().into_owned();
     let writer = sender.open_blocking(&Object::ImageFile(name))?;
-    let mut out = pages::LayerOut::new(writer);
+    let mut out = pages::LayerOut::new(writer, cancelled.clone());
     std::io::copy(&mut std::fs::File::open(file)?, &mut out)?;
     Ok(out.close()?)
 }

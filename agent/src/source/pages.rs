@@ -7,6 +7,7 @@ use std::sync::Weak;
 use bytes::Bytes;
 use podferry_criu::{CriuError, PageSink, Run, page_flags, page_stream};
 use podferry_transfer::{Object, ObjectWriter, Pool, Sender};
+use tokio_util::sync::CancellationToken;
 
 /// Hands CRIU's pages to the transfer, one object for each owner.
 struct Forwarder {
@@ -91,6 +92,8 @@ impl PageSink for Forwarder {
 /// An object of the transfer as something to write into, in pieces of a size that suits it.
 pub(crate) struct LayerOut {
     writer: ObjectWriter,
+    /// Nothing is sent for a migration that was aborted.
+    cancelled: CancellationToken,
     buffer: Vec<u8>,
 }
 
@@ -99,8 +102,8 @@ const PIECE: usize = 256 * 1024;
 
 impl LayerOut {
     /// Into this object.
-    pub(crate) fn new(writer: ObjectWriter) -> Self {
-        Self { writer, buffer: Vec::with_capacity(PIECE) }
+    pub(crate) fn new(writer: ObjectWriter, cancelled: CancellationToken) -> Self {
+        Self { writer, cancelled, buffer: Vec::with_capacity(PIECE) }
     }
 
     /// Sends what is left and closes the object.
@@ -113,6 +116,9 @@ impl LayerOut {
     }
 
     fn send(&mut self) -> std::io::Result<()> {
+        if self.cancelled.is_cancelled() {
+            return Err(std::io::Error::other("the migration was aborted"));
+        }
         if self.buffer.is_empty() {
             return Ok(());
         }

@@ -82,6 +82,11 @@ pub(crate) async fn remove_container(context: &Context, record: &PartRecord, con
     let known = container.is_some();
     let ours = bundle.parent() == Some(context.config.runtime.bundles_dir.as_path());
     let dir = bundle.clone();
+    // What is there under its name now, alive, is another: the workload has come back.
+    if runc.container(&id).is_ok_and(|now| now.is_alive()) {
+        tracing::error!(id, "a released container is not removed: one of that name runs");
+        return;
+    }
     let removed = blocking(move || {
         if known && let Err(error) = runc.delete(&id, true) {
             tracing::error!(error = chain(&error), id, "the released container's state cannot be removed");

@@ -45,8 +45,16 @@ impl Hold {
 #[derive(Debug)]
 pub struct HookKeeper {
     hold: watch::Receiver<Hold>,
-    voice: Arc<Mutex<Option<OwnedWriteHalf>>>,
+    voice: Arc<Mutex<Voice>>,
     listening: JoinHandle<()>,
+}
+
+/// The way to the hook.
+#[derive(Debug, Default)]
+struct Voice {
+    hook: Option<OwnedWriteHalf>,
+    /// A hook that comes from now on is told to abort: CRIU may reach it after the decision.
+    aborted: bool,
 }
 
 impl HookKeeper {
@@ -61,7 +69,7 @@ impl HookKeeper {
         }
         let listener = UnixListener::bind(socket)?;
         let (sender, hold) = watch::channel(Hold::NotYet);
-        let voice = Arc::new(Mutex::new(None));
+        let voice = Arc::new(Mutex::new(Voice::default()));
         let listening = tokio::spawn(accept(listener, migration, sender, Arc::clone(&voice)));
         Ok(Self { hold, voice, listening })
     }
@@ -80,13 +88,26 @@ impl HookKeeper {
         }
     }
 
-    /// Tells the hook `seal`, `go` or `abort`.
+    /// Tells the hook `seal` or `go`.
     ///
     /// # Errors
     /// When no hook is there or it hung up.
     pub async fn tell(&self, word: &str) -> io::Result<()> {
-        match &mut *self.voice.lock().await {
-            Some(voice) => voice.write_all(format!("{word}\n").as_bytes()).await,
+        self.voice.lock().await.say(word).await
+    }
+
+    /// Tells the hook to abort, also one that comes later.
+    pub async fn abort(&self) {
+        let mut voice = self.voice.lock().await;
+        voice.aborted = true;
+        let _none_or_gone = voice.say("abort").await;
+    }
+}
+
+impl Voice {
+    async fn say(&mut self, word: &str) -> io::Result<()> {
+        match &mut self.hook {
+            Some(hook) => hook.write_all(format!("{word}\n").as_bytes()).await,
             None => Err(io::Error::new(io::ErrorKind::NotConnected, "no hook is there")),
         }
     }
@@ -98,12 +119,7 @@ impl Drop for HookKeeper {
     }
 }
 
-async fn accept(
-    listener: UnixListener,
-    migration: String,
-    hold: watch::Sender<Hold>,
-    voice: Arc<Mutex<Option<OwnedWriteHalf>>>,
-) {
+async fn accept(listener: UnixListener, migration: String, hold: watch::Sender<Hold>, voice: Arc<Mutex<Voice>>) {
     loop {
         match listener.accept().await {
             // One restore has one hook, so one conversation at a time is enough.
@@ -116,14 +132,9 @@ async fn accept(
     }
 }
 
-async fn converse(
-    stream: UnixStream,
-    migration: &str,
-    hold: &watch::Sender<Hold>,
-    voice: &Mutex<Option<OwnedWriteHalf>>,
-) {
+async fn converse(stream: UnixStream, migration: &str, hold: &watch::Sender<Hold>, voice: &Mutex<Voice>) {
     let (read, write) = stream.into_split();
-    *voice.lock().await = Some(write);
+    voice.lock().await.hook = Some(write);
     let mut lines = BufReader::new(read).lines();
     while let Ok(Some(line)) = lines.next_line().await {
         let before = hold.borrow().clone();
@@ -132,8 +143,12 @@ async fn converse(
             break;
         };
         hold.send_replace(said);
+        let mut voice = voice.lock().await;
+        if voice.aborted {
+            let _gone = voice.say("abort").await;
+        }
     }
-    *voice.lock().await = None;
+    voice.lock().await.hook = None;
     hold.send_replace(Hold::Gone);
 }
 

@@ -4,6 +4,7 @@
 //! nothing is looked at before the source's certificate was that of the node that the coordinator named.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -41,6 +42,8 @@ pub enum Arrival {
 /// Where one migration's data goes.
 #[derive(Debug)]
 pub struct Inbox {
+    /// What is being received, by its number in the transfer; none once nothing is taken any more.
+    open: Mutex<Option<HashMap<u32, Place>>>,
     source: Peer,
     images: PathBuf,
     layer: PathBuf,
@@ -54,7 +57,23 @@ impl Inbox {
     /// the empty folder `layer`.
     pub fn new(source: Peer, images: PathBuf, layer: PathBuf, layer_bytes: u64) -> Arc<Self> {
         let (arrival, _) = watch::channel(Arrival::Waiting);
-        Arc::new(Self { source, images, layer, layer_bytes, arrival, taken: Mutex::new(false) })
+        let open = Mutex::new(Some(HashMap::new()));
+        Arc::new(Self { open, source, images, layer, layer_bytes, arrival, taken: Mutex::new(false) })
+    }
+
+    /// Takes nothing any more. When this returns, nobody writes into the folders. Blocks for the disk at most.
+    pub fn shut(&self) {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner).take();
+        for place in open.into_iter().flatten().map(|(_, place)| place) {
+            if let Place::Layer(unpacking) = place {
+                let _incomplete = unpacking.finish();
+            }
+        }
+    }
+
+    fn with_open<T>(&self, work: impl FnOnce(&mut HashMap<u32, Place>) -> Result<T, Failure>) -> Result<T, Failure> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        work(open.as_mut().ok_or_else(|| failed(io::Error::other("the migration was aborted")))?)
     }
 
     /// To be told when the transfer ends.
@@ -102,14 +121,13 @@ impl Authorize for Admissions {
             return Err(refuse("this migration's data came already"));
         }
         drop(taken);
-        Ok(Box::new(Receiving { inbox, open: HashMap::new() }))
+        Ok(Box::new(Receiving { inbox }))
     }
 }
 
 /// One transfer as it comes in.
 struct Receiving {
     inbox: Arc<Inbox>,
-    open: HashMap<u32, Place>,
 }
 
 /// Where an object goes.
@@ -119,12 +137,76 @@ enum Place {
     Layer(Unpacking),
 }
 
+impl fmt::Debug for Place {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(match self {
+            Self::Image(_) => "Image",
+            Self::Pages(_) => "Pages",
+            Self::Layer(_) => "Layer",
+        })
+    }
+}
+
 fn failed(error: impl std::error::Error + 'static) -> Failure {
     Failure::from_error(FailureCode::Aborted, &error).in_phase("transfer")
 }
 
 impl Sink for Receiving {
     fn open(&mut self, id: u32, object: &Object) -> Result<(), Failure> {
+        let place = self.place(object)?;
+        self.inbox.with_open(|open| Ok(open.insert(id, place)))?;
+        Ok(())
+    }
+
+    fn data(&mut self, id: u32, _offset: u64, data: Bytes) -> Result<(), Failure> {
+        self.inbox.with_open(|open| match open.get_mut(&id) {
+            Some(Place::Image(file)) => file.write_all(&data).map_err(failed),
+            Some(Place::Layer(unpacking)) => {
+                unpacking.write(data);
+                Ok(())
+            }
+            Some(Place::Pages(_)) | None => Err(failed(io::Error::other("data for what takes none"))),
+        })
+    }
+
+    fn pages(&mut self, run: PageRun) -> Result<(), Failure> {
+        self.inbox.with_open(|open| {
+            let Some(Place::Pages(pages)) = open.get_mut(&run.object) else {
+                return Err(failed(io::Error::other("pages for what takes none")));
+            };
+            let present = run.flags & page_flags::PRESENT != 0 && !run.absent;
+            if !present || run.flags & page_flags::PARENT != 0 {
+                return Err(failed(io::Error::other("pages of a parent image, and there is none")));
+            }
+            let placed = Run { address: run.vaddr, pages: run.count, flags: run.flags };
+            let is_zero = |index| usize::try_from(index).is_ok_and(|index| run.zero.is_zero(index));
+            pages.add(placed, is_zero, &run.bytes).map_err(failed)
+        })
+    }
+
+    fn close(&mut self, id: u32, _length: u64, _digest: u64) -> Result<(), Failure> {
+        self.inbox.with_open(|open| match open.remove(&id) {
+            Some(Place::Image(_)) => Ok(()),
+            Some(Place::Pages(pages)) => pages.finish().map_err(failed),
+            Some(Place::Layer(unpacking)) => unpacking.finish().map_err(failed),
+            None => Err(failed(io::Error::other("what is not open is closed"))),
+        })
+    }
+
+    fn end(self: Box<Self>) -> Result<(), Failure> {
+        let incomplete = || failed(io::Error::other("the transfer ends with open objects"));
+        self.inbox.with_open(|open| open.is_empty().then_some(()).ok_or_else(incomplete))?;
+        self.inbox.arrival.send_replace(Arrival::Complete);
+        Ok(())
+    }
+
+    fn abort(self: Box<Self>, reason: &Failure) {
+        self.inbox.arrival.send_replace(Arrival::Broken(reason.to_string()));
+    }
+}
+
+impl Receiving {
+    fn place(&self, object: &Object) -> Result<Place, Failure> {
         let place = match object {
             Object::ImageFile(name) => Place::Image(create(&self.inbox.images.join(name)).map_err(failed)?),
             Object::Pages { owner, id } => {
@@ -142,53 +224,7 @@ impl Sink for Receiving {
                 return Err(failed(io::Error::other(format!("no layer named {name} is expected"))));
             }
         };
-        self.open.insert(id, place);
-        Ok(())
-    }
-
-    fn data(&mut self, id: u32, _offset: u64, data: Bytes) -> Result<(), Failure> {
-        match self.open.get_mut(&id) {
-            Some(Place::Image(file)) => file.write_all(&data).map_err(failed),
-            Some(Place::Layer(unpacking)) => {
-                unpacking.write(data);
-                Ok(())
-            }
-            Some(Place::Pages(_)) | None => Err(failed(io::Error::other("data for what takes none"))),
-        }
-    }
-
-    fn pages(&mut self, run: PageRun) -> Result<(), Failure> {
-        let Some(Place::Pages(pages)) = self.open.get_mut(&run.object) else {
-            return Err(failed(io::Error::other("pages for what takes none")));
-        };
-        let present = run.flags & page_flags::PRESENT != 0 && !run.absent;
-        if !present || run.flags & page_flags::PARENT != 0 {
-            return Err(failed(io::Error::other("pages of a parent image, and there is none")));
-        }
-        let placed = Run { address: run.vaddr, pages: run.count, flags: run.flags };
-        let is_zero = |index| usize::try_from(index).is_ok_and(|index| run.zero.is_zero(index));
-        pages.add(placed, is_zero, &run.bytes).map_err(failed)
-    }
-
-    fn close(&mut self, id: u32, _length: u64, _digest: u64) -> Result<(), Failure> {
-        match self.open.remove(&id) {
-            Some(Place::Image(_)) => Ok(()),
-            Some(Place::Pages(pages)) => pages.finish().map_err(failed),
-            Some(Place::Layer(unpacking)) => unpacking.finish().map_err(failed),
-            None => Err(failed(io::Error::other("what is not open is closed"))),
-        }
-    }
-
-    fn end(self: Box<Self>) -> Result<(), Failure> {
-        if !self.open.is_empty() {
-            return Err(failed(io::Error::other("the transfer ends with open objects")));
-        }
-        self.inbox.arrival.send_replace(Arrival::Complete);
-        Ok(())
-    }
-
-    fn abort(self: Box<Self>, reason: &Failure) {
-        self.inbox.arrival.send_replace(Arrival::Broken(reason.to_string()));
+        Ok(place)
     }
 }
 

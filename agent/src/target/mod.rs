@@ -24,11 +24,12 @@ use podferry_common::identity::Peer;
 use podferry_criu::CriuLog;
 use podferry_network::{Announcer, ContainerLink, LinkHandle, Netns};
 use podferry_runtime::{CgroupsMode, RestoreRequest, RestoreStdio, RunningRestore};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, MutexGuard};
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio_util::sync::CancellationToken;
 
 use crate::context::{Context, blocking};
-use crate::journal::{PartDirs, PartRecord, Role, Standing};
+use crate::journal::{Ledger, PartDirs, PartRecord, Role, Standing};
 use crate::parts::Authority;
 use bundle::Bundle;
 use hook::{Hold, HookKeeper};
@@ -47,6 +48,8 @@ const ANNOUNCE_PAUSE: Duration = Duration::from_millis(250);
 pub const INTERFACE: &str = "eth0";
 /// How often a committed restore that dies is done again.
 const RESTORE_TRIES: u32 = 3;
+/// How long such a restore may take: minutes for a workload of hundreds of GiB, for ever for a CRIU that hangs.
+const HELD_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// What the coordinator wants of a target.
 #[derive(Clone, Debug)]
@@ -65,6 +68,14 @@ pub struct PrepareOrder {
     pub keep_connections: bool,
 }
 
+/// What became of a container that was told to go.
+enum Gone {
+    /// It runs, or has run.
+    Running,
+    /// It has not run.
+    Died(Failure),
+}
+
 /// The part.
 #[derive(Debug)]
 pub struct TargetPart {
@@ -77,9 +88,11 @@ pub struct TargetPart {
     hook: HookKeeper,
     /// None in an agent that was restarted: what had arrived by then is complete.
     inbox: Option<Arc<Inbox>>,
-    record: Mutex<PartRecord>,
+    ledger: Ledger,
     /// The restore that this agent started; a sealed one may be an earlier agent's.
     restore: Arc<Mutex<Option<RunningRestore>>>,
+    /// Bringing the layer to the disk, which goes on while the container is restored.
+    syncing: Mutex<Option<JoinHandle<podferry_filesystem::Result<()>>>>,
     cancelled: CancellationToken,
 }
 
@@ -100,12 +113,13 @@ impl TargetPart {
             workload: order.workload.clone(),
             standing: Standing::Open,
             tidied: false,
+            going: false,
             written: SystemTime::now(),
             role: Role::Target {
                 source_node: order.source_node.clone(),
                 keep_connections: order.keep_connections,
                 link,
-                mtu: order.link.as_ref().map(|link| link.mtu),
+                plan: order.link.clone(),
                 netns: netns.clone(),
             },
         };
@@ -113,14 +127,7 @@ impl TargetPart {
             dirs.create().map_err(|error| io_failed(context, &error))?;
             record.store(&dirs).map_err(|error| io_failed(context, &error))?;
             bundle.make_room().map_err(|error| io_failed(context, &error))?;
-            if let (Some(netns), Some(link)) = (&netns, &order.link) {
-                let plan = link.plan(&context.config.network.bridge, &host_interface);
-                podferry_network::create(netns, &plan).await.map_err(|error| {
-                    let what = "the container's network namespace cannot be made";
-                    context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("prepare")
-                })?;
-                set_mtu(netns, link.mtu.saturating_sub(1));
-            }
+            make_network(context, &record).await?;
             HookKeeper::listen(&dirs.hook_socket(), order.migration.to_string())
                 .map_err(|error| io_failed(context, &error))
         };
@@ -128,6 +135,9 @@ impl TargetPart {
             Ok(hook) => hook,
             Err(failure) => {
                 remove(context, &record, &bundle, &dirs).await?;
+                // An agent that is started later must not undo it again: the workload may be here by then.
+                record.standing = Standing::Aborted;
+                record.store(&dirs).map_err(|error| io_failed(context, &error))?;
                 return Err(failure);
             }
         };
@@ -136,6 +146,7 @@ impl TargetPart {
         context.admissions.expect(order.migration, Arc::clone(&inbox));
         Ok(Self {
             context: context.clone(),
+            ledger: Ledger::new(record, dirs.clone()),
             dirs,
             bundle,
             workload: order.workload,
@@ -143,8 +154,8 @@ impl TargetPart {
             keep_connections: order.keep_connections,
             hook,
             inbox: Some(inbox),
-            record: Mutex::new(record),
             restore: Arc::default(),
+            syncing: Mutex::default(),
             cancelled: CancellationToken::new(),
         })
     }
@@ -160,17 +171,20 @@ impl TargetPart {
         let hook = HookKeeper::listen(&dirs.hook_socket(), record.migration.to_string())
             .map_err(|error| io_failed(context, &error))?;
         let keep_connections = matches!(record.role, Role::Target { keep_connections: true, .. });
+        let (workload, migration) = (record.workload.clone(), record.migration);
+        let ledger = Ledger::new(record, dirs.clone());
         Ok(Self {
             context: context.clone(),
             dirs,
             bundle,
-            workload: record.workload.clone(),
-            migration: record.migration,
+            workload,
+            migration,
             keep_connections,
             hook,
             inbox: None,
-            record: Mutex::new(record),
+            ledger,
             restore: Arc::default(),
+            syncing: Mutex::default(),
             cancelled: CancellationToken::new(),
         })
     }
@@ -184,6 +198,8 @@ impl TargetPart {
         let work = async {
             self.arrived().await?;
             let begun = Instant::now();
+            let layer = self.bundle.upper();
+            *self.syncing.lock().await = Some(spawn_blocking(move || podferry_filesystem::sync(&layer)));
             self.start_restore().await?;
             self.until_held().await?;
             Ok(begun.elapsed().as_secs_f64() * 1e3)
@@ -239,12 +255,25 @@ impl TargetPart {
             if self.hook.until(LOOK, |hold| hold.pid().is_some()).await.pid().is_some() {
                 return Ok(());
             }
-            if let Some(restore) = &mut *self.restore.lock().await
-                && let Err(error) = restore.try_wait()
-            {
-                return Err(self.restore_failed(&error));
+            let mut running = self.restore.lock().await;
+            let Some(restore) = &mut *running else { continue };
+            if restore.try_wait().map_err(|error| self.restore_failed(&error))? {
+                drop(running);
+                self.clean_restore().await?;
+                let message = "the container ran without being held, and was killed: CRIU did not run podferry-hook";
+                return Err(self.refused(FailureCode::Internal, message, "restore"));
             }
         }
+    }
+
+    /// The layer is on the disk, as far as it has to be: the source's is wiped after the commit.
+    async fn synced(&self) -> Result<(), Failure> {
+        let Some(syncing) = self.syncing.lock().await.take() else { return Ok(()) };
+        let what = "the writable layer cannot be written to the disk";
+        let failed = |error: &(dyn std::error::Error + 'static)| {
+            self.context.failure(FailureCode::Aborted, what, error).in_phase("commit")
+        };
+        syncing.await.map_err(|error| failed(&error))?.map_err(|error| failed(&error))
     }
 
     /// From now on the part waits for the decision, whatever happens to this agent.
@@ -252,12 +281,13 @@ impl TargetPart {
     /// # Errors
     /// When the container is not held.
     pub async fn seal(&self) -> Result<(), Failure> {
-        let mut record = self.record.lock().await;
+        let mut record = self.ledger.lock().await;
         match record.standing {
             Standing::Sealed => return Ok(()),
             Standing::Open => {}
             other => return Err(self.wrong_standing("seal", other)),
         }
+        self.synced().await?;
         // A dead restore could be done again after the commit, but before it the source is the safer copy.
         self.check_restore().await?;
         let told = self.hook.tell("seal").await;
@@ -265,8 +295,7 @@ impl TargetPart {
         if told.is_err() || !matches!(sealed, Hold::Sealed { .. }) {
             return Err(self.refused(FailureCode::FailedPrecondition, "the container is not held", "commit"));
         }
-        record.standing = Standing::Sealed;
-        record.store(&self.dirs).map_err(|error| io_failed(&self.context, &error))
+        self.note(&mut record, |record| record.standing = Standing::Sealed)
     }
 
     /// The migration is committed and the source is dead: lets the container run, with its address. Returns its init.
@@ -274,56 +303,60 @@ impl TargetPart {
     /// # Errors
     /// When it does not come to run; to be called again.
     pub async fn resume(&self) -> Result<i32, Failure> {
-        let mut record = self.record.lock().await;
+        let mut record = self.ledger.lock().await;
         match record.standing {
-            Standing::Resumed => return self.running_init(),
+            Standing::Resumed => return Ok(self.init_pid()),
             Standing::Sealed => {}
             other => return Err(self.wrong_standing("resume", other)),
         }
-        let pid = self.let_go(&record).await?;
+        self.let_go(&mut record).await?;
         Self::announce(&record);
         restore_mtu(&record);
-        record.standing = Standing::Resumed;
-        record.store(&self.dirs).map_err(|error| io_failed(&self.context, &error))?;
+        self.note(&mut record, |record| record.standing = Standing::Resumed)?;
         self.context.admissions.forget(self.migration);
         self.dirs.wipe_volatile();
-        Ok(pid)
+        Ok(self.init_pid())
     }
 
-    /// Lets the held container go, with its link; restores it again when it is not there any more.
+    /// Lets the held container go, with its link; restores it again when it is not there any more and has not run.
     ///
     /// The link joins only for a copy that is about to run: the sockets of a dead one would answer clients with resets, or
     /// acknowledge what the next copy knows nothing of.
-    async fn let_go(&self, record: &PartRecord) -> Result<i32, Failure> {
-        let mut last = self.refused(FailureCode::Internal, "the held container is gone", "resume");
+    async fn let_go(&self, record: &mut MutexGuard<'_, PartRecord>) -> Result<(), Failure> {
         for _ in 0..RESTORE_TRIES {
+            let died = match self.go_once(record).await? {
+                Gone::Running => return self.join_link(record),
+                Gone::Died(failure) => failure,
+            };
+            tracing::error!(migration = %self.migration, failure = %died, "a committed restore died; restoring again");
+            self.part_link(record)?;
+            self.note(record, |record| record.going = false)?;
+            self.restore_again(record).await?;
+        }
+        Err(self.refused(FailureCode::Internal, "the committed restore dies again and again", "resume"))
+    }
+
+    /// Tells a held container to go, and waits until runc is done with it. Whoever has been told may have run, so only
+    /// runc's own failure, or the death of everything there was, says that it died.
+    async fn go_once(&self, record: &mut MutexGuard<'_, PartRecord>) -> Result<Gone, Failure> {
+        if !record.going {
             // After this agent's restart a sealed hook finds it within 100 ms.
             let hold = self.hook.until(HOOK_TIMEOUT, |hold| *hold != Hold::NotYet).await;
-            let gone = match hold {
-                Hold::Held { .. } | Hold::Sealed { .. } => match self.check_restore().await {
-                    Ok(()) => {
-                        self.join_link(record)?;
-                        self.hook.tell("go").await.is_err()
-                    }
-                    Err(failure) => {
-                        last = failure;
-                        true
-                    }
-                },
-                // It may have gone because an earlier agent told it so.
-                Hold::Gone | Hold::NotYet => self.running_init().is_err(),
-            };
-            if !gone {
-                match self.until_running().await {
-                    Ok(pid) => return self.join_link(record).map(|()| pid),
-                    Err(failure) => last = failure,
-                }
+            if hold.pid().is_none() {
+                return Ok(Gone::Died(self.refused(FailureCode::Internal, "the held container is gone", "resume")));
             }
-            tracing::error!(migration = %self.migration, failure = %last, "a committed restore died; restoring again");
-            self.part_link(record)?;
-            self.restore_again().await?;
+            if let Err(failure) = self.check_restore().await {
+                return Ok(Gone::Died(failure));
+            }
+            self.note(record, |record| record.going = true)?;
+            self.join_link(record)?;
+            // One that hung up just now is seen by what becomes of its restore.
+            let _seen_below = self.hook.tell("go").await;
+        } else if self.hook.until(Duration::ZERO, |_| true).await.pid().is_some() {
+            // An earlier agent died between its note and its word.
+            let _seen_below = self.hook.tell("go").await;
         }
-        Err(last)
+        self.until_running().await
     }
 
     /// Fails when the restore has died.
@@ -334,26 +367,52 @@ impl TargetPart {
         }
     }
 
-    async fn restore_again(&self) -> Result<(), Failure> {
+    async fn restore_again(&self, record: &PartRecord) -> Result<(), Failure> {
         self.clean_restore().await?;
+        // Sockets of the dead copy may linger in its network namespace, and the next one needs their addresses.
+        remove_network(&self.context, record).await?;
+        make_network(&self.context, record).await?;
         self.start_restore().await?;
-        self.until_held().await
+        let held = tokio::time::timeout(HELD_TIMEOUT, self.until_held()).await;
+        held.map_err(|error| {
+            let what = "the container is not restored in time";
+            self.context.failure(FailureCode::DeadlineExceeded, what, &error).in_phase("resume")
+        })?
     }
 
-    async fn until_running(&self) -> Result<i32, Failure> {
+    async fn until_running(&self) -> Result<Gone, Failure> {
         let begun = Instant::now();
         while begun.elapsed() < END_TIMEOUT {
             let ended = match &mut *self.restore.lock().await {
-                Some(restore) => restore.try_wait().map_err(|error| self.restore_failed(&error))?,
-                // An earlier agent's: runc writes the pid when it is done.
-                None => self.pid_file().is_file(),
+                Some(restore) => restore.try_wait().map_err(|error| self.restore_failed(&error)),
+                None => self.earlier_restore_ended(),
             };
-            if ended {
-                return self.running_init();
+            match ended {
+                Ok(true) => {
+                    if self.init_pid() == 0 {
+                        tracing::warn!(migration = %self.migration, workload = self.workload, "the container ran, and ended");
+                    }
+                    return Ok(Gone::Running);
+                }
+                Ok(false) => tokio::time::sleep(Duration::from_micros(500)).await,
+                Err(failure) => return Ok(Gone::Died(failure)),
             }
-            tokio::time::sleep(Duration::from_micros(500)).await;
         }
         Err(self.refused(FailureCode::DeadlineExceeded, "runc does not end its restore", "resume"))
+    }
+
+    /// Whether a restore that an earlier agent started is done: runc writes the pid then. It has died when nothing of it is
+    /// left.
+    fn earlier_restore_ended(&self) -> Result<bool, Failure> {
+        if self.pid_file().is_file() {
+            return Ok(true);
+        }
+        let runc = self.context.runc(self.context.config.runc_root());
+        let left = runc.container(&self.workload).and_then(|container| container.processes());
+        match left {
+            Ok(processes) if !processes.is_empty() => Ok(false),
+            _ => Err(self.refused(FailureCode::Internal, "an earlier agent's restore is gone", "resume")),
+        }
     }
 
     /// Undoes everything.
@@ -361,7 +420,7 @@ impl TargetPart {
     /// # Errors
     /// When something stays; to be called again.
     pub async fn abort(&self, authority: Authority) -> Result<(), Failure> {
-        let mut record = self.record.lock().await;
+        let mut record = self.ledger.lock().await;
         match record.standing {
             Standing::Aborted => return Ok(()),
             Standing::Open => {}
@@ -370,18 +429,24 @@ impl TargetPart {
         }
         self.cancelled.cancel();
         self.context.admissions.forget(self.migration);
-        let _gone_already = self.hook.tell("abort").await;
+        if let Some(inbox) = self.inbox.clone() {
+            blocking(move || {
+                inbox.shut();
+                Ok(())
+            })
+            .await?;
+        }
+        self.hook.abort().await;
         self.clean_restore().await?;
         remove(&self.context, &record, &self.bundle, &self.dirs).await?;
-        record.standing = Standing::Aborted;
-        record.store(&self.dirs).map_err(|error| io_failed(&self.context, &error))
+        self.note(&mut record, |record| record.standing = Standing::Aborted)
     }
 
     /// Ends a restore, if there is one, and removes what it made.
     async fn clean_restore(&self) -> Result<(), Failure> {
         let running = self.restore.lock().await.take();
         let context = self.context.clone();
-        let (workload, bundle) = (self.workload.clone(), self.bundle.dir.clone());
+        let (workload, bundle, work) = (self.workload.clone(), self.bundle.dir.clone(), self.dirs.work.clone());
         blocking(move || {
             if let Some(mut restore) = running {
                 let ended = restore.wait_until(Instant::now() + END_TIMEOUT);
@@ -391,6 +456,10 @@ impl TargetPart {
                 }
             }
             let runc = context.runc(context.config.runc_root());
+            // What has another origin is not ours to kill.
+            if runc.restores_from(&workload).map_err(|error| cleanup_failed(&context, &error))? != Some(work) {
+                return Ok(());
+            }
             runc.cleanup_killed_restore(&workload, &bundle).map_err(|error| cleanup_failed(&context, &error))
         })
         .await
@@ -426,18 +495,24 @@ impl TargetPart {
         }
     }
 
-    fn running_init(&self) -> Result<i32, Failure> {
+    /// The container's init; 0 when it does not run.
+    fn init_pid(&self) -> i32 {
         let runc = self.context.runc(self.context.config.runc_root());
-        let container = runc.container(&self.workload).map_err(|error| self.restore_failed(&error))?;
-        match container.init.filter(|_| container.is_alive()) {
-            Some(init) => Ok(init.pid),
-            None => Err(self.refused(FailureCode::Internal, "the restored container does not run", "resume")),
-        }
+        let container = runc.container(&self.workload).ok();
+        container.filter(podferry_runtime::Container::is_alive).and_then(|now| now.init).map_or(0, |init| init.pid)
     }
 
     /// Where the part stands.
-    pub async fn standing(&self) -> Standing {
-        self.record.lock().await.standing
+    pub fn standing(&self) -> Standing {
+        self.ledger.standing()
+    }
+
+    fn note(
+        &self,
+        record: &mut MutexGuard<'_, PartRecord>,
+        change: impl FnOnce(&mut PartRecord),
+    ) -> Result<(), Failure> {
+        self.ledger.change(record, change).map_err(|error| io_failed(&self.context, &error))
     }
 
     /// Whether the container is held.
@@ -517,24 +592,46 @@ fn restore_from(
 
 /// Removes what a target part made apart from the restore itself. Idempotent.
 async fn remove(context: &Context, record: &PartRecord, bundle: &Bundle, dirs: &PartDirs) -> Result<(), Failure> {
+    let runc = context.runc(context.config.runc_root());
+    if runc.container(&record.workload).is_ok_and(|container| container.is_alive()) {
+        let message = format!("a container named {} runs, which this migration did not restore", record.workload);
+        return Err(context.refusal(FailureCode::FailedPrecondition, message).in_phase("rollback"));
+    }
     bundle.dismantle().map_err(|error| {
         context.failure(FailureCode::Internal, "the writable layer cannot be removed", &error).in_phase("rollback")
     })?;
-    if let Role::Target { netns: Some(netns), link: Some(link), .. } = &record.role {
-        podferry_network::destroy(netns, &link.host_interface).await.map_err(|error| {
-            let what = "the container's network namespace cannot be removed";
-            context.failure(FailureCode::Internal, what, &error).in_phase("rollback")
-        })?;
-    }
+    remove_network(context, record).await?;
     dirs.wipe_volatile();
     Ok(())
+}
+
+/// Makes the network namespace and link of an arriving container, when it brings its own.
+async fn make_network(context: &Context, record: &PartRecord) -> Result<(), Failure> {
+    let Role::Target { netns: Some(netns), link: Some(link), plan: Some(container), .. } = &record.role else {
+        return Ok(());
+    };
+    let plan = container.plan(&context.config.network.bridge, &link.host_interface);
+    podferry_network::create(netns, &plan).await.map_err(|error| {
+        let what = "the container's network namespace cannot be made";
+        context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("prepare")
+    })?;
+    set_mtu(netns, container.mtu.saturating_sub(1));
+    Ok(())
+}
+
+async fn remove_network(context: &Context, record: &PartRecord) -> Result<(), Failure> {
+    let Role::Target { netns: Some(netns), link: Some(link), .. } = &record.role else { return Ok(()) };
+    podferry_network::destroy(netns, &link.host_interface).await.map_err(|error| {
+        let what = "the container's network namespace cannot be removed";
+        context.failure(FailureCode::Internal, what, &error).in_phase("rollback")
+    })
 }
 
 /// CRIU restores sockets with a maximum segment size of 524 bytes, and idle ones keep it until their route's MTU changes:
 /// so it is one lower during the restore and as it was from the resume on.
 fn restore_mtu(record: &PartRecord) {
-    if let Role::Target { netns: Some(netns), mtu: Some(mtu), .. } = &record.role {
-        set_mtu(netns, *mtu);
+    if let Role::Target { netns: Some(netns), plan: Some(plan), .. } = &record.role {
+        set_mtu(netns, plan.mtu);
     }
 }
 

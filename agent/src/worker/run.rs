@@ -218,8 +218,8 @@ impl Dump {
 
     fn undone(&mut self, error: &CriuError) -> Stage {
         let mut left = Vec::new();
-        if self.record.sealed {
-            self.thaw();
+        if self.record.sealed && !self.thaw() {
+            left.push("the container's cgroup is still frozen".to_owned());
         }
         self.join_link();
         if self.link_cut.is_some() {
@@ -256,11 +256,11 @@ impl Dump {
         }
     }
 
-    fn thaw(&self) {
+    fn thaw(&self) -> bool {
         let thawed = Freezer::of(&self.container).and_then(|freezer| freezer.thaw(FENCE_TIMEOUT));
-        if let Err(error) = thawed {
-            tracing::error!(error = chain(&error), "the container's cgroup cannot be thawed");
-        }
+        thawed
+            .inspect_err(|error| tracing::error!(error = chain(error), "the container's cgroup cannot be thawed"))
+            .is_ok()
     }
 
     fn note(&self) {
@@ -277,7 +277,7 @@ impl Dump {
 fn stop_all(container: &Container) -> bool {
     let begun = Instant::now();
     while begun.elapsed() < DEATH_WARNING {
-        kill_once(container);
+        let _tried_again = kill_once(container);
         if container.cgroups.processes().is_ok_and(|processes| processes.is_empty()) {
             return true;
         }
@@ -292,7 +292,7 @@ pub fn kill_all(container: &Container) {
     let begun = Instant::now();
     let mut warned = false;
     loop {
-        if kill_once(container) == 0 && !container.is_alive() {
+        if kill_once(container).is_ok_and(|left| left == 0) && !container.is_alive() {
             return;
         }
         if !warned && begun.elapsed() > DEATH_WARNING {
@@ -304,9 +304,11 @@ pub fn kill_all(container: &Container) {
 }
 
 /// Sends every task its end, then thaws the cgroup: none runs another instruction of its program. Returns how many there
-/// were.
-fn kill_once(container: &Container) -> usize {
-    let processes = container.cgroups.processes().unwrap_or_default();
+/// were. When they cannot be listed nothing is thawed: who was sent nothing would run.
+fn kill_once(container: &Container) -> Result<usize, podferry_runtime::Error> {
+    let processes = container.cgroups.processes().inspect_err(|error| {
+        tracing::error!(error = chain(error), container = container.id, "a container's processes cannot be listed");
+    })?;
     for pid in &processes {
         if let Some(pid) = rustix::process::Pid::from_raw(*pid) {
             let _gone_already = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
@@ -317,7 +319,7 @@ fn kill_once(container: &Container) -> usize {
     {
         tracing::debug!(error = chain(&error), "thawing killed tasks");
     }
-    processes.len()
+    Ok(processes.len())
 }
 
 fn open_dir(path: &std::path::Path) -> Result<File, CriuError> {

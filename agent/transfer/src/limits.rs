@@ -14,6 +14,8 @@ pub const MAX_MESSAGE_LENGTH: usize = MAX_RAW_LENGTH + MAX_HEAD_LENGTH;
 pub const MAX_NAME_LENGTH: usize = 128;
 /// The most objects of one transfer.
 pub const MAX_OBJECTS: usize = 1 << 16;
+/// The most objects of one transfer that are open at the same time: each may be two files at the receiver.
+pub const MAX_OPEN: usize = 16;
 /// The most bytes of a reason to give up.
 pub const MAX_REASON_LENGTH: usize = 1 << 10;
 /// The most bytes of one answer of the receiver's.

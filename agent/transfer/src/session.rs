@@ -10,7 +10,7 @@ use twox_hash::XxHash3_64;
 
 use crate::compression::Unpacker;
 use crate::frame::{FrameError, Received};
-use crate::limits::{MAX_OBJECTS, MAX_REASON_LENGTH, PAGE_SIZE};
+use crate::limits::{MAX_OBJECTS, MAX_OPEN, MAX_REASON_LENGTH, PAGE_SIZE};
 use crate::object::Object;
 use crate::zero::ZeroMap;
 
@@ -145,7 +145,7 @@ impl Session {
     fn open(&mut self, id: u32, open: &TransferOpen) -> Result<Event, FrameError> {
         let refuse = |state| Err(FrameError::Object { what: "Open", object: id, state });
         let object = Object::try_from(open.clone())?;
-        if self.numbers.len() >= MAX_OBJECTS {
+        if self.numbers.len() >= MAX_OBJECTS || self.open.len() >= MAX_OPEN {
             return refuse("one more than allowed");
         }
         if id == 0 || !self.numbers.insert(id) {

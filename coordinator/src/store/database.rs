@@ -202,9 +202,10 @@ impl Store {
         all.iter().map(|(id, bytes)| parse(id, bytes)).collect()
     }
 
-    /// How a migration was decided. One that was never recorded has not touched anything: abort.
+    /// How a migration was decided. Of one that was never recorded nothing is known: every migration is recorded before an
+    /// agent hears of it, so this store is not the one that it was recorded in, and that one may have the commit.
     pub fn decision(&self, id: MigrationId) -> Result<Decision, StoreError> {
-        Ok(self.get(id)?.map_or(Decision::Abort, |record| record.state.decision()))
+        Ok(self.get(id)?.map_or(Decision::Undecided, |record| record.state.decision()))
     }
 
     /// What happened in a migration, oldest first.
@@ -451,7 +452,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path()).unwrap();
         let mut first = record("cart", "a", "b");
-        assert_eq!(store.decision(first.id).unwrap(), Decision::Abort, "never recorded");
+        assert_eq!(store.decision(first.id).unwrap(), Decision::Undecided, "never recorded");
         store.create(&first, 2).unwrap().unwrap();
         assert_eq!(store.decision(first.id).unwrap(), Decision::Undecided);
         assert_eq!(store.place(&first.workload).unwrap(), None);

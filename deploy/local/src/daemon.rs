@@ -15,7 +15,7 @@ use crate::error::{Error, FileContext, Result};
 use crate::process::{self, ProcessId};
 
 /// How long a daemon may take to end after a signal that ends it.
-const END_DEADLINE: Duration = Duration::from_secs(10);
+const END_DEADLINE: Duration = Duration::from_secs(60);
 /// How many lines of a log an error shows.
 const TAIL_LINES: usize = 30;
 

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use faults::sampler::Sampler;
-use faults::stage::{Begun, NAME, NODES, PROGRAM, Stage, Stopped, agent, standing};
+use faults::stage::{Begun, LogTail, NAME, NODES, PROGRAM, Stage, Stopped, agent, standing};
 use faults::{options, processes, redis, serial, wait_every, wait_for};
 use podferry_local::{LocalCluster, ProcessId, Signal};
 
@@ -281,6 +281,52 @@ fn runc_restore_may_be_killed() {
 #[test]
 fn the_criu_that_restores_may_be_killed() {
     cases(Victim::CriuOfRestore, &ALL[4..]);
+}
+
+/// A lost record may have been a commit: both copies stand still until an operator decides, and then one runs on.
+#[test]
+fn a_lost_record_leaves_the_decision_to_the_operator() {
+    let _one_at_a_time = serial();
+    let mut stage = Stage::up(MEMORY);
+    for word in ["abort", "commit"] {
+        let halted = halt_at(&mut stage, Moment::Sealed);
+        kill(&stage, Victim::Coordinator);
+        halted.stopped.all_go_on();
+        fs::remove_file(stage.cluster.coordinator().folder().join("state/coordinator.redb")).unwrap();
+        stage.restart_coordinator();
+        let asked = LogTail::of(stage.cluster.coordinator().log().to_owned());
+        let before = stage.counting.as_ref().unwrap().last();
+        asked.wait(&format!("decision asked for peer=agent {} migration={}", NODES[0], halted.id));
+        asked.wait(&format!("decision asked for peer=agent {} migration={}", NODES[1], halted.id));
+        thread::sleep(Duration::from_millis(200));
+        for node in [stage.source(), stage.target()] {
+            assert_eq!(standing(&node, &halted.id).as_deref(), Some("sealed"));
+        }
+        assert_eq!(stage.counting.as_ref().unwrap().last(), before, "a copy ran before anybody decided");
+        decide(&stage, &halted.id, word);
+        if word == "commit" {
+            stage.at = 1 - stage.at;
+        }
+        stage.assert_sound(&format!("after the operator's {word}"));
+        stage.migrate();
+        stage.counting.as_ref().unwrap().assert_alive("after the migration that followed");
+    }
+}
+
+/// Decides on both nodes, first where a copy has to go.
+fn decide(stage: &Stage, id: &str, word: &str) {
+    let nodes = match word {
+        "commit" => [(stage.source(), "released"), (stage.target(), "resumed")],
+        _ => [(stage.target(), "aborted"), (stage.source(), "aborted")],
+    };
+    for (node, end) in nodes {
+        let agent = podferry_local::default_binaries().join("podferry-agent");
+        let (agent, config) = (agent.display().to_string(), node.agent_config().display().to_string());
+        node.check([agent.as_str(), "--config", &config, "decide", id, word]).unwrap();
+        wait_for("the word to be followed", || (standing(&node, id)? == end).then_some(()));
+        let again = node.exec([agent.as_str(), "--config", &config, "decide", id, word]).unwrap();
+        assert!(!again.status.success() && again.stderr.contains("waits for no decision"), "{}", again.stderr);
+    }
 }
 
 /// The other tests rely on it.
