@@ -41,6 +41,8 @@ const LOOK: Duration = Duration::from_millis(2);
 const HOOK_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a restore that was told to abort, or to go, gets to end.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long runc gets to notice that its CRIU is dead.
+const GONE_TIMEOUT: Duration = Duration::from_millis(200);
 /// How often an address is announced after the first time, and the pause before each.
 const ANNOUNCEMENTS: u32 = 3;
 const ANNOUNCE_PAUSE: Duration = Duration::from_millis(250);
@@ -259,7 +261,7 @@ impl TargetPart {
             let Some(restore) = &mut *running else { continue };
             if restore.try_wait().map_err(|error| self.restore_failed(&error))? {
                 drop(running);
-                self.clean_restore().await?;
+                self.clean_restore(Duration::ZERO).await?;
                 let message = "the container ran without being held, and was killed: CRIU did not run podferry-hook";
                 return Err(self.refused(FailureCode::Internal, message, "restore"));
             }
@@ -368,7 +370,7 @@ impl TargetPart {
     }
 
     async fn restore_again(&self, record: &PartRecord) -> Result<(), Failure> {
-        self.clean_restore().await?;
+        self.clean_restore(self.patience()).await?;
         // Sockets of the dead copy may linger in its network namespace, and the next one needs their addresses.
         remove_network(&self.context, record).await?;
         make_network(&self.context, record).await?;
@@ -436,20 +438,21 @@ impl TargetPart {
             })
             .await?;
         }
+        let patience = self.patience();
         self.hook.abort().await;
-        self.clean_restore().await?;
+        self.clean_restore(patience).await?;
         remove(&self.context, &record, &self.bundle, &self.dirs).await?;
         self.note(&mut record, |record| record.standing = Standing::Aborted)
     }
 
     /// Ends a restore, if there is one, and removes what it made.
-    async fn clean_restore(&self) -> Result<(), Failure> {
+    async fn clean_restore(&self, patience: Duration) -> Result<(), Failure> {
         let running = self.restore.lock().await.take();
         let context = self.context.clone();
         let (workload, bundle, work) = (self.workload.clone(), self.bundle.dir.clone(), self.dirs.work.clone());
         blocking(move || {
             if let Some(mut restore) = running {
-                let ended = restore.wait_until(Instant::now() + END_TIMEOUT);
+                let ended = restore.wait_until(Instant::now() + patience);
                 if matches!(ended, Ok(false)) {
                     tracing::warn!(workload, "a restore does not end by itself; killing it");
                     restore.kill_and_clean().map_err(|error| cleanup_failed(&context, &error))?;
@@ -493,6 +496,12 @@ impl TargetPart {
             Ok(announcer) => drop(tokio::spawn(async move { announcer.repeat(ANNOUNCEMENTS, ANNOUNCE_PAUSE).await })),
             Err(error) => tracing::warn!(error = chain(&error), "the container's address cannot be announced"),
         }
+    }
+
+    /// How long a restore gets to end by itself. A hook that went without having been told to has lost its CRIU, and runc
+    /// takes ten seconds to see that.
+    fn patience(&self) -> Duration {
+        if self.hook.hold() == Hold::Gone { GONE_TIMEOUT } else { END_TIMEOUT }
     }
 
     /// The container's init; 0 when it does not run.
