@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs all tests of the workspace and sums them up: cargo's own lines, then one line of JSON, then `N passed, N failed`.
-# Exits non-zero when a test failed, did not compile, or none ran. Started by `make test` under run.sh.
+# Runs all tests of the workspace and sums them up: cargo's own lines, then one line of JSON. Exits non-zero when a test
+# failed, did not compile, or none ran. Started by `make test` under run.sh.
 #
 #   test.sh [CARGO-TEST-ARGUMENT...]
 set -euo pipefail
@@ -70,10 +70,10 @@ main() {
     fi
     [[ $failed -eq 0 && $status -eq 0 ]] || verdict=false
     [[ $status -ne 0 || $failed -eq 0 ]] || status=1
+    # For .ci/run, which ends with it.
+    printf '%d passed, %d failed\n' "$passed" "$failed" >"$PODFERRY_STATE/test-totals"
     printf '{"ok": %s, "passed": %d, "failed": %d, "ignored": %d, "seconds": %d}\n' \
         "$verdict" "$passed" "$failed" "$ignored" "$((SECONDS - seconds))"
-    # Kept for .ci/run, which shows it again after what make says of a failure.
-    printf '%d passed, %d failed\n' "$passed" "$failed" | tee "$PODFERRY_STATE/test-totals"
     return "$status"
 }
 
