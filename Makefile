@@ -7,7 +7,9 @@ SHELL := /bin/bash
 SETUP := deploy/setup/setup.sh
 # Puts the project's CRIU and runc first on PATH, and cargo behind them.
 RUN := deploy/setup/run.sh
-RELEASE := $(or $(CARGO_TARGET_DIR),target)/release
+# Told to cargo, too: its configuration may name another.
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+RELEASE := $(TARGET)/release
 
 .PHONY: help setup build demo test local-up local-down bench-stream bench-warm lint
 
@@ -24,8 +26,8 @@ setup:
 	@$(SETUP)
 
 build: setup
-	@$(RUN) cargo build --locked --release -p podferry-agent -p podferry-coordinator -p podferry -p podferry-bench \
-		-p podferry-workloads -p podferry-runtime -p podferry-local
+	@$(RUN) cargo build --locked --release --target-dir $(TARGET) -p podferry-agent -p podferry-coordinator -p podferry \
+		-p podferry-bench -p podferry-workloads -p podferry-runtime -p podferry-local
 
 demo: build
 	@$(RUN) $(RELEASE)/podferry-bench demo

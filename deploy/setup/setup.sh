@@ -52,16 +52,48 @@ install_missing() {
     [[ ${#missing[@]} -eq 0 ]] || apt_install "${missing[@]}"
 }
 
+# CRIU starts its action script by a shell, overlayfs takes commas and colons in its options for its own, and PATH the
+# colons: folders that need quoting are refused here, before anything fails in the middle.
+check_folders() {
+    local folder
+    for folder in "$PODFERRY_ROOT" "${CARGO_TARGET_DIR:-}"; do
+        if [[ $folder == *[[:space:][:cntrl:]\'\"\\\`:,\;\$\&\|\<\>\(\)\*\?\[\]\{\}\!\#]* ]]; then
+            die "the folder '$folder' has blanks or punctuation that a shell, make or overlayfs gives a meaning of its own:" \
+                "use one without, for example /opt/podferry"
+        fi
+    done
+}
+
 cargo_version() { cargo --version 2>/dev/null | awk '{ print $2 }'; }
 
-# A Rust of the project's own where the host's is missing or old: run.sh finds it, and the host's own stays as it is.
+# The parts of a toolchain that `make lint` and `.ci/run` use and that distributions pack apart from cargo.
+has_cargo_parts() { cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1; }
+
+# A Rust of the project's own where the host's is missing, old or incomplete: run.sh finds it, and the host's own stays as
+# it is.
 ensure_cargo() {
-    version_at_least "$(cargo_version)" "$CARGO_MINIMUM" && return
-    log "cargo $CARGO_MINIMUM or newer is needed, found '$(cargo_version)': installing Rust $RUST_VERSION into $PODFERRY_RUST"
-    install_rust || die "Rust could not be installed from $RUSTUP_URL: install it from https://rustup.rs and run this again"
-    use_own_rust
-    hash -r
-    version_at_least "$(cargo_version)" "$CARGO_MINIMUM" || die "the Rust in $PODFERRY_RUST does not run on this machine"
+    local lacks=''
+    if ! version_at_least "$(cargo_version)" "$CARGO_MINIMUM"; then
+        lacks="cargo $CARGO_MINIMUM or newer is needed, found '$(cargo_version)'"
+    elif ! has_cargo_parts; then
+        lacks="cargo $(cargo_version) has no rustfmt or no clippy"
+    else
+        return 0
+    fi
+    log "$lacks: installing Rust $RUST_VERSION into $PODFERRY_RUST"
+    if install_rust; then
+        use_own_rust
+        hash -r
+    elif version_at_least "$(cargo_version)" "$CARGO_MINIMUM"; then
+        # Enough to build and to test.
+        log "warning: Rust could not be installed from $RUSTUP_URL, and without rustfmt and clippy \`make lint\` fails:" \
+            "install them beside $(command -v cargo)"
+        return 0
+    else
+        die "Rust could not be installed from $RUSTUP_URL: install it from https://rustup.rs and run this again"
+    fi
+    { version_at_least "$(cargo_version)" "$CARGO_MINIMUM" && has_cargo_parts; } ||
+        die "the Rust in $PODFERRY_RUST does not run on this machine"
 }
 
 install_rust() {
@@ -171,6 +203,7 @@ verify() {
 
 main() {
     require_root
+    check_folders
     mkdir -p "$PODFERRY_STATE/cache"
     exec 9>"$PODFERRY_STATE/setup.lock"
     flock -w 1200 9 || die "another setup.sh holds $PODFERRY_STATE/setup.lock for 20 minutes"
