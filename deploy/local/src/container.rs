@@ -9,7 +9,7 @@ use crate::error::{Error, FileContext, Result};
 use crate::network::{GATEWAY, NETNS_FOLDER, NODE_BRIDGE, PREFIX_LENGTH};
 use crate::node::Node;
 use crate::process::{self, ProcessId};
-use crate::workload::{Workload, check_label};
+use crate::workload::{Network, Workload, check_label};
 
 /// Where runc keeps its state on a node; a tmpfs of the node's own.
 pub const RUNC_ROOT: &str = "/run/runc";
@@ -72,7 +72,7 @@ impl Node {
         Ok(bundle)
     }
 
-    /// Makes the bundle, mounts its root filesystem, makes the network namespace and runs the container.
+    /// Makes the bundle, mounts its root filesystem, makes the network namespace of a linked one and runs the container.
     pub fn start_workload(&self, workload: &Workload) -> Result<Container> {
         let bundle = self.prepare_workload(workload)?;
         self.run_prepared(workload, &bundle).inspect_err(|_| {
@@ -84,7 +84,9 @@ impl Node {
     fn run_prepared(&self, workload: &Workload, bundle: &Path) -> Result<Container> {
         let name = &workload.name;
         self.mount_rootfs(bundle)?;
-        self.make_container_network(workload)?;
+        if workload.network == Network::Linked {
+            self.make_container_network(workload)?;
+        }
         let log = self.container_logs().join(format!("{name}.log"));
         self.create(workload, bundle, &log)?;
         self.runc(&["start", name])?.success()?;
@@ -160,6 +162,9 @@ impl Node {
         }
         self.unmount_all(&rootfs)?;
         if self.on_machine(Path::new(NETNS_FOLDER)).join(name).exists() {
+            // The kernel dismantles a namespace some time after its deletion. Until then its link would answer for an
+            // address that somebody else may have been given.
+            self.exec(["ip", "-netns", name, "link", "delete", "eth0"])?;
             self.check(["ip", "netns", "delete", name])?;
         }
         let bundle = self.on_machine(&self.bundle(name));
