@@ -10,7 +10,8 @@
 //! It is one flat network, so a container keeps its address on any node. A node also has its own mount, pid, uts and ipc
 //! namespaces, whose first process is `podferry-node-init`: `/proc`, `/run` (with runc's state and the names of network
 //! namespaces) and the images of migrations are its own, files elsewhere are the machine's. Its containers' cgroups are
-//! below `/podferry-local-S-NODE`. Nothing is made in the machine's own network namespace.
+//! below `/podferry-local-S-NODE`. Nothing is made in the machine's own network namespace. Everybody has a certificate of
+//! the cluster's own authority for a day, and a new one after half of it.
 //!
 //! ```no_run
 //! use podferry_local::{LocalCluster, Options, Workload};
@@ -27,6 +28,7 @@
 //! ```
 
 mod census;
+mod certificates;
 mod cgroup;
 mod cluster;
 pub mod command;
@@ -47,7 +49,8 @@ pub use oci_spec;
 pub use rustix::process::Signal;
 
 pub use census::{Census, Change, Counts, Difference};
-pub use cluster::{CLIENT_USER, COORDINATOR_PORT, Coordinator, LocalCluster, Options};
+pub use certificates::{CLIENT_USER, keep_certificates};
+pub use cluster::{COORDINATOR_PORT, Coordinator, LocalCluster, Options};
 pub use command::Output;
 pub use container::{Container, RUNC_ROOT};
 pub use error::{Error, Result};
@@ -58,7 +61,7 @@ pub use network::{
 pub use node::{AGENT_PORT, Node};
 pub use place::{Place, Running};
 pub use process::ProcessId;
-pub use workload::{BindMount, Workload};
+pub use workload::{BindMount, Network, Workload};
 
 /// The folder of the workspace that this program was built from.
 pub fn workspace_root() -> PathBuf {

@@ -27,6 +27,18 @@ pub struct BindMount {
     pub read_only: bool,
 }
 
+/// Which network a container is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Network {
+    /// A namespace of its own that its specification gives by path, linked to the node's bridge. It moves along.
+    #[default]
+    Linked,
+    /// A namespace that runc makes, with a loopback and nothing else.
+    Lonely,
+    /// The node's own, so that its address is the node's.
+    OfNode,
+}
+
 /// A container to be run on a node, or to be awaited by one.
 #[derive(Debug, Clone)]
 pub struct Workload {
@@ -40,8 +52,10 @@ pub struct Workload {
     pub env: Vec<String>,
     /// The working directory in the container.
     pub cwd: PathBuf,
-    /// Its address on the flat network, from [`crate::FIRST_CONTAINER_ADDRESS`] on.
+    /// Its address on the flat network, from [`crate::FIRST_CONTAINER_ADDRESS`] on; counts when it is linked.
     pub ip: Ipv4Addr,
+    /// Its network; linked by default.
+    pub network: Network,
     /// What of the machine it sees besides its root filesystem.
     pub mounts: Vec<BindMount>,
     /// Whether its standard streams are a terminal.
@@ -69,6 +83,7 @@ impl Workload {
             env: Vec::new(),
             cwd: PathBuf::from("/"),
             ip,
+            network: Network::default(),
             mounts: Vec::new(),
             terminal: false,
             seccomp: None,
@@ -147,7 +162,7 @@ impl Workload {
     }
 
     fn namespaces(&self) -> Result<Vec<LinuxNamespace>, oci_spec::OciSpecError> {
-        use LinuxNamespaceType::{Cgroup, Ipc, Mount, Network, Pid, Uts};
+        use LinuxNamespaceType::{Cgroup, Ipc, Mount, Pid, Uts};
         let mut kinds = vec![Pid, Ipc, Uts, Mount];
         // As Docker does: a cgroup namespace on v2, none on v1.
         if cgroup::is_unified() {
@@ -155,8 +170,15 @@ impl Workload {
         }
         let plain = |kind| LinuxNamespaceBuilder::default().typ(kind).build();
         let mut namespaces = kinds.into_iter().map(plain).collect::<Result<Vec<_>, _>>()?;
-        let path = Path::new(crate::network::NETNS_FOLDER).join(&self.name);
-        namespaces.push(LinuxNamespaceBuilder::default().typ(Network).path(path).build()?);
+        let network = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Network);
+        match self.network {
+            Network::Linked => {
+                let path = Path::new(crate::network::NETNS_FOLDER).join(&self.name);
+                namespaces.push(network.path(path).build()?);
+            }
+            Network::Lonely => namespaces.push(network.build()?),
+            Network::OfNode => {}
+        }
         Ok(namespaces)
     }
 }
@@ -222,6 +244,18 @@ mod tests {
         let network = namespaces.iter().find(|namespace| namespace["type"] == "network").unwrap();
         assert_eq!(network["path"], "/run/netns/shop");
         assert_eq!(json["process"]["env"].as_array().unwrap().len(), 1);
+    }
+
+    #[test]
+    fn another_network_has_no_path() {
+        let namespace = |network| {
+            let spec = Workload { network, ..sample() }.spec(Path::new("/c")).unwrap();
+            let json = serde_json::to_value(&spec).unwrap();
+            let namespaces = json["linux"]["namespaces"].as_array().unwrap().clone();
+            namespaces.into_iter().find(|namespace| namespace["type"] == "network")
+        };
+        assert_eq!(namespace(Network::Lonely), Some(serde_json::json!({"type": "network"})));
+        assert_eq!(namespace(Network::OfNode), None);
     }
 
     #[test]
