@@ -84,7 +84,7 @@ ensure_cargo() {
     if install_rust; then
         use_own_rust
         hash -r
-    elif version_at_least "$(cargo_version)" "$CARGO_MINIMUM"; then
+    elif rm -rf "$PODFERRY_RUST" && version_at_least "$(cargo_version)" "$CARGO_MINIMUM"; then
         # Enough to build and to test.
         log "warning: Rust could not be installed from $RUSTUP_URL, and without rustfmt and clippy \`make lint\` fails:" \
             "install them beside $(command -v cargo)"
