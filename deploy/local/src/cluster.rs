@@ -6,9 +6,10 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use podferry_common::identity::{IdentityFiles, LocalCa, Peer};
+use podferry_common::identity::{IdentityFiles, Peer};
 use rustix::process::Signal;
 
+use crate::certificates::{self, document};
 use crate::cgroup;
 use crate::command::{self, Output};
 use crate::config;
@@ -24,10 +25,6 @@ use crate::workload::{Workload, check_label};
 
 /// The port that the coordinator listens on.
 pub const COORDINATOR_PORT: u16 = 7443;
-/// How long the certificates that a cluster is made with are valid: longer than anybody plays with one.
-const CERTIFICATE_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
-/// The user in the client side's certificate.
-pub const CLIENT_USER: &str = "local";
 /// How long processes and cgroups may take to go away.
 const GONE_DEADLINE: Duration = Duration::from_secs(15);
 /// The longest call of the command-line client: a migration that waits.
@@ -53,6 +50,9 @@ pub struct Options {
     pub tools: PathBuf,
     /// Whether to start agents and coordinator and wait until they are ready.
     pub start_agents: bool,
+    /// How long each certificate is valid, 24 h unless changed and at least 30 s. With agents, certificates are issued
+    /// anew when half of it is over.
+    pub certificate_lifetime: Duration,
 }
 
 impl Options {
@@ -69,6 +69,7 @@ impl Options {
             binaries: crate::default_binaries(),
             tools: crate::default_tools(),
             start_agents: true,
+            certificate_lifetime: certificates::LIFETIME,
         }
     }
 
@@ -100,6 +101,11 @@ impl Options {
         }
         if self.nodes.is_empty() || self.nodes.len() > 80 {
             return Err(Error::Invalid(format!("{} nodes will not do: 1 to 80 have addresses", self.nodes.len())));
+        }
+        if self.certificate_lifetime < certificates::SHORTEST_LIFETIME {
+            let words =
+                format!("certificates for {:?} would end before agents take new ones", self.certificate_lifetime);
+            return Err(Error::Invalid(words));
         }
         self.check_programs()
     }
@@ -170,10 +176,12 @@ impl LocalCluster {
         let layout = Layout { folder: folder.canonicalize().at("find the folder", folder)? };
         let state = State::load(&layout.folder)?.ok_or_else(|| Error::NotUp { folder: layout.folder.clone() })?;
         let alive = |node: &NodeState| node.processes.len() == 2 && node.processes.iter().all(ProcessId::is_alive);
-        match state.nodes.iter().find(|node| !alive(node)) {
-            Some(node) => Err(Error::NotRunning { what: format!("the first process of {}", node.name) }),
-            None => Ok(Self::of(layout, state)),
+        if let Some(node) = state.nodes.iter().find(|node| !alive(node)) {
+            return Err(Error::NotRunning { what: format!("the first process of {}", node.name) });
         }
+        let cluster = Self::of(layout, state);
+        cluster.keep_certificates()?;
+        Ok(cluster)
     }
 
     /// Removes what a cluster left in a folder, whoever made it and however it ended. Nothing there is fine.
@@ -196,10 +204,19 @@ impl LocalCluster {
         Self { layout, state, nodes, coordinator, client, fabric, owned: false }
     }
 
+    /// Sees that somebody issues certificates anew, if there is anybody who uses them.
+    fn keep_certificates(&self) -> Result<()> {
+        if !self.state.start_agents {
+            return Ok(());
+        }
+        certificates::start_keeper(&self.layout, &self.state, self.coordinator.place())
+    }
+
     fn start_daemons(&self) -> Result<()> {
         if !self.state.start_agents {
             return Ok(());
         }
+        self.keep_certificates()?;
         self.coordinator.start()?;
         for node in &self.nodes {
             node.start_agent()?;
@@ -287,13 +304,12 @@ impl LocalCluster {
     }
 
     fn client_identity_folder(&self) -> PathBuf {
-        self.layout.identity().join("client")
+        self.layout.client_identity()
     }
 
     /// Issues a certificate of the cluster's own authority.
     pub fn issue(&self, peer: &Peer, lifetime: Duration, files: &IdentityFiles) -> Result<()> {
-        let folder = self.layout.identity().join("authority");
-        let authority = LocalCa::load(&folder).map_err(|error| document("the cluster's authority", &error))?;
+        let authority = certificates::authority(&self.layout)?;
         authority.issue(peer, lifetime, files).map_err(|error| document("a certificate", &error))
     }
 
@@ -427,6 +443,7 @@ fn claim(options: &Options) -> Result<(Layout, State)> {
         binaries,
         tools,
         start_agents: options.start_agents,
+        certificate_lifetime: options.certificate_lifetime,
         bundles_on_tmpfs: is_overlay(&layout.folder),
         nodes: nodes.collect(),
     };
@@ -477,35 +494,16 @@ fn make_network(state: &State) -> Result<()> {
 }
 
 fn write_configuration(layout: &Layout, state: &State, workloads: &[String]) -> Result<()> {
-    let failed = |error| document("the cluster's authority", &error);
-    let authority = LocalCa::create(&layout.identity().join("authority")).map_err(failed)?;
-    let issue = |peer: &Peer, files: &IdentityFiles| {
-        authority.issue(peer, CERTIFICATE_LIFETIME, files).map_err(|error| document("a certificate", &error))
-    };
-    let client = Peer::client(CLIENT_USER).map_err(|error| document("the client's name", &error))?;
-    issue(&client, &IdentityFiles::in_folder(layout.identity().join("client")))?;
     for node in &state.nodes {
         let handle = Node::new(layout, state, node);
         handle.make_folders()?;
-        let name = node.name.parse().map_err(|error| document("the node's name", &error))?;
-        issue(&Peer::Agent(name), &IdentityFiles::in_folder(handle.identity()))?;
         config::write(&handle.agent_config(), &config::agent(&handle, state))?;
     }
     let folder = layout.coordinator();
-    let identity = IdentityFiles::in_folder(folder.join("identity"));
-    issue(&Peer::Coordinator, &identity)?;
+    let identity = IdentityFiles::in_folder(layout.coordinator_identity());
+    certificates::make(layout, state)?;
     config::write(&folder.join("inventory.toml"), &config::inventory(state, workloads))?;
     config::write(&folder.join("coordinator.toml"), &config::coordinator(&folder, identity))
-}
-
-fn document(what: &str, error: &dyn std::error::Error) -> Error {
-    let mut reason = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        reason = format!("{reason}: {cause}");
-        source = cause.source();
-    }
-    Error::Document { what: what.to_owned(), reason }
 }
 
 /// Removes all that the state names. Can be repeated after any failure; the state file goes last.

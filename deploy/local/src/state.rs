@@ -3,6 +3,7 @@
 use std::fs;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -29,6 +30,9 @@ pub(crate) struct State {
     pub(crate) binaries: PathBuf,
     pub(crate) tools: PathBuf,
     pub(crate) start_agents: bool,
+    /// How long each certificate is valid. Clusters of an older version, which have to go down too, do not say.
+    #[serde(default = "crate::certificates::lifetime")]
+    pub(crate) certificate_lifetime: Duration,
     /// Writable layers and bundles live on a tmpfs of the node, because the folder's file system takes no overlays.
     pub(crate) bundles_on_tmpfs: bool,
     pub(crate) nodes: Vec<NodeState>,
@@ -128,7 +132,19 @@ impl Layout {
         self.folder.join("coordinator")
     }
 
+    pub(crate) fn coordinator_identity(&self) -> PathBuf {
+        self.coordinator().join("identity")
+    }
+
     pub(crate) fn identity(&self) -> PathBuf {
         self.folder.join("identity")
+    }
+
+    pub(crate) fn client_identity(&self) -> PathBuf {
+        self.identity().join("client")
+    }
+
+    pub(crate) fn authority(&self) -> PathBuf {
+        self.identity().join("authority")
     }
 }

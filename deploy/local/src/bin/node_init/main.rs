@@ -60,6 +60,12 @@ enum Role {
     /// Hold a container's terminal, which is handed over on the socket that standard input is, and write what comes to
     /// standard error. Started by `create` only.
     Keep,
+    /// Issue the certificates of a cluster anew when half of their lifetime is over, while it is up. Started by the
+    /// library.
+    KeepCertificates {
+        /// The cluster's folder.
+        folder: PathBuf,
+    },
     /// Set up the node's mounts, then reap. Started by `launch` only.
     Init {
         #[command(flatten)]
@@ -89,6 +95,9 @@ fn main() -> ExitCode {
             (None, None) => Err("neither a keeper nor a console socket".into()),
         },
         Role::Keep => streams::keep(),
+        Role::KeepCertificates { folder } => {
+            podferry_local::keep_certificates(&folder).map(|()| ExitCode::SUCCESS).map_err(Into::into)
+        }
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("podferry-node-init: {error}");
