@@ -15,8 +15,8 @@
 //! - Unsealed, the worker gives up when told to, when its deadline passes, and when the agent's connection is gone.
 //! - Sealed, it holds for ever. It also freezes the container's cgroup, so that the tasks stay where they are even when
 //!   CRIU or the worker itself is killed.
-//! - It notes in its [`WorkerRecord`](messages::WorkerRecord), durably and beforehand, what somebody has to undo when it
-//!   is killed: see [`crate::source`].
+//! - It notes in its [`WorkerRecord`](messages::WorkerRecord), beforehand, what somebody has to undo when it is killed: see
+//!   [`crate::source`].
 
 pub mod client;
 pub mod control;
