@@ -8,24 +8,42 @@ use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkMessage
 
 use crate::cut::LinkHandle;
 use crate::error::{Error, Result, link_error};
-use crate::netlink::{BridgePortState, Netlink, open_for};
+use crate::netlink::{BridgePortState, Link, Netlink, open_for};
 
 /// How long the kernel may take to notice that both ends of a pair are up. It has, where the pair was made before.
 const CARRIER: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_millis(1);
 
-/// Makes a host interface a port of a bridge, and returns when the bridge forwards for it. That it is one already is no
-/// error.
-pub fn attach(host_interface: &str, bridge: &str) -> Result<LinkHandle> {
-    let mut netlink = open_for(host_interface)?;
+/// A bridge that links can join, as it is now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BridgeFacts {
+    /// It speaks the spanning tree protocol: a new port forwards only after twice its forward delay, 30 s unless changed.
+    pub spanning_tree: bool,
+}
+
+/// Looks whether links can join a bridge: that it exists, is a bridge, and is up.
+pub fn look_at_bridge(bridge: &str) -> Result<BridgeFacts> {
+    let controller = joinable(&mut open_for(bridge)?, bridge)?;
+    Ok(BridgeFacts { spanning_tree: controller.speaks_spanning_tree() })
+}
+
+fn joinable(netlink: &mut Netlink, bridge: &str) -> Result<Link> {
     let controller = netlink.link(bridge)?;
-    let not_forwarding = |why| Error::NotForwarding { bridge: bridge.into(), interface: host_interface.into(), why };
     if !controller.is(&InfoKind::Bridge) {
         return Err(Error::WrongKind { interface: bridge.into(), what: "no bridge" });
     }
     if !controller.is_up() {
-        return Err(not_forwarding("the bridge is down; bring it up"));
+        return Err(Error::BridgeDown { bridge: bridge.into() });
     }
+    Ok(controller)
+}
+
+/// Makes a host interface a port of a bridge, and returns when the bridge forwards for it. That it is one already is no
+/// error.
+pub fn attach(host_interface: &str, bridge: &str) -> Result<LinkHandle> {
+    let mut netlink = open_for(host_interface)?;
+    let controller = joinable(&mut netlink, bridge)?;
+    let not_forwarding = |why| Error::NotForwarding { bridge: bridge.into(), interface: host_interface.into(), why };
     let index = netlink.link(host_interface)?.index();
     let mut message = LinkMessage::default();
     message.header.index = index;

@@ -7,7 +7,9 @@ use ipnet::IpNet;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::InfoKind;
 use netlink_packet_route::nsid::{NsidAttribute, NsidMessage};
-use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteType,
+};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use crate::error::{Error, Result, link_error};
@@ -56,10 +58,13 @@ pub(crate) fn addresses(netlink: &mut Netlink, index: u32) -> io::Result<Vec<IpN
 }
 
 fn address(answer: &RouteNetlinkMessage, index: u32) -> Option<IpNet> {
-    let RouteNetlinkMessage::NewAddress(message) = answer else { return None };
-    if message.header.index != index {
-        return None;
+    match answer {
+        RouteNetlinkMessage::NewAddress(message) if message.header.index == index => address_of(message),
+        _ => None,
     }
+}
+
+pub(crate) fn address_of(message: &AddressMessage) -> Option<IpNet> {
     // On IPv4 Local is the interface's own, and Address may be the other end's; IPv6 has Address alone.
     let local = message.attributes.iter().find_map(|attribute| match attribute {
         AddressAttribute::Local(address) => Some(*address),
@@ -91,36 +96,49 @@ fn routes(netlink: &mut Netlink, index: u32) -> io::Result<Vec<Route>> {
 
 fn route(answer: &RouteNetlinkMessage, index: u32) -> Option<Route> {
     let RouteNetlinkMessage::NewRoute(message) = answer else { return None };
-    let header = &message.header;
-    let ours =
-        message.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Oif(oif) if *oif == index));
-    // The kernel makes its own again for the addresses, and a router's advertisement comes again by itself.
-    let made_by_itself = matches!(header.protocol, RouteProtocol::Kernel | RouteProtocol::Ra);
-    let main = header.table == RouteHeader::RT_TABLE_MAIN && header.kind == RouteType::Unicast;
-    if !ours || made_by_itself || !main {
+    if is_by_itself(message) || !moves(message, index) {
         return None;
     }
-    let pick = |wanted: fn(&RouteAttribute) -> Option<&RouteAddress>| {
-        message.attributes.iter().find_map(wanted).and_then(|address| match address {
-            RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
-            RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),
-            _ => None,
-        })
-    };
-    let destination = pick(|attribute| match attribute {
-        RouteAttribute::Destination(address) => Some(address),
+    let gateway = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Gateway(address) => address_in(address),
         _ => None,
     });
-    let gateway = pick(|attribute| match attribute {
-        RouteAttribute::Gateway(address) => Some(address),
-        _ => None,
-    });
-    let everything = match header.address_family {
+    Some(Route { destination: destination(message)?, gateway })
+}
+
+/// The kernel makes its own routes again for the addresses, a router's advertisement comes again, and what was learnt about
+/// single destinations is learnt again.
+pub(crate) fn is_by_itself(message: &RouteMessage) -> bool {
+    let made = matches!(message.header.protocol, RouteProtocol::Kernel | RouteProtocol::Ra);
+    made || message.header.flags.contains(RouteFlags::Cloned)
+}
+
+/// Whether it is a route over one interface that another node can make.
+pub(crate) fn moves(message: &RouteMessage, index: u32) -> bool {
+    let header = &message.header;
+    let over_it =
+        message.attributes.iter().any(|attribute| matches!(attribute, RouteAttribute::Oif(oif) if *oif == index));
+    over_it && header.table == RouteHeader::RT_TABLE_MAIN && header.kind == RouteType::Unicast
+}
+
+pub(crate) fn destination(message: &RouteMessage) -> Option<IpNet> {
+    let everything = match message.header.address_family {
         AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         _ => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
     };
-    let destination = IpNet::new(destination.unwrap_or(everything), header.destination_prefix_length).ok()?;
-    Some(Route { destination, gateway })
+    let named = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(address) => address_in(address),
+        _ => None,
+    });
+    IpNet::new(named.unwrap_or(everything), message.header.destination_prefix_length).ok()
+}
+
+fn address_in(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
+        RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),
+        _ => None,
+    }
 }
 
 /// The name of the pair's other end, when it is in the calling thread's namespace. Indexes repeat between namespaces, so

@@ -80,6 +80,12 @@ pub enum Error {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// The bridge is there, and switched off.
+    #[error("bridge {bridge} is down: bring it up (ip link set {bridge} up)")]
+    BridgeDown {
+        /// The bridge.
+        bridge: String,
+    },
     /// The bridge does not forward for its new port.
     #[error("bridge {bridge} does not forward for {interface}: {why}")]
     NotForwarding {

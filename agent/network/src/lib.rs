@@ -20,9 +20,10 @@ mod link;
 mod mtu;
 mod netlink;
 mod netns;
+mod unmoved;
 
 pub use announce::Announcer;
-pub use attach::{attach, detach};
+pub use attach::{BridgeFacts, attach, detach, look_at_bridge};
 pub use create::{create, destroy};
 pub use cut::{LinkHandle, LinkState, cut, is_cut, uncut};
 pub use discover::discover;
@@ -30,5 +31,6 @@ pub use error::{Error, Result};
 pub use link::{ContainerLink, MacAddress, NetworkPlan, Route};
 pub use mtu::set_mtu;
 pub use netns::Netns;
+pub use unmoved::{Unmoved, unmoved};
 
 pub use ipnet::IpNet;

@@ -93,6 +93,14 @@ pub struct ContainerLink {
 }
 
 impl ContainerLink {
+    /// Another MTU than its own, in bytes, for the time of a restore: see [`set_mtu`](crate::set_mtu).
+    ///
+    /// One byte lower, or higher where that would be below the smallest: the kernel takes all IPv6 addresses away from an
+    /// interface whose MTU falls below 1280 (`addrconf_notify`), and refuses one below 68.
+    pub fn mtu_during_restore(&self) -> u32 {
+        if self.mtu > smallest_mtu(&self.addresses) { self.mtu - 1 } else { self.mtu + 1 }
+    }
+
     /// What another node has to make for this link: the same in the container, and the given names outside it.
     pub fn plan(&self, bridge: &str, host_interface: &str) -> NetworkPlan {
         NetworkPlan {
@@ -144,8 +152,7 @@ impl NetworkPlan {
         if !self.mac.is_unicast() {
             return Some(format!("{} is not the address of one interface", self.mac));
         }
-        let has_v6 = self.addresses.iter().any(|address| matches!(address, IpNet::V6(_)));
-        let smallest = if has_v6 { MTU_MIN.1 } else { MTU_MIN.0 };
+        let smallest = smallest_mtu(&self.addresses);
         if !(smallest..=MTU_MAX).contains(&self.mtu) {
             return Some(format!("an MTU of {} is not between {smallest} and {MTU_MAX}", self.mtu));
         }
@@ -174,6 +181,11 @@ impl NetworkPlan {
         };
         self.routes.iter().find(broken).map(|route| format!("the route to {} leads nowhere", route.destination))
     }
+}
+
+fn smallest_mtu(addresses: &[IpNet]) -> u32 {
+    let has_v6 = addresses.iter().any(|address| matches!(address, IpNet::V6(_)));
+    if has_v6 { MTU_MIN.1 } else { MTU_MIN.0 }
 }
 
 fn is_host(address: IpAddr) -> bool {

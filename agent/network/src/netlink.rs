@@ -5,7 +5,9 @@ use std::io;
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_route::RouteNetlinkMessage;
 pub(crate) use netlink_packet_route::link::BridgePortState;
-use netlink_packet_route::link::{InfoBridgePort, InfoKind, InfoPortData, LinkAttribute, LinkInfo, LinkMessage};
+use netlink_packet_route::link::{
+    BridgeStpState, InfoBridge, InfoBridgePort, InfoData, InfoKind, InfoPortData, LinkAttribute, LinkInfo, LinkMessage,
+};
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
 use crate::error::{Result, link_error};
@@ -183,6 +185,13 @@ impl Link {
             }),
             _ => None,
         })
+    }
+
+    /// Whether a bridge speaks the spanning tree protocol, itself or through a daemon.
+    pub(crate) fn speaks_spanning_tree(&self) -> bool {
+        let off = |fact: &InfoBridge| matches!(fact, InfoBridge::StpState(BridgeStpState::Disabled));
+        let state = |fact: &InfoBridge| matches!(fact, InfoBridge::StpState(_)) && !off(fact);
+        self.infos().any(|info| matches!(info, LinkInfo::Data(InfoData::Bridge(facts)) if facts.iter().any(state)))
     }
 
     fn infos(&self) -> impl Iterator<Item = &LinkInfo> {

@@ -12,8 +12,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use podferry_network::{
-    Announcer, Error, LinkHandle, LinkState, MacAddress, Netns, NetworkPlan, Route, attach, create, cut, destroy,
-    detach, discover, is_cut, uncut,
+    Announcer, Error, LinkHandle, LinkState, MacAddress, Netns, NetworkPlan, Route, Unmoved, attach, create, cut,
+    destroy, detach, discover, is_cut, look_at_bridge, set_mtu, uncut, unmoved,
 };
 
 /// A node: a namespace of its own with a bridge.
@@ -293,6 +293,70 @@ fn a_bridge_with_spanning_tree_is_cut_and_not_attached_to() {
     drop(node.container("pf-moved", 4));
     let error = node.run(|| attach("pf-moved", "br0")).unwrap_err();
     assert!(matches!(&error, Error::NotForwarding { .. }) && error.to_string().contains("stp_state 0"), "{error}");
+}
+
+#[test]
+fn a_bridge_that_cannot_be_joined_is_told_beforehand() {
+    let node = Node::new();
+    let look = |bridge: &str| node.run(|| look_at_bridge(bridge));
+    assert!(!look("br0").unwrap().spanning_tree);
+    assert!(matches!(look("br1"), Err(Error::NoInterface { interface }) if interface == "br1"));
+    assert!(matches!(look("lo"), Err(Error::WrongKind { .. })));
+    node.sh("ip link set br0 type bridge stp_state 1");
+    assert!(look("br0").unwrap().spanning_tree);
+    node.sh("ip link set br0 down");
+    let error = look("br0").unwrap_err();
+    assert!(matches!(error, Error::BridgeDown { .. }), "{error}");
+    // It is the same answer that a link gets.
+    drop(node.container("pf-server", 2));
+    assert!(matches!(node.run(|| attach("pf-server", "br0")), Err(Error::BridgeDown { .. })));
+}
+
+#[test]
+fn a_small_mtu_is_changed_for_the_restore_without_losing_addresses() {
+    let node = Node::new();
+    for (mtu, during) in [(1400, 1399), (1280, 1281)] {
+        let path = node.path("pf-server");
+        node.agent(create(&path, &NetworkPlan { mtu, ..plan("pf-server", 2) })).unwrap();
+        let server = Netns::open(&path).unwrap();
+        let before = node.agent(discover(&server, "eth0")).unwrap();
+        assert_eq!(before.mtu_during_restore(), during);
+        for mtu in [during, mtu] {
+            set_mtu(&server, "eth0", mtu).unwrap();
+            let now = node.agent(discover(&server, "eth0")).unwrap();
+            assert_eq!(now.mtu, mtu);
+            assert_eq!((now.addresses, now.routes), (before.addresses.clone(), before.routes.clone()), "at {mtu}");
+        }
+        node.agent(destroy(&path, "pf-server")).unwrap();
+    }
+}
+
+#[test]
+fn what_does_not_move_along_with_the_link_is_found() {
+    let node = Node::new();
+    let server = node.attached("pf-server", 2);
+    let look = || node.agent(unmoved(&server, "eth0")).unwrap();
+    assert_eq!(look(), Unmoved::default());
+    sh(&server, "ip link add eth1 type veth peer name eth2; ip link set eth2 up");
+    sh(&server, "ip addr flush dev eth2; ip addr add 10.99.0.7/24 dev eth1; ip addr add 192.0.2.9/32 dev lo");
+    sh(&server, "ip route add 198.51.100.0/24 nexthop via 10.77.0.1 nexthop via 10.77.0.9");
+    sh(&server, "ip route add blackhole 203.0.113.0/24; ip route add default via 10.77.0.1 table 177");
+    sh(&server, "ip -6 route add fd99::/64 nexthop via fd77::1 nexthop via fd77::9");
+    sh(&server, "ip rule add from 10.77.0.2 lookup 177 pref 10; ip -6 rule add fwmark 7 lookup 1777 pref 20");
+    let found = look();
+    let address = |text: &str| vec![text.parse().unwrap()];
+    assert_eq!(found.interfaces, [("eth1".to_owned(), address("10.99.0.7/24"))].into());
+    assert_eq!(found.loopback, address("192.0.2.9/32"));
+    let routes = [
+        "198.51.100.0/24 with several gateways",
+        "blackhole 203.0.113.0/24",
+        "default in table 177",
+        "fd99::/64 with several gateways",
+    ];
+    let mut sorted = found.routes.clone();
+    sorted.sort();
+    assert_eq!(sorted, routes);
+    assert_eq!(found.rules, ["priority 10 to table 177", "priority 20 to table 1777"]);
 }
 
 #[test]
