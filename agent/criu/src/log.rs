@@ -17,13 +17,26 @@ const HARMLESS: &[&str] = &["Can't setup RLIMIT_NOFILE", "Dumping FAILED", "Rest
 const REMEDIES: &[(&str, &str)] = &[
     (
         "io_uring",
-        "io_uring cannot be dumped: stop using it (many servers have an option), or migrate with strategy cold",
+        "io_uring cannot be dumped: turn it off in the program (many servers have an option), or forbid it by seccomp or \
+         the sysctl kernel.io_uring_disabled",
     ),
     (
         "Can't lookup mount",
         "a descriptor comes from outside the container: give the container pipes as stdio, not files of the host",
     ),
-    ("Connected TCP socket", "established connections need keep-connections, or have to be closed before"),
+    (
+        "Connected TCP socket",
+        "connections move along with a network namespace that config.json gives by path: give it one, or close them before",
+    ),
+    (
+        "Can't dump that handle",
+        "a watched file (inotify, fanotify) cannot be named on the overlay: let the program watch a volume or a tmpfs, or \
+         turn its watching off",
+    ),
+    (
+        "Can't dump ghost file",
+        "an open file was deleted and is too large to be carried along: let the program close it or keep its name",
+    ),
     (
         "Can't dump half of stream unix connection",
         "a unix socket's peer is outside the container: close it before the migration",
@@ -61,6 +74,10 @@ const REMEDIES: &[(&str, &str)] = &[
     ("seize", "another process traces it: end the debugger or strace"),
     ("Can't suspend", "the kernel refused to suspend seccomp: the agent needs CAP_SYS_ADMIN outside a user namespace"),
 ];
+
+/// What to do about words that are not known. The log itself goes with the migration's folder.
+const UNKNOWN: &str = "run `criu check --all` on this node, which says what its kernel lacks, and look for the line in CRIU's \
+                       issues, https://github.com/checkpoint-restore/criu/issues";
 
 /// A log that CRIU wrote.
 #[derive(Clone, Debug)]
@@ -101,21 +118,17 @@ impl CriuLog {
 
     /// The line that says why, when there is one.
     pub fn failure(&self) -> Option<CriuFailure> {
-        failing_line(&self.tail()?).map(|line| self.explain(line))
+        failing_line(&self.tail()?).map(Self::explain)
     }
 
     pub(crate) fn failure_or(&self, message: &str) -> CriuFailure {
         let message = if message.is_empty() { "CRIU gave no reason" } else { message };
-        self.failure().unwrap_or_else(|| self.explain(message.to_owned()))
+        self.failure().unwrap_or_else(|| Self::explain(message.to_owned()))
     }
 
-    fn explain(&self, line: String) -> CriuFailure {
+    fn explain(line: String) -> CriuFailure {
         let known = REMEDIES.iter().find(|(words, _)| line.contains(words));
-        let remedy = known.map_or_else(
-            || format!("read the whole log at {}; `criu check` says what the kernel lacks", self.path.display()),
-            |(_, remedy)| (*remedy).to_owned(),
-        );
-        CriuFailure { line, remedy }
+        CriuFailure { line, remedy: known.map_or(UNKNOWN, |(_, remedy)| remedy).to_owned() }
     }
 
     fn tail(&self) -> Option<String> {
@@ -159,9 +172,20 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_error_points_at_the_log() {
-        let (_dir, log) = log_of("(00.005) Error (criu/x.c:4): something new\n");
-        assert!(log.failure().unwrap().remedy.contains("dump.log"));
+    fn an_unknown_error_points_at_what_outlives_the_migration() {
+        let (dir, log) = log_of("(00.005) Error (criu/x.c:4): something new\n");
+        let failure = log.failure().unwrap();
+        assert!(failure.remedy.contains("criu check"), "{failure}");
+        assert!(!failure.remedy.contains(dir.path().to_str().unwrap()), "the log is wiped: {failure}");
+    }
+
+    #[test]
+    fn remedies_name_nothing_that_is_not_offered() {
+        for (words, remedy) in REMEDIES {
+            for absent in ["strategy", "keep-connections", "ghost-limit", "--tcp-established"] {
+                assert!(!remedy.contains(absent), "{words}: {remedy}");
+            }
+        }
     }
 
     #[test]
