@@ -5,6 +5,11 @@ use protobuf::{EnumOrUnknown, MessageField};
 use rust_criu::rust_criu_protobuf::rpc;
 use serde::{Deserialize, Serialize};
 
+/// The most that an open file without a name (CRIU's *ghost file*) may take on its filesystem to be carried along, in bytes:
+/// the most that CRIU's RPC can say. CRIU's own limit is 1 MiB, at which databases with temporary files fail in the freeze.
+/// What fits into the images' folder is for the caller to look at.
+pub const GHOST_LIMIT: u32 = u32::MAX;
+
 /// What CRIU does about the cgroups of what it dumps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -65,6 +70,7 @@ impl DumpRequest {
         options.set_notify_scripts(true);
         options.set_file_locks(true);
         options.set_link_remap(true);
+        options.set_ghost_limit(GHOST_LIMIT);
         options.set_orphan_pts_master(true);
         // An address in use elsewhere is no concern of the dump; the caller cuts the link itself, which costs a tenth
         // of a millisecond where nftables costs fifteen and leaves rules behind.

@@ -18,7 +18,7 @@ pub mod page_stream;
 mod probe;
 mod session;
 
-pub use dump::{CgroupsMode, DumpRequest};
+pub use dump::{CgroupsMode, DumpRequest, GHOST_LIMIT};
 pub use error::CriuError;
 pub use log::{CriuFailure, CriuLog};
 pub use page_set::PageSetWriter;

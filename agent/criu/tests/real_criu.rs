@@ -39,6 +39,17 @@ const PROGRAM: &str = r#"
     }
 "#;
 
+/// The same with 8 MiB in an open file that is in no folder any more, which are summed up instead.
+const DELETED_FILE: &str = r#"
+    open(my $file, '+>', "$ARGV[0].deleted") or die; unlink "$ARGV[0].deleted" or die;
+    syswrite($file, chr(65 + $_ % 23) x 4096) == 4096 or die for 1 .. 2048;
+    for (;;) {
+        sysseek($file, 0, 0); sysread($file, my $data, 1 << 24) == 8 << 20 or die;
+        open(my $out, '>', "$ARGV[0].new") or die; print $out ++$count, ' ', unpack('%32C*', $data); close $out;
+        rename "$ARGV[0].new", $ARGV[0]; select(undef, undef, undef, 0.002);
+    }
+"#;
+
 /// The victim and its folders; everything of it is gone after the test.
 struct Victim {
     launcher: Child,
@@ -51,6 +62,10 @@ struct Victim {
 
 impl Victim {
     fn start(stdin: Stdio) -> Self {
+        Self::running(PROGRAM, stdin)
+    }
+
+    fn running(program: &str, stdin: Stdio) -> Self {
         let dir = tempfile::tempdir().unwrap();
         for name in ["images", "work", "restore", "target"] {
             fs::create_dir(dir.path().join(name)).unwrap();
@@ -59,7 +74,7 @@ impl Victim {
         // Its /proc is not of its pid namespace, so CRIU mounts one in its working directory: not in one that others share.
         // No --kill-child: the signal at a parent's death is restored too, and the restored copy's parent is CRIU.
         let launcher = Command::new("unshare")
-            .args(["--pid", "--fork", "setsid", "perl", "-e", PROGRAM])
+            .args(["--pid", "--fork", "setsid", "perl", "-e", program])
             .arg(&count)
             .current_dir(dir.path())
             .stdin(stdin)
@@ -224,6 +239,16 @@ fn a_dump_through_the_page_stream_restores_with_its_memory() {
     victim.restore();
     until("the restored copy counts on", || victim.count().0 > count);
     assert_eq!(victim.count().1, sum, "its memory changed");
+}
+
+#[test]
+fn a_large_file_that_was_deleted_while_open_moves_along() {
+    let mut victim = Victim::running(DELETED_FILE, Stdio::null());
+    victim.dump(|_| Verdict::Proceed).unwrap();
+    let (count, sum) = victim.count();
+    victim.restore();
+    until("the restored copy counts on", || victim.count().0 > count);
+    assert_eq!(victim.count().1, sum, "the content of the deleted file changed");
 }
 
 #[test]
