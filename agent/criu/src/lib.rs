@@ -8,7 +8,7 @@
 //! - [`page_stream::receive`] takes the memory pages from CRIU's page-server client, so that they need not be written
 //!   anywhere on the source; [`PageSetWriter`] lays them down on the target as the images that `criu restore` reads.
 //! - [`CriuLog`] finds the line that says why CRIU failed, and what to do about it.
-//! - [`Criu::probe`] says which CRIU this is and what the kernel lacks for it.
+//! - [`Criu::probe`] says which CRIU this is and what the kernel lacks for it, [`Criu::features`] what both can do together.
 
 mod dump;
 mod error;

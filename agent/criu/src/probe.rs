@@ -7,6 +7,30 @@ use crate::CriuError;
 /// The oldest CRIU that podferry works with: older ones cannot read the vDSO of new kernels or dump their sockets.
 pub const OLDEST_CRIU: CriuVersion = CriuVersion { major: 4, minor: 2, patch: 1 };
 
+/// What is asked for by [`Criu::features`], from the table in CRIU's `cr-check.c`: tracking memory (`mem_dirty_track`,
+/// `pagemap_scan`, `uffd…`), telling reused process ids apart (`pidfd_store`), locking the network, and kernel objects that
+/// only newer kernels let be dumped.
+const FEATURES: [&str; 18] = [
+    "external_net_ns",
+    "get_rseq_conf",
+    "has_ipt_legacy",
+    "mem_dirty_track",
+    "memfd_hugetlb",
+    "move_mount_set_group",
+    "network_lock_nftables",
+    "nftables",
+    "openat2",
+    "overlayfs_maps",
+    "pagemap_scan",
+    "pagemap_scan_guard_pages",
+    "pidfd_store",
+    "seccomp_filters",
+    "tcp_half_closed",
+    "timens",
+    "uffd",
+    "uffd-noncoop",
+];
+
 /// A version of CRIU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct CriuVersion {
@@ -68,6 +92,21 @@ impl Criu {
             complaints.extend(errors_of(&check));
         }
         Ok(CriuCapabilities { version, complaints })
+    }
+
+    /// Which of the features that a migration can make use of this CRIU has on this kernel, by CRIU's names (`criu check
+    /// --feature`), in alphabetical order. Takes some 40 ms for each.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn features(&self) -> Result<Vec<&'static str>, CriuError> {
+        let mut found = Vec::new();
+        for feature in FEATURES {
+            if self.run(&["check", "--feature", feature])?.status.success() {
+                found.push(feature);
+            }
+        }
+        Ok(found)
     }
 
     fn run(&self, arguments: &[&str]) -> Result<Output, CriuError> {

@@ -307,4 +307,8 @@ fn this_criu_and_kernel_are_good_enough() {
     let found = Criu::at(criu()).probe().unwrap();
     assert!(found.version >= podferry_criu::OLDEST_CRIU, "{found:?}");
     assert_eq!(found.complaints, Vec::<String>::new());
+    let features = Criu::at(criu()).features().unwrap();
+    assert!(features.is_sorted() && features.contains(&"tcp_half_closed"), "{features:?}");
+    let asked = Command::new(criu()).args(["check", "--feature", "mem_dirty_track"]).output().unwrap();
+    assert_eq!(features.contains(&"mem_dirty_track"), asked.status.success());
 }
