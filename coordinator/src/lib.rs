@@ -17,3 +17,5 @@ pub mod placement;
 pub mod runner;
 pub mod store;
 pub mod strategy;
+#[cfg(test)]
+mod testing;

@@ -76,7 +76,19 @@ impl Runner {
     }
 
     /// Records a migration and begins with it. Returns the record, or the conflict that stands against it.
+    ///
+    /// Whoever asked may go away meanwhile, and this future is dropped then: a record that was written and has no driver
+    /// would keep its workload busy until the next start. So both are done in a task that comes to its end.
     pub async fn start(&self, record: Record) -> Result<Record, Failure> {
+        let runner = self.clone();
+        let begun = self.shared.tasks.spawn(async move { runner.begin(record).await }).await;
+        begun.unwrap_or_else(|error| {
+            let message = format!("the coordinator's own code failed as a migration began: {error}");
+            Err(Failure::new(FailureCode::Internal, message).remedy("see the coordinator's log"))
+        })
+    }
+
+    async fn begin(&self, record: Record) -> Result<Record, Failure> {
         if self.shared.closing.load(Ordering::Acquire) {
             return Err(Failure::new(FailureCode::Unavailable, "the coordinator is stopping").remedy("try again later"));
         }
@@ -206,5 +218,36 @@ pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send 
     match tokio::task::spawn_blocking(work).await {
         Ok(value) => value,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::{Context, Poll, Waker};
+
+    use super::*;
+    use crate::testing;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    #[tokio::test]
+    async fn a_migration_whose_client_has_gone_is_driven() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("state")).unwrap();
+        let runner = testing::runner(&testing::agents(folder.path()), &store);
+        let record = testing::record("cart", "a", "b");
+        let id = record.id;
+        {
+            let mut starting = Box::pin(runner.start(record));
+            let begun = starting.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+            assert!(matches!(begun, Poll::Pending), "it has begun, and is dropped in the middle");
+        }
+        // Nobody listens at the nodes' addresses: its driver aborts it.
+        let ended = timeout(PATIENCE, async {
+            while !store.get(id).unwrap().is_some_and(|record| record.state.is_final()) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        });
+        ended.await.unwrap_or_else(|_| panic!("nobody drives {:?}", store.get(id)));
     }
 }

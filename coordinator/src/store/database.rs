@@ -357,26 +357,7 @@ mod tests {
     use super::*;
     use crate::migration::State;
     use crate::migration::Why;
-    use crate::store::Report;
-    use crate::strategy::Strategy;
-
-    fn record(workload: &str, source: &str, target: &str) -> Record {
-        Record {
-            id: MigrationId::new(),
-            workload: workload.parse().unwrap(),
-            container: workload.to_owned(),
-            strategy: Strategy::Warm,
-            source: source.parse().unwrap(),
-            source_address: "127.0.0.1:1".to_owned(),
-            target: target.parse().unwrap(),
-            target_address: "127.0.0.1:2".to_owned(),
-            compress: true,
-            created_at: Timestamp::now(),
-            frozen_at: None,
-            state: State::new(),
-            report: Report::default(),
-        }
-    }
+    use crate::testing::record;
 
     fn why() -> Why {
         Failure::new(FailureCode::Unavailable, "gone").criu_line("Error (a): b").into()

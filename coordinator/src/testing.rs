@@ -1,0 +1,47 @@
+//! What several modules' tests need.
+
+use std::path::Path;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use podferry_common::MigrationId;
+use podferry_common::identity::{Identity, IdentityFiles, LocalCa, Peer};
+use tokio_util::sync::CancellationToken;
+
+use crate::cluster::Agents;
+use crate::migration::State;
+use crate::runner::{Deadlines, Runner};
+use crate::store::{Record, Report, Store};
+use crate::strategy::Strategy;
+
+/// A coordinator's identity of a new authority, and no agent that would know it.
+pub(crate) fn agents(folder: &Path) -> Agents {
+    let ca = LocalCa::create(&folder.join("ca")).unwrap();
+    let files = IdentityFiles::in_folder(folder.join("me"));
+    ca.issue(&Peer::Coordinator, Duration::from_secs(3600), &files).unwrap();
+    Agents::new(Identity::load(files).unwrap())
+}
+
+/// A runner on that store.
+pub(crate) fn runner(agents: &Agents, store: &Store) -> Runner {
+    Runner::new(store.clone(), agents.clone(), Deadlines::default(), 2, CancellationToken::new())
+}
+
+/// A migration between nodes on whose addresses nobody listens.
+pub(crate) fn record(workload: &str, source: &str, target: &str) -> Record {
+    Record {
+        id: MigrationId::new(),
+        workload: workload.parse().unwrap(),
+        container: workload.to_owned(),
+        strategy: Strategy::Warm,
+        source: source.parse().unwrap(),
+        source_address: "127.0.0.1:1".to_owned(),
+        target: target.parse().unwrap(),
+        target_address: "127.0.0.1:2".to_owned(),
+        compress: true,
+        created_at: Timestamp::now(),
+        frozen_at: None,
+        state: State::new(),
+        report: Report::default(),
+    }
+}
