@@ -1,9 +1,10 @@
 //! The questions and their answers, whatever they come in by.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use podferry_common::{Failure, FailureCode, MigrationId, NodeName, chain};
+use podferry_common::{Failure, FailureCode, MigrationId, NodeName, WorkloadName, chain};
 use podferry_proto::v1;
 use tokio::sync::watch;
 
@@ -73,31 +74,56 @@ impl Core {
         }
     }
 
-    /// All workloads, or those on one node, and where they are now.
+    /// All workloads and where they are now; or those that are on one node, or are being migrated from or to it. A node
+    /// whose agent does not say what is there is an error: whoever empties it would think that it is.
     pub async fn workloads(&self, node: &str) -> Result<Vec<v1::Workload>, Failure> {
-        if !node.is_empty() {
-            self.known_node(node)?;
-        }
+        let wanted = if node.is_empty() { None } else { Some(self.known_node(node)?) };
+        // Asked before and after the look: a workload whose migration begins or ends meanwhile is hidden from nobody.
+        let before = self.under_way().await?;
         let views = self.survey(self.inventory.nodes()).await;
+        let mut asked = views.iter().filter(|view| wanted.is_some_and(|wanted| wanted.name == view.node.name));
+        if let Some(failure) = asked.find_map(|view| view.seen.as_ref().err()) {
+            return Err(failure.clone());
+        }
+        let after = self.under_way().await?;
         let mut all = Vec::new();
         for workload in self.inventory.workloads() {
-            let found = self.workload(&views, workload).await?;
-            if node.is_empty() || found.node == node {
+            let (earlier, now) = (before.get(&workload.name), after.get(&workload.name));
+            let found = self.workload(&views, workload, earlier, now).await?;
+            let ends = now.or(earlier).map(|record| [&record.source, &record.target]);
+            let moves = ends.is_some_and(|ends| ends.iter().any(|end| end.as_str() == node));
+            if node.is_empty() || found.node == node || moves {
                 all.push(found);
             }
         }
         Ok(all)
     }
 
-    async fn workload(&self, views: &[NodeView], workload: &Workload) -> Result<v1::Workload, Failure> {
-        let (busy, place) = self.recorded(workload).await?;
+    /// The migrations whose outcome is open.
+    async fn under_way(&self) -> Result<HashMap<WorkloadName, Record>, Failure> {
+        let store = self.store.clone();
+        let open = blocking(move || store.open_migrations()).await.map_err(|error| internal(&error))?;
+        let unsettled = open.into_iter().filter(|record| !record.state.is_settled());
+        Ok(unsettled.map(|record| (record.workload.clone(), record)).collect())
+    }
+
+    /// One workload; `earlier` and `now` are its migrations before and after the look at the nodes.
+    async fn workload(
+        &self,
+        views: &[NodeView],
+        workload: &Workload,
+        earlier: Option<&Record>,
+        now: Option<&Record>,
+    ) -> Result<v1::Workload, Failure> {
+        let (_, recorded) = self.recorded(workload).await?;
+        let place = now.map(Record::place).or(recorded.as_ref()).or(earlier.map(|record| &record.source));
         let mut shown = v1::Workload {
             name: workload.name.to_string(),
             status: "unknown".to_owned(),
-            migration_id: busy.map(|id| id.to_string()).unwrap_or_default(),
+            migration_id: now.or(earlier).map(|record| record.id.to_string()).unwrap_or_default(),
             ..v1::Workload::default()
         };
-        if let Ok(Location { view, container, .. }) = locate(views, workload, place.as_ref()) {
+        if let Ok(Location { view, container, .. }) = locate(views, workload, place) {
             shown.node = view.node.name.to_string();
             shown.status.clone_from(&container.status);
             shown.memory_bytes = container.memory_bytes;

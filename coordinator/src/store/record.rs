@@ -5,7 +5,7 @@ use podferry_common::{MigrationId, NodeName, WorkloadName};
 use podferry_proto::v1;
 use serde::{Deserialize, Serialize};
 
-use crate::migration::{Phase, State};
+use crate::migration::{Decision, Phase, State};
 use crate::strategy::Strategy;
 
 /// Everything that has to be known of a migration to go on with it, or to tell of it afterwards.
@@ -115,6 +115,11 @@ pub struct Progress {
 }
 
 impl Record {
+    /// The node whose copy is the right one, by the decision.
+    pub fn place(&self) -> &NodeName {
+        if self.state.decision() == Decision::Commit { &self.target } else { &self.source }
+    }
+
     /// As the API shows it.
     pub fn to_wire(&self) -> v1::Migration {
         let failure = self.state.failure();
