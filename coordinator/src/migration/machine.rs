@@ -460,8 +460,16 @@ impl State {
         Step::to(self, Durability::Unchanged, vec![command])
     }
 
-    /// After the decision against: undo until both have confirmed.
+    /// After the decision against: undo until both have confirmed. A repetition that changes nothing is not written: a
+    /// target that is gone for good is asked for ever.
     fn aborted(self, event: Event) -> Step {
+        let before = self.clone();
+        let step = self.undone(event);
+        let durability = if step.state == before { Durability::Unchanged } else { step.durability };
+        Step { durability, ..step }
+    }
+
+    fn undone(self, event: Event) -> Step {
         const TARGET: Call = Call::Abort(Side::Target);
         const SOURCE: Call = Call::Abort(Side::Source);
         let (target, source, why) = match self {

@@ -369,6 +369,28 @@ fn the_target_is_undone_first_and_an_unreachable_one_does_not_keep_the_source_fr
 }
 
 #[test]
+fn a_repetition_that_changes_nothing_is_not_written() {
+    let why = Why { failure: failure("disk full"), cancelled: false };
+    let (target, source) = (Call::Abort(Side::Target), Call::Abort(Side::Source));
+    let undoing = |target, source| State::Aborting { target, source, why: why.clone() };
+    let repeated = [
+        (State::RolledBack { why: why.clone() }, target),
+        (undoing(PartAbort::Unconfirmed, SourceAbort::Asked), target),
+        (undoing(PartAbort::Unconfirmed, SourceAbort::Asked), source),
+        (undoing(PartAbort::Confirmed, SourceAbort::Asked), source),
+    ];
+    for (state, call) in repeated {
+        let step = state.clone().step(Event::Failed(call, failure("unreachable")));
+        assert_eq!((step.state, step.durability), (state, Durability::Unchanged));
+        assert_eq!(step.commands, [Command::Retry(call)]);
+    }
+    let first = undoing(PartAbort::Asked, SourceAbort::Confirmed).step(Event::Failed(target, failure("unreachable")));
+    assert_eq!(first.durability, Durability::Before, "that the source runs again is an outcome");
+    let restarted = State::RolledBack { why: why.clone() }.step(Event::Restarted(failure("restarted")));
+    assert_eq!((restarted.durability, restarted.commands), (Durability::Unchanged, vec![Command::Call(target)]));
+}
+
+#[test]
 fn the_end_that_quotes_criu_gives_the_reason() {
     let step = State::Freezing(Freezing::default()).step(Event::Failed(Call::Freeze, failure("connection reset")));
     let line = failure("the restore failed").criu_line("Error (criu/files.c:1): no such file");
