@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use podferry_common::failure::{Failure, FailureCode};
+use podferry_common::room;
 use podferry_filesystem::WritableLayer;
 use podferry_network::{ContainerLink, LinkHandle, Netns};
 use podferry_proto::v1::{self, Finding, NetworkKind};
@@ -12,9 +13,6 @@ use super::{convert, describe};
 use crate::context::{Context, blocking};
 use crate::target::INTERFACE;
 use crate::target::bundle::Bundle;
-
-/// Room that stays free: images are not all of a restore, and the node has other work.
-const SPARE_BYTES: u64 = 64 << 20;
 
 /// What would come to this node.
 #[derive(Clone, Debug)]
@@ -196,9 +194,8 @@ pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding
         let message = format!("a container {} is on this node already", wish.workload);
         findings.push(refusal("container-exists", message, format!("runc delete {}", wish.workload)));
     }
-    let needed = wish.memory_bytes.saturating_mul(2).saturating_add(SPARE_BYTES);
+    let needed = room::to_restore(wish.memory_bytes);
     let facts = describe::host_facts(context).await?;
-    // The images and the restored memory are there at the same time.
     if facts.memory_available < needed {
         let message = format!("{needed} bytes of memory are needed and {} are available", facts.memory_available);
         findings.push(refusal("out-of-memory", message, "free memory, or choose another target".to_owned()));
@@ -209,7 +206,7 @@ pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding
     ];
     for (kind, dir, bytes) in places {
         let free = podferry_filesystem::free_bytes(dir).unwrap_or(0);
-        let needed = bytes.saturating_add(SPARE_BYTES);
+        let needed = room::to_store(bytes);
         if free < needed {
             let message = format!("{needed} bytes are needed in {} and {free} are free", dir.display());
             findings.push(refusal(kind, message, format!("give {} more room", dir.display())));

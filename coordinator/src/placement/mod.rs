@@ -6,11 +6,7 @@ use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::fmt;
 
-use podferry_common::{Failure, FailureCode, NodeName};
-
-/// Memory that a node keeps beyond what it takes in: the images and the restored pages are both there for a moment, and
-/// what runs there already goes on allocating. In percent of the workload's memory.
-const HEADROOM_PERCENT: u64 = 110;
+use podferry_common::{Failure, FailureCode, NodeName, room};
 
 /// CPU feature words that user space cannot depend on: what the hypervisor and the kernel say about themselves, about
 /// power, virtualisation and the mitigation of hardware bugs. Two nodes of one pool differ in them by microcode alone.
@@ -170,6 +166,8 @@ pub enum Objection {
     Busy(usize),
     /// Not enough memory: bytes needed, bytes there.
     TooLittleMemory(u64, u64),
+    /// Not enough memory where images are kept: bytes needed, bytes there.
+    TooLittleImageMemory(u64, u64),
     /// It would do, another one is better; says why.
     OtherIsBetter(String),
 }
@@ -187,6 +185,9 @@ impl fmt::Display for Objection {
             Self::Busy(limit) => write!(f, "it takes part in {limit} migrations already, which is its limit"),
             Self::TooLittleMemory(needed, there) => {
                 write!(f, "{} MiB of memory are needed, {} MiB are free", needed.div_ceil(1 << 20), there >> 20)
+            }
+            Self::TooLittleImageMemory(needed, there) => {
+                write!(f, "{} MiB are needed for images, {} MiB are free", needed.div_ceil(1 << 20), there >> 20)
             }
             Self::OtherIsBetter(why) => f.write_str(why),
         }
@@ -206,7 +207,9 @@ impl Objection {
             }
             Self::ContainerExists => (FailureCode::AlreadyExists, "delete that container, if it is a left-over"),
             Self::Busy(_) | Self::OtherIsBetter(_) => (FailureCode::ResourceExhausted, "wait until one has ended"),
-            Self::TooLittleMemory(..) => (FailureCode::ResourceExhausted, "name a node with more free memory"),
+            Self::TooLittleMemory(..) | Self::TooLittleImageMemory(..) => {
+                (FailureCode::ResourceExhausted, "name a node with more free memory")
+            }
         };
         Failure::new(code, format!("node {node} cannot take the workload: {self}"))
             .on(node.as_str())
@@ -243,10 +246,13 @@ pub fn judge(demand: &Demand, candidate: &Candidate) -> Result<(), Objection> {
     if facts.has_container {
         return Err(Objection::ContainerExists);
     }
-    let needed = needed_memory(demand.memory_bytes);
-    let there = facts.memory_available.min(facts.images_free);
-    if needed > there {
-        return Err(Objection::TooLittleMemory(needed, there));
+    let needed = room::to_restore(demand.memory_bytes);
+    if needed > facts.memory_available {
+        return Err(Objection::TooLittleMemory(needed, facts.memory_available));
+    }
+    let needed = room::to_store(demand.memory_bytes);
+    if needed > facts.images_free {
+        return Err(Objection::TooLittleImageMemory(needed, facts.images_free));
     }
     if candidate.migrations >= candidate.migration_limit {
         return Err(Objection::Busy(candidate.migration_limit));
@@ -293,11 +299,6 @@ fn nowhere(mut others: Vec<(NodeName, Objection)>) -> Failure {
     Failure::new(FailureCode::FailedPrecondition, message)
         .in_phase("preflight")
         .remedy("make room on a node or add one")
-}
-
-/// Bytes that a target needs for a workload of that size.
-fn needed_memory(memory_bytes: u64) -> u64 {
-    u64::try_from(u128::from(memory_bytes) * u128::from(HEADROOM_PERCENT) / 100).unwrap_or(u64::MAX)
 }
 
 fn missing_features(wanted: &BTreeSet<String>, there: &BTreeSet<String>) -> Vec<String> {
@@ -369,10 +370,22 @@ mod tests {
         FAILED_PRECONDITION node b cannot take the workload: its architecture is aarch64, not x86_64 (on b, in preflight); what to do: name a node of the same architecture
         FAILED_PRECONDITION node b cannot take the workload: its CPU lacks avx2 (on b, in preflight); what to do: name a node whose CPU has all features of the source's
         ALREADY_EXISTS node b cannot take the workload: a container of that id is there already (on b, in preflight); what to do: delete that container, if it is a left-over
-        RESOURCE_EXHAUSTED node b cannot take the workload: 110 MiB of memory are needed, 5 MiB are free (on b, in preflight); what to do: name a node with more free memory
-        RESOURCE_EXHAUSTED node b cannot take the workload: 110 MiB of memory are needed, 6 MiB are free (on b, in preflight); what to do: name a node with more free memory
+        RESOURCE_EXHAUSTED node b cannot take the workload: 264 MiB of memory are needed, 5 MiB are free (on b, in preflight); what to do: name a node with more free memory
+        RESOURCE_EXHAUSTED node b cannot take the workload: 164 MiB are needed for images, 6 MiB are free (on b, in preflight); what to do: name a node with more free memory
         RESOURCE_EXHAUSTED node b cannot take the workload: it takes part in 2 migrations already, which is its limit (on b, in preflight); what to do: wait until one has ended
         "#);
+    }
+
+    #[test]
+    fn a_node_needs_the_room_that_its_agents_preflight_asks_for() {
+        let memory = demand().memory_bytes;
+        let (restore, images) = (room::to_restore(memory), room::to_store(memory));
+        let judged = |memory_available: u64, images_free: u64| {
+            judge(&demand(), &candidate("b", Facts { memory_available, images_free, ..fit() }))
+        };
+        assert_eq!(judged(restore, images), Ok(()));
+        assert_eq!(judged(restore - 1, images), Err(Objection::TooLittleMemory(restore, restore - 1)));
+        assert_eq!(judged(restore, images - 1), Err(Objection::TooLittleImageMemory(images, images - 1)));
     }
 
     #[test]
@@ -394,7 +407,7 @@ mod tests {
         a: the workload runs there already
         b: e is better: b has 0 containers, 1 migrations and 1024 MiB free
         c: e is better: c has 7 containers, 0 migrations and 1024 MiB free
-        d: 110 MiB of memory are needed, 1 MiB are free
+        d: 264 MiB of memory are needed, 1 MiB are free
         "#);
     }
 
@@ -407,7 +420,7 @@ mod tests {
 
     fn any_candidate() -> impl proptest::strategy::Strategy<Value = Candidate> {
         let features = prop::sample::subsequence(vec!["sse2", "avx2", "avx512f", "vmx"], 0..=4);
-        let facts = (any::<bool>(), any::<bool>(), features, 0_u64..300, 0_u64..300, 0_usize..4, any::<bool>())
+        let facts = (any::<bool>(), any::<bool>(), features, 0_u64..600, 0_u64..600, 0_usize..4, any::<bool>())
             .prop_map(|(fit, x86, features, memory, images, containers, has_container)| Facts {
                 fit,
                 complaints: Vec::new(),
