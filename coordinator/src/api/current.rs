@@ -17,6 +17,8 @@ pub struct Current(Arc<Mutex<Followed>>);
 struct Followed {
     core: Core,
     path: PathBuf,
+    /// Of the file that was read last, or of an older one: looked at before the reading, so that a change in between is
+    /// read once more instead of never. `None`: not known.
     version: Option<FileVersion>,
 }
 
@@ -30,10 +32,9 @@ struct FileVersion {
 }
 
 impl Current {
-    /// A core whose inventory was read from `path`.
+    /// A core whose inventory was read from `path`, some time ago: the first request reads it again.
     pub fn new(core: Core, path: PathBuf) -> Self {
-        let version = version_of(&path);
-        Self(Arc::new(Mutex::new(Followed { core, path, version })))
+        Self(Arc::new(Mutex::new(Followed { core, path, version: None })))
     }
 
     /// The core. A changed inventory that is wrong is logged once, and the last right one stays.
@@ -61,4 +62,35 @@ fn version_of(path: &std::path::Path) -> Option<FileVersion> {
         seconds: metadata.mtime(),
         nanoseconds: metadata.mtime_nsec(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runner::Deadlines;
+    use crate::store::Store;
+    use crate::testing;
+
+    async fn workloads(current: &Current) -> Vec<String> {
+        let all = current.get().workloads("").await.unwrap();
+        all.into_iter().map(|workload| workload.name).collect()
+    }
+
+    #[tokio::test]
+    async fn a_change_while_the_coordinator_starts_counts() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("inventory.toml");
+        fs::write(&path, "[[workloads]]\nname = \"early\"\n").unwrap();
+        let inventory = Inventory::load(&path).unwrap();
+        fs::write(&path, "[[workloads]]\nname = \"later\"\n").unwrap();
+        let store = Store::open(&folder.path().join("state")).unwrap();
+        let agents = testing::agents(folder.path());
+        let runner = testing::runner(&agents, &store);
+        let current = Current::new(Core::new(inventory, agents, store, runner, Deadlines::default()), path.clone());
+        assert_eq!(workloads(&current).await, ["later"]);
+        fs::write(&path, "[[workloads]]\nname = \"LATEST\"\n").unwrap();
+        assert_eq!(workloads(&current).await, ["later"], "a wrong one does not count");
+        fs::write(&path, "[[workloads]]\nname = \"the-latest\"\n").unwrap();
+        assert_eq!(workloads(&current).await, ["the-latest"]);
+    }
 }
