@@ -20,8 +20,13 @@ use podferry_runtime::{
     CgroupPaths, Container, Error, Externals, Finding, FindingKind, Freezer, FreezerState, NetworkKind, Report,
     Severity, Status, discover, find, preflight,
 };
+use rustix::fs::inotify;
+use rustix::mount::{MountFlags, UnmountFlags};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
+};
 use serde_json::json;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -205,6 +210,100 @@ fn descriptors_that_cannot_be_dumped_are_named() {
         assert_eq!((finding.pid, finding.fd, finding.severity), (Some(init), Some(fd), Severity::Blocking));
         assert!(!finding.remedy.is_empty());
     }
+}
+
+/// A periodic timer that goes off after a millisecond, and then every hour.
+fn timer() -> OwnedFd {
+    let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::empty()).unwrap();
+    let it_interval = Timespec { tv_sec: 3600, tv_nsec: 0 };
+    let it_value = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+    timerfd_settime(&timer, TimerfdTimerFlags::empty(), &Itimerspec { it_interval, it_value }).unwrap();
+    timer
+}
+
+#[test]
+fn a_periodic_timer_whose_tick_was_not_read_is_told() {
+    let lab = Lab::new(SLEEPER);
+    let (unread, read) = (timer(), timer());
+    rustix::io::read(&read, &mut [0; 8]).unwrap();
+    let container = run_with(&lab, vec![unread, read]);
+    let report = preflight(&container).unwrap();
+    let told: Vec<_> = report.findings.iter().map(|found| (found.kind, found.severity, found.pid, found.fd)).collect();
+    let init = container.init.unwrap().pid;
+    // The shell's child has the same timer.
+    assert!(told.contains(&(FindingKind::Timer, Severity::Warning, Some(init), Some(3))), "{report:?}");
+    assert!(told.iter().all(|(.., fd)| *fd == Some(3)), "{report:?}");
+}
+
+#[test]
+fn deleted_files_are_counted_once_with_what_they_take() {
+    let lab = Lab::new(
+        "exec 3>/data/deleted; busybox dd if=/dev/zero of=/data/deleted bs=1M count=3 2>/dev/null; \
+                        busybox rm /data/deleted; exec 5>&3; sleep 1000 & wait",
+    );
+    let container = lab.run();
+    let descriptor = format!("/proc/{}/fd/3", container.init.unwrap().pid);
+    wait_for("the file to be deleted", || {
+        fs::read_link(&descriptor).is_ok_and(|link| link.to_string_lossy().ends_with("(deleted)"))
+    });
+    let report = preflight(&container).unwrap();
+    let [file] = &report.facts.deleted_files[..] else { panic!("{report:?}") };
+    assert_eq!((file.pid, file.fd), (container.init.unwrap().pid, 3));
+    assert!((3 << 20..4 << 20).contains(&file.bytes) && file.name.contains("/data/deleted"), "{file:?}");
+    assert!(report.can_be_dumped(), "{report:?}");
+}
+
+/// An overlay over the root filesystem of a lab.
+struct Overlay(PathBuf);
+
+impl Overlay {
+    fn over(lab: &Lab) -> Self {
+        let (upper, work) = (lab.dir.path().join("upper"), lab.dir.path().join("overlay-work"));
+        for dir in [&upper, &work] {
+            fs::create_dir(dir).unwrap();
+        }
+        let root = lab.rootfs();
+        let options = format!("lowerdir={},upperdir={},workdir={}", root.display(), upper.display(), work.display());
+        let options = std::ffi::CString::new(options).unwrap();
+        rustix::mount::mount("overlay", &root, "overlay", MountFlags::empty(), Some(options.as_c_str())).unwrap();
+        Self(root)
+    }
+}
+
+impl Drop for Overlay {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.0, UnmountFlags::DETACH);
+    }
+}
+
+fn watch(path: &Path) -> OwnedFd {
+    let watch = inotify::init(inotify::CreateFlags::empty()).unwrap();
+    inotify::add_watch(&watch, path, inotify::WatchFlags::CREATE).unwrap();
+    watch
+}
+
+#[test]
+fn a_watch_that_criu_cannot_name_is_told_and_one_that_it_can_is_not() {
+    let lab = Lab::new(SLEEPER);
+    let overlay = Overlay::over(&lab);
+    let root = lab.rootfs();
+    // CRIU looks in /etc by itself.
+    for (path, is_carried) in [("etc/precious", true), ("etc", true), ("", true), ("data", false)] {
+        let container = run_with(&lab, vec![watch(&root.join(path))]);
+        let report = preflight(&container).unwrap();
+        let told: Vec<_> = report.blocking().map(|found| (found.kind, found.pid, found.fd)).collect();
+        let init = container.init.map(|init| init.pid);
+        let expected = if is_carried { vec![] } else { vec![(FindingKind::FileWatch, init, Some(3))] };
+        // Children have the same descriptor.
+        assert_eq!(told.first(), expected.first(), "{path}: {report:?}");
+        let dumped = lab.try_checkpoint();
+        assert_eq!(dumped.is_ok(), is_carried, "{path}: {dumped:?}");
+        lab.runc.kill(&lab.id, "KILL").ok();
+        wait_for("it to stop", || !container.is_alive());
+        lab.runc.delete(&lab.id, true).ok();
+        let _ = fs::remove_dir_all(lab.images());
+    }
+    drop(overlay);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use rustix::fs::{major, minor};
 use crate::error::Error;
 
 use super::mounts::Known;
-use super::{Finding, FindingKind, mappings};
+use super::{DeletedFile, Finding, FindingKind, mappings, timers, watches};
 
 /// A descriptor that is a socket.
 #[derive(Debug, Clone, Copy)]
@@ -19,24 +19,28 @@ pub(super) struct Socket {
     pub(super) inode: u64,
 }
 
-/// The largest deleted file that CRIU carries along by itself, in bytes (`ghost-limit`).
-const GHOST_LIMIT: u64 = 1 << 20;
+/// What is collected of all processes before it is judged.
+#[derive(Debug, Default)]
+pub(super) struct Open {
+    /// Their sockets.
+    pub(super) sockets: Vec<Socket>,
+    /// Files without a name, each once.
+    pub(super) deleted_files: Vec<DeletedFile>,
+}
+
+/// `st_blocks` counts in this unit, whatever the filesystem's own is (stat(3type)).
+const BLOCK: u64 = 512;
 
 /// Objects behind `anon_inode:` that CRIU dumps (`criu/files.c`).
 const KNOWN_OBJECTS: [&str; 8] =
     ["[eventfd]", "[eventpoll]", "inotify", "[fanotify]", "[signalfd]", "[timerfd]", "[pidfd]", "bpf-map"];
 
-/// Looks at every descriptor of a process, and collects its sockets.
-pub(super) fn look(
-    pid: i32,
-    mounts: &Known,
-    findings: &mut Vec<Finding>,
-    sockets: &mut Vec<Socket>,
-) -> Result<(), Error> {
+/// Looks at every descriptor of a process, and collects its sockets and deleted files.
+pub(super) fn look(pid: i32, mounts: &Known, findings: &mut Vec<Finding>, open: &mut Open) -> Result<(), Error> {
     let dir = PathBuf::from(format!("/proc/{pid}/fd"));
     for entry in fs::read_dir(&dir).map_err(Error::io("list", &dir))?.flatten() {
         let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
-        match look_at_one(pid, fd, &entry.path(), mounts, sockets) {
+        match look_at_one(pid, fd, &entry.path(), mounts, open) {
             Ok(finding) => findings.extend(finding.map(|finding| finding.of_descriptor(pid, fd))),
             // Closed meanwhile.
             Err(error) if error.is_gone() => {}
@@ -46,20 +50,14 @@ pub(super) fn look(
     Ok(())
 }
 
-fn look_at_one(
-    pid: i32,
-    fd: i32,
-    path: &Path,
-    mounts: &Known,
-    sockets: &mut Vec<Socket>,
-) -> Result<Option<Finding>, Error> {
+fn look_at_one(pid: i32, fd: i32, path: &Path, mounts: &Known, open: &mut Open) -> Result<Option<Finding>, Error> {
     let link = fs::read_link(path).map_err(Error::io("read the link", path))?;
     let link = link.to_string_lossy();
     if let Some(object) = link.strip_prefix("anon_inode:") {
-        return Ok(judge_object(object));
+        return look_at_object(pid, fd, object, mounts);
     }
     if let Some(inode) = link.strip_prefix("socket:[").and_then(|rest| rest.strip_suffix(']')) {
-        sockets.extend(inode.parse().map(|inode| Socket { pid, fd, inode }));
+        open.sockets.extend(inode.parse().map(|inode| Socket { pid, fd, inode }));
         return Ok(None);
     }
     // Pipes, namespaces, pidfds and memory files have no place in the tree of mounts.
@@ -68,13 +66,40 @@ fn look_at_one(
     }
     let metadata = fs::metadata(path).map_err(Error::io("look at", path))?;
     let from_outside = !mounts.contains(pid, mount_of(pid, fd)?)?;
+    if !from_outside {
+        open.note_if_deleted(pid, fd, &link, &metadata);
+    }
     Ok(judge_file(fd, &link, &metadata, from_outside))
+}
+
+impl Open {
+    fn note_if_deleted(&mut self, pid: i32, fd: i32, link: &str, metadata: &Metadata) {
+        let id = (metadata.dev(), metadata.ino());
+        let known = self.deleted_files.iter().any(|file| file.id == id);
+        if !known && metadata.is_file() && metadata.nlink() == 0 {
+            let bytes = metadata.blocks().saturating_mul(BLOCK);
+            self.deleted_files.push(DeletedFile { pid, fd, name: link.to_owned(), bytes, id });
+        }
+    }
+}
+
+/// What the kernel tells of a descriptor (`proc_pid_fdinfo(5)`).
+fn fdinfo(pid: i32, fd: i32) -> Result<String, Error> {
+    let path = PathBuf::from(format!("/proc/{pid}/fdinfo/{fd}"));
+    fs::read_to_string(&path).map_err(Error::io("read", &path))
+}
+
+fn look_at_object(pid: i32, fd: i32, object: &str, mounts: &Known) -> Result<Option<Finding>, Error> {
+    match object {
+        "[timerfd]" => Ok(timers::judge(&fdinfo(pid, fd)?)),
+        "inotify" | "[fanotify]" => Ok(watches::judge(&fdinfo(pid, fd)?, mounts)),
+        _ => Ok(judge_object(object)),
+    }
 }
 
 /// The id of the mount through which a file was opened.
 fn mount_of(pid: i32, fd: i32) -> Result<i32, Error> {
-    let path = PathBuf::from(format!("/proc/{pid}/fdinfo/{fd}"));
-    let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let text = fdinfo(pid, fd)?;
     let id = text.lines().find_map(|line| line.strip_prefix("mnt_id:")).and_then(|id| id.trim().parse().ok());
     Ok(id.unwrap_or(-1))
 }
@@ -123,13 +148,7 @@ fn judge_file(fd: i32, link: &str, metadata: &Metadata, from_outside: bool) -> O
             "do not pass the descriptor into the container; mount the file instead",
         ));
     }
-    (kind.is_file() && metadata.nlink() == 0 && metadata.size() > GHOST_LIMIT).then(|| {
-        Finding::warning(
-            FindingKind::DeletedFile,
-            format!("has {link} open, {} bytes that are in no directory any more", metadata.size()),
-            "CRIU carries 1 MiB of such a file unless its ghost-limit is raised",
-        )
-    })
+    None
 }
 
 /// Terminals: `/dev/tty`, `/dev/ptmx` and the Unix98 pseudo terminals.

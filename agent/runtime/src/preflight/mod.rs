@@ -9,6 +9,8 @@ mod mappings;
 mod mounts;
 mod namespaces;
 mod sockets;
+mod timers;
+mod watches;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -55,6 +57,23 @@ pub struct Facts {
     pub threads: usize,
     /// Bytes to move, see [`Container::memory_to_move`].
     pub memory_bytes: u64,
+    /// Open files that are in no directory any more, each once.
+    pub deleted_files: Vec<DeletedFile>,
+}
+
+/// A file that is open and in no directory any more. CRIU carries its content along among the images.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeletedFile {
+    /// A process that has it open, in the host's pid namespace.
+    pub pid: i32,
+    /// The process's descriptor.
+    pub fd: i32,
+    /// The name that it had, in the kernel's words.
+    pub name: String,
+    /// Bytes that it takes on its filesystem.
+    pub bytes: u64,
+    /// Its device and inode.
+    id: (u64, u64),
 }
 
 /// What kind of thing stands in the way.
@@ -80,8 +99,10 @@ pub enum FindingKind {
     ExternalTerminal,
     /// A device.
     Device,
-    /// A deleted file that is too large for CRIU to carry along.
-    DeletedFile,
+    /// A watch (inotify, fanotify) on a file that CRIU cannot name.
+    FileWatch,
+    /// A periodic timer (timerfd) that CRIU may restore switched off.
+    Timer,
     /// Under a debugger or tracer.
     Traced,
     /// Shares a namespace with the host.
@@ -182,7 +203,7 @@ pub fn preflight(container: &Container) -> Result<Report, Error> {
     let pids = container.processes()?;
     let mut findings = Vec::new();
     let mut threads = 0;
-    let mut sockets = Vec::new();
+    let mut open = descriptors::Open::default();
     let mounts = mounts::Known::new(init.pid)?;
     let mut tree = BTreeSet::new();
     collect_descendants(init.pid, &mut tree);
@@ -191,7 +212,7 @@ pub fn preflight(container: &Container) -> Result<Report, Error> {
         let looked = (|| {
             threads += look_at_process(pid, &mut findings)?;
             mappings::look(pid, &mut findings)?;
-            descriptors::look(pid, &mounts, &mut findings, &mut sockets)
+            descriptors::look(pid, &mounts, &mut findings, &mut open)
         })();
         // It ended while it was looked at.
         if let Err(error) = looked
@@ -203,7 +224,7 @@ pub fn preflight(container: &Container) -> Result<Report, Error> {
     look_for_zombies(&tree, &mut findings);
     namespaces::look(container, init.pid, &pids, &tree, &mut findings)?;
     mounts::look(container, init.pid, &mut findings)?;
-    let tcp_connections = sockets::look(&sockets, &mut findings)?;
+    let tcp_connections = sockets::look(&open.sockets, &mut findings)?;
     findings.sort_by_key(|finding| (finding.kind, finding.pid, finding.fd));
     let facts = Facts {
         network: NetworkKind::of(container),
@@ -211,6 +232,7 @@ pub fn preflight(container: &Container) -> Result<Report, Error> {
         processes: pids.len(),
         threads,
         memory_bytes: container.memory_to_move()?,
+        deleted_files: open.deleted_files,
     };
     Ok(Report { facts, findings })
 }

@@ -37,16 +37,23 @@ const SUPPORTED: [&str; 20] = [
     "autofs",
 ];
 
-/// The ids of the mounts that processes see, by mount namespace: the container's, and those made inside it.
+/// The mounts that processes see: the container's, and those made inside it.
 pub(super) struct Known {
+    /// Ids by mount namespace.
     ids: RefCell<BTreeMap<PathBuf, BTreeSet<i32>>>,
+    /// Devices of overlays whose files have no handles, by major and minor number.
+    without_handles: RefCell<BTreeSet<String>>,
     init: PathBuf,
+    /// The root that the container's init sees.
+    root: PathBuf,
 }
 
 impl Known {
     /// Starts with those of the container's init.
     pub(super) fn new(init: i32) -> Result<Self, Error> {
-        let known = Self { ids: RefCell::default(), init: namespace(init)? };
+        let (ids, without_handles) = (RefCell::default(), RefCell::default());
+        let root = PathBuf::from(format!("/proc/{init}/root"));
+        let known = Self { ids, without_handles, init: namespace(init)?, root };
         known.read(init)?;
         Ok(known)
     }
@@ -58,13 +65,34 @@ impl Known {
         Ok([&own, &self.init].into_iter().filter_map(|namespace| ids.get(namespace)).any(|ids| ids.contains(&id)))
     }
 
+    /// Whether a device is an overlay whose files cannot be opened by their handles.
+    pub(super) fn is_without_handles(&self, major: u32, minor: u32) -> bool {
+        self.without_handles.borrow().contains(&format!("{major}:{minor}"))
+    }
+
+    /// The root that the container's init sees.
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
     fn read(&self, pid: i32) -> Result<PathBuf, Error> {
         let namespace = namespace(pid)?;
         if !self.ids.borrow().contains_key(&namespace) {
-            let ids = mounts_of(pid)?.iter().map(|mount| mount.mnt_id).collect();
-            self.ids.borrow_mut().insert(namespace.clone(), ids);
+            let mounts = mounts_of(pid)?;
+            let overlays = mounts.iter().filter(|mount| mount.fs_type == "overlay" && !has_handles(mount));
+            self.without_handles.borrow_mut().extend(overlays.map(|mount| mount.majmin.clone()));
+            self.ids.borrow_mut().insert(namespace.clone(), mounts.iter().map(|mount| mount.mnt_id).collect());
         }
         Ok(namespace)
+    }
+}
+
+/// An overlay's files can be opened by handles with the option `nfs_export`, which is shown where it differs from the
+/// module's own setting.
+fn has_handles(overlay: &MountInfo) -> bool {
+    match overlay.super_options.get("nfs_export") {
+        Some(value) => value.as_deref() != Some("off"),
+        None => fs::read_to_string("/sys/module/overlay/parameters/nfs_export").is_ok_and(|set| set.starts_with('Y')),
     }
 }
 
