@@ -81,7 +81,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The bridge is there, and switched off.
-    #[error("bridge {bridge} is down: bring it up (ip link set {bridge} up)")]
+    #[error("bridge {bridge} is down, so that nothing on it is reached")]
     BridgeDown {
         /// The bridge.
         bridge: String,

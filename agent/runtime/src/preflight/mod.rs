@@ -72,8 +72,8 @@ pub struct DeletedFile {
     pub name: String,
     /// Bytes that it takes on its filesystem.
     pub bytes: u64,
-    /// Its device and inode.
-    id: (u64, u64),
+    /// Its device and inode, which tell it from others.
+    pub id: (u64, u64),
 }
 
 /// What kind of thing stands in the way.
