@@ -11,6 +11,8 @@
 pub mod bundle;
 pub mod hook;
 pub mod inbox;
+#[cfg(test)]
+mod tests;
 
 use std::ffi::OsString;
 use std::fs;
@@ -351,14 +353,20 @@ impl TargetPart {
                 return Ok(Gone::Died(failure));
             }
             self.note(record, |record| record.going = true)?;
-            self.join_link(record)?;
-            // One that hung up just now is seen by what becomes of its restore.
-            let _seen_below = self.hook.tell("go").await;
+            self.go(record).await?;
         } else if self.hook.until(Duration::ZERO, |_| true).await.pid().is_some() {
-            // An earlier agent died between its note and its word.
-            let _seen_below = self.hook.tell("go").await;
+            // An earlier agent died, or could not join the link, between its note and its word.
+            self.go(record).await?;
         }
         self.until_running().await
+    }
+
+    /// Joins the link, then says the word: a container that runs without its link can only lose connections.
+    async fn go(&self, record: &PartRecord) -> Result<(), Failure> {
+        self.join_link(record)?;
+        // A hook that hung up just now is seen by what becomes of its restore.
+        let _seen_later = self.hook.tell("go").await;
+        Ok(())
     }
 
     /// Fails when the restore has died.
@@ -624,7 +632,7 @@ async fn make_network(context: &Context, record: &PartRecord) -> Result<(), Fail
         let what = "the container's network namespace cannot be made";
         context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("prepare")
     })?;
-    set_mtu(netns, container.mtu.saturating_sub(1));
+    set_mtu(netns, container.mtu_during_restore());
     Ok(())
 }
 
@@ -637,7 +645,7 @@ async fn remove_network(context: &Context, record: &PartRecord) -> Result<(), Fa
 }
 
 /// CRIU restores sockets with a maximum segment size of 524 bytes, and idle ones keep it until their route's MTU changes:
-/// so it is one lower during the restore and as it was from the resume on.
+/// so it is another one during the restore and as it was from the resume on.
 fn restore_mtu(record: &PartRecord) {
     if let Role::Target { netns: Some(netns), plan: Some(plan), .. } = &record.role {
         set_mtu(netns, plan.mtu);
