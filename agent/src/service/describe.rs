@@ -8,6 +8,7 @@ use podferry_proto::Version;
 use podferry_proto::v1::{self, Finding};
 use podferry_runtime::{CgroupVersion, Container, HostFacts, NamespaceKind, Status};
 
+use super::network;
 use crate::context::{Context, blocking};
 
 /// What was found out when the agent started.
@@ -55,9 +56,20 @@ impl Capabilities {
         })
     }
 
+    /// Those of the start, and what may have changed since.
+    fn complaints_now(&self, context: &Context) -> Vec<String> {
+        let bridge = network::bridge_complaint(&context.config.network.bridge);
+        self.complaints
+            .iter()
+            .cloned()
+            .chain(bridge.map(|(complaint, remedy)| format!("{complaint}; {remedy}")))
+            .collect()
+    }
+
     /// The answer to `Describe`.
     pub(crate) async fn describe(&self, context: &Context) -> Result<v1::DescribeResponse, Failure> {
         let facts = host_facts(context).await?;
+        let complaints = self.complaints_now(context);
         let free = |dir: &Path| podferry_filesystem::free_bytes(dir).unwrap_or(0);
         Ok(v1::DescribeResponse {
             version: Some(Version::OURS.into()),
@@ -71,14 +83,14 @@ impl Capabilities {
             images_free: free(&context.config.images_dir),
             layers_free: free(&context.config.runtime.bundles_dir),
             criu_version: self.criu_version.clone(),
-            complaints: self.complaints.clone(),
+            fit: complaints.is_empty(),
+            complaints,
             runc_version: self.runc_version.clone(),
             cgroup_version: match facts.cgroup_version {
                 CgroupVersion::V1 | CgroupVersion::Hybrid => 1,
                 CgroupVersion::V2 => 2,
             },
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
-            fit: self.complaints.is_empty(),
         })
     }
 }

@@ -2,6 +2,7 @@
 
 mod convert;
 mod describe;
+mod network;
 mod preflight;
 
 use std::pin::Pin;

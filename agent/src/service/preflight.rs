@@ -4,12 +4,13 @@ use std::path::Path;
 
 use podferry_common::failure::{Failure, FailureCode};
 use podferry_common::room;
+use podferry_criu::GHOST_LIMIT;
 use podferry_filesystem::WritableLayer;
-use podferry_network::{ContainerLink, LinkHandle, Netns};
+use podferry_network::{ContainerLink, LinkHandle, Netns, Unmoved};
 use podferry_proto::v1::{self, Finding, NetworkKind};
-use podferry_runtime::{Container, NamespaceKind, Severity, Status};
+use podferry_runtime::{Container, DeletedFile, NamespaceKind, Severity, Status};
 
-use super::{convert, describe};
+use super::{convert, describe, network};
 use crate::context::{Context, blocking};
 use crate::target::INTERFACE;
 use crate::target::bundle::Bundle;
@@ -105,8 +106,9 @@ pub(crate) async fn link_of(context: &Context, container: &Container) -> Result<
 pub(crate) async fn source(context: &Context, workload: &str) -> Result<v1::PreflightSourceResponse, Failure> {
     let container = container(context, workload).await?;
     if container.status != Status::Running {
-        let message = format!("{workload} is {:?}, not running", container.status).to_lowercase();
-        return Err(context.refusal(FailureCode::FailedPrecondition, message).in_phase("preflight"));
+        let (message, remedy) = not_running(&container.id, container.status, &container.root);
+        let failure = context.refusal(FailureCode::FailedPrecondition, message).in_phase("preflight");
+        return Err(failure.remedy(remedy));
     }
     let link = link_of(context, &container).await?;
     let looked = {
@@ -124,6 +126,13 @@ pub(crate) async fn source(context: &Context, workload: &str) -> Result<v1::Pref
     };
     let (report, layer) = looked;
     let mut findings: Vec<Finding> = report.findings.iter().map(finding_of).collect();
+    let images_free = podferry_filesystem::free_bytes(&context.config.images_dir).unwrap_or(0);
+    findings.extend(deleted_findings(&report.facts.deleted_files, images_free));
+    if link.is_some() {
+        findings.extend(network::unmoved_findings(&unmoved(context, &container).await?));
+    }
+    // They come back as files, and for a moment both as such and as images.
+    let deleted_bytes: u64 = report.facts.deleted_files.iter().map(|file| file.bytes).sum();
     let layer_bytes = match &layer {
         WritableLayer::Overlay(overlay) => content_bytes(&overlay.upper),
         WritableLayer::Plain { rootfs } => {
@@ -133,13 +142,67 @@ pub(crate) async fn source(context: &Context, workload: &str) -> Result<v1::Pref
     };
     Ok(v1::PreflightSourceResponse {
         findings,
-        memory_bytes: report.facts.memory_bytes,
-        layer_bytes,
+        memory_bytes: report.facts.memory_bytes.saturating_add(deleted_bytes),
+        layer_bytes: layer_bytes.saturating_add(deleted_bytes),
         network: network_kind(&container).into(),
         link: link.map(|link| convert::link_message(&link.link)),
         tcp_connections: u32::try_from(report.facts.tcp_connections).unwrap_or(u32::MAX),
         processes: u32::try_from(report.facts.processes).unwrap_or(u32::MAX),
     })
+}
+
+/// What is wrong with a container that does not run, and what to do.
+fn not_running(id: &str, status: Status, root: &Path) -> (String, String) {
+    let word = format!("{status:?}").to_lowercase();
+    let root = root.display();
+    let remedy = match status {
+        Status::Paused => {
+            format!("runc --root {root} resume {id}, unless it is paused for a reason, and migrate it then")
+        }
+        Status::Created => format!("runc --root {root} start {id}, and migrate it when its program runs"),
+        Status::Running | Status::Stopped => {
+            "start it where it shall run: there is nothing to move in one that has ended".to_owned()
+        }
+    };
+    (format!("{id} is {word}, not running"), remedy)
+}
+
+async fn unmoved(context: &Context, container: &Container) -> Result<Unmoved, Failure> {
+    let Some(path) = container.namespace_paths.get(&NamespaceKind::Network) else { return Ok(Unmoved::default()) };
+    let looked = async { podferry_network::unmoved(&Netns::open(path)?, INTERFACE).await };
+    looked.await.map_err(|error: podferry_network::Error| {
+        let what = "the container's network cannot be looked at";
+        context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("preflight")
+    })
+}
+
+/// Deleted files are carried along among the images, and so have to find room there.
+fn deleted_findings(files: &[DeletedFile], images_free: u64) -> Vec<Finding> {
+    const REMEDY: &str =
+        "let the program close the file or keep its name (for logs: reopen them after rotation), or restart it";
+    let refused = |file: &DeletedFile, kind: &str, why: String| Finding {
+        refuses: true,
+        kind: kind.to_owned(),
+        pid: file.pid.unsigned_abs(),
+        fd: file.fd,
+        message: format!("has {} open, {} bytes that are in no directory any more, {why}", file.name, file.bytes),
+        remedy: REMEDY.to_owned(),
+    };
+    let limit = u64::from(GHOST_LIMIT);
+    let too_large = files.iter().filter(|file| file.bytes > limit);
+    let mut findings: Vec<Finding> = too_large
+        .map(|file| refused(file, "deleted-file", format!("and CRIU carries at most {limit} bytes of one")))
+        .collect();
+    let all = files.iter().map(|file| file.bytes).sum();
+    if let Some(largest) = files.iter().max_by_key(|file| file.bytes)
+        && all > 0
+        && images_free < room::to_store(all)
+    {
+        let why =
+            format!("and all such files with {all} bytes do not fit into the {images_free} bytes free for images");
+        findings.push(refused(largest, "out-of-image-memory", why));
+    }
+    findings
 }
 
 fn network_kind(container: &Container) -> NetworkKind {
@@ -194,6 +257,9 @@ pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding
         let message = format!("a container {} is on this node already", wish.workload);
         findings.push(refusal("container-exists", message, format!("runc delete {}", wish.workload)));
     }
+    if wish.network == NetworkKind::Path {
+        findings.extend(network::bridge_finding(&context.config.network.bridge));
+    }
     let needed = room::to_restore(wish.memory_bytes);
     let facts = describe::host_facts(context).await?;
     if facts.memory_available < needed {
@@ -218,9 +284,11 @@ pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding
 /// The same as an error, for a caller that goes on to change things.
 ///
 /// # Errors
-/// The first finding.
+/// The first finding that refuses.
 pub(crate) async fn refuse(context: &Context, wish: &Wish) -> Result<(), Failure> {
-    let Some(finding) = target(context, wish).await?.into_iter().next() else { return Ok(()) };
+    let Some(finding) = target(context, wish).await?.into_iter().find(|finding| finding.refuses) else {
+        return Ok(());
+    };
     let failure = context.refusal(FailureCode::FailedPrecondition, finding.message).in_phase("prepare");
     Err(failure.remedy(finding.remedy))
 }
@@ -266,4 +334,36 @@ fn content_bytes(dir: &Path) -> u64 {
         _ => 0,
     };
     entries.flatten().map(size).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_does_not_run_is_told_what_to_do() {
+        for (status, words) in [
+            (Status::Paused, "runc --root /run/runc resume redis"),
+            (Status::Created, "runc --root /run/runc start redis"),
+            (Status::Stopped, "ended"),
+        ] {
+            let (message, remedy) = not_running("redis", status, Path::new("/run/runc"));
+            assert!(remedy.contains(words), "{remedy}");
+            assert!(message.contains(&format!("{status:?}").to_lowercase()), "{message}");
+        }
+    }
+
+    #[test]
+    fn deleted_files_are_refused_only_when_they_cannot_be_carried() {
+        let file = |fd, bytes| DeletedFile { pid: 7, fd, name: format!("/data/{fd} (deleted)"), bytes, id: (1, 2) };
+        let some = [file(3, 8 << 20), file(4, 1 << 30)];
+        assert_eq!(deleted_findings(&some, 2 << 30), []);
+        assert_eq!(deleted_findings(&[], 0), []);
+        assert_eq!(deleted_findings(&[file(3, 0)], 0), []);
+        let full = &deleted_findings(&some, 1 << 30)[0];
+        assert_eq!((full.refuses, full.pid, full.fd, full.kind.as_str()), (true, 7, 4, "out-of-image-memory"));
+        let large = &deleted_findings(&[file(3, 8 << 20), file(5, 4 << 30)], 1 << 40)[0];
+        assert_eq!((large.refuses, large.pid, large.fd, large.kind.as_str()), (true, 7, 5, "deleted-file"));
+        assert!(large.message.contains(&(4_u64 << 30).to_string()), "{large:?}");
+    }
 }
