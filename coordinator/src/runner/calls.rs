@@ -121,7 +121,7 @@ impl Job {
         self.failure(FailureCode::DeadlineExceeded, message)
     }
 
-    fn failure(&self, code: FailureCode, message: impl Into<String>) -> Failure {
+    pub(super) fn failure(&self, code: FailureCode, message: impl Into<String>) -> Failure {
         Failure::new(code, message).on(self.node.as_str()).in_phase(phase_word(self.call))
     }
 
@@ -132,11 +132,13 @@ impl Job {
             Call::PreflightSource => self.preflight_source(client).await.map(Some),
             Call::PreflightTarget => self.preflight_target(client).await.map(Some),
             Call::Freeze => self.freeze(client).await.map(|()| None),
+            Call::Release => self.release(client).await.map(Some),
+            Call::Resume => self.resume(client).await.map(Some),
             _ => self.simple(client).await.map(Some).map_err(|status| self.placed(&status)),
         }
     }
 
-    fn placed(&self, status: &Status) -> Failure {
+    pub(super) fn placed(&self, status: &Status) -> Failure {
         placed(status, &self.node, &self.address, phase_word(self.call))
     }
 
@@ -237,17 +239,11 @@ impl Job {
             Call::Seal(_) => {
                 client.seal(v1::SealRequest { migration_id }).await?;
             }
-            Call::Release => {
-                client.release(v1::ReleaseRequest { migration_id }).await?;
-            }
-            Call::Resume => {
-                client.resume(v1::ResumeRequest { migration_id }).await?;
-            }
             Call::Abort(_) => {
                 client.abort(v1::AbortRequest { migration_id, reason: self.reason.clone() }).await?;
             }
-            Call::PreflightSource | Call::PreflightTarget | Call::Freeze => {
-                return Err(Status::internal("this call has more than one answer"));
+            Call::PreflightSource | Call::PreflightTarget | Call::Freeze | Call::Release | Call::Resume => {
+                return Err(Status::internal("this call is not a simple one"));
             }
         }
         Ok(Answer::Done)

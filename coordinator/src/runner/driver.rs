@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
-use super::calls::{Answer, Input, Job, Surroundings, describe, keeps_connections};
+use super::calls::{Answer, Input, Job, Surroundings, describe, keeps_connections, phase_word};
 use super::meter::Meter;
 use super::{Shared, blocking};
 use crate::migration::{Call, Command, Durability, Event};
@@ -69,11 +69,13 @@ impl Driver {
     async fn take(&mut self, input: Input) -> Result<(), StoreError> {
         match input {
             Input::Answered { call, answer: Ok(answer), at } => {
+                self.record.report.obstacle = None;
                 self.note(call, answer, at);
                 self.apply(Event::Succeeded(call), at).await
             }
             Input::Answered { call, answer: Err(failure), at } => {
                 tracing::warn!(migration = %self.record.id, ?call, %failure, "call failed");
+                self.note_obstacle(call, &failure);
                 self.apply(Event::Failed(call, failure), at).await
             }
             Input::Frozen { freeze_ms, at } => {
@@ -114,6 +116,18 @@ impl Driver {
             Answer::Restored(restore_ms) => report.timings.restore = restore_ms,
             Answer::Done if call == Call::Resume => self.meter.resumed(&mut self.record, at),
             Answer::Done => {}
+        }
+    }
+
+    /// Shows what keeps a committed migration from its end, without a write: the next attempt says it again.
+    fn note_obstacle(&mut self, call: Call, failure: &Failure) {
+        if !matches!(call, Call::Release | Call::Resume) {
+            return;
+        }
+        let obstacle = Some(format!("{} is repeated until it is confirmed: {failure}", phase_word(call)));
+        if self.record.report.obstacle != obstacle {
+            self.record.report.obstacle = obstacle;
+            self.view.send_replace(self.record.clone());
         }
     }
 

@@ -4,6 +4,7 @@
 //! whether a failed write is on disk is not known, and only a fresh look at the disk says it.
 
 mod calls;
+mod committed;
 mod deadlines;
 mod driver;
 mod meter;

@@ -60,6 +60,9 @@ pub struct Report {
     pub keeps_connections: bool,
     /// What a person should know.
     pub notes: Vec<String>,
+    /// What keeps a committed migration from its end at the moment. Not recorded: it is found out again.
+    #[serde(skip)]
+    pub obstacle: Option<String>,
 }
 
 /// One pass over the memory.
@@ -157,6 +160,7 @@ impl Record {
             let target = &self.target;
             notes.push(format!("node {target} has not confirmed that it keeps nothing; it is asked until it does"));
         }
+        notes.extend(self.report.obstacle.clone());
         notes
     }
 }
