@@ -13,6 +13,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Response, Status};
 
 use crate::arguments::Global;
+use crate::exit;
 
 /// How long the coordinator has for one answer. It answers from its record: an agent that hangs does not delay it long.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -83,7 +84,7 @@ async fn greet(coordinator: &mut Coordinator) -> Result<(), Greeting> {
 
 /// Whether the status means that the connection broke, not that the coordinator said no: its own answers carry details.
 pub(crate) fn is_broken(status: &Status) -> bool {
-    matches!(status.code(), Code::Unavailable)
+    status.code() == Code::Unavailable && !exit::is_of_a_node(&Failure::from_status(status))
         || status.details().is_empty() && matches!(status.code(), Code::Unknown | Code::Internal | Code::Cancelled)
 }
 

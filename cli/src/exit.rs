@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use podferry_common::FailureCode;
+use podferry_common::{Failure, FailureCode};
 use podferry_proto::v1::{Migration, Phase};
 
 /// How the program ends.
@@ -31,7 +31,11 @@ pub(crate) enum Exit {
 
 impl Exit {
     /// The code for a request that was not carried out.
-    pub(crate) fn of_refusal(code: FailureCode) -> Self {
+    pub(crate) fn of_refusal(failure: &Failure) -> Self {
+        if is_of_a_node(failure) { Self::Refused } else { Self::of_code(failure.code) }
+    }
+
+    fn of_code(code: FailureCode) -> Self {
         match code {
             FailureCode::InvalidArgument => Self::Usage,
             FailureCode::NotFound => Self::NotFound,
@@ -57,9 +61,14 @@ impl Exit {
     }
 }
 
+/// Whether the coordinator answered, and it is a node that cannot be reached: only the coordinator names one.
+pub(crate) fn is_of_a_node(failure: &Failure) -> bool {
+    failure.code == FailureCode::Unavailable && failure.node.is_some()
+}
+
 fn refused_by_preflight(migration: &Migration) -> bool {
     migration.problem.as_ref().is_some_and(|problem| {
-        let refusal = FailureCode::from_name(&problem.code).map(Exit::of_refusal) == Some(Exit::Refused);
+        let refusal = FailureCode::from_name(&problem.code).map(Exit::of_code) == Some(Exit::Refused);
         refusal && problem.phase.eq_ignore_ascii_case("preflight")
     })
 }

@@ -30,7 +30,7 @@ fn main() -> ExitCode {
     let output = arguments.global.output;
     let exit = run(arguments).unwrap_or_else(|failure| {
         render::failure(output, &failure);
-        Exit::of_refusal(failure.code)
+        Exit::of_refusal(&failure)
     });
     exit.into()
 }

@@ -207,7 +207,8 @@ async fn every_refusal_has_its_exit_code() {
         (FailureCode::PermissionDenied, 3),
         (FailureCode::Unimplemented, 3),
         (FailureCode::NotFound, 4),
-        (FailureCode::Unavailable, 5),
+        // The coordinator answered, and named the node that cannot be reached.
+        (FailureCode::Unavailable, 3),
         (FailureCode::DeadlineExceeded, 5),
         (FailureCode::Aborted, 1),
         (FailureCode::Internal, 7),
@@ -224,6 +225,9 @@ async fn every_refusal_has_its_exit_code() {
         assert_eq!(ran.err.trim_end(), format!("{{\"error\":{}}}", serde_json::to_string(&failure).unwrap()));
         assert_eq!(ran.out, "");
     }
+    let stopping = Failure::new(FailureCode::Unavailable, "the coordinator is stopping");
+    cluster.script.lock().unwrap().migrate.insert("redis".into(), Answer::Refuse(stopping));
+    cluster.run(&MOVE).await.exits(5);
     cluster.run(&["migrate", "nobody"]).await.exits(4);
     for verb in ["describe", "watch", "cancel"] {
         cluster.run(&[verb, "nothing"]).await.exits(4);
