@@ -136,6 +136,10 @@ async fn keys_are_there_before_anything_is_known() {
     let cluster = Cluster::start(accepting(vec![begun()])).await;
     let ran = cluster.run(&["migrate", "redis", "-o", "json", "--strategy", "live", "--no-compression"]).await.exits(0);
     insta::assert_snapshot!("begun_json", ran.out);
+    let closing = Migration { keeps_connections: false, notes: Vec::new(), ..succeeded() };
+    cluster.script.lock().unwrap().migrations.insert(ID.into(), vec![closing]);
+    let ran = cluster.run(&["describe", ID, "-o", "json"]).await.exits(0);
+    assert!(ran.out.ends_with("\"keeps_connections\":false,\"notes\":[]}\n"), "{}", ran.out);
     let request = cluster.seen()[0].request.clone();
     assert_eq!((request.strategy(), request.target.as_str(), request.no_compression), (Strategy::Live, "", true));
 }

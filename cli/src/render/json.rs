@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::words;
 
-/// A migration: the keys are fixed by the architecture.
+/// A migration: the keys up to `timings` are fixed by the architecture.
 #[derive(Debug, Serialize)]
 pub(crate) struct Migration {
     id: String,
@@ -21,6 +21,8 @@ pub(crate) struct Migration {
     rounds: Vec<Round>,
     wire_bytes: u64,
     timings: Timings,
+    keeps_connections: bool,
+    notes: Vec<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -62,6 +64,8 @@ impl From<&v1::Migration> for Migration {
             rounds: migration.rounds.iter().map(Round::from).collect(),
             wire_bytes: migration.wire_bytes,
             timings: Timings::from(&timings),
+            keeps_connections: migration.keeps_connections,
+            notes: migration.notes.clone(),
         }
     }
 }
