@@ -7,6 +7,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
@@ -29,6 +30,11 @@ use crate::tls::config;
 
 /// A certificate file larger than this is none (and would only take memory).
 const MAX_FILE_BYTES: u64 = 1 << 20;
+
+/// Key and certificate are two files, and so two renames when they are replaced: how often, and after which pause, they are
+/// read again when they do not go together.
+const RELOADS: u32 = 20;
+const RELOAD_PAUSE: Duration = Duration::from_millis(10);
 
 /// The three PEM files that make an identity.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -210,11 +216,21 @@ struct Inner {
 pub struct Identity(Arc<Inner>);
 
 impl Identity {
-    /// Reads the files and checks that they go together.
+    /// Reads the files and checks that they go together. Those that are just being replaced are read again, for a fifth of
+    /// a second at most.
     ///
     /// An expired certificate is loaded, with a warning: its renewal may be on the way, and until then peers refuse it.
     pub fn load(files: IdentityFiles) -> Result<Self, IdentityError> {
-        let loaded = Loaded::build(&files, Contents::read(&files)?)?;
+        let read = || Loaded::build(&files, Contents::read(&files)?);
+        let mut loaded = read();
+        for _ in 0..RELOADS {
+            if !matches!(loaded, Err(IdentityError::Unusable { .. })) {
+                break;
+            }
+            thread::sleep(RELOAD_PAUSE);
+            loaded = read();
+        }
+        let loaded = loaded?;
         Ok(Self(Arc::new(Inner { files, current: ArcSwap::from_pointee(loaded), reloading: Mutex::new(()) })))
     }
 

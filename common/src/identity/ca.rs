@@ -10,6 +10,7 @@ use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, GeneralSubtree, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, NameConstraints, PKCS_ECDSA_P256_SHA256,
 };
+use tempfile::NamedTempFile;
 use thiserror::Error;
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -102,8 +103,8 @@ impl LocalCa {
     /// Makes a new key and a certificate that names `peer`, valid from now for `lifetime` (whole seconds), for both ends
     /// of connections, and writes them with the authority's certificate to `files`; folders are made as needed.
     ///
-    /// Each file is replaced by rename, so no reader sees half of one. A reader that comes between two renames sees a key
-    /// without its certificate: [`super::Identity`] then keeps what it had and looks again.
+    /// Each file is replaced by rename, so no reader sees half of one, and only when all of them are on disk. A reader that
+    /// comes between two renames sees a key without its certificate: [`super::Identity`] then looks again.
     pub fn issue(&self, peer: &Peer, lifetime: Duration, files: &IdentityFiles) -> Result<(), CaError> {
         let failed = |source| CaError::Certificate { action: format!("issue a certificate for {peer}"), source };
         let now = OffsetDateTime::now_utc();
@@ -121,9 +122,13 @@ impl LocalCa {
         for folder in [&files.ca, &files.certificate, &files.key].into_iter().filter_map(|file| file.parent()) {
             make_private_folder(folder)?;
         }
-        write_atomically(&files.ca, &self.certificate, 0o644)?;
-        write_atomically(&files.key, &key.serialize_pem(), 0o600)?;
-        write_atomically(&files.certificate, &certificate.pem(), 0o644)
+        let new = [
+            NewFile::write(&files.ca, &self.certificate, 0o644)?,
+            NewFile::write(&files.key, &key.serialize_pem(), 0o600)?,
+            NewFile::write(&files.certificate, &certificate.pem(), 0o644)?,
+        ];
+        let renamed: Vec<PathBuf> = new.into_iter().map(NewFile::rename).collect::<Result<_, _>>()?;
+        renamed.iter().try_for_each(|path| sync_folder(path))
     }
 }
 
@@ -156,15 +161,46 @@ fn make_private_folder(folder: &Path) -> Result<(), CaError> {
 
 /// Writes a file so that readers see the old content or the new, also after a power cut.
 fn write_atomically(path: &Path, content: &str, mode: u32) -> Result<(), CaError> {
-    let write = || {
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut file = tempfile::Builder::new().permissions(Permissions::from_mode(mode)).tempfile_in(folder)?;
-        file.write_all(content.as_bytes())?;
-        file.as_file().sync_all()?;
-        file.persist(path).map_err(|error| error.error)?;
-        File::open(folder)?.sync_all()
-    };
-    write().map_err(|source| CaError::File { action: "write", path: path.to_owned(), source })
+    sync_folder(&NewFile::write(path, content, mode)?.rename()?)
+}
+
+/// A file's new content, on disk beside the old one; gone when it is not renamed.
+struct NewFile {
+    path: PathBuf,
+    content: NamedTempFile,
+}
+
+impl NewFile {
+    fn write(path: &Path, content: &str, mode: u32) -> Result<Self, CaError> {
+        let write = || {
+            let permissions = Permissions::from_mode(mode);
+            let mut file = tempfile::Builder::new().permissions(permissions).tempfile_in(folder_of(path))?;
+            file.write_all(content.as_bytes())?;
+            file.as_file().sync_all()?;
+            Ok(Self { path: path.to_owned(), content: file })
+        };
+        write().map_err(unwritten(path))
+    }
+
+    /// From here on readers see it. Gives its path; only [`sync_folder`] makes it outlive a power cut.
+    fn rename(self) -> Result<PathBuf, CaError> {
+        match self.content.persist(&self.path) {
+            Ok(_) => Ok(self.path),
+            Err(error) => Err(unwritten(&self.path)(error.error)),
+        }
+    }
+}
+
+fn sync_folder(path: &Path) -> Result<(), CaError> {
+    File::open(folder_of(path)).and_then(|folder| folder.sync_all()).map_err(unwritten(path))
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+fn unwritten(path: &Path) -> impl Fn(io::Error) -> CaError {
+    move |source| CaError::File { action: "write", path: path.to_owned(), source }
 }
 
 #[cfg(test)]
@@ -199,6 +235,38 @@ mod tests {
         let files = IdentityFiles::in_folder(folder.path().join("me"));
         again.issue(&Peer::client("me").unwrap(), Duration::from_secs(60), &files).unwrap();
         assert_eq!(Identity::load(files).unwrap().peer(), Peer::client("me").unwrap());
+    }
+
+    #[test]
+    fn a_certificate_begins_before_now_for_clocks_that_are_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = IdentityFiles::in_folder(folder.path().join("me"));
+        let ca = LocalCa::create(folder.path()).unwrap();
+        ca.issue(&Peer::Coordinator, Duration::from_secs(60), &files).unwrap();
+        let (_, pem) = x509_parser::pem::parse_x509_pem(&fs::read(&files.certificate).unwrap()).unwrap();
+        let begins = pem.parse_x509().unwrap().validity().not_before.to_datetime();
+        let age = OffsetDateTime::now_utc() - begins;
+        assert!(age >= CLOCK_SKEW && age < CLOCK_SKEW + time::Duration::minutes(1), "{age}");
+    }
+
+    #[test]
+    fn who_loads_while_certificates_are_replaced_gets_a_pair_that_goes_together() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = IdentityFiles::in_folder(folder.path().join("me"));
+        let ca = LocalCa::create(folder.path()).unwrap();
+        let issue = || ca.issue(&Peer::Coordinator, Duration::from_secs(60), &files).unwrap();
+        issue();
+        std::thread::scope(|scope| {
+            let issuer = scope.spawn(|| {
+                for _ in 0..100 {
+                    issue();
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+            });
+            while !issuer.is_finished() {
+                Identity::load(files.clone()).unwrap();
+            }
+        });
     }
 
     #[test]
