@@ -71,6 +71,7 @@ impl Core {
             memory_total: is.memory_total,
             memory_available: is.memory_available,
             workloads,
+            features: is.features,
         }
     }
 
@@ -146,7 +147,7 @@ impl Core {
         }
         let views = self.look_for(workload, place.as_ref(), wanted).await;
         let location = locate(&views, workload, place.as_ref())?;
-        let (target, notes) = self.target(&views, workload, &location, wanted)?;
+        let (target, report) = self.target(&views, workload, &location, wanted)?;
         let record = Record {
             id: MigrationId::new(),
             workload: workload.name.clone(),
@@ -160,7 +161,7 @@ impl Core {
             created_at: Timestamp::now(),
             frozen_at: None,
             state: State::new(),
-            report: Report { notes, ..Report::default() },
+            report,
         };
         self.runner.start(record).await
     }
@@ -172,14 +173,14 @@ impl Core {
         known.map_err(|error: StoreError| internal(&error))
     }
 
-    /// The wanted target if it will do, or the best one and why not the others.
+    /// The wanted target if it will do, or the best one, with a report that says why not the others.
     fn target<'a>(
         &'a self,
         views: &[NodeView],
         workload: &Workload,
         location: &Location<'_>,
         wanted: Option<&'a Node>,
-    ) -> Result<(&'a Node, Vec<String>), Failure> {
+    ) -> Result<(&'a Node, Report), Failure> {
         let demand = demand(location)?;
         let load = self.runner.load();
         let candidate = |view: &NodeView| Candidate {
@@ -192,12 +193,15 @@ impl Core {
             let view = views.iter().find(|view| view.node.name == wanted.name);
             let view = view.ok_or_else(|| not_asked(wanted))?;
             judge_wanted(&demand, view, &candidate(view))?;
-            return Ok((wanted, Vec::new()));
+            return Ok((wanted, Report::default()));
         }
         let candidates: Vec<_> = views.iter().map(candidate).collect();
         let Choice { target, others } = choose(&demand, &candidates)?;
-        let notes = others.iter().map(|(name, why)| format!("not to {name}: {why}")).collect();
-        Ok((self.known_node(target.as_str())?, notes))
+        let mut report = Report::default();
+        for (name, why) in others {
+            report.note(format!("not to {name}: {why}"));
+        }
+        Ok((self.known_node(target.as_str())?, report))
     }
 
     /// Asks the node where the workload ought to be and the wanted one; the others only when it is not there, or when

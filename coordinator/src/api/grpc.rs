@@ -105,6 +105,10 @@ fn shown(record: &Record) -> v1::WatchMigrationResponse {
     v1::WatchMigrationResponse { migration: Some(record.to_wire()) }
 }
 
+fn listed(records: &[Record]) -> v1::ListMigrationsResponse {
+    v1::ListMigrationsResponse { migrations: records.iter().map(Record::to_list_entry).collect() }
+}
+
 /// The states that come after the first, up to the outcome. A driver that is gone before it says the coordinator stops.
 fn later(view: watch::Receiver<Record>) -> impl Stream<Item = Result<v1::WatchMigrationResponse, Status>> {
     stream::unfold(Some(view), |view| async move {
@@ -178,8 +182,7 @@ impl CoordinatorService for GrpcService {
         caller(&request, Open::Clients)?;
         let v1::ListMigrationsRequest { workload, active_only } = request.into_inner();
         let records = self.core.get().migrations(&workload, active_only).await?;
-        let migrations = records.iter().map(Record::to_wire).collect();
-        Ok(Response::new(v1::ListMigrationsResponse { migrations }))
+        Ok(Response::new(listed(&records)))
     }
 
     type WatchMigrationStream = WatchStream;
@@ -220,5 +223,61 @@ impl CoordinatorService for GrpcService {
             Decision::Undecided => v1::Decision::Undecided,
         };
         Ok(Response::new(v1::GetDecisionResponse { decision: decision.into() }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prost::Message as _;
+
+    use super::*;
+    use crate::migration::{PartAbort, SourceAbort, State, Why};
+    use crate::store::{Progress, Round, Store, Timings};
+    use crate::testing;
+
+    /// All that can be long is as long as it can be.
+    fn long(number: usize, settled: bool) -> Record {
+        let name = |side: &str| format!("{side}{number:0>62}");
+        let mut record = testing::record(&name("w"), &name("s"), &name("t"));
+        let text = "ü".repeat(2000);
+        let failure = Failure::new(FailureCode::ResourceExhausted, &text).on(&text).in_phase(&text);
+        let why = Why { failure: failure.criu_line(&text).remedy(&text), cancelled: false };
+        let target = PartAbort::Unconfirmed;
+        record.state =
+            if settled { State::Aborted { why } } else { State::Aborting { target, source: SourceAbort::Asked, why } };
+        let (ms, bytes) = (1e300 / 3.0, u64::MAX);
+        let report = &mut record.report;
+        (report.downtime_ms, report.total_ms, report.wire_bytes) = (ms, ms, bytes);
+        report.progress = Progress { raw_bytes: bytes, wire_bytes: bytes, expected_bytes: bytes };
+        report.rounds =
+            vec![Round { pages: bytes, raw_bytes: bytes, wire_bytes: bytes, duration_ms: ms, dirty_rate: ms }];
+        report.timings = Timings {
+            preflight: ms,
+            prepare: ms,
+            precopy: ms,
+            freeze: ms,
+            dump: ms,
+            transfer: ms,
+            restore: ms,
+            commit: ms,
+            resume: ms,
+            fill: ms,
+        };
+        report.keeps_connections = true;
+        (0..100).for_each(|_| report.note(&text));
+        record
+    }
+
+    #[test]
+    fn all_that_is_kept_fits_into_one_message() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        let records: Vec<_> = (0..1500).map(|number| long(number, number >= 200)).collect();
+        store.fill(&records).unwrap();
+        let kept = store.list().unwrap();
+        assert!((1000..=1200).contains(&kept.len()), "{} are kept", kept.len());
+        assert_eq!(store.open_migrations().unwrap().len(), 200, "none that is open is forgotten");
+        let bytes = listed(&kept).encoded_len();
+        assert!(bytes <= MAX_MESSAGE_BYTES, "{bytes} bytes are more than a message may have");
     }
 }

@@ -101,17 +101,17 @@ impl Driver {
             Answer::Source(facts) => {
                 report.keeps_connections = keeps_connections(&facts);
                 if !report.keeps_connections && facts.tcp_connections > 0 {
-                    report.notes.push(format!(
+                    report.note(format!(
                         "{} established TCP connections are closed: the container's address cannot move along, because \
                          its network namespace is not one given by path",
                         facts.tcp_connections
                     ));
                 }
-                report.notes.extend(facts.findings.iter().map(describe));
+                facts.findings.iter().for_each(|finding| report.note(describe(finding)));
                 report.progress.expected_bytes = facts.memory_bytes;
                 self.facts = facts;
             }
-            Answer::Target(findings) => report.notes.extend(findings.iter().map(describe)),
+            Answer::Target(findings) => findings.iter().for_each(|finding| report.note(describe(finding))),
             Answer::Transferred(sent) => Meter::transferred(&mut self.record, &sent),
             Answer::Restored(restore_ms) => report.timings.restore = restore_ms,
             Answer::Done if call == Call::Resume => self.meter.resumed(&mut self.record, at),

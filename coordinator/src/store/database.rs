@@ -18,8 +18,8 @@ use crate::migration::Decision;
 pub const FILE_NAME: &str = "coordinator.redb";
 
 /// Ended migrations that are kept; the oldest beyond them are forgotten. A forgotten migration is over on both nodes, so
-/// nobody asks how it was decided.
-const KEPT: u64 = 10_000;
+/// nobody asks how it was decided. A list of all that are kept has to fit into one message.
+const KEPT: u64 = 1000;
 
 /// Layout of the tables. A file of another layout is refused instead of misread.
 const LAYOUT: &str = "1";
@@ -150,6 +150,15 @@ impl Store {
     /// Writes a record's new state, to be on disk with the next write that is: what a restart may find in its old state.
     pub fn update_lazily(&self, record: &Record, what: &str) -> Result<(), StoreError> {
         self.update_with(record, what, Durability::None)
+    }
+
+    /// Records many migrations at once.
+    #[cfg(test)]
+    pub(crate) fn fill(&self, records: &[Record]) -> Result<(), redb::Error> {
+        let transaction = self.database.begin_write()?;
+        records.iter().try_for_each(|record| write(&transaction, record, "accepted"))?;
+        prune(&transaction, KEPT)?;
+        Ok(transaction.commit()?)
     }
 
     fn update_with(&self, record: &Record, what: &str, durability: Durability) -> Result<(), StoreError> {

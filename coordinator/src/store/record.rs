@@ -1,12 +1,38 @@
 //! The record of one migration.
 
 use jiff::Timestamp;
-use podferry_common::{MigrationId, NodeName, WorkloadName};
+use podferry_common::{Failure, MigrationId, NodeName, WorkloadName};
 use podferry_proto::v1;
 use serde::{Deserialize, Serialize};
 
 use crate::migration::{Decision, Phase, State};
 use crate::strategy::Strategy;
+
+/// Notes of one migration that are kept, and the longest of them in bytes.
+const MAX_NOTES: usize = 16;
+const MAX_NOTE_BYTES: usize = 512;
+
+/// How much of its texts a migration shows.
+#[derive(Clone, Copy)]
+struct Texts {
+    /// Bytes of the message that says what failed.
+    message: usize,
+    /// Bytes of each other text of a failure.
+    detail: usize,
+    /// Bytes of the names in a failure.
+    name: usize,
+    /// The last so many notes.
+    notes: usize,
+    /// Bytes of each note.
+    note: usize,
+}
+
+impl Texts {
+    const WHOLE: Self =
+        Self { message: usize::MAX, detail: usize::MAX, name: usize::MAX, notes: usize::MAX, note: usize::MAX };
+    /// A migration has 3 KiB then, whatever happened in it: a list of all that are kept fits into one message.
+    const IN_A_LIST: Self = Self { message: 300, detail: 200, name: 64, notes: 4, note: 160 };
+}
 
 /// Everything that has to be known of a migration to go on with it, or to tell of it afterwards.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -125,7 +151,16 @@ impl Record {
 
     /// As the API shows it.
     pub fn to_wire(&self) -> v1::Migration {
-        let failure = self.state.failure();
+        self.shown(Texts::WHOLE)
+    }
+
+    /// As the API shows it among all others: long texts are cut.
+    pub fn to_list_entry(&self) -> v1::Migration {
+        self.shown(Texts::IN_A_LIST)
+    }
+
+    fn shown(&self, texts: Texts) -> v1::Migration {
+        let failure = self.state.failure().map(|failure| shortened(failure, texts));
         v1::Migration {
             id: self.id.to_string(),
             workload: self.workload.to_string(),
@@ -133,13 +168,13 @@ impl Record {
             source: self.source.to_string(),
             target: self.target.to_string(),
             phase: v1::Phase::from(self.state.phase()).into(),
-            reason: failure.map(ToString::to_string).unwrap_or_default(),
+            reason: failure.as_ref().map(ToString::to_string).unwrap_or_default(),
             downtime_ms: self.report.downtime_ms,
             total_ms: self.report.total_ms,
             rounds: self.report.rounds.iter().copied().map(Round::to_wire).collect(),
             wire_bytes: self.report.wire_bytes,
             timings: Some(self.report.timings.to_wire()),
-            problem: failure.cloned().map(|failure| v1::Problem {
+            problem: failure.map(|failure| v1::Problem {
                 code: failure.code.to_string(),
                 node: failure.node.unwrap_or_default(),
                 phase: failure.phase.unwrap_or_default(),
@@ -150,19 +185,57 @@ impl Record {
             progress: Some(self.report.progress.to_wire()),
             created_at: self.created_at.to_string(),
             keeps_connections: self.report.keeps_connections,
-            notes: self.notes(),
+            notes: self.notes(texts),
         }
     }
 
-    fn notes(&self) -> Vec<String> {
+    fn notes(&self, texts: Texts) -> Vec<String> {
         let mut notes = self.report.notes.clone();
         if matches!(self.state, State::RolledBack { .. }) {
             let target = &self.target;
             notes.push(format!("node {target} has not confirmed that it keeps nothing; it is asked until it does"));
         }
         notes.extend(self.report.obstacle.clone());
-        notes
+        let last = notes.split_off(notes.len().saturating_sub(texts.notes));
+        last.into_iter().map(|note| cut(note, texts.note)).collect()
     }
+}
+
+impl Report {
+    /// Adds what a person should know. There is an end to it: placement has a note for each node, preflight for each
+    /// finding.
+    pub fn note(&mut self, note: impl Into<String>) {
+        match self.notes.len() {
+            ..MAX_NOTES => self.notes.push(cut(note.into(), MAX_NOTE_BYTES)),
+            MAX_NOTES => self.notes.push("there are more notes than these".to_owned()),
+            _ => {}
+        }
+    }
+}
+
+fn shortened(failure: &Failure, texts: Texts) -> Failure {
+    let (detail, name) =
+        (|text: &String| cut(text.clone(), texts.detail), |text: &String| cut(text.clone(), texts.name));
+    Failure {
+        code: failure.code,
+        node: failure.node.as_ref().map(name),
+        phase: failure.phase.as_ref().map(name),
+        message: cut(failure.message.clone(), texts.message),
+        criu_line: failure.criu_line.as_ref().map(detail),
+        remedy: failure.remedy.as_ref().map(detail),
+    }
+}
+
+/// `text` in at most so many bytes, with a mark where something was cut off.
+fn cut(mut text: String, bytes: usize) -> String {
+    const MARK: &str = "…";
+    if text.len() > bytes {
+        let limit = bytes.saturating_sub(MARK.len());
+        let border = (0..=limit).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
+        text.truncate(border);
+        text.push_str(MARK);
+    }
+    text
 }
 
 impl Round {
@@ -218,5 +291,38 @@ impl From<Phase> for v1::Phase {
             Phase::Failed => Self::Failed,
             Phase::Cancelled => Self::Cancelled,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use podferry_common::FailureCode;
+
+    use super::*;
+    use crate::testing;
+
+    #[test]
+    fn notes_have_an_end() {
+        let mut report = Report::default();
+        report.note("é".repeat(MAX_NOTE_BYTES));
+        (0..1000).for_each(|number| report.note(format!("not to n{number}")));
+        assert_eq!(report.notes.len(), MAX_NOTES + 1);
+        assert!(report.notes[0].len() <= MAX_NOTE_BYTES && report.notes[0].ends_with("é…"), "{:?}", report.notes[0]);
+        assert_eq!(report.notes[MAX_NOTES - 1..], ["not to n14", "there are more notes than these"]);
+    }
+
+    #[test]
+    fn a_list_cuts_what_is_long_and_nothing_else() {
+        let mut record = testing::record("cart", "a", "b");
+        let short =
+            Failure::new(FailureCode::Internal, "no").on("a").in_phase("dump").criu_line("Error: x").remedy("y");
+        record.report.note("a note");
+        record.state = State::Aborted { why: short.clone().into() };
+        assert_eq!(record.to_list_entry(), record.to_wire());
+        record.state = State::Aborted { why: short.criu_line("x".repeat(1000)).into() };
+        let (whole, entry) = (record.to_wire(), record.to_list_entry());
+        assert!(whole.reason.contains(&"x".repeat(1000)) && whole.problem.unwrap().criu_line.len() == 1000);
+        assert_eq!(entry.problem.unwrap().criu_line, format!("{}…", "x".repeat(197)));
+        assert!(entry.reason.len() < 400 && entry.reason.ends_with("what to do: y"), "{}", entry.reason);
     }
 }
