@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Command, CommandFactory, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
+use podferry_common::identity::Peer;
 use podferry_proto::v1;
 
 /// What `--help` says of exit codes; `docs/cli.md` has the same table.
@@ -101,6 +102,9 @@ pub(crate) enum Verb {
     },
     /// Say what each node's CRIU and kernel can do; fails if a node is unfit
     Check,
+    /// Make certificates, for clusters without an authority of their own
+    #[command(subcommand)]
+    Certificates(Certificates),
     /// Print the completions of a shell
     Completions {
         /// The shell
@@ -126,6 +130,29 @@ pub(crate) struct Migrate {
     /// Never compress what is sent
     #[arg(long)]
     pub(crate) no_compression: bool,
+}
+
+/// What `certificates` does.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Certificates {
+    /// Make a certificate authority: ca.pem, and ca-key.pem, which never has to leave this machine
+    Ca {
+        /// The folder for it; made if missing
+        folder: PathBuf,
+    },
+    /// Issue a certificate: ca.pem, cert.pem and key.pem; those that are there are replaced
+    Issue {
+        /// coordinator.podferry.internal, NODE.agent.podferry.internal or USER.client.podferry.internal
+        name: Peer,
+        /// The folder for it; made if missing
+        folder: PathBuf,
+        /// The authority's folder
+        #[arg(long, value_name = "DIR")]
+        ca: PathBuf,
+        /// How long it is valid
+        #[arg(long, default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..))]
+        hours: u32,
+    },
 }
 
 /// How a workload is moved.

@@ -1,5 +1,6 @@
 //! The verbs.
 
+mod certificates;
 mod drain;
 mod migrate;
 
@@ -26,6 +27,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<Exit, Failure> {
         Verb::Migrations { workload, active } => migrations(&global, workload, active).await,
         Verb::Describe { id } => describe(&global, id).await,
         Verb::Cancel { id } => cancel(&global, id).await,
+        Verb::Certificates(verb) => certificates::certificates(global.output, &verb),
         Verb::Completions { shell } => {
             let name = arguments::program();
             clap_complete::generate(shell, &mut arguments::command(), name, &mut std::io::stdout());

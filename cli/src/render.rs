@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::arguments::Output;
 
-pub(crate) use json::{DrainReport, LeftBehind};
+pub(crate) use json::{Authority, DrainReport, Issued, LeftBehind};
 
 /// Prints the nodes.
 pub(crate) fn nodes(output: Output, nodes: &[Node]) {
@@ -66,6 +66,22 @@ pub(crate) fn drain(output: Output, report: &DrainReport) {
     match output {
         Output::Table => print(&table::drain(report)),
         Output::Json => json(report),
+    }
+}
+
+/// Prints where the files of a new authority are.
+pub(crate) fn authority(output: Output, authority: &Authority) {
+    match output {
+        Output::Table => print(&table::authority(authority)),
+        Output::Json => json(authority),
+    }
+}
+
+/// Prints where the files of a new certificate are.
+pub(crate) fn issued(output: Output, issued: &Issued) {
+    match output {
+        Output::Table => print(&table::issued(issued)),
+        Output::Json => json(issued),
     }
 }
 

@@ -5,10 +5,10 @@
 mod support;
 
 use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
-use podferry_common::identity::{LocalCa, Peer};
-use podferry_common::{Failure, FailureCode};
+use podferry_common::identity::{Identity, IdentityFiles, LocalCa, Peer};
+use podferry_common::{Failure, FailureCode, tls};
 use podferry_proto::v1::{
     Migration, Node, Phase, Problem, ProtocolVersion, Round, Strategy, Timings, TransferProgress, Workload,
 };
@@ -433,6 +433,46 @@ async fn an_older_protocol_is_refused() {
     let cluster = Cluster::start(Script { version, ..Default::default() }).await;
     let ran = cluster.run(&["nodes"]).await.exits(3);
     assert!(ran.err.contains("no common protocol version"), "{}", ran.err);
+}
+
+#[tokio::test]
+async fn certificates_that_it_makes_are_good_for_connections() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let make = |arguments: &[&str]| {
+        let mut command = podferry(&["certificates"]);
+        command.args(arguments).current_dir(folder);
+        run(command)
+    };
+    let issue = |name: &str, to: &str| make(&["issue", name, to, "--ca", "authority"]);
+    let ran = issue("coordinator.podferry.internal", "c").await.exits(2);
+    assert!(ran.err.contains("certificates ca authority"), "{}", ran.err);
+    assert!(make(&["ca", "authority"]).await.exits(0).out.contains("keep authority/ca-key.pem to yourself"));
+    let ran = make(&["ca", "authority"]).await.exits(3);
+    assert!(ran.err.contains("already"), "{}", ran.err);
+
+    issue("coordinator.podferry.internal", "c").await.exits(0);
+    let ran =
+        make(&["issue", "ada.client.podferry.internal", "ada", "--ca", "authority", "--hours", "2", "-o", "json"]);
+    let json = r#"{"name":"ada.client.podferry.internal","ca":"ada/ca.pem","certificate":"ada/cert.pem","key":"ada/key.pem","hours":2}"#;
+    assert_eq!(ran.await.exits(0).out.trim_end(), json);
+    let load = |name: &str| Identity::load(IdentityFiles::in_folder(folder.join(name))).unwrap();
+    let (coordinator, ada) = (load("c"), load("ada"));
+    let minutes = |identity: &Identity| identity.not_after().duration_since(SystemTime::now()).unwrap().as_secs() / 60;
+    assert_eq!((minutes(&coordinator), minutes(&ada)), (23 * 60 + 59, 60 + 59));
+
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let accepting = tokio::spawn(async move { tls::accept(listener.accept().await.unwrap().0, &coordinator).await });
+    tls::dial(&address, &ada, &Peer::Coordinator).await.unwrap();
+    assert_eq!(accepting.await.unwrap().unwrap().1.peer, Peer::client("ada").unwrap());
+
+    for wrong in ["n1", "coordinator.example.org", ".agent.podferry.internal"] {
+        let ran = issue(wrong, "w").await.exits(2);
+        assert!(ran.err.contains("peer"), "{}", ran.err);
+    }
+    make(&["issue", "n1.agent.podferry.internal", "w", "--ca", "authority", "--hours", "0"]).await.exits(2);
+    assert!(!folder.join("w").exists());
 }
 
 #[tokio::test]

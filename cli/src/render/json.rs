@@ -1,6 +1,9 @@
 //! The JSON that scripts rely on. Every key is always there; times are in milliseconds, sizes in bytes.
 
+use std::path::{Path, PathBuf};
+
 use podferry_common::Failure;
+use podferry_common::identity::IdentityFiles;
 use podferry_proto::v1;
 use serde::Serialize;
 
@@ -194,6 +197,34 @@ pub(crate) struct LeftBehind {
     pub(crate) error: Failure,
     /// Whether a migration was tried; it is among the report's migrations then.
     pub(crate) migrated: bool,
+}
+
+/// A new certificate authority.
+#[derive(Debug, Serialize)]
+pub(crate) struct Authority {
+    /// Its certificate, which everybody has to have.
+    pub(crate) ca: PathBuf,
+    /// Its key, which nobody else may have.
+    pub(crate) ca_key: PathBuf,
+}
+
+impl Authority {
+    /// The files that an authority in that folder has.
+    pub(crate) fn in_folder(folder: &Path) -> Self {
+        Self { ca: folder.join("ca.pem"), ca_key: folder.join("ca-key.pem") }
+    }
+}
+
+/// A new certificate.
+#[derive(Debug, Serialize)]
+pub(crate) struct Issued {
+    /// The DNS name in it.
+    pub(crate) name: String,
+    /// Where it is.
+    #[serde(flatten)]
+    pub(crate) files: IdentityFiles,
+    /// How long it is valid.
+    pub(crate) hours: u32,
 }
 
 /// An error, on standard error.

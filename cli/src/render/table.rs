@@ -6,9 +6,10 @@ use comfy_table::presets::NOTHING;
 use comfy_table::{ContentArrangement, Table};
 use indicatif::HumanBytes;
 use podferry_common::Failure;
+use podferry_common::identity::IdentityFiles;
 use podferry_proto::v1::{Migration, Node, Phase, Workload};
 
-use super::DrainReport;
+use super::{Authority, DrainReport, Issued};
 use crate::words;
 
 fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
@@ -267,6 +268,22 @@ pub(super) fn drain(report: &DrainReport) -> String {
         );
     }
     text
+}
+
+/// Where a new authority is.
+pub(super) fn authority(authority: &Authority) -> String {
+    let Authority { ca, ca_key } = authority;
+    format!("made {}; keep {} to yourself: who has it can be anybody", ca.display(), ca_key.display())
+}
+
+/// Where a new certificate is.
+pub(super) fn issued(issued: &Issued) -> String {
+    let IdentityFiles { ca, certificate, key } = &issued.files;
+    let (ca, certificate, key) = (ca.display(), certificate.display(), key.display());
+    format!(
+        "issued {certificate} for {}, valid for {} h; its key is {key}, its authority {ca}",
+        issued.name, issued.hours
+    )
 }
 
 /// What failed, where, CRIU's own line and what to do.
