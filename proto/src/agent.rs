@@ -53,4 +53,5 @@
 //! # Limits
 //!
 //! Messages: at most 4 MiB. Ids at most 64 bytes, names at most 63, `reason` is cut to 1 KiB. A deadline is between 1 s
-//! and 24 h; what is outside is clamped. A link has at most 16 addresses and 64 routes.
+//! and 24 h; what is outside is clamped. A link has at most 16 addresses and 64 routes. A
+//! word of `features` is ASCII, at most 64 bytes, and ignored by whoever does not know it.

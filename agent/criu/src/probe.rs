@@ -10,16 +10,12 @@ pub const OLDEST_CRIU: CriuVersion = CriuVersion { major: 4, minor: 2, patch: 1 
 /// What is asked for by [`Criu::features`], from the table in CRIU's `cr-check.c`: tracking memory (`mem_dirty_track`,
 /// `pagemap_scan`, `uffd…`), telling reused process ids apart (`pidfd_store`), locking the network, and kernel objects that
 /// only newer kernels let be dumped.
-const FEATURES: [&str; 18] = [
+const FEATURES: [&str; 14] = [
     "external_net_ns",
     "get_rseq_conf",
     "has_ipt_legacy",
     "mem_dirty_track",
-    "memfd_hugetlb",
-    "move_mount_set_group",
     "network_lock_nftables",
-    "nftables",
-    "openat2",
     "overlayfs_maps",
     "pagemap_scan",
     "pagemap_scan_guard_pages",

@@ -20,6 +20,7 @@ mod link;
 mod mtu;
 mod netlink;
 mod netns;
+mod probe;
 mod unmoved;
 
 pub use announce::Announcer;
@@ -31,6 +32,7 @@ pub use error::{Error, Result};
 pub use link::{ContainerLink, MacAddress, NetworkPlan, Route};
 pub use mtu::set_mtu;
 pub use netns::Netns;
+pub use probe::{Capability, probe};
 pub use unmoved::{Unmoved, unmoved};
 
 pub use ipnet::IpNet;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use podferry_network::{
     Announcer, Error, LinkHandle, LinkState, MacAddress, Netns, NetworkPlan, Route, Unmoved, attach, create, cut,
-    destroy, detach, discover, is_cut, look_at_bridge, set_mtu, uncut, unmoved,
+    destroy, detach, discover, is_cut, look_at_bridge, probe, set_mtu, uncut, unmoved,
 };
 
 /// A node: a namespace of its own with a bridge.
@@ -310,6 +310,19 @@ fn a_bridge_that_cannot_be_joined_is_told_beforehand() {
     // It is the same answer that a link gets.
     drop(node.container("pf-server", 2));
     assert!(matches!(node.run(|| attach("pf-server", "br0")), Err(Error::BridgeDown { .. })));
+}
+
+#[test]
+fn this_kernel_has_what_is_needed_and_trying_leaves_nothing() {
+    let node = Node::new();
+    let links = node.links();
+    let found = node.run(probe).unwrap();
+    assert_eq!(found.iter().map(|one| one.name).collect::<Vec<_>>(), ["bridge", "link_cut", "tcp_repair", "veth"]);
+    for one in found {
+        assert!(one.missing.is_none(), "{one:?}");
+    }
+    assert_eq!(node.links(), links);
+    assert!(!node.sh("tc qdisc show dev lo").contains("clsact"));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! What this node is and can do, and what runs on it.
 
 use std::path::Path;
+use std::sync::{Arc, OnceLock};
 
 use podferry_common::failure::{Failure, FailureCode, chain};
 use podferry_criu::{Criu, CriuCapabilities};
@@ -11,12 +12,18 @@ use podferry_runtime::{CgroupVersion, Container, HostFacts, NamespaceKind, Statu
 use super::network;
 use crate::context::{Context, blocking};
 
+/// The oldest runc that podferry works with: the first whose `restore` can leave cgroups alone.
+const OLDEST_RUNC: (u32, u32) = (1, 3);
+
 /// What was found out when the agent started.
 #[derive(Debug)]
 pub(crate) struct Capabilities {
     criu_version: String,
     runc_version: String,
     complaints: Vec<String>,
+    kernel_features: Vec<&'static str>,
+    /// Asked for behind the start, because it takes CRIU half a second; none until then.
+    criu_features: Arc<OnceLock<Vec<&'static str>>>,
 }
 
 impl Capabilities {
@@ -33,6 +40,9 @@ impl Capabilities {
             complaints.push(complaint);
             String::new()
         });
+        complaints.extend(too_old(&runc_version));
+        let (kernel_features, missing) = kernel_features().await;
+        complaints.extend(missing);
         for (what, path) in programs(context) {
             if !path.is_file() {
                 complaints.push(format!("{what} is not at {}", path.display()));
@@ -41,7 +51,14 @@ impl Capabilities {
         for complaint in &complaints {
             tracing::error!(complaint, "this node cannot take part in migrations");
         }
-        Self { criu_version, runc_version, complaints }
+        let criu_features = ask_for_features(Criu::at(&context.config.tools.criu));
+        Self { criu_version, runc_version, complaints, kernel_features, criu_features }
+    }
+
+    /// What CRIU and the kernel can do, as `DescribeResponse` has it.
+    fn features(&self) -> Vec<String> {
+        let criu = self.criu_features.get().into_iter().flatten().map(|name| format!("criu:{name}"));
+        criu.chain(self.kernel_features.iter().map(|name| format!("kernel:{name}"))).collect()
     }
 
     /// The complaints as preflight's findings.
@@ -83,6 +100,7 @@ impl Capabilities {
             images_free: free(&context.config.images_dir),
             layers_free: free(&context.config.runtime.bundles_dir),
             criu_version: self.criu_version.clone(),
+            features: self.features(),
             fit: complaints.is_empty(),
             complaints,
             runc_version: self.runc_version.clone(),
@@ -162,6 +180,56 @@ async fn runc_version(runc: &Path) -> Result<String, String> {
         .ok_or_else(|| format!("{} does not say its version", runc.display()))
 }
 
+/// The complaint about a runc that cannot do what is needed. One that does not say its version has one already.
+fn too_old(version: &str) -> Option<String> {
+    let (oldest_major, oldest_minor) = OLDEST_RUNC;
+    let mut numbers = version.split(['.', '-', '+']).map(|part| part.parse::<u32>().unwrap_or(0));
+    let found = (numbers.next()?, numbers.next().unwrap_or(0));
+    let is_old = !version.is_empty() && found < OLDEST_RUNC;
+    is_old.then(|| format!("runc {version} is too old: {oldest_major}.{oldest_minor} or newer is needed"))
+}
+
+/// What the kernel has of what every migration needs, by name in alphabetical order, and a complaint for each that it lacks.
+async fn kernel_features() -> (Vec<&'static str>, Vec<String>) {
+    let tried = blocking(|| Ok((podferry_network::probe(), has_overlay()))).await;
+    let (network, overlay) = match tried {
+        Ok((Ok(network), overlay)) => (network, overlay),
+        Ok((Err(error), _)) => return (Vec::new(), vec![format!("the kernel cannot be tried out: {}", chain(&error))]),
+        Err(failure) => return (Vec::new(), vec![failure.message]),
+    };
+    let network = network.into_iter().map(|one| (one.name, one.missing.map(|error| chain(&error))));
+    let overlay = ("overlay", overlay.err().map(|error| format!("overlayfs cannot be mounted: {error}")));
+    let (mut found, mut complaints) = (Vec::new(), Vec::new());
+    for (name, missing) in network.chain([overlay]) {
+        match missing {
+            None => found.push(name),
+            Some(why) => complaints.push(format!("the kernel lacks {name}: {why}")),
+        }
+    }
+    found.sort_unstable();
+    (found, complaints)
+}
+
+/// Opening a filesystem's context loads its module where there is one, and mounts nothing.
+fn has_overlay() -> std::io::Result<()> {
+    use rustix::mount::{FsOpenFlags, fsopen};
+    Ok(fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map(drop)?)
+}
+
+/// On a thread that an agent which is told to stop does not wait for.
+fn ask_for_features(criu: Criu) -> Arc<OnceLock<Vec<&'static str>>> {
+    let features = Arc::new(OnceLock::new());
+    let answer = Arc::clone(&features);
+    let asking = std::thread::Builder::new().name("criu-features".to_owned()).spawn(move || match criu.features() {
+        Ok(found) => drop(answer.set(found)),
+        Err(error) => tracing::warn!(error = chain(&error), "CRIU cannot be asked for its features"),
+    });
+    if let Err(error) = asking {
+        tracing::warn!(%error, "there is no thread to ask CRIU for its features");
+    }
+    features
+}
+
 fn programs(context: &Context) -> [(&'static str, &Path); 3] {
     let tools = &context.config.tools;
     [
@@ -175,4 +243,26 @@ fn cpu_model() -> String {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let line = text.lines().find(|line| line.starts_with("model name") || line.starts_with("Model"));
     line.and_then(|line| line.split_once(':')).map(|(_, model)| model.trim().to_owned()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_runc_is_complained_of() {
+        for old in ["1.2.6", "1.1.15+ds1", "0.9", "1"] {
+            assert!(too_old(old).unwrap().contains(old), "{old}");
+        }
+        for good in ["1.3.0", "1.3.6", "1.3.0-rc.1+dev", "1.10.1", "2.0.0", ""] {
+            assert_eq!(too_old(good), None, "{good}");
+        }
+    }
+
+    #[tokio::test]
+    async fn this_kernel_has_what_migrations_need() {
+        let (found, complaints) = kernel_features().await;
+        assert_eq!(found, ["bridge", "link_cut", "overlay", "tcp_repair", "veth"], "{complaints:?}");
+        assert_eq!(complaints, Vec::<String>::new());
+    }
 }
