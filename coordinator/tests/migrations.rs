@@ -29,8 +29,10 @@ fn assert_moved(world: &World) {
 #[tokio::test]
 async fn there_and_back_with_all_numbers() {
     let world = World::new().await;
-    let (_coordinator, mut client) = world.coordinator().await;
+    let (coordinator, mut client) = world.coordinator().await;
     let accepted = migrate(&mut client, "shop", "b").await.unwrap();
+    let audit = ["migration accepted".to_owned(), "\"peer\":\"client tester\"".to_owned(), accepted.id.clone()];
+    coordinator.said(|line| audit.iter().all(|words| line.contains(words))).await;
     assert_eq!((accepted.source.as_str(), accepted.target.as_str()), ("a", "b"));
     let end = outcome(&mut client, &accepted.id).await;
     assert_eq!((end.phase(), end.reason.as_str(), &end.problem), (Phase::Succeeded, "", &None));

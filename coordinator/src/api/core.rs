@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use jiff::Timestamp;
+use podferry_common::identity::Peer;
 use podferry_common::{Failure, FailureCode, MigrationId, NodeName, WorkloadName, chain};
 use podferry_proto::v1;
 use tokio::sync::watch;
@@ -134,8 +135,8 @@ impl Core {
         Ok(shown)
     }
 
-    /// Accepts a migration, or refuses it and records nothing.
-    pub async fn migrate(&self, request: &v1::MigrateRequest) -> Result<Record, Failure> {
+    /// Accepts a migration that `who` asks for, or refuses it and records nothing.
+    pub async fn migrate(&self, request: &v1::MigrateRequest, who: &Peer) -> Result<Record, Failure> {
         let strategy = Strategy::requested(request.strategy)?;
         let workload = self.known_workload(&request.workload)?;
         let wanted = if request.target.is_empty() { None } else { Some(self.known_node(&request.target)?) };
@@ -163,7 +164,7 @@ impl Core {
             state: State::new(),
             report,
         };
-        self.runner.start(record).await
+        self.runner.start(record, who).await
     }
 
     /// The migration that a workload is part of, and where the last one has put it.

@@ -157,7 +157,7 @@ impl CoordinatorService for GrpcService {
     async fn migrate(&self, request: Request<v1::MigrateRequest>) -> Result<Response<v1::MigrateResponse>, Status> {
         let peer = caller(&request, Open::Clients)?;
         let wanted = request.into_inner();
-        match self.core.get().migrate(&wanted).await {
+        match self.core.get().migrate(&wanted, &peer).await {
             Ok(record) => Ok(Response::new(v1::MigrateResponse { migration: Some(record.to_wire()) })),
             Err(failure) => {
                 tracing::info!(%peer, workload = wanted.workload, target = wanted.target, %failure, "migration refused");

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use podferry_common::identity::Peer;
 use podferry_common::{Failure, FailureCode, MigrationId, NodeName, chain};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
@@ -76,20 +77,21 @@ impl Runner {
         Ok(count)
     }
 
-    /// Records a migration and begins with it. Returns the record, or the conflict that stands against it.
+    /// Records a migration that `who` asked for, and begins with it. Returns the record, or the conflict that stands
+    /// against it.
     ///
     /// Whoever asked may go away meanwhile, and this future is dropped then: a record that was written and has no driver
     /// would keep its workload busy until the next start. So both are done in a task that comes to its end.
-    pub async fn start(&self, record: Record) -> Result<Record, Failure> {
-        let runner = self.clone();
-        let begun = self.shared.tasks.spawn(async move { runner.begin(record).await }).await;
+    pub async fn start(&self, record: Record, who: &Peer) -> Result<Record, Failure> {
+        let (runner, who) = (self.clone(), who.clone());
+        let begun = self.shared.tasks.spawn(async move { runner.begin(record, &who).await }).await;
         begun.unwrap_or_else(|error| {
             let message = format!("the coordinator's own code failed as a migration began: {error}");
             Err(Failure::new(FailureCode::Internal, message).remedy("see the coordinator's log"))
         })
     }
 
-    async fn begin(&self, record: Record) -> Result<Record, Failure> {
+    async fn begin(&self, record: Record, who: &Peer) -> Result<Record, Failure> {
         if self.shared.closing.load(Ordering::Acquire) {
             return Err(Failure::new(FailureCode::Unavailable, "the coordinator is stopping").remedy("try again later"));
         }
@@ -99,8 +101,9 @@ impl Runner {
             Ok(Err(conflict)) => return Err(refusal(&record, conflict)),
             Err(error) => return Err(self.shared.fail(error)),
         }
+        // Here and not where it was asked for: that future may be gone.
         tracing::info!(
-            migration = %record.id, workload = %record.workload, source = %record.source, target = %record.target,
+            peer = %who, migration = %record.id, workload = %record.workload, source = %record.source, target = %record.target,
             strategy = %record.strategy, "migration accepted"
         );
         self.spawn(record.clone(), Event::Started);
@@ -237,9 +240,9 @@ mod tests {
         let store = Store::open(&folder.path().join("state")).unwrap();
         let runner = testing::runner(&testing::agents(folder.path()), &store);
         let record = testing::record("cart", "a", "b");
-        let id = record.id;
+        let (id, who) = (record.id, Peer::client("tester").unwrap());
         {
-            let mut starting = Box::pin(runner.start(record));
+            let mut starting = Box::pin(runner.start(record, &who));
             let begun = starting.as_mut().poll(&mut Context::from_waker(Waker::noop()));
             assert!(matches!(begun, Poll::Pending), "it has begun, and is dropped in the middle");
         }
