@@ -36,6 +36,8 @@ pub struct Census {
     pub network_namespaces: Counts,
     /// Netfilter rules of iptables and nftables, by network namespace.
     pub netfilter_rules: Counts,
+    /// Queueing disciplines that somebody made, and filters, both by kind, by network namespace.
+    pub traffic_control: Counts,
     /// Processes by name, zombies apart, by node.
     pub processes: Counts,
 }
@@ -89,7 +91,7 @@ impl Census {
         Difference { changes }
     }
 
-    fn fields(&self) -> [(&'static str, &Counts); 8] {
+    fn fields(&self) -> [(&'static str, &Counts); 9] {
         [
             ("agent descriptors", &self.agent_descriptors),
             ("mounts", &self.mounts),
@@ -98,6 +100,7 @@ impl Census {
             ("links", &self.links),
             ("network namespaces", &self.network_namespaces),
             ("netfilter rules", &self.netfilter_rules),
+            ("traffic control", &self.traffic_control),
             ("processes", &self.processes),
         ]
     }
@@ -173,6 +176,7 @@ impl Census {
         let names = names.map(|word| word.trim_end_matches(':').split('@').next().unwrap_or(word).to_owned());
         self.links.insert(key.to_owned(), counted(names));
         self.netfilter_rules.insert(key.to_owned(), counted(netfilter_rules(place, &inside)?));
+        self.traffic_control.insert(key.to_owned(), counted(traffic_control(&inside)?));
         Ok(())
     }
 }
@@ -195,6 +199,34 @@ fn netfilter_rules(place: &Place, inside: &impl Fn(&str) -> Result<String>) -> R
         return Err(Error::MissingProgram { path: "iptables-save".into(), hint });
     }
     Ok(rules)
+}
+
+/// The disciplines and filters of all links of a namespace, without the links' names.
+fn traffic_control(inside: &impl Fn(&str) -> Result<String>) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for (kind, link) in made_disciplines(&inside("tc qdisc show")?) {
+        found.push(kind.to_owned());
+        for hook in ["ingress", "egress"] {
+            // A link that has just gone has no filters.
+            let filters = inside(&format!("tc filter show dev {link} {hook}")).unwrap_or_default();
+            let each = filters.lines().filter(|line| line.contains(" handle "));
+            found.extend(each.map(|_| format!("filter of {kind} {hook}")));
+        }
+    }
+    Ok(found)
+}
+
+/// Kind and link of each discipline that `tc qdisc show` lists, less those with handle 0: the kernel gives each link one.
+fn made_disciplines(listing: &str) -> impl Iterator<Item = (&str, &str)> {
+    listing.lines().filter_map(|line| {
+        let mut words = line.split_whitespace();
+        let (Some("qdisc"), Some(kind), Some(handle), Some("dev"), Some(link)) =
+            (words.next(), words.next(), words.next(), words.next(), words.next())
+        else {
+            return None;
+        };
+        (handle != "0:").then_some((kind, link))
+    })
 }
 
 fn counted(items: impl IntoIterator<Item = String>) -> BTreeMap<String, u64> {
@@ -267,5 +299,13 @@ mod tests {
             lines,
             ["mounts of node-a: /proc: 1 -> 0", "mounts of node-a: /run: 1 -> 2", "mounts of node-a: /x: 0 -> 1"]
         );
+    }
+
+    #[test]
+    fn made_disciplines_are_told_from_the_kernels() {
+        let listing = "qdisc noqueue 0: dev lo root refcnt 2\n\
+            qdisc noqueue 0: dev pf0 root refcnt 2\n\
+            qdisc clsact ffff: dev v-redis parent ffff:fff1\n";
+        assert_eq!(made_disciplines(listing).collect::<Vec<_>>(), [("clsact", "v-redis")]);
     }
 }

@@ -177,10 +177,17 @@ fn a_container_answers_the_client_and_leaves_no_trace() {
     assert!(prepared.join("config.json").is_file() && prepared.join("lower/usr/bin/redis-server").exists());
     assert!(fs::read_dir(prepared.join("rootfs")).unwrap().next().is_none());
 
+    source.shell("tc qdisc add dev v-redis clsact; tc filter add dev v-redis egress bpf bytecode '1,6 0 0 0'").unwrap();
     let during = before.difference(&cluster.census().unwrap());
     let words = during.to_string();
-    for expected in ["mounts of node-a", "cgroups of node-a", "links of node-a: v-redis", "processes of node-a: redis"]
-    {
+    for expected in [
+        "mounts of node-a",
+        "cgroups of node-a",
+        "links of node-a: v-redis",
+        "traffic control of node-a: clsact: 0 -> 1",
+        "traffic control of node-a: filter of clsact egress: 0 -> 1",
+        "processes of node-a: redis",
+    ] {
         assert!(words.contains(expected), "{expected} is missing in:\n{words}");
     }
 
