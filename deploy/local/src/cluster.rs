@@ -259,23 +259,21 @@ impl LocalCluster {
         })
     }
 
-    /// Names a workload in the coordinator's inventory and starts it on a node. A coordinator that did not know the name
-    /// is restarted; [`Options::workloads`] avoids that.
+    /// Names a workload in the coordinator's inventory and starts it on a node.
     pub fn start_workload(&self, node: &str, workload: &Workload) -> Result<Container> {
         let node = self.node(node)?;
         self.register_workloads([&workload.name])?;
         node.start_workload(workload)
     }
 
-    /// Names workloads that are started with [`Node::start_workload`] or in another way.
+    /// Names workloads that are started with [`Node::start_workload`] or in another way. The coordinator knows them from
+    /// its next request on.
     pub fn register_workloads<N: AsRef<str>>(&self, names: impl IntoIterator<Item = N>) -> Result<()> {
-        let mut any_new = false;
         for name in names {
             check_label("the workload's name", name.as_ref(), 63)?;
-            any_new |= config::register(&self.coordinator.inventory(), name.as_ref())?;
+            config::register(&self.coordinator.inventory(), name.as_ref())?;
         }
-        // The coordinator reads its inventory when it starts.
-        if any_new && self.coordinator.process().is_some() { self.coordinator.restart() } else { Ok(()) }
+        Ok(())
     }
 
     /// Makes a node ready to take a workload, see [`Node::prepare_workload`].

@@ -92,16 +92,16 @@ pub(crate) fn write(path: &Path, document: &impl Serialize) -> Result<()> {
     fs::rename(&new, path).at("replace", path)
 }
 
-/// Adds a workload to the inventory. True when it was not there yet.
-pub(crate) fn register(path: &Path, workload: &str) -> Result<bool> {
+/// Adds a workload to the inventory, if it is not there yet.
+pub(crate) fn register(path: &Path, workload: &str) -> Result<()> {
     let text = fs::read_to_string(path).at("read", path)?;
     let mut inventory: Inventory = toml::from_str(&text)
         .map_err(|error| Error::Document { what: path.display().to_string(), reason: error.to_string() })?;
     if inventory.workloads.iter().any(|known| known.name == workload) {
-        return Ok(false);
+        return Ok(());
     }
     inventory.workloads.push(InventoryWorkload { name: workload.to_owned() });
-    write(path, &inventory).map(|()| true)
+    write(path, &inventory)
 }
 
 /// The configuration of a node's agent.
