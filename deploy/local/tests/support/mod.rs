@@ -165,12 +165,20 @@ fn check_programs(folder: &Path) {
 
 /// A socket made in a side's network namespace stays in it; only the thread that makes it has to enter.
 fn connect_from(place: &Place, address: SocketAddr) -> std::io::Result<TcpStream> {
-    let namespace = File::open(Path::new("/run/netns").join(place.netns()))?;
-    let connecting = thread::spawn(move || {
-        nix::sched::setns(&namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
-        TcpStream::connect_timeout(&address, Duration::from_secs(2))
-    });
-    connecting.join().unwrap()
+    let connecting = move || TcpStream::connect_timeout(&address, Duration::from_secs(2));
+    inside(&Path::new("/run/netns").join(place.netns()), connecting)
+}
+
+/// Runs `work` on a thread that is in this network namespace.
+pub(crate) fn inside<T: Send>(namespace: &Path, work: impl FnOnce() -> T + Send) -> T {
+    let namespace = File::open(namespace).unwrap();
+    thread::scope(|scope| {
+        let entered = move || {
+            nix::sched::setns(&namespace, nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            work()
+        };
+        scope.spawn(entered).join().unwrap()
+    })
 }
 
 /// One connection of question and answer in lines. It is never opened again: a reset fails the test.
@@ -179,7 +187,7 @@ pub(crate) struct Line {
 }
 
 impl Line {
-    fn new(stream: TcpStream) -> Self {
+    pub(crate) fn new(stream: TcpStream) -> Self {
         // Far beyond any migration here, so that a lost connection fails the test instead of hanging it.
         stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         stream.set_nodelay(true).unwrap();
@@ -198,6 +206,20 @@ impl Line {
         let count = self.reader.read_line(&mut line).unwrap();
         assert!(count > 0, "the connection was closed");
         line.trim_end().to_owned()
+    }
+
+    /// Asks, and does not wait for the answer.
+    pub(crate) fn post(&mut self, question: &str) {
+        self.reader.get_mut().write_all(format!("{question}\r\n").as_bytes()).unwrap();
+    }
+
+    /// Fails unless the other side closes the connection, by an end or a reset, within this time.
+    pub(crate) fn assert_closed(&mut self, within: Duration) {
+        self.reader.get_mut().set_read_timeout(Some(within)).unwrap();
+        match self.reader.read_to_end(&mut Vec::new()) {
+            Err(error) if error.kind() != std::io::ErrorKind::ConnectionReset => panic!("it hangs: {error}"),
+            _ => {}
+        }
     }
 
     /// Asks Redis something whose answer is a bulk string.
