@@ -282,9 +282,18 @@ fn watch(path: &Path) -> OwnedFd {
     watch
 }
 
+fn restore(lab: &Lab) {
+    let agent = lab.agent();
+    let mut restoring = lab.restore(&agent);
+    let mut hook = agent.accept(&mut restoring);
+    hook.announcement("post-restore");
+    hook.say("go");
+    assert!(restoring.wait_until(std::time::Instant::now() + lab::PATIENCE).unwrap(), "the restore does not end");
+}
+
 #[test]
 fn a_watch_that_criu_cannot_name_is_told_and_one_that_it_can_is_not() {
-    let lab = Lab::new(SLEEPER);
+    let lab = Lab::new("while true; do sleep 0.2; done");
     let overlay = Overlay::over(&lab);
     let root = lab.rootfs();
     // CRIU looks in /etc by itself.
@@ -298,8 +307,14 @@ fn a_watch_that_criu_cannot_name_is_told_and_one_that_it_can_is_not() {
         assert_eq!(told.first(), expected.first(), "{path}: {report:?}");
         let dumped = lab.try_checkpoint();
         assert_eq!(dumped.is_ok(), is_carried, "{path}: {dumped:?}");
+        if is_carried {
+            wait_for("the state to go", || !lab.state_dir().exists());
+            restore(&lab);
+            let info = fs::read_to_string(format!("/proc/{}/fdinfo/3", lab.container().init.unwrap().pid)).unwrap();
+            assert!(info.contains("inotify wd:1 "), "{path}: {info}");
+        }
         lab.runc.kill(&lab.id, "KILL").ok();
-        wait_for("it to stop", || !container.is_alive());
+        wait_for("it to stop", || !lab.container().is_alive());
         lab.runc.delete(&lab.id, true).ok();
         let _ = fs::remove_dir_all(lab.images());
     }
