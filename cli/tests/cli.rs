@@ -93,7 +93,8 @@ fn node(name: &str) -> Node {
         memory_total: 8 << 30,
         memory_available: 4 << 30,
         workloads: vec!["redis".into(), "cart".into()],
-        ..Default::default()
+        features: vec!["criu:mem_dirty_track".into(), "kernel:tcp_repair".into()],
+        complaints: Vec::new(),
     }
 }
 

@@ -125,6 +125,7 @@ pub(crate) struct Node {
     memory_total: u64,
     memory_available: u64,
     workloads: Vec<String>,
+    features: Vec<String>,
 }
 
 impl From<&v1::Node> for Node {
@@ -145,6 +146,7 @@ impl From<&v1::Node> for Node {
             memory_total: node.memory_total,
             memory_available: node.memory_available,
             workloads: node.workloads.clone(),
+            features: node.features.clone(),
         }
     }
 }

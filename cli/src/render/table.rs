@@ -97,10 +97,11 @@ pub(super) fn check(nodes: &[Node]) -> String {
             ("kernel", format!("{} {}", or_dash(&node.kernel), node.architecture)),
             ("CPU", or_dash(&node.cpu_model)),
             ("cgroup", format!("v{}", node.cgroup_version)),
+            ("features", or_dash(&node.features.join(" "))),
             ("memory", format!("{} free of {}", size(node.memory_available), size(node.memory_total))),
         ];
         for (name, value) in facts.iter().filter(|_| node.reachable) {
-            line(&mut text, &format!("  {name:<8}{value}"));
+            line(&mut text, &format!("  {name:<10}{value}"));
         }
         for complaint in &node.complaints {
             line(&mut text, &format!("  ! {complaint}"));
