@@ -1,0 +1,232 @@
+//! A process that changes its memory in every way there is and checks all the time that it holds what it should.
+//!
+//! `podferry-memory-churn THREADS` prints `ready`, works until it is killed, and ends with 1 and a line on standard error when
+//! a page is not what it was written to be or a change of its mappings fails that cannot fail.
+
+#![expect(clippy::unwrap_used, reason = "its panic is the report")]
+#![expect(unsafe_code, reason = "mmap(2), mremap(2), munmap(2), madvise(2), mprotect(2)")]
+
+use std::ffi::c_void;
+use std::io::Write as _;
+use std::ptr::{NonNull, null_mut};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use rustix::mm::{
+    Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags, madvise, mmap_anonymous, mprotect, mremap, mremap_fixed,
+    munmap,
+};
+
+const PAGE: usize = 4096;
+const SLOTS: usize = 40;
+/// Pages of a mapping when it is made: some large enough for huge pages.
+const LARGEST: u64 = 3000;
+
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
+struct Random(u64);
+
+impl Random {
+    /// xorshift64 (Marsaglia 2003).
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
+
+/// A mapping, and what each of its pages was last written to be; 0 for never.
+struct Slot {
+    start: NonNull<u8>,
+    pages: Vec<u64>,
+    /// It consists of several mappings, which mremap(2) does not move together.
+    pieced: bool,
+}
+
+impl Slot {
+    fn new(random: &mut Random) -> Self {
+        let most = if random.below(8) == 0 { LARGEST } else { 200 };
+        let pages = usize::try_from(1 + random.below(most)).unwrap();
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a fresh mapping where the kernel likes.
+        let start = unsafe { mmap_anonymous(null_mut(), pages * PAGE, protection, MapFlags::PRIVATE) }.unwrap();
+        if random.below(4) == 0 {
+            // SAFETY: the mapping just made. Huge pages may be switched off: then it has no effect.
+            let _ = unsafe { madvise(start, pages * PAGE, Advice::LinuxHugepage) };
+        }
+        Self { start: NonNull::new(start.cast()).unwrap(), pages: vec![0; pages], pieced: false }
+    }
+
+    fn length(&self) -> usize {
+        self.pages.len() * PAGE
+    }
+
+    fn at(&self, page: usize) -> *mut c_void {
+        assert!(page <= self.pages.len());
+        // SAFETY: inside the mapping or just behind it.
+        unsafe { self.start.as_ptr().add(page * PAGE).cast() }
+    }
+
+    fn words(&mut self, page: usize) -> &mut [u64] {
+        assert!(page < self.pages.len());
+        // SAFETY: a page of the mapping, which only this slot has, readable and writable, aligned to 4096.
+        unsafe { std::slice::from_raw_parts_mut(self.at(page).cast(), PAGE / 8) }
+    }
+
+    fn write(&mut self, page: usize) {
+        let seed = NEXT.fetch_add(1, Ordering::Relaxed);
+        for (index, word) in self.words(page).iter_mut().enumerate() {
+            *word = content(seed, index);
+        }
+        self.pages[page] = seed;
+    }
+
+    fn check(&mut self, page: usize) {
+        let seed = self.pages[page];
+        let good = |(index, word): (usize, &u64)| *word == if seed == 0 { 0 } else { content(seed, index) };
+        let bad = self.words(page).iter().enumerate().position(|word| !good(word));
+        if let Some(index) = bad {
+            let found = self.words(page)[index];
+            fail(&format!("page {page} of {:?}, word {index}: {found:#x}, written was {seed}", self.start));
+        }
+    }
+
+    fn any(&self, random: &mut Random) -> usize {
+        usize::try_from(random.below(self.pages.len() as u64)).unwrap()
+    }
+
+    fn shrink(&mut self, random: &mut Random) {
+        let left = 1 + self.any(random);
+        if left == self.pages.len() {
+            return;
+        }
+        // SAFETY: the end of the mapping, which nobody uses any more.
+        unsafe { munmap(self.at(left), self.length() - left * PAGE) }.unwrap();
+        self.pages.truncate(left);
+    }
+
+    fn grow(&mut self, random: &mut Random) {
+        let pages = self.pages.len() + 1 + self.any(random);
+        if self.pieced || pages > 2 * usize::try_from(LARGEST).unwrap() {
+            return;
+        }
+        // SAFETY: the whole mapping, which only this slot knows.
+        let moved = unsafe { mremap(self.at(0), self.length(), pages * PAGE, MremapFlags::MAYMOVE) };
+        let start = moved.unwrap_or_else(|error| fail(&format!("mremap to {pages} pages: {error}")));
+        self.start = NonNull::new(start.cast()).unwrap();
+        self.pages.resize(pages, 0);
+    }
+
+    /// To another place for certain, whose old one may be used by the next mapping.
+    fn shift(&mut self) {
+        if self.pieced {
+            return;
+        }
+        // SAFETY: a fresh reservation; the move then replaces it whole.
+        let moved = unsafe {
+            let place = mmap_anonymous(null_mut(), self.length(), ProtFlags::empty(), MapFlags::PRIVATE).unwrap();
+            mremap_fixed(self.at(0), self.length(), self.length(), MremapFlags::MAYMOVE, place)
+        };
+        let start = moved.unwrap_or_else(|error| fail(&format!("mremap to a fixed place: {error}")));
+        self.start = NonNull::new(start.cast()).unwrap();
+    }
+
+    fn drop_pages(&mut self, random: &mut Random) {
+        let first = self.any(random);
+        let count = (1 + usize::try_from(random.below(200)).unwrap()).min(self.pages.len() - first);
+        // SAFETY: pages of the mapping; what they hold is given up.
+        unsafe { madvise(self.at(first), count * PAGE, Advice::LinuxDontNeed) }.unwrap();
+        self.pages[first..first + count].fill(0);
+    }
+
+    fn forbid_and_allow(&mut self) {
+        // SAFETY: nobody touches the mapping between the two.
+        unsafe {
+            mprotect(self.at(0), self.length(), MprotectFlags::empty()).unwrap();
+            std::thread::sleep(Duration::from_micros(100));
+            mprotect(self.at(0), self.length(), MprotectFlags::READ | MprotectFlags::WRITE).unwrap();
+        }
+    }
+
+    fn replace(&mut self) {
+        let half = self.pages.len() / 2;
+        if half == 0 {
+            return;
+        }
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: replaces pages of the mapping, whose contents are given up.
+        unsafe { mmap_anonymous(self.at(0), half * PAGE, protection, MapFlags::PRIVATE | MapFlags::FIXED) }.unwrap();
+        self.pages[..half].fill(0);
+        self.pieced = true;
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        // SAFETY: the whole mapping, which nobody uses any more.
+        unsafe { munmap(self.at(0), self.length()) }.unwrap();
+    }
+}
+
+fn content(seed: u64, index: usize) -> u64 {
+    seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(index as u64)
+}
+
+fn fail(what: &str) -> ! {
+    eprintln!("podferry-memory-churn: {what}");
+    std::process::exit(1)
+}
+
+fn change(slot: &mut Slot, random: &mut Random) {
+    match random.below(100) {
+        0..70 => {
+            for _ in 0..20 {
+                let page = slot.any(random);
+                slot.write(page);
+            }
+        }
+        70..74 => *slot = Slot::new(random),
+        74..78 => slot.shrink(random),
+        78..83 => slot.grow(random),
+        83..87 => slot.shift(),
+        87..92 => slot.drop_pages(random),
+        92..94 => slot.forbid_and_allow(),
+        94..96 => slot.replace(),
+        _ => {
+            for _ in 0..20 {
+                let page = slot.any(random);
+                slot.check(page);
+            }
+        }
+    }
+}
+
+fn work(number: u64) {
+    let mut random = Random(0x853c_49e6_748f_ea9b ^ (number + 1));
+    let mut slots: Vec<Slot> = (0..SLOTS).map(|_| Slot::new(&mut random)).collect();
+    for round in 1_u64.. {
+        let slot = usize::try_from(random.below(SLOTS as u64)).unwrap();
+        change(&mut slots[slot], &mut random);
+        if round.is_multiple_of(64) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if round.is_multiple_of(4096) {
+            for slot in &mut slots {
+                (0..slot.pages.len()).for_each(|page| slot.check(page));
+            }
+        }
+    }
+}
+
+fn main() {
+    let threads: u64 = std::env::args().nth(1).and_then(|count| count.parse().ok()).unwrap_or(1);
+    println!("ready");
+    std::io::stdout().flush().unwrap();
+    let workers: Vec<_> = (0..threads).map(|number| std::thread::spawn(move || work(number))).collect();
+    for worker in workers {
+        if worker.join().is_err() {
+            fail("a thread panicked");
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! Reading pages of another process.
+
+use std::fs::File;
+use std::io::{self, IoSliceMut};
+use std::os::unix::fs::FileExt as _;
+
+use nix::errno::Errno;
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
+use nix::unistd::Pid;
+
+use crate::PAGE_SIZE;
+use crate::range::{PageRange, PageRanges};
+
+/// The most ranges that are read with one call (`UIO_MAXIOV` is 1024; 512 is where it stops to pay).
+const MAX_RANGES: usize = 512;
+
+/// Pages that were read together: the ranges, and what they hold, one after the other.
+#[derive(Debug)]
+pub struct Batch<'a> {
+    /// Where the pages are, ascending.
+    pub ranges: &'a [PageRange],
+    /// Their contents, in the same order.
+    pub contents: &'a [u8],
+}
+
+/// What was read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Copied {
+    /// Pages that were read.
+    pub pages: u64,
+    /// Pages that were not there any more.
+    pub vanished: u64,
+}
+
+/// Reads pages of one process, in batches of up to a fixed length.
+#[derive(Debug)]
+pub struct Copier {
+    process: Pid,
+    /// Opened at the first page that the fast way does not read.
+    memory: Option<File>,
+    buffer: Vec<u8>,
+    ranges: Vec<PageRange>,
+}
+
+impl Copier {
+    /// A reader whose batches have up to `length` bytes, a multiple of the page's.
+    pub fn new(process: Pid, length: usize) -> Self {
+        debug_assert!(length > 0 && (length as u64).is_multiple_of(PAGE_SIZE));
+        Self { process, memory: None, buffer: vec![0; length], ranges: Vec::new() }
+    }
+
+    /// Reads all pages and hands them over batch by batch. Pages that vanish meanwhile are left out: the process unmapped
+    /// them, and what is there then is written anew.
+    pub fn read<E: From<io::Error>>(
+        &mut self,
+        ranges: &PageRanges,
+        mut take: impl FnMut(Batch<'_>) -> Result<(), E>,
+    ) -> Result<Copied, E> {
+        let mut copied = Copied::default();
+        let mut pieces = Pieces::new(ranges);
+        loop {
+            self.ranges.clear();
+            pieces.fill(&mut self.ranges, self.buffer.len() as u64);
+            if self.ranges.is_empty() {
+                return Ok(copied);
+            }
+            let wanted: u64 = self.ranges.iter().map(|range| range.pages()).sum();
+            let length = self.fill()?;
+            let read = length as u64 / PAGE_SIZE;
+            copied.pages += read;
+            copied.vanished += wanted - read;
+            if read > 0 {
+                take(Batch { ranges: &self.ranges, contents: &self.buffer[..length] })?;
+            }
+        }
+    }
+
+    /// Fills the buffer with the ranges' pages; takes those out of the ranges that are not there.
+    fn fill(&mut self) -> io::Result<usize> {
+        let wanted: u64 = self.ranges.iter().map(|range| range.length()).sum();
+        let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
+        if read_ranges(self.process, &self.ranges, &mut self.buffer[..wanted])? == wanted {
+            return Ok(wanted);
+        }
+        self.fill_page_by_page()
+    }
+
+    /// As [`Self::fill`], in the way that also reads what the process itself may not (`PROT_NONE`).
+    fn fill_page_by_page(&mut self) -> io::Result<usize> {
+        let memory = match &mut self.memory {
+            Some(memory) => memory,
+            none => none.insert(File::open(format!("/proc/{}/mem", self.process))?),
+        };
+        let mut there = PageRanges::new();
+        let mut length = 0;
+        for address in self.ranges.iter().flat_map(|range| (range.start..range.end).step_by(PAGE)) {
+            let page = &mut self.buffer[length..length + PAGE];
+            match memory.read_exact_at(page, address) {
+                Ok(()) => {
+                    there.push(PageRange::new(address, address + PAGE_SIZE));
+                    length += PAGE;
+                }
+                // An address without a mapping; the end of the file when the process has ended.
+                Err(error) if is_gone(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.ranges.clear();
+        self.ranges.extend(&there);
+        Ok(length)
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "4096")]
+const PAGE: usize = PAGE_SIZE as usize;
+
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::UnexpectedEof || error.raw_os_error() == Some(libc::EIO)
+}
+
+/// Reads as much as can be read without a gap.
+fn read_ranges(process: Pid, ranges: &[PageRange], buffer: &mut [u8]) -> io::Result<usize> {
+    let remote: Vec<RemoteIoVec> = ranges.iter().map(|range| remote(range.start, range.length())).collect();
+    match process_vm_readv(process, &mut [IoSliceMut::new(buffer)], &remote) {
+        Ok(length) => Ok(length),
+        Err(Errno::EFAULT) => Ok(0),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn remote(address: u64, length: u64) -> RemoteIoVec {
+    let native = |number| usize::try_from(number).unwrap_or(usize::MAX);
+    RemoteIoVec { base: native(address), len: native(length) }
+}
+
+/// Reads memory of a process; fails when not all of it is there.
+pub fn read_exact(process: Pid, address: u64, buffer: &mut [u8]) -> io::Result<()> {
+    let length = buffer.len();
+    let read = process_vm_readv(process, &mut [IoSliceMut::new(buffer)], &[remote(address, length as u64)])?;
+    if read == length { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+}
+
+/// Cuts ranges into pieces that fit a batch.
+struct Pieces<'a> {
+    rest: &'a [PageRange],
+    /// Up to where the first of them was handed out.
+    cursor: u64,
+}
+
+impl<'a> Pieces<'a> {
+    fn new(ranges: &'a PageRanges) -> Self {
+        Self { rest: ranges.as_slice(), cursor: 0 }
+    }
+
+    fn fill(&mut self, into: &mut Vec<PageRange>, mut room: u64) {
+        while room > 0 && into.len() < MAX_RANGES {
+            let Some((first, rest)) = self.rest.split_first() else { return };
+            let start = first.start.max(self.cursor);
+            let end = first.end.min(start + room);
+            into.push(PageRange::new(start, end));
+            room -= end - start;
+            self.cursor = end;
+            if end == first.end {
+                self.rest = rest;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(start: u64, end: u64) -> PageRange {
+        PageRange::new(start * PAGE_SIZE, end * PAGE_SIZE)
+    }
+
+    #[test]
+    fn pieces_fit_and_lose_nothing() {
+        let all: PageRanges = [range(1, 4), range(6, 7), range(10, 30)].into_iter().collect();
+        let (mut pieces, mut seen) = (Pieces::new(&all), PageRanges::new());
+        loop {
+            let mut batch = Vec::new();
+            pieces.fill(&mut batch, 5 * PAGE_SIZE);
+            if batch.is_empty() {
+                break;
+            }
+            assert!(batch.iter().map(|range| range.pages()).sum::<u64>() <= 5);
+            for range in batch {
+                seen.push(range);
+            }
+        }
+        assert_eq!(seen, all);
+    }
+
+    #[test]
+    fn what_is_mapped_is_read_and_what_is_not_is_left_out() {
+        let page = PAGE;
+        let memory: Vec<u8> = (0..8 * page).map(|index| u8::try_from(index / page).unwrap()).collect();
+        let address = (memory.as_ptr() as u64).next_multiple_of(PAGE_SIZE);
+        let own = PageRange::new(address, address + 6 * PAGE_SIZE);
+        // The first page of an address space is never mapped.
+        let all: PageRanges = [PageRange::new(0, PAGE_SIZE), own].into_iter().collect();
+        let (mut contents, mut ranges) = (Vec::new(), PageRanges::new());
+        let copied = Copier::new(Pid::this(), 4 * page)
+            .read::<io::Error>(&all, |batch| {
+                contents.extend_from_slice(batch.contents);
+                batch.ranges.iter().for_each(|range| ranges.push(*range));
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(copied, Copied { pages: 6, vanished: 1 });
+        assert_eq!(ranges.as_slice(), [own]);
+        let offset = usize::try_from(address - memory.as_ptr() as u64).unwrap();
+        assert_eq!(contents, memory[offset..offset + 6 * page]);
+    }
+}

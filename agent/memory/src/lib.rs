@@ -1,0 +1,19 @@
+//! Memory of running processes: which pages change, what they hold, and how they get into another process.
+//!
+//! Pre-copy repeats one step while the process runs: ask a [`tracker`] which pages were written since it was last asked,
+//! and read those with a [`copier::Copier`]. Everything is told as [`range::PageRange`]s of the process's addresses. Which
+//! mappings can be handled that way, [`maps`] decides; what cannot is left to CRIU, which dumps it while the process is
+//! frozen.
+//!
+//! Only the modules of `sys` have `unsafe` code.
+
+pub mod copier;
+pub mod inject;
+pub mod maps;
+pub mod range;
+pub mod store;
+mod sys;
+pub mod tracker;
+
+/// Bytes of a page, of the only size that podferry moves.
+pub const PAGE_SIZE: u64 = 4096;
