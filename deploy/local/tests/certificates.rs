@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::sched::{CloneFlags, setns};
 use podferry_common::identity::{Identity, Peer};
 use podferry_common::tls;
-use podferry_local::{AGENT_PORT, FIRST_CONTAINER_ADDRESS, Options, ProcessId, Signal};
+use podferry_local::{AGENT_PORT, FIRST_CONTAINER_ADDRESS, LocalCluster, Options, ProcessId, Signal};
 use support::{NODES, Stage, eventually, redis};
 
 /// Half of it is longer than the 10 s after which agents and the coordinator look at their files.
@@ -66,18 +66,30 @@ fn certificates_are_replaced_before_they_end_and_nobody_restarts() {
 
 #[test]
 fn whoever_finds_a_cluster_without_its_keeper_starts_another() {
-    let stage = Stage::up(&[]);
+    let mut stage = Stage::up(&[]);
     let pid_file = stage.cluster.folder().join("identity/keeper.pid");
     let keeper = || {
         let words = std::fs::read_to_string(&pid_file).unwrap();
         ProcessId::of(words.split_whitespace().next().unwrap().parse().unwrap())
     };
     let first = keeper().expect("a cluster with agents has a keeper");
-    let again = podferry_local::LocalCluster::attach(stage.cluster.folder()).unwrap();
+    let again = LocalCluster::attach(stage.cluster.folder()).unwrap();
     assert_eq!(keeper(), Some(first), "one is enough");
     assert!(first.signal(Signal::KILL) && first.wait_gone(Duration::from_secs(10)));
     drop(again);
-    podferry_local::LocalCluster::attach(stage.cluster.folder()).unwrap();
+    LocalCluster::attach(stage.cluster.folder()).unwrap();
     let second = eventually(Duration::from_secs(10), || keeper().ok_or_else(|| "no new keeper".to_owned()));
     assert_ne!(second, first);
+    stage.cluster.down().unwrap();
+    assert!(!second.is_alive(), "the keeper outlives its cluster");
+}
+
+#[test]
+fn certificates_that_would_end_before_anybody_takes_new_ones_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let short = Duration::from_secs(20);
+    let options = Options { certificate_lifetime: short, ..Options::new(folder.path().join("cluster")) };
+    let refused = LocalCluster::up(&options).unwrap_err().to_string();
+    assert!(refused.contains("certificates for 20s"), "{refused}");
+    assert!(!options.folder.exists());
 }
