@@ -1,6 +1,7 @@
 //! What every part of the agent works with.
 
 use std::fmt;
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -42,7 +43,8 @@ impl Context {
 
     /// A failure on this node, with everything that caused it.
     pub fn failure(&self, code: FailureCode, what: &str, error: &(dyn std::error::Error + 'static)) -> Failure {
-        Failure::new(code, format!("{what}: {}", chain(error))).on(self.config.node.as_str())
+        let failure = out_of_room(error).unwrap_or_else(|| Failure::new(code, ""));
+        Failure { message: format!("{what}: {}", chain(error)), ..failure }.on(self.config.node.as_str())
     }
 
     /// A failure on this node that has no other cause.
@@ -65,6 +67,16 @@ impl fmt::Debug for Context {
     }
 }
 
+/// The failure that an error is when it comes from a full disk or tmpfs.
+pub fn out_of_room(error: &(dyn std::error::Error + 'static)) -> Option<Failure> {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let full = |error: &io::Error| matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+    causes.filter_map(|cause| cause.downcast_ref::<io::Error>()).any(full).then(|| {
+        let failure = Failure::from_error(FailureCode::ResourceExhausted, error);
+        failure.remedy("make room on the file system that is named, or choose another target")
+    })
+}
+
 /// Runs what blocks on a thread where it may.
 ///
 /// # Errors
@@ -75,5 +87,23 @@ pub async fn blocking<T: Send + 'static>(
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => Err(Failure::new(FailureCode::Internal, format!("a task of the agent panicked: {error}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("cannot write /x")]
+    struct Write(#[source] io::Error);
+
+    #[test]
+    fn a_full_disk_is_seen_behind_what_it_caused() {
+        let full = io::Error::other(Write(io::Error::from(io::ErrorKind::StorageFull)));
+        let failure = out_of_room(&full).unwrap();
+        assert_eq!(failure.code, FailureCode::ResourceExhausted);
+        assert!(failure.message.starts_with("cannot write /x: ") && failure.remedy.is_some(), "{failure}");
+        assert_eq!(out_of_room(&Write(io::Error::from(io::ErrorKind::PermissionDenied))), None);
     }
 }

@@ -132,7 +132,8 @@ impl PartDirs {
     pub fn create(&self) -> io::Result<()> {
         use std::os::unix::fs::DirBuilderExt as _;
         for dir in [&self.state, &self.run, &self.images, &self.work] {
-            fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+            let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+            made.map_err(|error| record::at(dir, &error))?;
         }
         Ok(())
     }

@@ -23,6 +23,7 @@ use podferry_filesystem::Limits;
 use podferry_transfer::{Authorize, Introduction, Object, Owner, PageRun, Sink};
 use tokio::sync::watch;
 
+use crate::context;
 use crate::source::LAYER;
 
 /// Pieces of the layer that may wait for the disk.
@@ -36,7 +37,7 @@ pub enum Arrival {
     /// Everything is here and verified.
     Complete,
     /// It broke.
-    Broken(String),
+    Broken(Failure),
 }
 
 /// Where one migration's data goes.
@@ -132,7 +133,7 @@ struct Receiving {
 
 /// Where an object goes.
 enum Place {
-    Image(File),
+    Image(PathBuf, File),
     Pages(PageSetWriter),
     Layer(Unpacking),
 }
@@ -140,15 +141,25 @@ enum Place {
 impl fmt::Debug for Place {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         out.write_str(match self {
-            Self::Image(_) => "Image",
+            Self::Image(..) => "Image",
             Self::Pages(_) => "Pages",
             Self::Layer(_) => "Layer",
         })
     }
 }
 
+/// An image that cannot be written, and why.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write the image {}", path.display())]
+struct ImageError {
+    path: PathBuf,
+    source: io::Error,
+}
+
 fn failed(error: impl std::error::Error + 'static) -> Failure {
-    Failure::from_error(FailureCode::Aborted, &error).in_phase("transfer")
+    context::out_of_room(&error)
+        .unwrap_or_else(|| Failure::from_error(FailureCode::Aborted, &error))
+        .in_phase("transfer")
 }
 
 impl Sink for Receiving {
@@ -160,7 +171,9 @@ impl Sink for Receiving {
 
     fn data(&mut self, id: u32, _offset: u64, data: Bytes) -> Result<(), Failure> {
         self.inbox.with_open(|open| match open.get_mut(&id) {
-            Some(Place::Image(file)) => file.write_all(&data).map_err(failed),
+            Some(Place::Image(path, file)) => {
+                file.write_all(&data).map_err(|source| failed(ImageError { path: path.clone(), source }))
+            }
             Some(Place::Layer(unpacking)) => {
                 unpacking.write(data);
                 Ok(())
@@ -186,7 +199,7 @@ impl Sink for Receiving {
 
     fn close(&mut self, id: u32, _length: u64, _digest: u64) -> Result<(), Failure> {
         self.inbox.with_open(|open| match open.remove(&id) {
-            Some(Place::Image(_)) => Ok(()),
+            Some(Place::Image(..)) => Ok(()),
             Some(Place::Pages(pages)) => pages.finish().map_err(failed),
             Some(Place::Layer(unpacking)) => unpacking.finish().map_err(failed),
             None => Err(failed(io::Error::other("what is not open is closed"))),
@@ -201,14 +214,20 @@ impl Sink for Receiving {
     }
 
     fn abort(self: Box<Self>, reason: &Failure) {
-        self.inbox.arrival.send_replace(Arrival::Broken(reason.to_string()));
+        self.inbox.arrival.send_replace(Arrival::Broken(reason.clone()));
     }
 }
 
 impl Receiving {
     fn place(&self, object: &Object) -> Result<Place, Failure> {
         let place = match object {
-            Object::ImageFile(name) => Place::Image(create(&self.inbox.images.join(name)).map_err(failed)?),
+            Object::ImageFile(name) => {
+                let path = self.inbox.images.join(name);
+                match create(&path) {
+                    Ok(file) => Place::Image(path, file),
+                    Err(source) => return Err(failed(ImageError { path, source })),
+                }
+            }
             Object::Pages { owner, id } => {
                 let owner = match owner {
                     Owner::Process(pid) => podferry_criu::Owner::Process(*pid),

@@ -226,8 +226,10 @@ impl TargetPart {
         match ended {
             Ok(Arrival::Complete) => Ok(()),
             Ok(Arrival::Broken(reason)) => {
-                let message = format!("the transfer from the source broke: {reason}");
-                Err(self.refused(FailureCode::Unavailable, message, "transfer"))
+                let message = format!("the transfer from the source broke: {}", reason.message);
+                let full = reason.code == FailureCode::ResourceExhausted;
+                let code = if full { reason.code } else { FailureCode::Unavailable };
+                Err(Failure { code, message, ..reason }.on(self.context.config.node.as_str()).in_phase("transfer"))
             }
             Ok(Arrival::Waiting) | Err(_) => Err(self.refused(FailureCode::Internal, "nothing arrived", "transfer")),
         }

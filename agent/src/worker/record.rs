@@ -16,9 +16,15 @@ use serde::de::DeserializeOwned;
 /// When the folder or the disk does not take it.
 pub fn store<T: Serialize>(path: &Path, value: &T) -> io::Result<()> {
     let new = path.with_extension("new");
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-    file.write_all(&serde_json::to_vec_pretty(value)?)?;
-    fs::rename(&new, path)
+    let text = serde_json::to_vec_pretty(value)?;
+    let opened = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new);
+    let written = opened.and_then(|mut file| file.write_all(&text)).and_then(|()| fs::rename(&new, path));
+    written.map_err(|error| at(path, &error))
+}
+
+/// The error with the path it is about.
+pub(crate) fn at(path: &Path, error: &io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
 /// Reads what [`store`] wrote; none when there is no such file.

@@ -398,7 +398,11 @@ fn a_target_that_fills_up(stage: &mut Stage) {
     target.shell(&format!("mount -o remount,size=50% {}", images.display())).unwrap();
     stage.speed_up(&target);
     assert_eq!(phase, "failed", "{reason}");
-    assert!(reason.contains("No space left"), "{reason}");
+    // Whether the source is told so first or the target says it: where, and what.
+    let images = images.display().to_string();
+    for word in ["No space left", "cannot write the image", &images, "make room", target.name()] {
+        assert!(reason.contains(word), "{word:?} is missing in {reason}");
+    }
     let watched = stage.podferry(&["watch", &id]);
     assert_eq!(watched.status.code(), Some(FAILED), "{}", watched.stderr);
     stage.assert_sound("after a target that filled up");
