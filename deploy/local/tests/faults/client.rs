@@ -65,17 +65,9 @@ impl Redis {
 
     /// Fills it with bytes that no compression makes smaller.
     pub fn fill(&mut self, mib: usize) {
-        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-        for key in 0..mib * 16 {
-            let mut value = Vec::with_capacity(64 << 10);
-            while value.len() < 64 << 10 {
-                // xorshift64: noise is enough.
-                state ^= state << 13;
-                state ^= state >> 7;
-                state ^= state << 17;
-                value.extend(state.to_le_bytes());
-            }
-            assert_eq!(self.request(&[b"SET", format!("fill:{key}").as_bytes(), &value]).unwrap(), "+OK");
+        let bytes = noise(mib << 20);
+        for (key, value) in bytes.chunks(64 << 10).enumerate() {
+            assert_eq!(self.request(&[b"SET", format!("fill:{key}").as_bytes(), value]).unwrap(), "+OK");
         }
     }
 
@@ -84,6 +76,21 @@ impl Redis {
         let number = answer.strip_prefix(':').and_then(|number| number.parse().ok());
         number.ok_or_else(|| io::Error::other(format!("INCR was answered {answer:?}")))
     }
+}
+
+/// Bytes that no compression makes smaller.
+pub fn noise(length: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut bytes = Vec::with_capacity(length + 8);
+    while bytes.len() < length {
+        // xorshift64: noise is enough.
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend(state.to_le_bytes());
+    }
+    bytes.truncate(length);
+    bytes
 }
 
 /// Counts on one connection: each answer has to be one more than the last. Two copies that ran, or one that ran on from
