@@ -259,6 +259,21 @@ mod tests {
         }
     }
 
+    #[test]
+    fn criu_is_asked_behind_the_start() {
+        let made = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.podferry/tools");
+        let criu = std::env::var_os("PODFERRY_TOOLS").map_or(made, Into::into).join("bin/criu");
+        assert!(criu.exists(), "there is no CRIU at {}: run deploy/setup/setup.sh", criu.display());
+        let criu_features = ask_for_features(Criu::at(criu));
+        assert!(criu_features.wait().contains(&"seccomp_filters"), "{criu_features:?}");
+        let (criu_version, runc_version, complaints) = (String::new(), String::new(), Vec::new());
+        let capabilities =
+            Capabilities { criu_version, runc_version, complaints, kernel_features: vec!["veth"], criu_features };
+        let published = capabilities.features();
+        assert!(published.is_sorted() && published.contains(&"criu:seccomp_filters".to_owned()), "{published:?}");
+        assert_eq!(published.last().map(String::as_str), Some("kernel:veth"));
+    }
+
     #[tokio::test]
     async fn this_kernel_has_what_migrations_need() {
         let (found, complaints) = kernel_features().await;
