@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "the helpers of these tests panic as the tests do")]
 #![expect(unreachable_pub, reason = "the helpers are for this file only")]
 
+mod drain;
 mod support;
 
 use std::process::Stdio;
@@ -303,8 +304,10 @@ async fn lists_are_tables_and_json() {
     insta::assert_snapshot!("workloads_table", cluster.run(&["workloads"]).await.exits(0).out);
     insta::assert_snapshot!(
         "workloads_json",
-        cluster.run(&["workloads", "--node", "n2", "-o", "json"]).await.exits(0).out
+        cluster.run(&["workloads", "--node", "n1", "-o", "json"]).await.exits(0).out
     );
+    let silent = cluster.run(&["workloads", "--node", "n2"]).await.exits(3);
+    assert!(silent.err.contains("node n2 did not answer"), "{}", silent.err);
     assert_eq!(cluster.run(&["migrations", "-o", "json"]).await.exits(0).out, "[]\n");
     cluster.script.lock().unwrap().migrations.insert(ID.into(), vec![succeeded()]);
     insta::assert_snapshot!("migrations_table", cluster.run(&["migrations"]).await.exits(0).out);
@@ -322,57 +325,6 @@ async fn check_fails_if_a_node_is_unfit() {
     cluster.run(&["check", "-o", "json"]).await.exits(1);
     cluster.script.lock().unwrap().nodes.clear();
     cluster.run(&["check"]).await.exits(3);
-}
-
-fn of(workload: &str, id: &str, end: Migration) -> Answer {
-    let named = |migration: Migration| Migration { id: id.into(), workload: workload.into(), ..migration };
-    Answer::Accept(vec![named(begun()), named(end)])
-}
-
-#[tokio::test]
-async fn drain_moves_everything_one_after_the_other() {
-    let stopped = Workload { status: "stopped".into(), ..workload("old", "n1") };
-    let busy = Workload { migration_id: "m4".into(), ..workload("busy", "n1") };
-    let script = Script {
-        nodes: vec![node("n1"), node("n2")],
-        workloads: vec![
-            workload("redis", "n1"),
-            workload("cart", "n1"),
-            workload("elsewhere", "n2"),
-            workload("catalogue", "n1"),
-            busy,
-            stopped,
-        ],
-        migrate: [
-            ("redis".to_owned(), of("redis", "m1", succeeded())),
-            ("cart".to_owned(), of("cart", "m2", failed("restore", "INTERNAL"))),
-            ("catalogue".to_owned(), of("catalogue", "m3", succeeded())),
-        ]
-        .into(),
-        migrations: [("m4".to_owned(), vec![Migration { id: "m4".into(), workload: "busy".into(), ..succeeded() }])]
-            .into(),
-        ..Default::default()
-    };
-    let cluster = Cluster::start(script).await;
-    let ran = cluster.run(&["drain", "n1"]).await.exits(1);
-    insta::assert_snapshot!("drain_table", ran.out);
-    assert!(ran.err.contains("criu/cr-restore.c:2391"), "{}", ran.err);
-    let asked: Vec<(String, String)> =
-        cluster.seen().into_iter().map(|seen| (seen.request.workload, seen.request.target)).collect();
-    assert_eq!(asked, [("redis", ""), ("cart", ""), ("catalogue", "")].map(|(w, t)| (w.to_owned(), t.to_owned())));
-
-    let ran = cluster.run(&["drain", "n1", "--output", "json"]).await.exits(1);
-    let report: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
-    assert_eq!(report["migrations"].as_array().unwrap().len(), 4);
-    assert_eq!(report["left_behind"][0]["workload"], "cart");
-    assert_eq!(report["not_running"][0], "old");
-
-    let refusal = Failure::new(FailureCode::FailedPrecondition, "no node can take it");
-    cluster.script.lock().unwrap().migrate.insert("cart".into(), Answer::Refuse(refusal));
-    cluster.run(&["drain", "n1"]).await.exits(1);
-    cluster.script.lock().unwrap().migrate.insert("cart".into(), of("cart", "m2", succeeded()));
-    cluster.run(&["drain", "n1"]).await.exits(0);
-    cluster.run(&["drain", "n9"]).await.exits(4);
 }
 
 #[tokio::test]

@@ -1,10 +1,12 @@
 //! `drain`: all workloads of a node, one after the other, each to the node that placement chooses.
 
+use std::collections::HashSet;
+
 use podferry_common::{Failure, FailureCode};
-use podferry_proto::v1::{ListNodesRequest, ListWorkloadsRequest, MigrateRequest, Migration, Phase, Workload};
+use podferry_proto::v1::{ListWorkloadsRequest, MigrateRequest, Migration, Phase, Workload};
 
 use super::migrate::to_the_end;
-use crate::arguments::{Global, Strategy};
+use crate::arguments::{Global, Output, Strategy};
 use crate::coordinator::{Coordinator, answer, connect, present};
 use crate::exit::Exit;
 use crate::progress::Progress;
@@ -13,67 +15,116 @@ use crate::words;
 
 /// Moves what runs on `node` elsewhere. A workload that cannot be moved does not keep the others.
 pub(super) async fn drain(global: &Global, node: &str, strategy: Strategy) -> Result<Exit, Failure> {
-    let mut coordinator = connect(global).await?;
-    must_exist(&mut coordinator, node).await?;
-    let request = ListWorkloadsRequest { node: node.to_owned() };
-    let (running, stopped): (Vec<_>, Vec<_>) =
-        answer(coordinator.list_workloads(request)).await?.workloads.into_iter().partition(|w| w.status != "stopped");
-    let not_running = stopped.into_iter().map(|workload| workload.name).collect();
-    let mut report =
-        DrainReport { node: node.to_owned(), migrations: Vec::new(), left_behind: Vec::new(), not_running };
-    for workload in running {
-        let moved = match move_one(&mut coordinator, &workload, strategy).await {
-            Ok(None) => return Ok(Exit::Interrupted),
+    let coordinator = connect(global).await?;
+    let mut drain = Drain { coordinator, strategy, output: global.output, report: DrainReport::of(node) };
+    let mut there = drain.look().await?;
+    let mut dealt_with = HashSet::new();
+    while let Some(workload) = there.iter().find(|workload| !dealt_with.contains(&workload.name)).cloned() {
+        dealt_with.insert(workload.name.clone());
+        if stays(&workload) {
+            drain.report.not_running.push(workload.name);
+            continue;
+        }
+        let Some(()) = drain.deal_with(workload).await else { return Ok(Exit::Interrupted) };
+        // That may have taken minutes. Others move workloads, too: one that has left must not be fetched from where it is.
+        match drain.look().await {
+            Ok(now) => there = now,
+            Err(failure) => {
+                there.retain(|workload| !dealt_with.contains(&workload.name) && !stays(workload));
+                drain.give_up(&there, &failure);
+                break;
+            }
+        }
+    }
+    render::drain(global.output, &drain.report);
+    Ok(if drain.report.is_complete() { Exit::Done } else { Exit::Failed })
+}
+
+/// Whether there is nothing to move. While a workload is migrated its status says only what one of the copies does.
+fn stays(workload: &Workload) -> bool {
+    workload.status == "stopped" && workload.migration_id.is_empty()
+}
+
+struct Drain {
+    coordinator: Coordinator,
+    strategy: Strategy,
+    output: Output,
+    report: DrainReport,
+}
+
+impl Drain {
+    /// What is on the node now, or on its way from or to it. A node that does not say so is an error.
+    async fn look(&mut self) -> Result<Vec<Workload>, Failure> {
+        let request = ListWorkloadsRequest { node: self.report.node.clone() };
+        Ok(answer(self.coordinator.list_workloads(request)).await?.workloads)
+    }
+
+    /// Moves one workload and reports what became of it. `None` when the user interrupts.
+    async fn deal_with(&mut self, workload: Workload) -> Option<()> {
+        let left = match self.move_one(&workload).await {
+            Ok(None) => return None,
             Ok(Some(ended)) => {
-                report.migrations.push((&ended).into());
-                if !global.output.is_json() {
-                    render::outcome(global.output, &ended);
+                self.report.migrations.push((&ended).into());
+                if !self.output.is_json() {
+                    render::outcome(self.output, &ended);
                 }
-                still_there(&ended, node)
+                still_there(&ended, &self.report.node)
             }
             Err(failure) => Some(LeftBehind { workload: workload.name, error: failure, migrated: false }),
         };
-        if let Some(left) = moved {
-            render::failure(global.output, &left.error);
-            report.left_behind.push(left);
+        if let Some(left) = left {
+            render::failure(self.output, &left.error);
+            self.report.left_behind.push(left);
         }
+        Some(())
     }
-    render::drain(global.output, &report);
-    Ok(if report.left_behind.is_empty() { Exit::Done } else { Exit::Failed })
+
+    /// Moves one workload, or follows the migration that it is part of already. `None` when the user interrupts.
+    async fn move_one(&mut self, workload: &Workload) -> Result<Option<Migration>, Failure> {
+        let id = if workload.migration_id.is_empty() {
+            self.begin(&workload.name).await?
+        } else {
+            workload.migration_id.clone()
+        };
+        to_the_end(&mut self.coordinator, &id, Progress::new()).await
+    }
+
+    /// Asks for a migration; returns the id of it, or of the one that somebody else was faster with.
+    async fn begin(&mut self, workload: &str) -> Result<String, Failure> {
+        let strategy = podferry_proto::v1::Strategy::from(self.strategy).into();
+        let request = MigrateRequest { workload: workload.to_owned(), strategy, ..MigrateRequest::default() };
+        let refusal = match answer(self.coordinator.migrate(request)).await {
+            Ok(begun) => return Ok(present(begun.migration)?.id),
+            Err(failure) if failure.code != FailureCode::AlreadyExists => return Err(failure),
+            Err(failure) => failure,
+        };
+        let there = self.look().await?;
+        let other = there.into_iter().find(|other| other.name == workload && !other.migration_id.is_empty());
+        Ok(other.ok_or(refusal)?.migration_id)
+    }
+
+    /// Nobody says any more what is on the node: the workloads that are left, if any, cannot be moved.
+    fn give_up(&mut self, left: &[Workload], failure: &Failure) {
+        render::failure(self.output, failure);
+        let left = left.iter().map(|workload| workload.name.clone());
+        self.report.left_behind.extend(left.map(|workload| LeftBehind {
+            workload,
+            error: failure.clone(),
+            migrated: false,
+        }));
+        self.report.lost_sight = true;
+    }
 }
 
-async fn must_exist(coordinator: &mut Coordinator, node: &str) -> Result<(), Failure> {
-    let known = answer(coordinator.list_nodes(ListNodesRequest {})).await?.nodes;
-    if known.iter().any(|known| known.name == node) {
-        return Ok(());
-    }
-    let failure = Failure::new(FailureCode::NotFound, format!("there is no node {node:?}"));
-    Err(failure.remedy("see `podferry nodes`"))
-}
-
-/// Moves one workload, or follows the migration that it is part of already. `None` when the user interrupts.
-async fn move_one(
-    coordinator: &mut Coordinator,
-    workload: &Workload,
-    strategy: Strategy,
-) -> Result<Option<Migration>, Failure> {
-    if !workload.migration_id.is_empty() {
-        return to_the_end(coordinator, &workload.migration_id, Progress::new()).await;
-    }
-    let strategy = podferry_proto::v1::Strategy::from(strategy).into();
-    let request = MigrateRequest { workload: workload.name.clone(), strategy, ..MigrateRequest::default() };
-    let begun = present(answer(coordinator.migrate(request)).await?.migration)?;
-    to_the_end(coordinator, &begun.id, Progress::new()).await
-}
-
-/// Why the workload is still on `node` after that migration, if it is. One that was on its way *to* the node and got
-/// there is.
+/// Why the workload is on `node` after that migration, if it is. One that was on its way *to* the node is when it got
+/// there, and not when that failed.
 fn still_there(ended: &Migration, node: &str) -> Option<LeftBehind> {
     let succeeded = ended.phase() == Phase::Succeeded;
-    if succeeded && ended.target != node {
+    let arrival = ended.target == node;
+    if succeeded != arrival {
         return None;
     }
-    let error = if succeeded {
+    let error = if arrival {
         let message = format!("{} came to {node} while it was drained", ended.workload);
         Failure::new(FailureCode::Aborted, message).remedy("drain it again")
     } else {

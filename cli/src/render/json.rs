@@ -188,6 +188,28 @@ pub(crate) struct DrainReport {
     pub(crate) left_behind: Vec<LeftBehind>,
     /// The workloads that do not run, so that there is nothing to move.
     pub(crate) not_running: Vec<String>,
+    /// Whether it cannot be said any more what is there; the error says why.
+    #[serde(skip)]
+    pub(crate) lost_sight: bool,
+}
+
+impl DrainReport {
+    /// Nothing was done yet.
+    pub(crate) fn of(node: &str) -> Self {
+        let (migrations, left_behind, not_running) = (Vec::new(), Vec::new(), Vec::new());
+        Self { node: node.to_owned(), migrations, left_behind, not_running, lost_sight: false }
+    }
+
+    /// How many workloads left the node.
+    pub(crate) fn moved(&self) -> usize {
+        let left = |migration: &&Migration| migration.phase == "succeeded" && migration.target != self.node;
+        self.migrations.iter().filter(left).count()
+    }
+
+    /// Whether nothing runs there any more.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.left_behind.is_empty() && !self.lost_sight
+    }
 }
 
 /// A workload that a drain could not move.

@@ -257,17 +257,17 @@ pub(super) fn drain(report: &DrainReport) -> String {
     for workload in &report.not_running {
         line(&mut text, &format!("{workload} does not run: it stays where it is"));
     }
-    let left = report.left_behind.len();
-    let moved = report.migrations.len().saturating_sub(report.left_behind.iter().filter(|l| l.migrated).count());
-    if left == 0 {
-        line(&mut text, &format!("{} is drained: {moved} workloads moved", report.node));
+    let DrainReport { node, left_behind, .. } = report;
+    let moved = report.moved();
+    let names: Vec<&str> = left_behind.iter().map(|left| left.workload.as_str()).collect();
+    let sum = if report.is_complete() {
+        format!("{node} is drained: {moved} workloads moved")
+    } else if names.is_empty() {
+        format!("{node} may not be empty: {moved} workloads moved, then it could not be asked again")
     } else {
-        let names: Vec<&str> = report.left_behind.iter().map(|left| left.workload.as_str()).collect();
-        line(
-            &mut text,
-            &format!("{} is not drained: {moved} workloads moved, {left} left: {}", report.node, names.join(", ")),
-        );
-    }
+        format!("{node} is not drained: {moved} workloads moved, {} left: {}", names.len(), names.join(", "))
+    };
+    line(&mut text, &sum);
     text
 }
 

@@ -49,6 +49,31 @@ pub struct Script {
     pub endless_watches: bool,
     /// Between two states of a watch.
     pub pace: Duration,
+    /// By workload: what else happens when a migration of it is asked for, before the answer.
+    pub meanwhile: HashMap<String, Meanwhile>,
+}
+
+/// What others do meanwhile.
+pub type Meanwhile = Box<dyn FnOnce(&mut Script) + Send>;
+
+impl Script {
+    /// The workloads on that node, or on their way from or to it; the real coordinator does not guess what is on a silent
+    /// one either.
+    fn workloads_of(&self, node: &str) -> Result<Vec<Workload>, Failure> {
+        if node.is_empty() {
+            return Ok(self.workloads.clone());
+        }
+        let found = self.nodes.iter().find(|known| known.name == node);
+        let known = found.ok_or_else(|| Failure::new(FailureCode::NotFound, format!("there is no node {node:?}")))?;
+        if !known.reachable {
+            let message = format!("the agent of node {node} did not answer in 5 s");
+            return Err(Failure::new(FailureCode::Unavailable, message).on(node).remedy("see that it runs"));
+        }
+        let ends = |migration: &Migration| migration.source == node || migration.target == node;
+        let on_its_way = |id: &str| self.migrations.get(id).and_then(|states| states.first()).is_some_and(ends);
+        let there = |workload: &&Workload| workload.node == node || on_its_way(&workload.migration_id);
+        Ok(self.workloads.iter().filter(there).cloned().collect())
+    }
 }
 
 /// A request that arrived, with who sent it.
@@ -86,9 +111,7 @@ impl CoordinatorService for Service {
         &self,
         request: Request<ListWorkloadsRequest>,
     ) -> Result<Response<ListWorkloadsResponse>, Status> {
-        let node = request.into_inner().node;
-        let mut workloads = self.script.lock().unwrap().workloads.clone();
-        workloads.retain(|workload| node.is_empty() || workload.node == node);
+        let workloads = self.script.lock().unwrap().workloads_of(&request.into_inner().node)?;
         Ok(Response::new(ListWorkloadsResponse { workloads }))
     }
 
@@ -97,6 +120,9 @@ impl CoordinatorService for Service {
         let request = request.into_inner();
         self.seen.lock().unwrap().push(Seen { peer, request: request.clone() });
         let mut script = self.script.lock().unwrap();
+        if let Some(meanwhile) = script.meanwhile.remove(&request.workload) {
+            meanwhile(&mut script);
+        }
         let states = match script.migrate.get(&request.workload) {
             None => return Err(unknown(&format!("workload {:?}", request.workload))),
             Some(Answer::Refuse(failure)) => return Err(failure.clone().into()),
