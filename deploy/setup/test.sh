@@ -53,8 +53,8 @@ main() {
     # shellcheck disable=SC2064 # the path of now is meant
     trap "stop_running; rm -f '$output'" EXIT
 
-    # End-to-end tests start the real binaries.
-    cargo build --workspace --bins --locked || status=$?
+    # End-to-end tests start the real binaries, and CRIU with the real library.
+    cargo build --workspace --lib --bins --locked || status=$?
     if [[ $status -eq 0 ]]; then
         run_shown "$output" cargo test --workspace --locked --no-fail-fast "$@" || status=$?
     fi

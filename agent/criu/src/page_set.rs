@@ -19,8 +19,8 @@ pub struct PageSetWriter {
     pages_path: PathBuf,
     pagemap: BufWriter<File>,
     pagemap_path: PathBuf,
-    /// The run being grown, not written yet.
-    pending: Option<Run>,
+    /// What the pages file holds, in its order: neighbours with the same flags are one run.
+    runs: Vec<Run>,
     /// Where in the pages file the next page goes.
     offset: u64,
 }
@@ -41,7 +41,7 @@ impl PageSetWriter {
         for magic in PAGEMAP_MAGIC {
             pagemap.write_all(&magic.to_le_bytes()).map_err(|error| image_error(&pagemap_path, error))?;
         }
-        let mut writer = Self { pages, pages_path, pagemap, pagemap_path, pending: None, offset: 0 };
+        let mut writer = Self { pages, pages_path, pagemap, pagemap_path, runs: Vec::new(), offset: 0 };
         writer.put_entry(&[(1, u64::from(pages_id))])?;
         Ok(writer)
     }
@@ -87,34 +87,49 @@ impl PageSetWriter {
     ///
     /// # Errors
     /// When the last bytes cannot be written.
-    pub fn finish(mut self) -> Result<(), CriuError> {
-        self.flush_pending()?;
+    pub fn finish(self) -> Result<(), CriuError> {
+        self.finish_with_lazy(&[]).map(drop)
+    }
+
+    /// Completes both files; the pages of `lazy`, which must ascend, come later, from the one who serves
+    /// `criu restore --lazy-pages`. A page that CRIU dumped is taken from there and is not lazy. Returns what is.
+    ///
+    /// # Errors
+    /// When the last bytes cannot be written.
+    pub fn finish_with_lazy(mut self, lazy: &[Run]) -> Result<Vec<Run>, CriuError> {
+        let lazy = without(lazy, &self.runs);
+        let mut entries: Vec<Run> = std::mem::take(&mut self.runs);
+        entries.extend(&lazy);
+        entries.sort_by_key(|run| run.address);
+        for entry in entries {
+            // Field 2 is the count of older CRIUs in 32 bits, field 5 the whole one.
+            let compat = u32::try_from(entry.pages).unwrap_or(0);
+            self.put_entry(&[
+                (1, entry.address),
+                (2, u64::from(compat)),
+                (4, u64::from(entry.flags)),
+                (5, entry.pages),
+            ])?;
+        }
         self.pages.set_len(self.offset).map_err(|error| image_error(&self.pages_path, error))?;
-        self.pagemap.flush().map_err(|error| image_error(&self.pagemap_path, error))
+        self.pagemap.flush().map_err(|error| image_error(&self.pagemap_path, error))?;
+        Ok(lazy)
     }
 
     fn grow(&mut self, run: Run) -> Result<(), CriuError> {
-        match &mut self.pending {
-            Some(pending) if run.address < pending.end() => {
-                Err(CriuError::PageOrder { address: run.address, end: pending.end() })
+        match self.runs.last_mut() {
+            Some(last) if run.address < last.end() => {
+                Err(CriuError::PageOrder { address: run.address, end: last.end() })
             }
-            Some(pending) if run.address == pending.end() && run.flags == pending.flags => {
-                pending.pages += run.pages;
+            Some(last) if run.address == last.end() && run.flags == last.flags => {
+                last.pages += run.pages;
                 Ok(())
             }
             _ => {
-                self.flush_pending()?;
-                self.pending = Some(run);
+                self.runs.push(run);
                 Ok(())
             }
         }
-    }
-
-    fn flush_pending(&mut self) -> Result<(), CriuError> {
-        let Some(run) = self.pending.take() else { return Ok(()) };
-        // Field 2 is the count of older CRIUs in 32 bits, field 5 the whole one.
-        let compat = u32::try_from(run.pages).unwrap_or(0);
-        self.put_entry(&[(1, run.address), (2, u64::from(compat)), (4, u64::from(run.flags)), (5, run.pages)])
     }
 
     /// One protobuf message of varint fields after its length, as all of CRIU's images have them.
@@ -128,6 +143,27 @@ impl PageSetWriter {
         let written = self.pagemap.write_all(&length).and_then(|()| self.pagemap.write_all(&message));
         written.map_err(|error| image_error(&self.pagemap_path, error))
     }
+}
+
+/// What of `lazy` is in none of `runs`; both ascend.
+fn without(lazy: &[Run], runs: &[Run]) -> Vec<Run> {
+    let mut left = Vec::new();
+    let mut add = |start: u64, end: u64| {
+        if start < end {
+            left.push(Run { address: start, pages: (end - start) / PAGE_SIZE as u64, flags: page_flags::LAZY });
+        }
+    };
+    let mut from = 0;
+    for run in lazy {
+        let mut start = run.address;
+        from += runs[from..].partition_point(|dumped| dumped.end() <= start);
+        for dumped in runs[from..].iter().take_while(|dumped| dumped.address < run.end()) {
+            add(start, dumped.address.max(start));
+            start = start.max(dumped.end());
+        }
+        add(start, run.end().max(start));
+    }
+    left
 }
 
 fn put_varint(out: &mut Vec<u8>, mut value: u64) {
@@ -186,6 +222,27 @@ mod tests {
         assert!(matches!(set.add(run(0x5000, 1, PRESENT), |_| true, &[]), Err(CriuError::PageOrder { .. })));
         assert!(set.add(run(0x8000, 2, PRESENT), |_| false, &[0; PAGE_SIZE]).is_err());
         assert!(set.add(run(0xa000, 1, PRESENT), |_| false, &[0; 2 * PAGE_SIZE]).is_err());
+    }
+
+    #[test]
+    fn lazy_pages_stand_between_the_others_and_what_was_dumped_is_not_lazy() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut set = PageSetWriter::create(dir.path(), Owner::Process(1), 1).unwrap();
+        set.add(run(0x4000, 2, PRESENT), |_| false, &[1; 2 * PAGE_SIZE]).unwrap();
+        set.add(run(0x9000, 1, PRESENT), |_| false, &[2; PAGE_SIZE]).unwrap();
+        let lazy = set.finish_with_lazy(&[run(0x1000, 4, 0), run(0x6000, 1, 0), run(0x8000, 3, 0), run(0xf000, 1, 0)]);
+        let expected = [(0x1000, 3), (0x6000, 1), (0x8000, 1), (0xa000, 1), (0xf000, 1)];
+        assert_eq!(lazy.unwrap(), expected.map(|(address, pages)| run(address, pages, page_flags::LAZY)));
+        let pagemap = std::fs::read(dir.path().join("pagemap-1.img")).unwrap();
+        let mut entries = Vec::new();
+        let mut rest = &pagemap[14..];
+        while let Some((length, after)) = rest.split_first_chunk::<4>() {
+            let (message, later) = after.split_at(usize::try_from(u32::from_le_bytes(*length)).unwrap());
+            // The flags are field 4, of one byte.
+            entries.push(message[message.iter().rposition(|byte| *byte == 0x20).unwrap() + 1]);
+            rest = later;
+        }
+        assert_eq!(entries, [2, 4, 2, 2, 4, 2, 2]);
     }
 
     #[test]

@@ -8,8 +8,11 @@
 //! Only the modules of `sys` have `unsafe` code.
 
 pub mod copier;
+pub mod hide;
 pub mod inject;
 pub mod maps;
+pub mod pager;
+mod pending;
 pub mod range;
 pub mod store;
 mod sys;

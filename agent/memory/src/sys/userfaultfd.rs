@@ -1,7 +1,7 @@
 //! Requests to a userfaultfd (`ioctl_userfaultfd(2)`).
 
 use std::io;
-use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
 use crate::range::PageRange;
 
@@ -60,4 +60,146 @@ pub(crate) fn register_write_protection(userfaultfd: BorrowedFd<'_>, range: Page
     // the process the userfaultfd was made in; in the mode WP, with asynchronous resolution, nothing of it changes.
     unsafe { uffdio_register(userfaultfd.as_raw_fd(), &raw mut registration) }?;
     Ok(())
+}
+
+/// `struct uffdio_range`.
+#[repr(C)]
+struct Range {
+    start: u64,
+    length: u64,
+}
+
+/// `struct uffdio_copy`.
+#[repr(C)]
+struct Copy {
+    destination: u64,
+    source: u64,
+    length: u64,
+    mode: u64,
+    /// How much was copied; `-EAGAIN` and the like when nothing was.
+    copied: i64,
+}
+
+/// `struct uffdio_zeropage`.
+#[repr(C)]
+struct ZeroPage {
+    range: Range,
+    mode: u64,
+    zeroed: i64,
+}
+
+nix::ioctl_readwrite!(uffdio_copy, 0xaa, 0x03, Copy);
+nix::ioctl_readwrite!(uffdio_zeropage, 0xaa, 0x04, ZeroPage);
+nix::ioctl_read!(uffdio_wake, 0xaa, 0x02, Range);
+
+/// How far pages were laid in, and why no further.
+#[derive(Debug)]
+pub(crate) struct Laid {
+    /// Bytes that are in place.
+    pub(crate) length: u64,
+    /// What stopped it, when it did not get to the end.
+    pub(crate) stopped: Option<io::Error>,
+}
+
+/// Lays pages into missing memory and wakes who waits for them.
+pub(crate) fn copy(userfaultfd: BorrowedFd<'_>, destination: u64, contents: &[u8]) -> Laid {
+    let length = contents.len() as u64;
+    let mut request = Copy { destination, source: contents.as_ptr() as u64, length, mode: 0, copied: 0 };
+    // SAFETY: the argument has the layout of `struct uffdio_copy` and outlives the call; the kernel reads `length` bytes of
+    // `contents`. What it writes is memory of another process that is missing there.
+    let result = unsafe { uffdio_copy(userfaultfd.as_raw_fd(), &raw mut request) };
+    laid(result, request.copied, length)
+}
+
+/// Lays in pages of zeros and wakes who waits for them.
+pub(crate) fn zero(userfaultfd: BorrowedFd<'_>, range: PageRange) -> Laid {
+    let mut request = ZeroPage { range: raw(range), mode: 0, zeroed: 0 };
+    // SAFETY: the argument has the layout of `struct uffdio_zeropage` and outlives the call.
+    let result = unsafe { uffdio_zeropage(userfaultfd.as_raw_fd(), &raw mut request) };
+    laid(result, request.zeroed, range.length())
+}
+
+fn laid(result: nix::Result<i32>, done: i64, length: u64) -> Laid {
+    match result {
+        Ok(_) => Laid { length, stopped: None },
+        Err(error) => Laid { length: u64::try_from(done).unwrap_or(0), stopped: Some(error.into()) },
+    }
+}
+
+/// Wakes who waits for pages in this range, to look again.
+pub(crate) fn wake(userfaultfd: BorrowedFd<'_>, range: PageRange) -> io::Result<()> {
+    let mut range = raw(range);
+    // SAFETY: the argument has the layout of `struct uffdio_range` and outlives the call.
+    unsafe { uffdio_wake(userfaultfd.as_raw_fd(), &raw mut range) }?;
+    Ok(())
+}
+
+fn raw(range: PageRange) -> Range {
+    Range { start: range.start, length: range.length() }
+}
+
+/// What a userfaultfd tells.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// Someone touches a missing page.
+    Fault {
+        /// The address.
+        address: u64,
+    },
+    /// The process forked; the child's memory is told of here.
+    Fork {
+        /// The child's userfaultfd.
+        child: OwnedFd,
+    },
+    /// A mapping moved.
+    Moved {
+        /// Where it was.
+        from: PageRange,
+        /// Where it begins now.
+        to: u64,
+    },
+    /// Pages were given up or unmapped.
+    Gone {
+        /// Where they were.
+        range: PageRange,
+    },
+    /// Something of a newer kernel.
+    Unknown {
+        /// Its number.
+        number: u8,
+    },
+}
+
+/// Bytes of `struct uffd_msg`.
+const MESSAGE: usize = 32;
+const FAULT: u8 = 0x12;
+const FORK: u8 = 0x13;
+const REMAP: u8 = 0x14;
+const REMOVE: u8 = 0x15;
+const UNMAP: u8 = 0x16;
+
+/// The next event; `None` when there is none now.
+pub(crate) fn event(userfaultfd: BorrowedFd<'_>) -> io::Result<Option<Event>> {
+    let mut message = [0_u8; MESSAGE];
+    match rustix::io::read(userfaultfd, &mut message) {
+        Ok(MESSAGE) => {}
+        Ok(0) | Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Ok(None),
+        Ok(length) => return Err(io::Error::other(format!("a message of {length} bytes"))),
+        Err(error) => return Err(error.into()),
+    }
+    let word = |index: usize| {
+        let bytes = message[8 * index..8 * index + 8].try_into();
+        bytes.map(u64::from_ne_bytes).unwrap_or_default()
+    };
+    Ok(Some(match message[0] {
+        FAULT => Event::Fault { address: word(2) },
+        FORK => {
+            let number = i32::from_ne_bytes([message[8], message[9], message[10], message[11]]);
+            // SAFETY: with this message the kernel has put a descriptor of this number into this process, for its reader.
+            Event::Fork { child: unsafe { OwnedFd::from_raw_fd(number) } }
+        }
+        REMAP => Event::Moved { from: PageRange::new(word(1), word(1) + word(3)), to: word(2) },
+        REMOVE | UNMAP => Event::Gone { range: PageRange::new(word(1), word(2)) },
+        number => Event::Unknown { number },
+    }))
 }

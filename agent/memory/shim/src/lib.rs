@@ -1,0 +1,179 @@
+//! Hides memory from `criu dump`.
+//!
+//! CRIU asks the kernel with the ioctl `PAGEMAP_SCAN` which pages of a mapping to dump. Preloaded into it (`LD_PRELOAD`), this
+//! library stands in for the C library's `ioctl` and leaves out the ranges that a file names: their pages are neither looked at
+//! nor written nor listed, as if they had never been touched. Everything else CRIU asks is passed on. Without the file, or with
+//! one that cannot be read as a whole, nothing is hidden, and the dump is a whole one: whoever dumps looks at the images for
+//! what was left out.
+//!
+//! The file has a line for each range: the process id that CRIU sees, the first address and the first one behind, these two in
+//! hexadecimal.
+
+use std::collections::HashMap;
+use std::sync::OnceLock;
+
+/// The environment variable that names the file; `podferry_memory::hide` writes it.
+const HIDE_VARIABLE: &str = "PODFERRY_CRIU_HIDE";
+
+/// Addresses from the first to before the second.
+type Range = (u64, u64);
+
+/// The ranges of each process, ascending.
+type Hidden = HashMap<i32, Vec<Range>>;
+
+fn parse(text: &str) -> Option<Hidden> {
+    let mut hidden = Hidden::new();
+    for line in text.lines() {
+        let mut words = line.split(' ');
+        let pid = words.next()?.parse().ok()?;
+        let mut address = || u64::from_str_radix(words.next()?, 16).ok();
+        let range = (address()?, address()?);
+        (range.0 < range.1).then(|| hidden.entry(pid).or_default().push(range))?;
+    }
+    for ranges in hidden.values_mut() {
+        ranges.sort_unstable();
+    }
+    Some(hidden)
+}
+
+fn hidden() -> &'static Hidden {
+    static HIDDEN: OnceLock<Hidden> = OnceLock::new();
+    HIDDEN.get_or_init(|| {
+        let text = std::env::var_os(HIDE_VARIABLE).and_then(|path| std::fs::read_to_string(path).ok());
+        text.and_then(|text| parse(&text)).unwrap_or_default()
+    })
+}
+
+/// What is left of a range without the hidden ones, ascending.
+fn visible((start, end): Range, hidden: &[Range]) -> Vec<Range> {
+    let mut left = Vec::new();
+    let mut cursor = start;
+    for (from, to) in hidden.iter().filter(|(from, to)| *to > start && *from < end) {
+        if cursor < *from {
+            left.push((cursor, *from));
+        }
+        cursor = cursor.max(*to);
+    }
+    if cursor < end {
+        left.push((cursor, end));
+    }
+    left
+}
+
+/// The process whose `/proc/PID/pagemap` a descriptor is.
+fn process_of(fd: libc::c_int) -> Option<i32> {
+    let path = std::fs::read_link(format!("/proc/self/fd/{fd}")).ok()?;
+    let folder = path.to_str()?.strip_suffix("/pagemap")?;
+    folder.rsplit('/').next()?.parse().ok()
+}
+
+#[expect(unsafe_code, reason = "a function of the C library, with its arguments' types, called by C")]
+mod interposed {
+    use super::{Range, hidden, process_of, visible};
+
+    /// `_IOWR('f', 16, struct pm_scan_arg)`.
+    const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
+    /// Bytes of `struct page_region`.
+    const REGION: u64 = 24;
+
+    /// `struct pm_scan_arg` (`include/uapi/linux/fs.h`).
+    #[repr(C)]
+    struct Scan {
+        size: u64,
+        flags: u64,
+        start: u64,
+        end: u64,
+        walk_end: u64,
+        vec: u64,
+        vec_len: u64,
+        max_pages: u64,
+        masks: [u64; 4],
+    }
+
+    const _: () = assert!(size_of::<Scan>() == 0x60);
+
+    fn real(fd: libc::c_int, request: libc::c_ulong, argument: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: what the caller wanted of ioctl(2), passed on unchanged; sets `errno` as it does.
+        let result = unsafe { libc::syscall(libc::SYS_ioctl, fd, request, argument) };
+        libc::c_int::try_from(result).unwrap_or(-1)
+    }
+
+    /// In place of the C library's `ioctl`. That one is variadic; on the architectures that podferry runs on, its only optional
+    /// argument is passed like a third named one.
+    ///
+    /// # Safety
+    /// As ioctl(2): `argument` must be what the request takes.
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn ioctl(fd: libc::c_int, request: libc::c_ulong, argument: *mut libc::c_void) -> libc::c_int {
+        if request != PAGEMAP_SCAN || hidden().is_empty() {
+            return real(fd, request, argument);
+        }
+        let Some(ranges) = process_of(fd).and_then(|pid| hidden().get(&pid)) else {
+            return real(fd, request, argument);
+        };
+        // SAFETY: the caller passes a `struct pm_scan_arg` with this request, which it does not use meanwhile.
+        let scan = unsafe { &mut *argument.cast::<Scan>() };
+        scan_around(fd, scan, ranges)
+    }
+
+    /// Scans the pieces between the hidden ranges one after the other, as if they were one.
+    fn scan_around(fd: libc::c_int, scan: &mut Scan, hidden: &[Range]) -> libc::c_int {
+        let (start, end, vec, vec_len) = (scan.start, scan.end, scan.vec, scan.vec_len);
+        let mut found = 0;
+        let mut walked = end;
+        for (from, to) in visible((start, end), hidden) {
+            let filled = u64::try_from(found).unwrap_or(0);
+            (scan.start, scan.end) = (from, to);
+            (scan.vec, scan.vec_len) = (vec + filled * REGION, vec_len - filled);
+            let count = real(fd, PAGEMAP_SCAN, std::ptr::from_mut(scan).cast());
+            if count < 0 {
+                found = count;
+                break;
+            }
+            found += count;
+            if scan.walk_end < to || u64::try_from(found).unwrap_or(0) >= vec_len {
+                walked = scan.walk_end;
+                break;
+            }
+        }
+        (scan.start, scan.end, scan.vec, scan.vec_len, scan.walk_end) = (start, end, vec, vec_len, walked);
+        found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_described_is_understood() {
+        let range = podferry_memory::range::PageRange::new;
+        let text = podferry_memory::hide::describe([
+            (7, range(0x2000, 0x3000)),
+            (7, range(0x1000, 0x2000)),
+            (9, range(0x7fff_0000_0000, 0x7fff_0000_1000)),
+        ]);
+        assert_eq!(podferry_memory::hide::HIDE_VARIABLE, HIDE_VARIABLE);
+        let hidden = parse(&text).unwrap();
+        assert_eq!(hidden[&7], [(0x1000, 0x2000), (0x2000, 0x3000)]);
+        assert_eq!(hidden[&9], [(0x7fff_0000_0000, 0x7fff_0000_1000)]);
+        for bad in ["7 1000", "x 1000 2000", "7 2000 1000", "7 1000 2000\n\n"] {
+            assert_eq!(parse(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn only_what_is_named_is_hidden() {
+        let hidden = [(10, 20), (30, 40)];
+        for (range, expected) in [
+            ((0, 5), vec![(0, 5)]),
+            ((0, 50), vec![(0, 10), (20, 30), (40, 50)]),
+            ((10, 40), vec![(20, 30)]),
+            ((12, 18), vec![]),
+            ((15, 35), vec![(20, 30)]),
+            ((40, 50), vec![(40, 50)]),
+        ] {
+            assert_eq!(visible(range, &hidden), expected, "{range:?}");
+        }
+    }
+}
