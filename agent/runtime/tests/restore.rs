@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use lab::{COUNTER, Hook, Lab, PATIENCE, wait_for};
+use lab::{Agent, COUNTER, Hook, Lab, PATIENCE, wait_for};
 use podferry_runtime::{Error, Externals, RunningRestore, Status};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -18,6 +18,23 @@ const A_WHILE: Duration = Duration::from_millis(400);
 fn wait(restore: &mut RunningRestore) -> Result<(), Error> {
     assert!(restore.wait_until(Instant::now() + PATIENCE)?, "the restore does not end");
     Ok(())
+}
+
+/// A restore that the hook holds.
+struct Held {
+    agent: Agent,
+    restore: RunningRestore,
+    hook: Hook,
+    /// The container's init.
+    init: i32,
+}
+
+fn held(lab: &Lab) -> Held {
+    let agent = lab.agent();
+    let mut restore = lab.restore(&agent);
+    let mut hook = agent.accept(&mut restore);
+    let init = hook.announcement("post-restore");
+    Held { agent, restore, hook, init }
 }
 
 /// A container that is up to its first instruction and stays there.
@@ -37,10 +54,7 @@ fn go_lets_the_container_run_with_its_stdio_and_runc_manages_it() {
     let lab = Lab::new(COUNTER);
     lab.checkpoint();
     let frozen_at = lab.count();
-    let agent = lab.agent();
-    let mut restore = lab.restore(&agent);
-    let mut hook = agent.accept(&mut restore);
-    let init = hook.announcement("post-restore");
+    let Held { mut restore, mut hook, init, agent: _agent } = held(&lab);
     assert_held(&lab, &mut restore);
     assert_eq!(lab.count(), frozen_at);
     hook.say("go");
@@ -70,10 +84,7 @@ fn abort_undoes_the_restore_and_says_so() {
     let lab = Lab::new(COUNTER);
     lab.checkpoint();
     let count = lab.count();
-    let agent = lab.agent();
-    let mut restore = lab.restore(&agent);
-    let mut hook = agent.accept(&mut restore);
-    let init = hook.announcement("post-restore");
+    let Held { agent, mut restore, mut hook, init } = held(&lab);
     hook.say("abort");
     let error = wait(&mut restore).unwrap_err().to_string();
     assert!(error.contains("the agent aborts this restore"), "{error}");
@@ -95,10 +106,7 @@ fn abort_undoes_the_restore_and_says_so() {
 fn an_agent_that_hangs_up_before_the_seal_aborts() {
     let lab = Lab::new(COUNTER);
     lab.checkpoint();
-    let agent = lab.agent();
-    let mut restore = lab.restore(&agent);
-    let mut hook = agent.accept(&mut restore);
-    hook.announcement("post-restore");
+    let Held { agent, mut restore, hook, .. } = held(&lab);
     drop(hook);
     let error = wait(&mut restore).unwrap_err().to_string();
     assert!(error.contains("the agent hung up"), "{error}");
@@ -116,10 +124,7 @@ fn an_agent_that_hangs_up_before_the_seal_aborts() {
 fn a_sealed_hook_outlives_its_agent() {
     let lab = Lab::new(COUNTER);
     lab.checkpoint();
-    let agent = lab.agent();
-    let mut restore = lab.restore(&agent);
-    let mut hook = agent.accept(&mut restore);
-    let init = hook.announcement("post-restore");
+    let Held { agent, mut restore, mut hook, init } = held(&lab);
     hook.say("seal");
     assert_eq!(hook.hear(), "sealed");
     fs::remove_file(&agent.path).unwrap();
@@ -139,10 +144,7 @@ fn a_sealed_hook_outlives_its_agent() {
 /// Kills `runc restore` alone, as the out-of-memory killer might, while the hook holds the container.
 fn kill_runc(lab: &Lab) -> (Hook, i32) {
     lab.checkpoint();
-    let agent = lab.agent();
-    let mut restore = lab.restore(&agent);
-    let mut hook = agent.accept(&mut restore);
-    let init = hook.announcement("post-restore");
+    let Held { mut restore, mut hook, init, agent: _agent } = held(lab);
     hook.say("seal");
     assert_eq!(hook.hear(), "sealed");
     kill_process(Pid::from_raw(restore.pid.cast_signed()).unwrap(), Signal::KILL).unwrap();
@@ -179,10 +181,7 @@ fn delete_after_a_killed_restore_does_not_empty_the_root_filesystem() {
 fn a_held_restore_can_be_ended_by_force() {
     let lab = Lab::new(COUNTER);
     lab.checkpoint();
-    let agent = lab.agent();
-    let mut restore = lab.restore(&agent);
-    let mut hook = agent.accept(&mut restore);
-    let init = hook.announcement("post-restore");
+    let Held { mut restore, init, agent: _agent, hook: _hook } = held(&lab);
     restore.kill_and_clean().unwrap();
     assert!(!Path::new(&format!("/proc/{init}/exe")).exists());
     lab.assert_clean();
