@@ -289,7 +289,7 @@ fn write(transaction: &WriteTransaction, record: &Record, what: &str) -> Result<
     Ok(())
 }
 
-/// Makes the tables of a new file; returns the layout that the file has.
+/// Makes the tables of a new file, and forgets what an older version has kept longer; returns the layout that the file has.
 fn prepare(database: &Database) -> Result<String, redb::Error> {
     let transaction = database.begin_write()?;
     transaction.open_table(MIGRATIONS)?;
@@ -303,10 +303,13 @@ fn prepare(database: &Database) -> Result<String, redb::Error> {
         if found.is_none() {
             meta.insert("layout", LAYOUT)?;
         }
-        found
+        found.unwrap_or_else(|| LAYOUT.to_owned())
     };
+    if found == LAYOUT {
+        prune(&transaction, KEPT)?;
+    }
     transaction.commit()?;
-    Ok(found.unwrap_or_else(|| LAYOUT.to_owned()))
+    Ok(found)
 }
 
 fn conflict(transaction: &WriteTransaction, new: &Record, limit: usize) -> Result<Option<Conflict>, StoreError> {
@@ -470,6 +473,26 @@ mod tests {
         assert_eq!(left, [records[5].id, records[4].id, records[1].id]);
         assert!(store.history(records[0].id).unwrap().is_empty());
         assert_eq!(store.history(records[5].id).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_store_that_an_older_version_filled_is_pruned_when_it_is_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        let kept = usize::try_from(KEPT).unwrap();
+        let records: Vec<_> = (0..kept + 5).map(|n| record(&format!("w{n}"), "a", "b")).collect();
+        let transaction = store.database.begin_write().unwrap();
+        for (n, record) in records.iter().enumerate() {
+            write(&transaction, &if n == 2 { record.clone() } else { aborted(record) }, "accepted").unwrap();
+        }
+        transaction.commit().unwrap();
+        assert_eq!(store.list().unwrap().len(), kept + 5);
+        drop(store);
+        let store = Store::open(folder.path()).unwrap();
+        let forgotten = |n: &usize| store.get(records[*n].id).unwrap().is_none();
+        let forgotten: Vec<_> = (0..records.len()).filter(forgotten).collect();
+        assert_eq!(forgotten, [0, 1, 3, 4], "the oldest, but none that is open");
+        assert!(store.history(records[0].id).unwrap().is_empty());
     }
 
     #[test]
