@@ -26,6 +26,21 @@
 //! `CANCELLED`; a slow reader gets the newest state, not every state. `CancelMigration` is refused with
 //! `FAILED_PRECONDITION` from the commit on.
 //!
+//! # Lists
+//!
+//! `ListWorkloads` of all workloads says what the agents that answer know; a workload on a silent node is `unknown`. Of one
+//! node it lists the workloads that are there and those that are being migrated from or to it, with the `migration_id`,
+//! wherever they are at the moment: whoever empties the node has to deal with them, too. A workload whose migration ends while
+//! the nodes are asked may still carry its id. When the agent of that node does not answer, the call fails with
+//! `UNAVAILABLE` and the node's name; an empty list means that no workload runs there.
+//!
+//! `ListMigrations` has all migrations that have not ended and the last 1000 that have. What is long in them is cut, so that
+//! all fit into one message: a migration's last 4 notes stay, 160 bytes of each, and of a failure 300 bytes of its message, 200
+//! of CRIU's line and of the remedy, 64 of the names; a text that was cut ends with `…`. `GetMigration` and `WatchMigration`
+//! tell everything that was recorded.
+//!
+//! # Decisions
+//!
 //! `GetDecision` answers from the durable record alone: `COMMIT` after the commit's write, `ABORT` once rolling back has
 //! been written, `UNDECIDED` before either. An id that was never recorded is `UNDECIDED` too: its record was lost, and may
 //! have been a commit. A part that gets `UNDECIDED` or no answer asks again; it changes nothing meanwhile, unless its
@@ -39,4 +54,4 @@
 //! # Limits
 //!
 //! Names (workloads, nodes): 1–63 bytes of `[a-z0-9-]`, no `-` at either end. Ids: at most 64 bytes. A message: at most
-//! 4 MiB. Lists are whole; there is no paging in version 1.
+//! 4 MiB. Lists name everything that is known; there is no paging in version 1.
