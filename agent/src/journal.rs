@@ -125,17 +125,12 @@ impl PartDirs {
         }
     }
 
-    /// Makes them, for root alone.
+    /// Makes them, for root alone. A new part [begins](PartRecord::begin) with its record instead.
     ///
     /// # Errors
     /// When one cannot be made.
     pub fn create(&self) -> io::Result<()> {
-        use std::os::unix::fs::DirBuilderExt as _;
-        for dir in [&self.state, &self.run, &self.images, &self.work] {
-            let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
-            made.map_err(|error| record::at(dir, &error))?;
-        }
-        Ok(())
+        [&self.state, &self.run, &self.images, &self.work].into_iter().try_for_each(|dir| make(dir))
     }
 
     /// Removes images, logs and sockets. Idempotent.
@@ -180,7 +175,24 @@ impl PartDirs {
     }
 }
 
+fn make(dir: &Path) -> io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    made.map_err(|error| record::at(dir, &error))
+}
+
 impl PartRecord {
+    /// Writes it down, and then makes the part's folders: should the agent be killed meanwhile, the next one knows what to
+    /// remove.
+    ///
+    /// # Errors
+    /// When the disk does not take it.
+    pub fn begin(&mut self, dirs: &PartDirs) -> io::Result<()> {
+        make(&dirs.state)?;
+        self.store(dirs)?;
+        dirs.create()
+    }
+
     /// Writes it down.
     ///
     /// # Errors
@@ -325,5 +337,39 @@ pub fn prune(config: &Config, parts: &[PartRecord]) {
         if let Err(error) = fs::remove_dir_all(&dir) {
             tracing::warn!(%error, dir = %dir.display(), "an old part's record cannot be removed");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_folder_is_made_before_the_record_that_tells_of_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let dirs = PartDirs { state: path("state"), run: path("file/run"), images: path("images"), work: path("work") };
+        // Where the agent would be killed, the first of the folders cannot be made.
+        fs::write(path("file"), "").unwrap();
+        let mut record = PartRecord {
+            migration: MigrationId::new(),
+            workload: "w".to_owned(),
+            standing: Standing::Open,
+            tidied: false,
+            going: false,
+            written: SystemTime::now(),
+            role: Role::Target {
+                source_node: "n1".to_owned(),
+                keep_connections: true,
+                link: None,
+                plan: None,
+                netns: None,
+            },
+        };
+        let error = record.begin(&dirs).unwrap_err();
+        assert!(error.to_string().contains(&dirs.run.display().to_string()), "{error}");
+        let noted = record::load::<PartRecord>(&dirs.part_file()).unwrap().unwrap();
+        assert_eq!((noted.migration, noted.standing), (record.migration, Standing::Open));
+        assert!(!dirs.images.exists() && !dirs.work.exists());
     }
 }

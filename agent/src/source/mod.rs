@@ -131,8 +131,6 @@ impl SourcePart {
     /// When anything cannot be made ready; then nothing was touched.
     pub async fn begin(context: &Context, order: &FreezeOrder) -> Result<(Self, Started), Failure> {
         let dirs = PartDirs::of(&context.config, order.migration);
-        let io_failed = |error| context.failure(FailureCode::Internal, "the part's folders cannot be made", &error);
-        dirs.create().map_err(io_failed)?;
         let init = order.container.init.ok_or_else(|| not_running(context, &order.container.id))?;
         let mut record = PartRecord {
             migration: order.migration,
@@ -150,9 +148,11 @@ impl SourcePart {
                 netns: order.container.namespace_paths.get(&podferry_runtime::NamespaceKind::Network).cloned(),
             },
         };
-        record.store(&dirs).map_err(io_failed)?;
         // A target that cannot be reached is to cost the tasks nothing.
         let started = async {
+            let begun = record.begin(&dirs);
+            let what = "the part's folders cannot be made";
+            begun.map_err(|error| context.failure(FailureCode::Internal, what, &error))?;
             let sender = connect(context, order).await?;
             let at = Instant::now();
             let (worker, pages) = start_worker(context, &dirs, order, init).await?;

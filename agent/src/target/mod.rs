@@ -128,8 +128,7 @@ impl TargetPart {
             },
         };
         let made = async {
-            dirs.create().map_err(|error| io_failed(context, &error))?;
-            record.store(&dirs).map_err(|error| io_failed(context, &error))?;
+            record.begin(&dirs).map_err(|error| io_failed(context, &error))?;
             bundle.make_room().map_err(|error| io_failed(context, &error))?;
             make_network(context, &record).await?;
             HookKeeper::listen(&dirs.hook_socket(), order.migration.to_string())
