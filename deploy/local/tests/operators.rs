@@ -22,6 +22,7 @@ use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
 /// Exit codes of the command line, as its help lists them.
 const DONE: i32 = 0;
 const FAILED: i32 = 1;
+const REFUSED: i32 = 3;
 const NOT_FOUND: i32 = 4;
 const UNREACHABLE: i32 = 5;
 
@@ -196,4 +197,9 @@ fn drain_empties_a_node_and_names_what_it_has_to_leave() {
     assert!(output.stdout.contains("node-b is not drained: 0 workloads moved, 1 left: three"), "{}", output.stdout);
     assert!(output.stderr.contains(first), "{}", output.stderr);
     assert_alive(&mut lines);
+
+    // A silent node is no empty one.
+    let silent = error(cluster, &["drain", first], REFUSED);
+    assert_eq!((&silent["code"], &silent["node"]), (&json!("UNAVAILABLE"), &json!(first)));
+    assert!(silent["message"].as_str().unwrap().contains(first), "{silent}");
 }
