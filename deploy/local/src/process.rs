@@ -40,17 +40,25 @@ impl ProcessId {
         self.is_alive() && pidfd_send_signal(&descriptor, signal).is_ok()
     }
 
-    /// Waits until it has ended. False when it has not by then.
+    /// Waits until it has ended with all its threads, and so let go of its files and sockets: the first thread of a killed
+    /// process is a zombie before the last has come back from the kernel. False when it has not by then.
     pub fn wait_gone(&self, deadline: Duration) -> bool {
+        let end = Instant::now() + deadline;
         let Some(pid) = Pid::from_raw(self.pid.cast_signed()) else { return true };
         let Ok(descriptor) = pidfd_open(pid, PidfdFlags::empty()) else { return true };
-        if !self.is_alive() {
+        // Checked after the descriptor is open, as above.
+        if stat(Path::new("/proc"), self.pid).is_none_or(|(_, start_time)| start_time != self.start_time) {
             return true;
         }
-        let timeout = Timespec { tv_sec: deadline.as_secs().cast_signed(), tv_nsec: deadline.subsec_nanos().into() };
-        let mut set = [PollFd::new(&descriptor, PollFlags::IN)];
-        let _ = poll(&mut set, Some(&timeout));
-        !self.is_alive()
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let timeout = Timespec { tv_sec: left.as_secs().cast_signed(), tv_nsec: left.subsec_nanos().into() };
+            match poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], Some(&timeout)) {
+                Err(rustix::io::Errno::INTR) => {}
+                Ok(0) => return false,
+                _ => return true,
+            }
+        }
     }
 }
 
