@@ -50,11 +50,10 @@ pub fn cut(handle: &LinkHandle) -> Result<LinkState> {
     let index = netlink.link(interface)?.index();
     let made_qdisc = add_clsact(&mut netlink, index).map_err(link_error("cut", interface))?;
     let mut state = LinkState { host_interface: interface.into(), index, made_qdisc };
-    let mut was_cut = false;
     for direction in DIRECTIONS {
         let message = RouteNetlinkMessage::NewTrafficFilter(drop_filter(index, direction));
-        let added = ignore(netlink.ask(message, NLM_F_CREATE | NLM_F_EXCL), Errno::EEXIST);
-        was_cut |= !added.map_err(|source| {
+        let added = netlink.ask(message, NLM_F_CREATE | NLM_F_EXCL);
+        ignore(added, Errno::EEXIST).map_err(|source| {
             // Half a cut is none: what passes one way only confuses both ends.
             let _ = uncut(&state);
             match errno(&source) {
@@ -63,8 +62,8 @@ pub fn cut(handle: &LinkHandle) -> Result<LinkState> {
             }
         })?;
     }
-    if was_cut {
-        // Whether the qdisc was made for the first cut is not known; when it serves nothing else, it was.
+    if !made_qdisc {
+        // It may be of a first cut whose maker was killed, even before the first filter; when it serves nothing else, it is.
         state.made_qdisc = !serves_others(&mut netlink, index).map_err(link_error("cut", interface))?;
     }
     Ok(state)

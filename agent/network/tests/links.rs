@@ -282,6 +282,16 @@ fn others_filters_stay() {
 }
 
 #[test]
+fn nothing_stays_of_a_cut_whose_maker_was_killed_before_its_first_filter() {
+    let node = Node::new();
+    drop(node.container("pf-server", 2));
+    node.sh("tc qdisc add dev pf-server clsact");
+    let state = node.run(|| cut(&LinkHandle::new("pf-server"))).unwrap();
+    node.run(|| uncut(&state)).unwrap();
+    assert!(!node.sh("tc qdisc show dev pf-server").contains("clsact"));
+}
+
+#[test]
 fn a_bridge_with_spanning_tree_is_cut_and_not_attached_to() {
     let node = Node::new();
     let server = node.attached("pf-server", 2);
