@@ -17,12 +17,13 @@ pub fn inventory(cluster: &LocalCluster) -> Inventory {
     // What goes away while it is counted makes the count fail.
     let census = super::wait_for("a census", || cluster.census().ok());
     let mut inventory = Inventory::new();
-    let areas: [(&str, Area); 6] = [
+    let areas: [(&str, Area); 7] = [
         ("mounts", |census| &census.mounts),
         ("cgroups", |census| &census.cgroups),
         ("links", |census| &census.links),
         ("network namespaces", |census| &census.network_namespaces),
         ("netfilter rules", |census| &census.netfilter_rules),
+        ("traffic control", |census| &census.traffic_control),
         ("processes", |census| &census.processes),
     ];
     for (area, counts) in areas {
