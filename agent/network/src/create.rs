@@ -46,6 +46,11 @@ pub async fn create(netns_path: &Path, plan: &NetworkPlan) -> Result<()> {
     .await?
 }
 
+/// Brings the loopback of a namespace up. runc does so where it makes a namespace, but not where CRIU makes it.
+pub fn bring_loopback_up(container: &Netns) -> Result<()> {
+    container.run(|| set_up(&mut open_for("lo")?, "lo"))?
+}
+
 /// Deletes a container's host interface, and with it its other end, and the namespace's name. What is not there is no
 /// error, so it can be called again after a crash.
 pub async fn destroy(netns_path: &Path, host_interface: &str) -> Result<()> {

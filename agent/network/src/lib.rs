@@ -25,7 +25,7 @@ mod unmoved;
 
 pub use announce::Announcer;
 pub use attach::{BridgeFacts, attach, detach, look_at_bridge};
-pub use create::{create, destroy};
+pub use create::{bring_loopback_up, create, destroy};
 pub use cut::{LinkHandle, LinkState, cut, is_cut, uncut};
 pub use discover::discover;
 pub use error::{Error, Result};

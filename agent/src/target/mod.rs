@@ -257,8 +257,8 @@ impl TargetPart {
 
     async fn until_held(&self) -> Result<(), Failure> {
         loop {
-            if self.hook.until(LOOK, |hold| hold.pid().is_some()).await.pid().is_some() {
-                return Ok(());
+            if let Some(init) = self.hook.until(LOOK, |hold| hold.pid().is_some()).await.pid() {
+                return self.wake_loopback(init);
             }
             let mut running = self.restore.lock().await;
             let Some(restore) = &mut *running else { continue };
@@ -269,6 +269,18 @@ impl TargetPart {
                 return Err(self.refused(FailureCode::Internal, message, "restore"));
             }
         }
+    }
+
+    /// A network namespace that is not ours to make is CRIU's, and its loopback is down.
+    fn wake_loopback(&self, init: i32) -> Result<(), Failure> {
+        if self.bundle.netns.is_some() {
+            return Ok(());
+        }
+        let netns = Netns::of_process(init.unsigned_abs());
+        netns.and_then(|netns| podferry_network::bring_loopback_up(&netns)).map_err(|error| {
+            let what = "the loopback of the container's network namespace cannot be brought up";
+            self.context.failure(FailureCode::Internal, what, &error).in_phase("restore")
+        })
     }
 
     /// The layer is on the disk, as far as it has to be: the source's is wiped after the commit.

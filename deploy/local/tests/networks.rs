@@ -4,12 +4,13 @@
 
 mod support;
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use podferry_local::{FIRST_CONTAINER_ADDRESS, Network, Workload};
 use serde_json::Value;
-use support::{Line, NODES, Stage, eventually, redis};
+use support::{Line, NODES, Stage, eventually, inside, redis};
 
 const NAME: &str = "redis";
 /// How soon a client hears that its connection is closed, once the migration has ended.
@@ -95,4 +96,26 @@ fn only_client(line: &mut Line) {
         let clients = line.ask_bulk("CLIENT LIST");
         (clients.lines().count() == 1).then_some(()).ok_or(clients)
     });
+}
+
+#[test]
+fn connections_in_a_network_that_runc_made_are_closed_when_it_moves() {
+    let stage = Stage::up(&[NAME]);
+    stage.start(&workload(Network::Lonely));
+    let connect = |node: &str| {
+        let pid = stage.node(node).container_process(NAME).unwrap().pid;
+        let namespace = PathBuf::from(format!("/proc/{pid}/ns/net"));
+        let connecting = || inside(&namespace, || TcpStream::connect((Ipv4Addr::LOCALHOST, 6379)));
+        Line::new(eventually(Duration::from_secs(20), || connecting().map_err(|error| error.to_string())))
+    };
+    let mut line = connect(NODES[0]);
+    assert_eq!(line.ask("SET kept yes"), "+OK");
+    for to in [NODES[1], NODES[0]] {
+        let record = stage.migrate(NAME, to);
+        line.assert_closed(SOON);
+        assert_told(&stage, &record, 1);
+        line = connect(to);
+        assert_eq!(line.ask_bulk("GET kept"), "yes");
+        only_client(&mut line);
+    }
 }
