@@ -127,7 +127,9 @@ mod tests {
         assert!(is_due(&files, LIFETIME), "there is none");
         authority.issue(&Peer::Coordinator, LIFETIME, &files).unwrap();
         assert!(!is_due(&files, LIFETIME));
-        authority.issue(&Peer::Coordinator, (LIFETIME / 2).checked_sub(Duration::from_secs(1)).unwrap(), &files).unwrap();
+        authority
+            .issue(&Peer::Coordinator, (LIFETIME / 2).checked_sub(Duration::from_secs(1)).unwrap(), &files)
+            .unwrap();
         assert!(is_due(&files, LIFETIME), "half is over");
         authority.issue(&Peer::Coordinator, Duration::ZERO, &files).unwrap();
         assert!(is_due(&files, LIFETIME), "it has ended");
