@@ -220,8 +220,11 @@ impl Bench {
     async fn packing(&self, quick: bool) -> Result<Vec<Packing>, Error> {
         let mut all = Vec::new();
         // Where the link sets the pace, runs hardly differ; where the processors do, they differ by a quarter.
-        let links: [(&str, Option<&str>, u64, u32); 3] =
-            [("200 Mbit/s", Some("200mbit"), 96, 3), ("1 Gbit/s", Some("1gbit"), 512, 3), ("unlimited", None, 2048, 11)];
+        let links: [(&str, Option<&str>, u64, u32); 3] = [
+            ("200 Mbit/s", Some("200mbit"), 96, 3),
+            ("1 Gbit/s", Some("1gbit"), 512, 3),
+            ("unlimited", None, 2048, 11),
+        ];
         for (name, rate, mib, rounds) in links {
             self.link.limit(rate).await?;
             let (mib, rounds) = if quick { (mib / 2, 1) } else { (mib, rounds) };
