@@ -121,7 +121,8 @@ impl CriuLog {
         failing_line(&self.tail()?).map(Self::explain)
     }
 
-    pub(crate) fn failure_or(&self, message: &str) -> CriuFailure {
+    /// The failure that the log tells of; when it tells of none, one with this message.
+    pub fn failure_or(&self, message: &str) -> CriuFailure {
         let message = if message.is_empty() { "CRIU gave no reason" } else { message };
         self.failure().unwrap_or_else(|| Self::explain(message.to_owned()))
     }

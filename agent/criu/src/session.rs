@@ -1,3 +1,4 @@
+use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt as _;
@@ -49,11 +50,24 @@ impl Session {
     ///
     /// # Errors
     /// When the program cannot be started.
-    pub fn start(criu: &Path, mut inherit: Vec<FdMapping>) -> Result<Self, CriuError> {
+    pub fn start(criu: &Path, inherit: Vec<FdMapping>) -> Result<Self, CriuError> {
+        Self::start_with(criu, inherit, [])
+    }
+
+    /// As [`Session::start`], with further variables in CRIU's environment.
+    ///
+    /// # Errors
+    /// When the program cannot be started.
+    pub fn start_with(
+        criu: &Path,
+        mut inherit: Vec<FdMapping>,
+        environment: impl IntoIterator<Item = (OsString, OsString)>,
+    ) -> Result<Self, CriuError> {
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
             .map_err(|error| start_error(criu, error.into()))?;
         inherit.push(FdMapping { parent_fd: theirs, child_fd: RPC_FD });
         let mut command = Command::new(criu);
+        command.envs(environment);
         command.arg("swrk").arg(RPC_FD.to_string()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         command
             .fd_mappings(inherit)

@@ -10,6 +10,7 @@ use nix::unistd::Pid;
 
 use crate::PAGE_SIZE;
 use crate::range::{PageRange, PageRanges};
+use crate::store::Store;
 
 /// The most ranges that are read with one call (`UIO_MAXIOV` is 1024; 512 is where it stops to pay).
 const MAX_RANGES: usize = 512;
@@ -138,6 +139,37 @@ pub fn read_exact(process: Pid, address: u64, buffer: &mut [u8]) -> io::Result<(
     let length = buffer.len();
     let read = process_vm_readv(process, &mut [IoSliceMut::new(buffer)], &[remote(address, length as u64)])?;
     if read == length { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+}
+
+/// Bytes of `struct rseq`, and what it is aligned to (rseq(2)).
+const RSEQ: usize = 32;
+
+/// Compares kept pages with those of a process that stands still; gives the first page that differs or is not kept.
+///
+/// A page may differ inside one area of a `struct rseq`: the kernel writes the number of the processor there whenever the thread
+/// returns to user mode, also when that is CRIU's parasite, which runs in the frozen process; and will do so again.
+pub fn first_difference(process: Pid, ranges: &PageRanges, store: &Store) -> io::Result<Option<PageRange>> {
+    let mut different = None;
+    let copied = Copier::new(process, 1 << 20).read::<io::Error>(ranges, |batch| {
+        let mut rest = batch.contents;
+        for page in batch.ranges.iter().flat_map(|range| range.single_pages()) {
+            let (contents, later) = rest.split_at(PAGE);
+            rest = later;
+            if different.is_none() && !store.run(page).is_some_and(|kept| is_same(kept, contents)) {
+                different = Some(page);
+            }
+        }
+        Ok(())
+    })?;
+    if copied.vanished > 0 {
+        return Err(io::Error::other(format!("{} pages of a process that stands still are gone", copied.vanished)));
+    }
+    Ok(different)
+}
+
+fn is_same(kept: &[u8], contents: &[u8]) -> bool {
+    kept.len() == contents.len()
+        && kept.chunks(RSEQ).zip(contents.chunks(RSEQ)).filter(|(kept, contents)| kept != contents).count() <= 1
 }
 
 /// Cuts ranges into pieces that fit a batch.

@@ -32,13 +32,15 @@ impl Mapping {
     /// Shared memory cannot be followed soundly, since others write to it through their own mappings and through file
     /// descriptors. Stacks and executable memory are left to CRIU, whose parasite runs there.
     pub fn is_pre_copied(&self) -> bool {
-        self.private
-            && self.inode == 0
+        self.is_private_anonymous()
             && !self.executable
-            && !self.is_kernels()
             && !self.name.starts_with("[stack")
-            && !self.name.starts_with('/')
             && self.range.length() >= LEAST_LENGTH
+    }
+
+    /// Whether nobody else writes to it, and nothing but what was written is in it.
+    pub fn is_private_anonymous(&self) -> bool {
+        self.private && self.inode == 0 && !self.is_kernels() && !self.name.starts_with('/')
     }
 
     /// Whether the kernel put it there: vdso, vvar, vsyscall.

@@ -96,6 +96,8 @@ pub struct Kept {
     pub lazy: PageRanges,
 }
 
+#[expect(clippy::cast_possible_truncation, reason = "4096")]
+const PAGE: usize = PAGE_SIZE as usize;
 /// Bytes that are laid in with one call in the background: a fault waits for one of them at most.
 const PIECE: u64 = 512 * 1024;
 /// Bytes that are laid in for a fault: neighbours are likely to be wanted next.
@@ -109,6 +111,8 @@ const IDLE: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 #[derive(Debug)]
 pub struct Pager {
     tasks: Vec<Task>,
+    /// Of processes that CRIU has not handed over yet.
+    kept: HashMap<i32, Kept>,
     paged: Paged,
 }
 
@@ -125,15 +129,14 @@ struct Task {
 }
 
 impl Pager {
-    /// Waits for the restore on `listener`, serves its processes and lays in all pages. `kept` has the pages of every process, by
-    /// its id inside its namespace; the restore hands over `tasks` processes, zombies included.
+    /// Waits for the restore on `listener`, serves its processes and lays in all pages. `kept` has the pages of every process that
+    /// has lazy ones, by its id inside its namespace.
     ///
     /// # Errors
     /// After an error the caller must end the processes: pages of theirs are missing.
-    pub fn serve(listener: &UnixListener, tasks: usize, kept: HashMap<i32, Kept>) -> Result<Paged, PagerError> {
-        let mut pager = Self { tasks: Vec::new(), paged: Paged::default() };
+    pub fn serve(listener: &UnixListener, kept: HashMap<i32, Kept>) -> Result<Paged, PagerError> {
+        let mut pager = Self { tasks: Vec::new(), paged: Paged::default(), kept };
         let (criu, _) = listener.accept().map_err(conversation("accept its connection"))?;
-        pager.receive_tasks(&criu, tasks, kept)?;
         pager.serve_restore(&criu)?;
         let since = Instant::now();
         while pager.fill_one_piece()? {
@@ -143,34 +146,31 @@ impl Pager {
         Ok(pager.paged)
     }
 
-    fn receive_tasks(
-        &mut self,
-        criu: &UnixStream,
-        count: usize,
-        mut kept: HashMap<i32, Kept>,
-    ) -> Result<(), PagerError> {
-        for _ in 0..count {
-            let pid = i32::from_ne_bytes(receive_word(criu)?);
-            if pid < 0 {
+    /// Takes over the processes and serves their faults until CRIU says that the restore is complete.
+    fn serve_restore(&mut self, criu: &UnixStream) -> Result<(), PagerError> {
+        loop {
+            if !self.serve_events(Some(criu.as_fd()), Some(&IDLE))? {
                 continue;
             }
-            let userfaultfd = receive_descriptor(criu).map_err(conversation("receive a userfaultfd"))?;
-            rustix::io::ioctl_fionbio(&userfaultfd, true)
-                .map_err(|error| conversation("set up a userfaultfd")(error.into()))?;
-            let Kept { store, lazy } = kept.remove(&pid).ok_or(PagerError::Unannounced { pid })?;
-            let pending = Pending::from(&lazy);
-            self.tasks.push(Task { pid, userfaultfd, pending, store: Rc::new(RefCell::new(store)), done: false });
+            let word = receive_word(criu)?;
+            if u32::from_ne_bytes(word) == RESTORE_FINISHED {
+                return Ok(());
+            }
+            self.take_over(criu, i32::from_ne_bytes(word))?;
         }
-        Ok(())
     }
 
-    /// Serves faults until CRIU says that the restore is complete.
-    fn serve_restore(&mut self, criu: &UnixStream) -> Result<(), PagerError> {
-        while !self.serve_events(Some(criu.as_fd()), Some(&IDLE))? {}
-        match u32::from_ne_bytes(receive_word(criu)?) {
-            RESTORE_FINISHED => Ok(()),
-            other => Err(conversation("read its last word")(io::Error::other(format!("{other:#x}")))),
+    fn take_over(&mut self, criu: &UnixStream, pid: i32) -> Result<(), PagerError> {
+        if pid < 0 {
+            return Ok(());
         }
+        let userfaultfd = receive_descriptor(criu).map_err(conversation("receive a userfaultfd"))?;
+        let nonblocking = rustix::io::ioctl_fionbio(&userfaultfd, true);
+        nonblocking.map_err(|error| conversation("set up a userfaultfd")(error.into()))?;
+        let Kept { store, lazy } = self.kept.remove(&pid).ok_or(PagerError::Unannounced { pid })?;
+        let pending = Pending::from(&lazy);
+        self.tasks.push(Task { pid, userfaultfd, pending, store: Rc::new(RefCell::new(store)), done: false });
+        Ok(())
     }
 
     /// Waits for events and serves them. Says whether there is something to read of `criu`.
@@ -277,7 +277,7 @@ impl Pager {
         let Some(contents) = store.run(kept_range) else {
             return Err(PagerError::Missing { pid: task.pid, address: kept });
         };
-        let laid = userfaultfd::copy(task.userfaultfd.as_fd(), range.start, contents);
+        let laid = copy_up_to_border(task.userfaultfd.as_fd(), range.start, contents);
         let done = PageRange::new(range.start, range.start + laid.length);
         self.paged.pages += done.pages();
         task.pending.remove(done);
@@ -290,6 +290,19 @@ impl Pager {
             task.pending.remove(PageRange::new(done.end, done.end + PAGE_SIZE));
         }
         Ok(outcome)
+    }
+}
+
+/// Copies as much as fits into one mapping: the kernel refuses a piece that crosses a border as a whole.
+fn copy_up_to_border(userfaultfd: BorrowedFd<'_>, destination: u64, contents: &[u8]) -> Laid {
+    let mut length = contents.len();
+    loop {
+        let laid = userfaultfd::copy(userfaultfd, destination, &contents[..length]);
+        let crosses = matches!(outcome_of(&laid), Outcome::Unmapped);
+        if !crosses || length <= PAGE {
+            return laid;
+        }
+        length = (length / 2).next_multiple_of(PAGE);
     }
 }
 
@@ -316,7 +329,7 @@ fn outcome_of(laid: &Laid) -> Outcome {
         // A part of it: what stopped it comes again with the next piece.
         _ if laid.length > 0 => Outcome::Laid,
         Some(libc::EEXIST) => Outcome::Exists,
-        Some(libc::ENOENT | libc::EINVAL | libc::EFAULT) => Outcome::Unmapped,
+        Some(libc::ENOENT | libc::EINVAL) => Outcome::Unmapped,
         Some(libc::EAGAIN) => Outcome::Changing,
         Some(libc::ESRCH) => Outcome::Ended,
         code => Outcome::Failed(code.map_or_else(|| io::Error::other(error.to_string()), io::Error::from_raw_os_error)),

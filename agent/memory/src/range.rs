@@ -30,6 +30,11 @@ impl PageRange {
         self.length() / PAGE_SIZE
     }
 
+    /// Its pages, one by one.
+    pub fn single_pages(self) -> impl Iterator<Item = Self> {
+        (self.start / PAGE_SIZE..self.end / PAGE_SIZE).map(|page| Self::new(page * PAGE_SIZE, (page + 1) * PAGE_SIZE))
+    }
+
     /// Whether there is nothing in it.
     pub const fn is_empty(self) -> bool {
         self.start == self.end
@@ -61,19 +66,35 @@ impl PageRanges {
         Self { ranges: Vec::new(), pages: 0 }
     }
 
-    /// Adds a range behind all others; joins it to the last one when they touch. What lies before the end of the last one is
-    /// there already and is not added again.
+    /// Adds a range. Cheap when it lies behind all others, which it joins when it touches the last one.
     pub fn push(&mut self, range: PageRange) {
-        let start = self.ranges.last().map_or(range.start, |last| range.start.max(last.end));
-        if start >= range.end {
+        if range.is_empty() {
             return;
         }
-        let added = PageRange::new(start, range.end);
-        self.pages += added.pages();
         match self.ranges.last_mut() {
-            Some(last) if last.end == start => last.end = range.end,
-            _ => self.ranges.push(added),
+            Some(last) if range.start < last.start => self.insert(range),
+            Some(last) if range.start <= last.end => {
+                self.pages += range.end.saturating_sub(last.end) / PAGE_SIZE;
+                last.end = last.end.max(range.end);
+            }
+            _ => {
+                self.pages += range.pages();
+                self.ranges.push(range);
+            }
         }
+    }
+
+    /// Adds a range that begins before the last one.
+    fn insert(&mut self, range: PageRange) {
+        let first = self.ranges.partition_point(|other| other.end < range.start);
+        let behind = self.ranges.partition_point(|other| other.start <= range.end);
+        let joined = self.ranges[first..behind].iter().fold(range, |joined, other| PageRange {
+            start: joined.start.min(other.start),
+            end: joined.end.max(other.end),
+        });
+        let before: u64 = self.ranges[first..behind].iter().map(|other| other.pages()).sum();
+        self.pages += joined.pages() - before;
+        self.ranges.splice(first..behind, [joined]);
     }
 
     /// Forgets what lies behind an address.
@@ -152,10 +173,8 @@ impl PageRanges {
 impl FromIterator<PageRange> for PageRanges {
     /// The union of ranges in any order.
     fn from_iter<I: IntoIterator<Item = PageRange>>(ranges: I) -> Self {
-        let mut sorted: Vec<PageRange> = ranges.into_iter().collect();
-        sorted.sort_unstable();
         let mut all = Self::new();
-        for range in sorted {
+        for range in ranges {
             all.push(range);
         }
         all
@@ -199,13 +218,13 @@ mod tests {
     }
 
     #[test]
-    fn a_tail_told_twice_counts_once() {
+    fn a_tail_told_again_adds_what_is_new_in_it() {
         let mut ranges = PageRanges::new();
-        for (start, end) in [(1, 4), (3, 4), (2, 6), (6, 7), (9, 9)] {
+        for (start, end) in [(1, 4), (8, 9), (12, 13), (3, 4), (6, 7), (8, 10), (12, 13), (13, 14)] {
             ranges.push(range(start, end));
         }
-        assert_eq!(ranges.as_slice(), [range(1, 7)]);
-        assert_eq!(ranges.pages(), 6);
+        assert_eq!(ranges.as_slice(), [range(1, 4), range(6, 7), range(8, 10), range(12, 14)]);
+        assert_eq!(ranges.pages(), 8);
     }
 
     proptest! {

@@ -232,6 +232,13 @@ impl Tracker {
             let rest = PageRange::new(start, range.end);
             let (count, end) = pagemap::scan(self.pagemap.as_fd(), rest, query, &mut self.regions)?;
             self.regions[..count].iter().for_each(&mut *found);
+            // With room left in the list, all was looked at. The kernel's word for how far it got is then that of the last time
+            // its own list of 512 regions was full, not the end (`do_pagemap_scan` sets `walk_end` only if it is 0). Looking at
+            // the rest again would cost nothing but time, if its regions were not taken for a repetition: what was written
+            // between the two looks is told only in the second.
+            if count < self.regions.len() {
+                return Ok(());
+            }
             if end <= start {
                 return Err(io::Error::other(format!("the scan does not get beyond {start:#x}")));
             }

@@ -1,13 +1,15 @@
 //! A process that changes its memory in every way there is and checks all the time that it holds what it should.
 //!
-//! `podferry-memory-churn THREADS` prints `ready`, works until it is killed, and ends with 1 and a line on standard error when
-//! a page is not what it was written to be or a change of its mappings fails that cannot fail.
+//! `podferry-memory-churn SIGN THREADS [CHILDREN]` makes the file `SIGN`, prints `ready`, starts so many more of itself, works until
+//! it is killed, and ends with 1 and a line on standard error when a page is not what it was written to be, when a change of its
+//! mappings fails that cannot fail, or when a child ends.
 
 #![expect(clippy::unwrap_used, reason = "its panic is the report")]
 #![expect(unsafe_code, reason = "mmap(2), mremap(2), munmap(2), madvise(2), mprotect(2)")]
 
 use std::ffi::c_void;
 use std::io::Write as _;
+use std::process::Command;
 use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -220,9 +222,17 @@ fn work(number: u64) {
 }
 
 fn main() {
-    let threads: u64 = std::env::args().nth(1).and_then(|count| count.parse().ok()).unwrap_or(1);
+    let arguments: Vec<String> = std::env::args().collect();
+    let [program, sign, numbers @ ..] = arguments.as_slice() else { fail("it needs SIGN and THREADS") };
+    let number = |index: usize| numbers.get(index).map_or(0, |number| number.parse().unwrap());
+    let (threads, children): (u64, u64) = (number(0), number(1));
+    std::fs::File::create(sign).unwrap();
     println!("ready");
     std::io::stdout().flush().unwrap();
+    for _ in 0..children {
+        let mut child = Command::new(program).args(["/dev/null", "1"]).spawn().unwrap();
+        std::thread::spawn(move || fail(&format!("a child ended: {:?}", child.wait())));
+    }
     let workers: Vec<_> = (0..threads).map(|number| std::thread::spawn(move || work(number))).collect();
     for worker in workers {
         if worker.join().is_err() {

@@ -1,0 +1,374 @@
+//! Live migration of a process tree on one machine.
+//!
+//! ```text
+//! process    runs ─────────────────────────────────▶│ frozen ···················│ runs ───────▶
+//! tracker    attach, round 1, round 2, … round n    │ last round
+//! copier             └ copy   └ copy     └ copy     │   └ copy
+//! CRIU                                      starts ─│ dump, blind to what moved │ restore
+//! pager                                             │                           │ serves, fills
+//! ```
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use command_fds::FdMapping;
+use nix::unistd::Pid;
+use podferry_criu::{CgroupsMode, CriuLog, DumpRequest, Session, Verdict, page_stream};
+use podferry_memory::copier::{self, Copier};
+use podferry_memory::hide;
+use podferry_memory::maps::{self, Mapping};
+use podferry_memory::pager::{Kept, Paged, Pager, PagerError};
+use podferry_memory::range::{PageRange, PageRanges};
+use podferry_memory::store::Store;
+use podferry_memory::tracker::Tracker;
+
+use crate::error::{Error, Result, file};
+use crate::pages::Images;
+use crate::tree::{self, Member};
+use crate::victim::Victim;
+use crate::{restored, tools};
+
+/// The number under which CRIU inherits the page socket.
+const PAGE_FD: i32 = 4;
+/// Bytes that are read at a time.
+const BATCH: usize = 1 << 20;
+/// How often it is looked whether all tasks stand still.
+const FREEZE_POLL: Duration = Duration::from_micros(200);
+/// No more rounds than this.
+const MOST_ROUNDS: usize = 8;
+/// A round with fewer pages than this is short enough for the freeze: 4 MiB are read in a millisecond.
+const FEW_PAGES: u64 = 1024;
+
+/// What a migration took.
+#[derive(Clone, Debug, Default)]
+pub struct Migrated {
+    /// Pages of each round; the last is that of the freeze.
+    pub rounds: Vec<u64>,
+    /// From the start until CRIU was told to dump.
+    pub pre_copy: Duration,
+    /// Looking for and reading what was written since the last round, beside CRIU's own work.
+    pub last_round: Duration,
+    /// From the freeze until CRIU had dumped.
+    pub dump: Duration,
+    /// The restore.
+    pub restore: Duration,
+    /// What the pager did.
+    pub paged: Paged,
+}
+
+/// A process that is followed.
+#[derive(Debug)]
+struct Followed {
+    member: Member,
+    tracker: Tracker,
+    copier: Copier,
+    store: Store,
+    /// What CRIU does not see.
+    hidden: PageRanges,
+}
+
+impl Followed {
+    fn new(member: Member) -> Result<Self> {
+        let tracker = Tracker::attach(member.host)?;
+        let copier = Copier::new(member.host, BATCH);
+        // As much as a process may have: the store takes only what is put into it.
+        let store = Store::new(64 << 30)?;
+        Ok(Self { member, tracker, copier, store, hidden: PageRanges::new() })
+    }
+
+    fn copy(&mut self, pages: &PageRanges) -> Result<()> {
+        let store = &mut self.store;
+        self.copier.read::<Error>(pages, |batch| {
+            let mut rest = batch.contents;
+            for range in batch.ranges {
+                let (now, later) = rest.split_at(usize::try_from(range.length()).unwrap_or(rest.len()));
+                store.put(*range, now)?;
+                rest = later;
+            }
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    fn round(&mut self) -> Result<u64> {
+        let written = self.tracker.round()?;
+        self.copy(&written)?;
+        Ok(written.pages())
+    }
+
+    /// The round in the freeze: gives all pages that exist where CRIU does not look, and how many of them were written.
+    fn last_round(&mut self) -> Result<(PageRanges, u64)> {
+        let mappings = maps::read(self.member.host)?;
+        let moved = moved(&mappings, &self.hidden)
+            .map_err(|range| Error::Replaced { pid: self.member.inner, range: range.to_string() })?;
+        let frozen = self.tracker.frozen(&moved)?;
+        self.copy(&frozen.written)?;
+        Ok((frozen.existing, frozen.written.pages()))
+    }
+}
+
+/// What is mapped of the hidden ranges; an error when something else than private anonymous memory came there.
+fn moved(mappings: &[Mapping], hidden: &PageRanges) -> std::result::Result<PageRanges, PageRange> {
+    let of = |mapping: &Mapping| [mapping.range].into_iter().collect::<PageRanges>().intersection(hidden);
+    let mut strange = mappings.iter().filter(|mapping| !mapping.is_private_anonymous()).map(of);
+    match strange.find_map(|ranges| ranges.as_slice().first().copied()) {
+        Some(range) => Err(range),
+        None => Ok(mappings.iter().flat_map(|mapping| of(mapping).as_slice().to_vec()).collect()),
+    }
+}
+
+/// What the last round found.
+#[derive(Debug, Default)]
+struct LastPages {
+    /// Every process, with the pages that exist where CRIU does not look.
+    processes: Vec<(Followed, PageRanges)>,
+    /// Pages that were written since the round before.
+    written: u64,
+    /// When it began.
+    frozen: Option<Instant>,
+    /// How long it was.
+    took: Duration,
+}
+
+type Last = Result<LastPages>;
+
+/// Migrates the process on this machine. It runs on when that fails before its copy runs.
+///
+/// With `verify`, all kept pages are compared with those of the frozen process before its copy is made.
+pub fn migrate(victim: &mut Victim, verify: bool) -> Result<Migrated> {
+    let folder = victim.next_folder()?;
+    let mut migrated = Migrated::default();
+    let begun = Instant::now();
+    let mut followed = pre_copy(victim.pid(), &mut migrated)?;
+    let hidden = folder.join("work/hidden");
+    write_hidden(&mut followed, &hidden)?;
+    let socket = folder.join("restore/lazy-pages.socket");
+    let listener = UnixListener::bind(&socket).map_err(file("listen at", &socket))?;
+    migrated.pre_copy = begun.elapsed();
+    let pid = freeze_and_restore(victim.pid(), &folder, followed, listener, verify, &mut migrated)?;
+    victim.moved(pid, &folder)?;
+    Ok(migrated)
+}
+
+fn pre_copy(root: Pid, migrated: &mut Migrated) -> Result<Vec<Followed>> {
+    let mut followed: Vec<Followed> = Vec::new();
+    for _ in 0..MOST_ROUNDS {
+        followed.retain(|process| !tree::is_zombie(process.member.host));
+        for member in tree::members(root) {
+            let known = followed.iter().any(|process| process.member == member);
+            if !known && !tree::is_zombie(member.host) {
+                // One that ends meanwhile needs no tracker, and one that cannot be followed is left to CRIU.
+                followed.extend(Followed::new(member).ok());
+            }
+        }
+        let mut pages = 0;
+        for process in &mut followed {
+            pages += process.round()?;
+        }
+        migrated.rounds.push(pages);
+        if pages < FEW_PAGES {
+            break;
+        }
+    }
+    Ok(followed)
+}
+
+/// Tells the shim what to hide: what can be moved now.
+fn write_hidden(followed: &mut [Followed], path: &Path) -> Result<()> {
+    for process in &mut *followed {
+        process.hidden = maps::pre_copied(&maps::read(process.member.host)?);
+    }
+    let ranges =
+        followed.iter().flat_map(|process| process.hidden.iter().map(|range| (process.member.host.as_raw(), range)));
+    fs::write(path, hide::describe(ranges)).map_err(file("write", path))
+}
+
+/// The freeze: CRIU's dump, and from its last callback the restore, so that the source is whole until its copy runs.
+fn freeze_and_restore(
+    root: Pid,
+    folder: &Path,
+    followed: Vec<Followed>,
+    listener: UnixListener,
+    verify: bool,
+    migrated: &mut Migrated,
+) -> Result<Pid> {
+    let request = DumpRequest {
+        pid: root.as_raw(),
+        images_dir: folder.join("images"),
+        work_dir: folder.join("work"),
+        root: "/".into(),
+        external_mounts: Vec::new(),
+        externals: Vec::new(),
+        tcp_established: true,
+        freeze_cgroup: None,
+        cgroups: CgroupsMode::Ignore,
+        freeze_timeout_s: 10,
+    };
+    let images = File::open(&request.images_dir).map_err(file("open", &request.images_dir))?;
+    let work = File::open(&request.work_dir).map_err(file("open", &request.work_dir))?;
+    let (ours, theirs) = UnixStream::pair()?;
+    let mut sink = Images::new(request.images_dir.clone());
+    let pages = thread::spawn(move || page_stream::receive(ours, &mut sink).map(|_| sink));
+    let environment = [
+        ("LD_PRELOAD".into(), tools::shim()?.into_os_string()),
+        (hide::HIDE_VARIABLE.into(), folder.join("work/hidden").into_os_string()),
+    ];
+    let inherit = vec![FdMapping { parent_fd: OwnedFd::from(theirs), child_fd: PAGE_FD }];
+    let session = Session::start_with(&tools::criu()?, inherit, environment)?;
+    let last = LastRound::begin(root, followed);
+    let mut freeze = Freeze {
+        folder,
+        last,
+        pages: Some(pages),
+        listener: Some(listener),
+        pager: None,
+        outcome: None,
+        verify,
+        migrated,
+    };
+    let options = request.options(images.as_fd(), work.as_fd(), PAGE_FD);
+    let dumped = session.dump(options, &CriuLog::of_dump(&request.work_dir), |notification| {
+        if notification.name == "post-dump" { freeze.restore() } else { Verdict::Proceed }
+    });
+    let (outcome, pager) = (freeze.outcome.take(), freeze.pager.take());
+    drop(freeze);
+    let pid = match (outcome, dumped) {
+        (Some(Err(error)), _) => return Err(error),
+        (_, Err(error)) => return Err(error.into()),
+        (None, Ok(())) => return Err(Error::Program { program: "criu", problem: "it did not ask".to_owned() }),
+        (Some(Ok(pid)), Ok(())) => pid,
+    };
+    let Some(pager) = pager else { return Ok(pid) };
+    migrated.paged = join(pager)?;
+    Ok(pid)
+}
+
+/// The last round, in a thread of its own: it begins as soon as all tasks stand still, beside CRIU, which does not look where it
+/// looks.
+#[derive(Debug)]
+struct LastRound {
+    /// Set when the tasks stand still for certain.
+    frozen: Arc<AtomicBool>,
+    /// Set when there will be no freeze.
+    given_up: Arc<AtomicBool>,
+    thread: Option<JoinHandle<Last>>,
+}
+
+impl LastRound {
+    fn begin(root: Pid, followed: Vec<Followed>) -> Self {
+        let (frozen, given_up) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
+        let (told, stop) = (Arc::clone(&frozen), Arc::clone(&given_up));
+        let thread = thread::spawn(move || {
+            while !told.load(Ordering::Acquire) && !tree::stands_still(root) {
+                if stop.load(Ordering::Acquire) {
+                    return Ok(LastPages::default());
+                }
+                thread::sleep(FREEZE_POLL);
+            }
+            last_rounds(followed)
+        });
+        Self { frozen, given_up, thread: Some(thread) }
+    }
+
+    fn finish(&mut self) -> Last {
+        self.frozen.store(true, Ordering::Release);
+        self.thread.take().map_or_else(|| Ok(LastPages::default()), join)
+    }
+}
+
+impl Drop for LastRound {
+    fn drop(&mut self) {
+        self.given_up.store(true, Ordering::Release);
+    }
+}
+
+fn last_rounds(followed: Vec<Followed>) -> Last {
+    let since = Instant::now();
+    let mut last = LastPages { frozen: Some(since), ..LastPages::default() };
+    for mut process in followed {
+        if tree::is_zombie(process.member.host) {
+            continue;
+        }
+        let (existing, written) = process.last_round()?;
+        last.written += written;
+        last.processes.push((process, existing));
+    }
+    last.took = since.elapsed();
+    Ok(last)
+}
+
+struct Freeze<'a> {
+    folder: &'a Path,
+    last: LastRound,
+    pages: Option<JoinHandle<Result<Images, podferry_criu::CriuError>>>,
+    listener: Option<UnixListener>,
+    pager: Option<JoinHandle<Result<Paged, PagerError>>>,
+    outcome: Option<Result<Pid>>,
+    verify: bool,
+    migrated: &'a mut Migrated,
+}
+
+impl Freeze<'_> {
+    fn restore(&mut self) -> Verdict {
+        let outcome = self.try_restore();
+        let verdict = if outcome.is_ok() { Verdict::Proceed } else { Verdict::GiveUp };
+        self.outcome = Some(outcome);
+        verdict
+    }
+
+    fn try_restore(&mut self) -> Result<Pid> {
+        let missing = || Error::Program { program: "criu", problem: "it dumped without a freeze".to_owned() };
+        let LastPages { processes, written, frozen, took } = self.last.finish()?;
+        self.migrated.last_round = took;
+        self.migrated.rounds.push(written);
+        let images = join(self.pages.take().ok_or_else(missing)?)?;
+        let lazy = processes.iter().map(|(process, existing)| (process.member.inner, existing.clone())).collect();
+        let mut lazy = images.finish(&lazy)?;
+        self.migrated.dump = frozen.map_or(Duration::ZERO, |frozen| frozen.elapsed());
+        let mut kept = HashMap::new();
+        // The trackers stay until the process is gone: closing them takes time.
+        let mut trackers = Vec::new();
+        for (process, _) in processes {
+            let lazy = lazy.remove(&process.member.inner).unwrap_or_default();
+            let lost = process.store.missing(&lazy);
+            if let Some(range) = lost.as_slice().first() {
+                return Err(Error::Replaced { pid: process.member.inner, range: range.to_string() });
+            }
+            if self.verify {
+                let different = copier::first_difference(process.member.host, &lazy, &process.store)?;
+                if let Some(page) = different {
+                    return Err(Error::Different { pid: process.member.inner, page: page.to_string() });
+                }
+            }
+            kept.insert(process.member.inner, Kept { store: process.store, lazy });
+            trackers.push(process.tracker);
+        }
+        let listener = self.listener.take().ok_or_else(missing)?;
+        self.pager = Some(thread::spawn(move || Pager::serve(&listener, kept)));
+        let since = Instant::now();
+        let pid = restored::restore(self.folder, true)?;
+        self.migrated.restore = since.elapsed();
+        // Dropped beside the restored process's first steps, by the thread that has nothing else to do.
+        thread::spawn(move || drop(trackers));
+        Ok(pid)
+    }
+}
+
+fn join<T, E: Into<Error>>(thread: JoinHandle<Result<T, E>>) -> Result<T> {
+    let outcome = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+    outcome.map_err(Into::into)
+}
+
+impl From<io::ErrorKind> for Error {
+    fn from(kind: io::ErrorKind) -> Self {
+        Self::Copy(kind.into())
+    }
+}
