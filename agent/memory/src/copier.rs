@@ -25,12 +25,14 @@ pub struct Batch<'a> {
 }
 
 /// What was read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Copied {
     /// Pages that were read.
     pub pages: u64,
-    /// Pages that were not there any more.
-    pub vanished: u64,
+    /// Pages that could not be read. When they are there again, [`Tracker::tell_again`] has to tell them.
+    ///
+    /// [`Tracker::tell_again`]: crate::tracker::Tracker::tell_again
+    pub vanished: PageRanges,
 }
 
 /// Reads pages of one process, in batches of up to a fixed length.
@@ -65,44 +67,41 @@ impl Copier {
             if self.ranges.is_empty() {
                 return Ok(copied);
             }
-            let wanted: u64 = self.ranges.iter().map(|range| range.pages()).sum();
-            let length = self.fill()?;
+            let length = self.fill(&mut copied.vanished)?;
             let read = length as u64 / PAGE_SIZE;
             copied.pages += read;
-            copied.vanished += wanted - read;
             if read > 0 {
                 take(Batch { ranges: &self.ranges, contents: &self.buffer[..length] })?;
             }
         }
     }
 
-    /// Fills the buffer with the ranges' pages; takes those out of the ranges that are not there.
-    fn fill(&mut self) -> io::Result<usize> {
+    /// Fills the buffer with the ranges' pages; takes those out of the ranges that are not there, and notes them.
+    fn fill(&mut self, vanished: &mut PageRanges) -> io::Result<usize> {
         let wanted: u64 = self.ranges.iter().map(|range| range.length()).sum();
         let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
         if read_ranges(self.process, &self.ranges, &mut self.buffer[..wanted])? == wanted {
             return Ok(wanted);
         }
-        self.fill_page_by_page()
+        self.fill_page_by_page(vanished)
     }
 
     /// As [`Self::fill`], in the way that also reads what the process itself may not (`PROT_NONE`).
-    fn fill_page_by_page(&mut self) -> io::Result<usize> {
+    fn fill_page_by_page(&mut self, vanished: &mut PageRanges) -> io::Result<usize> {
         let memory = match &mut self.memory {
             Some(memory) => memory,
             none => none.insert(File::open(format!("/proc/{}/mem", self.process))?),
         };
         let mut there = PageRanges::new();
         let mut length = 0;
-        for address in self.ranges.iter().flat_map(|range| (range.start..range.end).step_by(PAGE)) {
-            let page = &mut self.buffer[length..length + PAGE];
-            match memory.read_exact_at(page, address) {
+        for page in self.ranges.iter().flat_map(|range| range.single_pages()) {
+            match memory.read_exact_at(&mut self.buffer[length..length + PAGE], page.start) {
                 Ok(()) => {
-                    there.push(PageRange::new(address, address + PAGE_SIZE));
+                    there.push(page);
                     length += PAGE;
                 }
                 // An address without a mapping; the end of the file when the process has ended.
-                Err(error) if is_gone(&error) => {}
+                Err(error) if is_gone(&error) => vanished.push(page),
                 Err(error) => return Err(error),
             }
         }
@@ -161,8 +160,9 @@ pub fn first_difference(process: Pid, ranges: &PageRanges, store: &Store) -> io:
         }
         Ok(())
     })?;
-    if copied.vanished > 0 {
-        return Err(io::Error::other(format!("{} pages of a process that stands still are gone", copied.vanished)));
+    if !copied.vanished.is_empty() {
+        let pages = copied.vanished.pages();
+        return Err(io::Error::other(format!("{pages} pages of a process that stands still are gone")));
     }
     Ok(different)
 }
@@ -241,7 +241,7 @@ mod tests {
                 Ok(())
             })
             .unwrap();
-        assert_eq!(copied, Copied { pages: 6, vanished: 1 });
+        assert_eq!((copied.pages, copied.vanished.as_slice()), (6, &all.as_slice()[..1]));
         assert_eq!(ranges.as_slice(), [own]);
         let offset = usize::try_from(address - memory.as_ptr() as u64).unwrap();
         assert_eq!(contents, memory[offset..offset + 6 * page]);

@@ -11,6 +11,7 @@ pub mod copier;
 pub mod hide;
 pub mod inject;
 pub mod maps;
+mod moves;
 pub mod pager;
 mod pending;
 pub mod range;

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::sync::Arc;
 
 use nix::unistd::Pid;
 use thiserror::Error;
@@ -10,6 +11,7 @@ use thiserror::Error;
 use crate::PAGE_SIZE;
 use crate::inject::{self, InjectError, Injected};
 use crate::maps::{self, Mapping};
+use crate::moves::Moves;
 use crate::range::{PageRange, PageRanges};
 use crate::sys::pagemap::{self, Query, Region, category};
 use crate::sys::userfaultfd::{self, feature};
@@ -29,6 +31,14 @@ pub enum TrackError {
         /// The process.
         process: Pid,
         /// What the kernel said.
+        source: io::Error,
+    },
+    /// Moves of its mappings cannot be read.
+    #[error("process {process}: cannot read the moves of its mappings: {source}")]
+    Moves {
+        /// The process.
+        process: Pid,
+        /// What the system said.
         source: io::Error,
     },
     /// A file of `/proc` cannot be read.
@@ -80,11 +90,15 @@ pub struct Frozen {
 #[derive(Debug)]
 pub struct Tracker {
     process: Pid,
-    userfaultfd: OwnedFd,
+    /// Before the userfaultfd: its reader ends first.
+    moves: Moves,
+    userfaultfd: Arc<OwnedFd>,
     pagemap: File,
     regions: Vec<Region>,
     /// Mappings that the kernel does not register.
     refused: Vec<PageRange>,
+    /// What is told again although the kernel has no mark of it.
+    owed: PageRanges,
     /// Categories of pages that hold nothing.
     empty: u64,
 }
@@ -100,15 +114,20 @@ impl Tracker {
     /// Begins to follow a process, one thread of which stands still for some 100 µs.
     pub fn attach(process: Pid) -> Result<Self, TrackError> {
         let Injected { userfaultfd, .. } = inject::userfaultfd(process)?;
-        let features =
-            feature::WP_ASYNC | feature::WP_UNPOPULATED | feature::WP_HUGETLBFS_SHMEM | feature::PAGEFAULT_FLAG_WP;
+        let features = feature::WP_ASYNC
+            | feature::WP_UNPOPULATED
+            | feature::WP_HUGETLBFS_SHMEM
+            | feature::PAGEFAULT_FLAG_WP
+            | feature::EVENT_REMAP;
         userfaultfd::handshake(userfaultfd.as_fd(), features)
             .map_err(|source| TrackError::NoAsynchronousProtection { process, source })?;
         let pagemap = File::open(format!("/proc/{process}/pagemap"));
         let pagemap = pagemap.map_err(|source| TrackError::Proc { process, file: "pagemap", source })?;
         let empty = empty_categories(&pagemap);
         let regions = vec![Region::default(); REGIONS];
-        Ok(Self { process, userfaultfd, pagemap, regions, refused: Vec::new(), empty })
+        let userfaultfd = Arc::new(userfaultfd);
+        let moves = Moves::of(Arc::clone(&userfaultfd)).map_err(|source| TrackError::Moves { process, source })?;
+        Ok(Self { process, moves, userfaultfd, pagemap, regions, refused: Vec::new(), owed: PageRanges::new(), empty })
     }
 
     /// The process.
@@ -136,12 +155,39 @@ impl Tracker {
         for range in &moved {
             self.scan_changing(range, query, &mut written)?;
         }
+        // Taken after the scan: a move that it met half done is told by now, or will be next time.
+        let owed = self.take_owed();
+        // What is in a mapping that is too small now may be in a larger one next time.
+        self.owed = owed.difference(&moved);
+        for range in &owed.intersection(&moved) {
+            let all = Query { with: 0, protect: false, ..query };
+            self.scan(range, all, &mut |region| written.push(region.range()))
+                .map_err(|source| self.scan_error(range, source))?;
+        }
         Ok(written)
     }
 
-    /// What the frozen process has in these ranges, and what of it was written since the last round. Changes nothing.
+    /// Tells these pages again, in the next round or in the last, if they are there then: they could not be read, because the
+    /// process was changing its mappings.
+    pub fn tell_again(&mut self, pages: &PageRanges) {
+        for range in pages {
+            self.owed.push(range);
+        }
+    }
+
+    /// What has to be told whatever the kernel's marks say.
+    fn take_owed(&mut self) -> PageRanges {
+        let mut owed = std::mem::take(&mut self.owed);
+        for range in &self.moves.take() {
+            owed.push(range);
+        }
+        owed
+    }
+
+    /// What the frozen process has in these ranges, and what of it was written since the last round.
     ///
-    /// The process must not run: all threads stopped, and no kernel work under way that writes to its memory.
+    /// The process must not run: all threads stopped, and no kernel work under way that writes to its memory. After this, only
+    /// [`Self::round`] tells moves again that happened before.
     pub fn frozen(&mut self, ranges: &PageRanges) -> Result<Frozen, TrackError> {
         let query = Query {
             with: 0,
@@ -160,6 +206,12 @@ impl Tracker {
             })
             .map_err(|source| self.scan_error(range, source))?;
         }
+        let owed = self.take_owed();
+        for range in &owed.intersection(&frozen.existing) {
+            frozen.written.push(range);
+        }
+        // A freeze that is given up must not forget them.
+        self.owed = owed;
         Ok(frozen)
     }
 

@@ -86,7 +86,7 @@ impl Followed {
 
     fn copy(&mut self, pages: &PageRanges) -> Result<()> {
         let store = &mut self.store;
-        self.copier.read::<Error>(pages, |batch| {
+        let copied = self.copier.read::<Error>(pages, |batch| {
             let mut rest = batch.contents;
             for range in batch.ranges {
                 let (now, later) = rest.split_at(usize::try_from(range.length()).unwrap_or(rest.len()));
@@ -95,6 +95,7 @@ impl Followed {
             }
             Ok(())
         })?;
+        self.tracker.tell_again(&copied.vanished);
         Ok(())
     }
 

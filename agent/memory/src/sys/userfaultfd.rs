@@ -12,6 +12,8 @@ const API: u64 = 0xaa;
 pub(crate) mod feature {
     /// Faults tell whether write protection caused them. The three below need it.
     pub(crate) const PAGEFAULT_FLAG_WP: u64 = 1 << 0;
+    /// Moves of mappings are told, and do not end their registration.
+    pub(crate) const EVENT_REMAP: u64 = 1 << 2;
     /// Write protection of hugetlbfs and shared memory.
     pub(crate) const WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
     /// Pages can be write-protected that are not there yet.
