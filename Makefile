@@ -11,7 +11,7 @@ RUN := deploy/setup/run.sh
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 
-.PHONY: help setup build demo test local-up local-down bench-stream bench-warm lint
+.PHONY: help setup build demo test local-up local-down bench-stream bench-warm bench-engine lint
 
 help:
 	@echo 'make demo          the main job, start to end: two nodes, real workloads under load, migrations there and back'
@@ -20,6 +20,7 @@ help:
 	@echo 'make local-down    takes them away again'
 	@echo 'make bench-stream  the transfer stream against raw TCP on the same link'
 	@echo 'make bench-warm    warm migration of Redis at several sizes'
+	@echo 'make bench-engine  live migration of one process against CRIU alone, at several sizes'
 	@echo 'make lint          formatting, clippy, shellcheck, licences'
 
 setup:
@@ -27,7 +28,8 @@ setup:
 
 build: setup
 	@$(RUN) cargo build --locked --release --target-dir $(TARGET) -p podferry-agent -p podferry-coordinator -p podferry \
-		-p podferry-bench -p podferry-workloads -p podferry-runtime -p podferry-local
+		-p podferry-bench -p podferry-workloads -p podferry-runtime -p podferry-local \
+		-p podferry-memory -p podferry-criu-shim -p podferry-engine-bench
 
 demo: build
 	@$(RUN) $(RELEASE)/podferry-bench demo
@@ -46,6 +48,9 @@ bench-stream: build
 
 bench-warm: build
 	@$(RUN) $(RELEASE)/podferry-bench warm
+
+bench-engine: build
+	@$(RUN) $(RELEASE)/podferry-bench-engine
 
 lint: setup
 	@$(RUN) deploy/setup/lint.sh
