@@ -40,8 +40,13 @@ fn frozen(raw: u64) -> Migration {
 }
 
 fn succeeded() -> Migration {
-    let round =
-        Round { pages: 65536, raw_bytes: 256 * MIB, wire_bytes: 64 * MIB, duration_ms: 210.123_456, dirty_rate: 0.0 };
+    let round = Round {
+        pages: 65536,
+        raw_bytes: 256 * MIB,
+        wire_bytes: 64 * MIB,
+        duration_ms: 210.123_456,
+        ..Round::default()
+    };
     let timings = Timings {
         preflight: 12.5,
         prepare: 3.25,

@@ -81,7 +81,7 @@ async fn other_strategies_are_not_available_yet() {
         workload: "shop".to_owned(),
         target: "b".to_owned(),
         strategy: v1::Strategy::Live.into(),
-        no_compression: false,
+        ..v1::MigrateRequest::default()
     };
     let failure = Failure::from(client.migrate(request).await.unwrap_err());
     assert_eq!(

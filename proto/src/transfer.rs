@@ -19,6 +19,19 @@
 //!                                    ◀──────────────────  Finished, status OK
 //! ```
 //!
+//! When memory is copied while the process runs (since version 2), the beginning is longer and the end has one object more for each
+//! process:
+//!
+//! ```text
+//!   Open 1 {memory of process 7, round 1} · Pages 1 … · Close 1 ───▶ keeps the pages, by address
+//!   Open 2 {memory of process 7, round 2} · Pages 2 … · Close 2 ───▶ replaces what it has
+//!   (freeze) memory of the last round, CRIU's pages and images, layer ▶
+//!   Open 9 {existing of process 7} · Data 9 … · Close 9 ───────────▶ forgets what is in no range; nothing of the rest may be missing
+//! ```
+//!
+//! The pages of `existing` that CRIU's own page objects do not have are laid in behind the restored process. The memory objects of a
+//! process for which no `existing` comes are forgotten: it has ended.
+//!
 //! Objects may be interleaved as the sender likes. `Abort` may stand in place of any frame after `Begin` and is the last
 //! one; a call that ends without `End` or `Abort` counts as aborted too. Whatever the receiver does not accept, it ends the
 //! call with a status that carries `google.rpc.ErrorInfo` (see `podferry_common::failure`); the sender then closes the

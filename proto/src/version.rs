@@ -10,8 +10,10 @@ pub struct Version {
 }
 
 impl Version {
-    /// What this build speaks. Version 1 is the first, so there is none before it.
-    pub const OURS: Self = Self { current: 1, oldest: 1 };
+    /// What this build speaks. Version 2 added pre-copy: memory that is sent while its process runs.
+    pub const OURS: Self = Self { current: 2, oldest: 1 };
+    /// The version from which on memory can be sent before the freeze.
+    pub const PRE_COPY: u32 = 2;
 
     /// The newest version that both sides speak.
     ///

@@ -98,7 +98,8 @@ pub(crate) fn event(event: FreezeEvent) -> v1::FreezeEvent {
             freeze_event::Event::Progress(v1::Progress { raw_bytes, wire_bytes })
         }
         FreezeEvent::Transferred { pages, raw_bytes, zero_bytes, wire_bytes, dump_ms, transfer_ms } => {
-            let transferred = v1::Transferred { pages, raw_bytes, zero_bytes, wire_bytes, dump_ms, transfer_ms };
+            let transferred =
+                v1::Transferred { pages, raw_bytes, zero_bytes, wire_bytes, dump_ms, transfer_ms, last_round: None };
             freeze_event::Event::Transferred(transferred)
         }
     };

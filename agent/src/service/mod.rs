@@ -333,6 +333,11 @@ impl AgentService for Agent {
         Ok(Response::new(v1::ResumeResponse { resume_ms, pid: pid.unsigned_abs() }))
     }
 
+    async fn fill(&self, request: Request<v1::FillRequest>) -> Result<Response<v1::FillResponse>, Status> {
+        self.only_coordinator(&request)?;
+        Err(Status::unimplemented("no page of a container is laid in behind it yet"))
+    }
+
     async fn abort(&self, request: Request<v1::AbortRequest>) -> Result<Response<v1::AbortResponse>, Status> {
         self.only_coordinator(&request)?;
         let agent = self.clone();

@@ -242,6 +242,9 @@ impl Receiving {
             Object::Layer(name) => {
                 return Err(failed(io::Error::other(format!("no layer named {name} is expected"))));
             }
+            Object::Memory { .. } | Object::Existing { .. } => {
+                return Err(failed(io::Error::other(format!("{object} is not expected"))));
+            }
         };
         Ok(place)
     }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use podferry_proto::v1::{PagesObject, TransferOpen, pages_object, transfer_open};
+use podferry_proto::v1::{ExistingObject, MemoryObject, PagesObject, TransferOpen, pages_object, transfer_open};
 use thiserror::Error;
 
 use crate::limits::MAX_NAME_LENGTH;
@@ -30,6 +30,18 @@ pub enum Object {
         /// CRIU's pages id: the number in `pages-<id>.img`.
         id: u32,
     },
+    /// Memory pages of a process that runs; a page that comes again replaces the earlier one.
+    Memory {
+        /// The process: its id inside the container.
+        process: u32,
+        /// Tells this object from others of the same process.
+        round: u32,
+    },
+    /// Which pages of a process's memory objects it has in the end.
+    Existing {
+        /// The process: its id inside the container.
+        process: u32,
+    },
 }
 
 impl fmt::Display for Object {
@@ -41,6 +53,8 @@ impl fmt::Display for Object {
             Self::Pages { owner: Owner::SharedMemory(segment), id } => {
                 write!(f, "pages {id} of shared memory {segment}")
             }
+            Self::Memory { process, round } => write!(f, "memory of process {process}, round {round}"),
+            Self::Existing { process } => write!(f, "list of the existing pages of process {process}"),
         }
     }
 }
@@ -62,11 +76,16 @@ pub enum InvalidObject {
 }
 
 impl Object {
+    /// Whether it is made of pages, and not of bytes one after the other.
+    pub fn has_pages(&self) -> bool {
+        matches!(self, Self::Pages { .. } | Self::Memory { .. })
+    }
+
     /// Checks the name, if it has one.
     pub fn check(&self) -> Result<(), InvalidObject> {
         match self {
             Self::ImageFile(name) | Self::Layer(name) => check_name(name),
-            Self::Pages { .. } => Ok(()),
+            Self::Pages { .. } | Self::Memory { .. } | Self::Existing { .. } => Ok(()),
         }
     }
 }
@@ -92,6 +111,10 @@ impl From<&Object> for TransferOpen {
                 };
                 transfer_open::Object::Pages(PagesObject { owner: Some(owner), id: *id })
             }
+            Object::Memory { process, round } => {
+                transfer_open::Object::Memory(MemoryObject { process: *process, round: *round })
+            }
+            Object::Existing { process } => transfer_open::Object::Existing(ExistingObject { process: *process }),
         };
         Self { object: Some(object) }
     }
@@ -111,6 +134,8 @@ impl TryFrom<TransferOpen> for Object {
                 };
                 Self::Pages { owner, id: pages.id }
             }
+            transfer_open::Object::Memory(MemoryObject { process, round }) => Self::Memory { process, round },
+            transfer_open::Object::Existing(ExistingObject { process }) => Self::Existing { process },
         };
         object.check()?;
         Ok(object)
@@ -138,6 +163,8 @@ mod tests {
             Object::Layer("x".repeat(MAX_NAME_LENGTH)),
             Object::Pages { owner: Owner::Process(0), id: 0 },
             Object::Pages { owner: Owner::SharedMemory(u64::MAX), id: u32::MAX },
+            Object::Memory { process: 1, round: 0 },
+            Object::Existing { process: u32::MAX },
         ] {
             assert_eq!(Object::try_from(TransferOpen::from(&object)), Ok(object));
         }

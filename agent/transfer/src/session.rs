@@ -154,7 +154,7 @@ impl Session {
         if !self.objects.insert(object.clone()) {
             return refuse("sent already under another number");
         }
-        let pages = matches!(object, Object::Pages { .. });
+        let pages = object.has_pages();
         self.open.insert(id, Open { pages, length: 0, digest: XxHash3_64::new() });
         Ok(Event::Open { id, object })
     }

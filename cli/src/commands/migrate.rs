@@ -18,6 +18,7 @@ pub(super) async fn migrate(global: &Global, flags: Migrate) -> Result<Exit, Fai
         target: flags.to.unwrap_or_default(),
         strategy: Strategy::from(flags.strategy).into(),
         no_compression: flags.no_compression,
+        ..MigrateRequest::default()
     };
     let begun = present(answer(coordinator.migrate(request)).await?.migration)?;
     if !flags.wait {

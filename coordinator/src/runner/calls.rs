@@ -164,6 +164,7 @@ impl Job {
             layer_bytes: self.facts.layer_bytes,
             network: self.facts.network,
             link: self.facts.link.clone(),
+            strategy: self.strategy.into(),
         };
         let answer = client.preflight_target(request).await.map_err(|status| self.placed(&status))?.into_inner();
         match self.refusal(&answer.findings, "the workload cannot be restored on this node") {
@@ -203,6 +204,7 @@ impl Job {
             keep_connections: self.keeps_connections(),
             compress: self.compress,
             deadline_ms: whole_milliseconds(self.deadlines.of_part(self.call)),
+            ..v1::FreezeRequest::default()
         };
         let mut events = client.freeze(request).await.map_err(|status| self.placed(&status))?.into_inner();
         let mut complete = false;
@@ -215,7 +217,7 @@ impl Job {
                     complete = true;
                     Input::Answered { call: self.call, answer: Ok(Answer::Transferred(sent)), at }
                 }
-                None => continue,
+                Some(FreezeEvent::Round(_) | FreezeEvent::Converged(_)) | None => continue,
             };
             let _gone = self.inputs.send(input);
         }

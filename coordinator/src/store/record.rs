@@ -246,6 +246,7 @@ impl Round {
             wire_bytes: self.wire_bytes,
             duration_ms: self.duration_ms,
             dirty_rate: self.dirty_rate,
+            predicted_ms: 0.0,
         }
     }
 }

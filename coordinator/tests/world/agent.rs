@@ -280,6 +280,15 @@ impl AgentService for Agent {
         after.answer(ResumeResponse { resume_ms: 4.0, pid: 4711 })
     }
 
+    async fn fill(&self, request: Request<FillRequest>) -> Result<Response<FillResponse>, Status> {
+        let id = request.into_inner().migration_id;
+        let after = self.enter("Fill").await?;
+        match self.part(&id) {
+            Some((Part::Over, _)) => after.answer(FillResponse { pages: 100, faults: 3, fill_ms: 6.0 }),
+            _ => Err(refused("nothing to fill")),
+        }
+    }
+
     async fn abort(&self, request: Request<AbortRequest>) -> Result<Response<AbortResponse>, Status> {
         let AbortRequest { migration_id: id, reason } = request.into_inner();
         assert!(!reason.is_empty(), "an agent is told why");

@@ -115,7 +115,7 @@ impl ObjectWriter {
 
     fn check_pages(&self, fits: bool, vaddr: u64, span: u64, length: usize) -> Result<(), TransferError> {
         let placed = vaddr.is_multiple_of(PAGE_SIZE as u64) && vaddr.checked_add(span).is_some();
-        if fits && placed && matches!(self.object, Object::Pages { .. }) {
+        if fits && placed && self.object.has_pages() {
             return Ok(());
         }
         Err(TransferError::NoPages { object: self.object.to_string(), vaddr, length })
