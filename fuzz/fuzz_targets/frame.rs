@@ -63,6 +63,10 @@ fn check(event: &Event, received: &Received) {
             assert_eq!(run.bytes.len() as u64, full * 4096);
             assert!(run.vaddr.checked_add(run.count * 4096).is_some());
         }
+        Event::Scattered(scattered) => {
+            let runs = scattered.clone().runs().map(|run| (run.count - run.zero.count() as u64) * 4096 == run.bytes.len() as u64);
+            assert!(runs.collect::<Vec<_>>().iter().all(|whole| *whole));
+        }
         Event::Open { object, .. } => assert_eq!(object.check(), Ok(())),
         _ => {}
     }

@@ -65,7 +65,8 @@
 //!
 //! `Data` appends: its offset is the length so far. `Pages` is a run of at most 256 pages of 4 KiB at `vaddr`; pages that
 //! are all zeros are only marked in `zero_pages` and the raw bytes are the others, in order. A run that is `absent` has
-//! neither, and any count.
+//! neither, and any count. `Scattered` is several such runs in one frame, at most 256 pages together; only memory objects have
+//! them.
 //!
 //! # Limits
 //!

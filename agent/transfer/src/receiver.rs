@@ -123,6 +123,7 @@ impl Receiving {
                 Event::Open { id, object } => sink.open(id, &object)?,
                 Event::Data { id, offset, bytes } => sink.data(id, offset, bytes)?,
                 Event::Pages(run) => sink.pages(run)?,
+                Event::Scattered(scattered) => scattered.runs().try_for_each(|run| sink.pages(run))?,
                 Event::Close { id, length, digest } => sink.close(id, length, digest)?,
                 Event::End { length } => return self.nothing_follows().map(|()| Complete { length }),
                 Event::Abort { reason } => return Err(Failure::new(FailureCode::Aborted, given_up(&reason))),

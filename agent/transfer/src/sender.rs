@@ -5,8 +5,8 @@ mod body;
 mod tasks;
 mod writer;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -115,6 +115,8 @@ struct Shared {
     frames: AtomicU64,
     waited_nanos: AtomicU64,
     objects: AtomicU32,
+    /// What both sides speak.
+    version: OnceLock<u32>,
 }
 
 impl Shared {
@@ -134,6 +136,7 @@ impl Shared {
             frames: AtomicU64::new(0),
             waited_nanos: AtomicU64::new(0),
             objects: AtomicU32::new(0),
+            version: OnceLock::new(),
         }
     }
 
@@ -235,7 +238,10 @@ impl Sender {
         let response = requests.send_request(request(body)).await.map_err(|error| TransferError::broken(&error))?;
         let mut answers = Answers::new(response)?;
         match answers.next().await? {
-            Some(Answer::Welcome(welcome)) if welcome.max_raw_length as usize >= FRAME_LENGTH => Ok(answers),
+            Some(Answer::Welcome(welcome)) if welcome.max_raw_length as usize >= FRAME_LENGTH => {
+                let _only_once = self.shared.version.set(welcome.version);
+                Ok(answers)
+            }
             Some(other) => Err(TransferError::Protocol { reason: format!("{other:?} in answer to Begin") }),
             None => Err(TransferError::Protocol { reason: "no answer to Begin".to_owned() }),
         }
@@ -306,6 +312,11 @@ impl Sender {
             frames: shared.frames.load(Ordering::Relaxed),
             duration: shared.begun.elapsed(),
         }
+    }
+
+    /// The version of the protocol that both sides speak.
+    pub fn version(&self) -> u32 {
+        self.shared.version.get().copied().unwrap_or_default()
     }
 
     /// The level that payloads are packed with now; none when they are not.

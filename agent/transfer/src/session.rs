@@ -5,13 +5,14 @@ use std::hash::Hasher as _;
 
 use bytes::Bytes;
 use podferry_proto::v1::transfer_request::Kind;
-use podferry_proto::v1::{TransferBegin, TransferClose, TransferEnd, TransferOpen, TransferPages};
+use podferry_proto::v1::{TransferBegin, TransferClose, TransferEnd, TransferOpen, TransferPages, TransferScattered};
 use twox_hash::XxHash3_64;
 
 use crate::compression::Unpacker;
 use crate::frame::{FrameError, Received};
 use crate::limits::{MAX_OBJECTS, MAX_OPEN, MAX_REASON_LENGTH, PAGE_SIZE};
 use crate::object::Object;
+use crate::scatter::{self, Place};
 use crate::zero::ZeroMap;
 
 /// A run of pages of one object.
@@ -31,6 +32,30 @@ pub struct PageRun {
     pub bytes: Bytes,
     /// Whether the run has no contents at all.
     pub absent: bool,
+}
+
+/// Runs of pages of one object that came in one frame.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scattered {
+    object: u32,
+    places: Vec<Place>,
+    zero: ZeroMap,
+    bytes: Bytes,
+}
+
+impl Scattered {
+    /// The runs, one by one.
+    pub fn runs(mut self) -> impl Iterator<Item = PageRun> {
+        let (object, zero, mut first) = (self.object, self.zero, 0);
+        self.places.into_iter().map(move |Place { vaddr, count }| {
+            // At most as many as a frame has.
+            let pages = usize::try_from(count).unwrap_or(usize::MAX);
+            let zero = zero.part(first, pages);
+            first += pages;
+            let bytes = self.bytes.split_to((pages - zero.count()) * PAGE_SIZE);
+            PageRun { object, vaddr, count, flags: 0, zero, bytes, absent: false }
+        })
+    }
 }
 
 /// What a frame asks of the receiver. Everything in it has been checked.
@@ -56,6 +81,8 @@ pub enum Event {
     },
     /// Pages.
     Pages(PageRun),
+    /// Pages that lie apart.
+    Scattered(Scattered),
     /// An object is complete, and is what was sent.
     Close {
         /// Its number.
@@ -79,6 +106,8 @@ pub enum Event {
 
 struct Open {
     pages: bool,
+    /// Whether its pages may lie apart.
+    memory: bool,
     length: u64,
     digest: XxHash3_64,
 }
@@ -133,6 +162,7 @@ impl Session {
             Kind::Open(open) => self.open(frame.object, open),
             Kind::Data(data) => self.data(frame, data.offset),
             Kind::Pages(pages) => self.pages(frame, pages),
+            Kind::Scattered(scattered) => self.scattered(frame, scattered),
             Kind::Close(close) => self.close(frame.object, *close),
             Kind::End(end) => self.end(*end),
             Kind::Abort(abort) => {
@@ -155,7 +185,8 @@ impl Session {
             return refuse("sent already under another number");
         }
         let pages = object.has_pages();
-        self.open.insert(id, Open { pages, length: 0, digest: XxHash3_64::new() });
+        let memory = matches!(object, Object::Memory { .. });
+        self.open.insert(id, Open { pages, memory, length: 0, digest: XxHash3_64::new() });
         Ok(Event::Open { id, object })
     }
 
@@ -182,6 +213,29 @@ impl Session {
         let bytes = self.unpacker.unpack(frame)?;
         object.add(frame, if absent { 0 } else { length })?;
         Ok(Event::Pages(PageRun { object: frame.object, vaddr, count, flags, zero, bytes, absent }))
+    }
+
+    fn scattered(&mut self, frame: &Received, scattered: &TransferScattered) -> Result<Event, FrameError> {
+        let object = find(&mut self.open, "Scattered", frame.object, true)?;
+        if !object.memory {
+            return Err(FrameError::Object { what: "Scattered", object: frame.object, state: "of another sort" });
+        }
+        let most = (crate::limits::MAX_RAW_LENGTH / PAGE_SIZE) as u64;
+        let places = scatter::decode(&scattered.runs, most).filter(|places| !places.is_empty());
+        let places = places.ok_or(FrameError::NotCanonical)?;
+        let count = usize::try_from(places.iter().map(|place| place.count).sum::<u64>()).unwrap_or(usize::MAX);
+        let zero = ZeroMap::from_wire(scattered.zero_pages.clone(), count).ok_or(FrameError::NotCanonical)?;
+        let full = (count - zero.count()) * PAGE_SIZE;
+        if frame.raw_length != full {
+            return Err(FrameError::Length {
+                what: "raw bytes",
+                length: frame.raw_length as u64,
+                expected: full as u64,
+            });
+        }
+        let bytes = self.unpacker.unpack(frame)?;
+        object.add(frame, (count * PAGE_SIZE) as u64)?;
+        Ok(Event::Scattered(Scattered { object: frame.object, places, zero, bytes }))
     }
 
     fn close(&mut self, id: u32, said: TransferClose) -> Result<Event, FrameError> {

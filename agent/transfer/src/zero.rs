@@ -53,6 +53,16 @@ impl ZeroMap {
         self.0.get(page / 8).is_some_and(|byte| byte & (1 << (page % 8)) != 0)
     }
 
+    /// The map of a part: `count` pages from `first` on.
+    pub(crate) fn part(&self, first: usize, count: usize) -> Self {
+        let mut bits = vec![0; count.div_ceil(8)];
+        for page in (0..count).filter(|page| self.is_zero(first + page)) {
+            bits[page / 8] |= 1 << (page % 8);
+        }
+        let any = bits.iter().any(|byte| *byte != 0);
+        Self(if any { Bytes::from(bits) } else { Bytes::new() })
+    }
+
     /// How many pages are zero.
     pub fn count(&self) -> usize {
         self.0.iter().map(|byte| byte.count_ones() as usize).sum()

@@ -13,7 +13,7 @@ use podferry_common::identity::Peer;
 use podferry_common::tls::TlsError;
 use podferry_proto::Version;
 use podferry_transfer::compression::Level;
-use podferry_transfer::{Compression, Object, Options, Owner, Sender, TransferError};
+use podferry_transfer::{Compression, Object, Options, Owner, Place, Sender, TransferError};
 use support::{Call, Cluster, agent, noise};
 
 const PAGE: usize = 4096;
@@ -458,4 +458,36 @@ impl Drop for Relay {
     fn drop(&mut self) {
         self.task.abort();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn scattered_pages_of_a_running_process_arrive_where_they_belong() {
+    let cluster = Cluster::new().await;
+    let sender = connect(&cluster, Options::default()).await.unwrap();
+    assert_eq!(sender.version(), Version::OURS.current);
+    let bytes = mixed(200);
+    let places: Vec<Place> = (0..100).map(|run| Place { vaddr: run * 0x10_0000 + 0x1000, count: 2 }).collect();
+    let mut writer = sender.open(&Object::Memory { process: 7, round: 1 }).await.unwrap();
+    writer.scattered(&places, Bytes::from(bytes.clone())).await.unwrap();
+    writer.close().await.unwrap();
+    sender.finish().await.unwrap();
+    let calls = cluster.store.calls();
+    assert_eq!(rebuilt(&calls, 1).0, bytes);
+    let arrived: Vec<(u64, u64)> = calls
+        .iter()
+        .filter_map(|call| match call {
+            Call::Pages(run) => Some((run.vaddr, run.count)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(arrived, places.iter().map(|place| (place.vaddr, place.count)).collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pages_of_another_sort_do_not_lie_apart() {
+    let cluster = Cluster::new().await;
+    let sender = connect(&cluster, Options::default()).await.unwrap();
+    let mut writer = sender.open(&memory(1)).await.unwrap();
+    let refused = writer.scattered(&[Place { vaddr: 0x1000, count: 1 }], Bytes::from(noise(PAGE, 1))).await;
+    assert!(matches!(refused, Err(TransferError::NoPages { .. })), "{refused:?}");
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use podferry_proto::v1::transfer_request::Kind;
-use podferry_proto::v1::{TransferClose, TransferCompression, TransferData, TransferPages};
+use podferry_proto::v1::{TransferClose, TransferCompression, TransferData, TransferPages, TransferScattered};
 use tokio::sync::mpsc;
 
 use super::{Compression, Shared};
@@ -15,6 +15,7 @@ use crate::error::TransferError;
 use crate::frame::Frame;
 use crate::limits::{FRAME_LENGTH, PAGE_SIZE};
 use crate::object::Object;
+use crate::scatter::{self, Place};
 use crate::zero::ZeroMap;
 
 /// Bytes of a payload that levels are measured on.
@@ -69,6 +70,21 @@ impl ObjectWriter {
         Ok(())
     }
 
+    /// Pages of a memory object that lie apart, at most [`FRAME_LENGTH`] bytes together: where, ascending and without overlap, and
+    /// what they hold, one after the other. Zero pages are found and not sent.
+    pub async fn scattered(&mut self, places: &[Place], bytes: Bytes) -> Result<(), TransferError> {
+        let length = bytes.len();
+        let pages: u64 = places.iter().map(|place| place.count).sum();
+        let fits = matches!(self.object, Object::Memory { .. }) && length <= FRAME_LENGTH && length != 0;
+        let vaddr = places.first().map_or(0, |place| place.vaddr);
+        self.check_pages(fits && pages * PAGE_SIZE as u64 == length as u64, vaddr, 0, length)?;
+        let zero = ZeroMap::find(&bytes);
+        let zero_bytes = zero.count() * PAGE_SIZE;
+        let kind = TransferScattered { runs: scatter::encode(places), zero_pages: zero.to_wire() };
+        let full = if zero_bytes == 0 { bytes } else { self.gather(&bytes, &zero) };
+        self.send(Kind::Scattered(kind), length, zero_bytes, full).await
+    }
+
     /// A run of `count` pages without contents: they are elsewhere, and `flags` say where.
     pub async fn absent_pages(&mut self, vaddr: u64, flags: u32, count: u64) -> Result<(), TransferError> {
         let length = count.checked_mul(PAGE_SIZE as u64);
@@ -94,6 +110,12 @@ impl ObjectWriter {
     pub fn pages_blocking(&mut self, vaddr: u64, flags: u32, bytes: Bytes) -> Result<(), TransferError> {
         let runtime = self.shared.runtime.clone();
         runtime.block_on(self.pages(vaddr, flags, bytes))
+    }
+
+    /// As [`ObjectWriter::scattered`].
+    pub fn scattered_blocking(&mut self, places: &[Place], bytes: Bytes) -> Result<(), TransferError> {
+        let runtime = self.shared.runtime.clone();
+        runtime.block_on(self.scattered(places, bytes))
     }
 
     /// As [`ObjectWriter::absent_pages`].

@@ -163,3 +163,52 @@ fn a_long_reason_is_cut() {
     let Ok(Event::Abort { reason }) = send(&mut opened(), Frame::bare(0, abort)) else { panic!("no abort") };
     assert!(reason.len() <= MAX_REASON_LENGTH && reason.len() > MAX_REASON_LENGTH - 2);
 }
+
+fn scattered(places: &[Place], zero: Vec<u8>, full: usize) -> Frame {
+    let kind = TransferScattered { runs: scatter::encode(places), zero_pages: zero.into() };
+    loaded(
+        3,
+        Kind::Scattered(kind),
+        (0..full).flat_map(|page| vec![u8::try_from(page % 200 + 1).unwrap(); PAGE_SIZE]).collect(),
+    )
+}
+
+#[test]
+fn pages_that_lie_apart_come_as_runs() {
+    let mut session = opened();
+    send(&mut session, open(3, &Object::Memory { process: 1, round: 1 })).unwrap();
+    let places = [Place { vaddr: 0x3000, count: 2 }, Place { vaddr: 0x9000, count: 3 }];
+    // The second page of each run is zero.
+    let Event::Scattered(event) = send(&mut session, scattered(&places, vec![0b1010], 3)).unwrap() else {
+        panic!("none")
+    };
+    let runs: Vec<PageRun> = event.runs().collect();
+    assert_eq!(runs.iter().map(|run| (run.vaddr, run.count)).collect::<Vec<_>>(), [(0x3000, 2), (0x9000, 3)]);
+    assert_eq!([runs[0].bytes.len(), runs[1].bytes.len()], [PAGE_SIZE, 2 * PAGE_SIZE]);
+    assert_eq!((runs[0].bytes[0], runs[1].bytes[0], runs[1].bytes[PAGE_SIZE]), (1, 2, 3));
+    assert!(runs[0].zero.is_zero(1) && !runs[0].zero.is_zero(0) && runs[1].zero.is_zero(1) && !runs[1].zero.is_zero(2));
+    let length = 5 * PAGE_SIZE as u64;
+    let close = Frame::bare(3, Kind::Close(TransferClose { length: length + 1, digest: 0 }));
+    assert!(matches!(send(&mut session, close), Err(FrameError::Total { found, .. }) if found == length));
+}
+
+#[test]
+fn scattered_pages_that_cannot_be_are_refused() {
+    let place = Place { vaddr: 0x3000, count: 2 };
+    let refused = [
+        scattered(&[], vec![], 0),
+        scattered(&[place], vec![], 1),
+        scattered(&[place], vec![0b100], 2),
+        scattered(&[Place { count: 257, ..place }], vec![], 256),
+    ];
+    for frame in refused {
+        let mut session = opened();
+        send(&mut session, open(3, &Object::Memory { process: 1, round: 1 })).unwrap();
+        assert!(send(&mut session, frame.clone()).is_err(), "{frame:?}");
+    }
+    // CRIU's own pages ascend: they never lie apart in one frame.
+    let mut session = opened();
+    send(&mut session, open(3, &Object::Pages { owner: Owner::Process(2), id: 2 })).unwrap();
+    let found = send(&mut session, scattered(&[place], vec![], 2));
+    assert!(matches!(found, Err(FrameError::Object { what: "Scattered", .. })), "{found:?}");
+}
