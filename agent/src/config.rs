@@ -49,6 +49,10 @@ pub struct Tools {
     pub stdio_keeper: PathBuf,
     /// `podferry-dump-worker`.
     pub dump_worker: PathBuf,
+    /// `libpodferry_criu_shim.so`, which is preloaded into CRIU for live migrations.
+    pub criu_shim: PathBuf,
+    /// `podferry-pager`.
+    pub pager: PathBuf,
 }
 
 /// Where containers are.

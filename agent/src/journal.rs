@@ -159,6 +159,11 @@ impl PartDirs {
         self.state.join("worker.json")
     }
 
+    /// What the dump worker was told; there is none before it is started.
+    pub fn job_file(&self) -> PathBuf {
+        self.state.join("job.json")
+    }
+
     /// Where the dump worker listens.
     pub fn control_socket(&self) -> PathBuf {
         self.run.join("control")

@@ -13,6 +13,7 @@ mod process;
 mod restore;
 mod runc;
 pub mod stdio;
+mod tree;
 
 pub use cgroup::CgroupPaths;
 pub use container::{Container, ContainerMount, Init, NamespaceKind, Status, discover, find};
@@ -24,3 +25,4 @@ pub use host::{CgroupVersion, CpuFeatures, HostFacts};
 pub use preflight::{DeletedFile, Facts, Finding, FindingKind, NetworkKind, Report, Severity, preflight};
 pub use restore::{CgroupsMode, RestoreRequest, RestoreStdio, RunningRestore};
 pub use runc::Runc;
+pub use tree::Member;

@@ -1,6 +1,7 @@
 //! Between the protocol's messages and the agent's own types. What comes in is checked here.
 
 use std::net::IpAddr;
+use std::time::{Duration, SystemTime};
 
 use podferry_common::NodeName;
 use podferry_common::failure::{Failure, FailureCode};
@@ -8,12 +9,18 @@ use podferry_network::{ContainerLink, IpNet, MacAddress, Route};
 use podferry_proto::v1::{self, PartState, freeze_event};
 
 use crate::journal::Standing;
-use crate::source::{FreezeEvent, SourcePart};
+use crate::source::{FreezeEvent, PreCopyOrder, Round, SourcePart};
 use crate::target::TargetPart;
 
 /// The most addresses and routes of a link.
 const MOST_ADDRESSES: usize = 16;
 const MOST_ROUTES: usize = 64;
+/// The most rounds of a pre-copy.
+const MOST_ROUNDS: u32 = 100;
+/// The downtime that is aimed at when what was asked for makes no sense.
+const DEFAULT_BUDGET: Duration = Duration::from_millis(100);
+/// The most characters of a note.
+const LONGEST_NOTE: usize = 250;
 
 /// A node's name.
 pub(crate) fn node_name(text: &str) -> Result<NodeName, Failure> {
@@ -97,13 +104,36 @@ pub(crate) fn event(event: FreezeEvent) -> v1::FreezeEvent {
         FreezeEvent::Progress { raw_bytes, wire_bytes } => {
             freeze_event::Event::Progress(v1::Progress { raw_bytes, wire_bytes })
         }
-        FreezeEvent::Transferred { pages, raw_bytes, zero_bytes, wire_bytes, dump_ms, transfer_ms } => {
+        FreezeEvent::Round(round) => freeze_event::Event::Round(round_message(round)),
+        FreezeEvent::Converged { predicted_ms, notes } => {
+            let notes = notes.iter().map(|note| note.chars().take(LONGEST_NOTE).collect()).collect();
+            freeze_event::Event::Converged(v1::Converged { predicted_ms, notes })
+        }
+        FreezeEvent::Transferred { pages, raw_bytes, zero_bytes, wire_bytes, dump_ms, transfer_ms, last_round } => {
+            let last_round = last_round.map(round_message);
             let transferred =
-                v1::Transferred { pages, raw_bytes, zero_bytes, wire_bytes, dump_ms, transfer_ms, last_round: None };
+                v1::Transferred { pages, raw_bytes, zero_bytes, wire_bytes, dump_ms, transfer_ms, last_round };
             freeze_event::Event::Transferred(transferred)
         }
     };
     v1::FreezeEvent { event: Some(event) }
+}
+
+fn round_message(round: Round) -> v1::Round {
+    v1::Round {
+        pages: round.pages,
+        raw_bytes: round.raw_bytes,
+        wire_bytes: round.wire_bytes,
+        duration_ms: round.duration.as_secs_f64() * 1e3,
+        dirty_rate: round.dirty_rate,
+        predicted_ms: round.predicted.as_secs_f64() * 1e3,
+    }
+}
+
+/// How to pre-copy, within what is taken.
+pub(crate) fn pre_copy_of(message: &v1::PreCopy, deadline: SystemTime) -> PreCopyOrder {
+    let budget = Duration::try_from_secs_f64(message.downtime_budget_ms / 1e3).unwrap_or(DEFAULT_BUDGET);
+    PreCopyOrder { budget, max_rounds: message.max_rounds.clamp(1, MOST_ROUNDS), deadline }
 }
 
 /// How a part ended.

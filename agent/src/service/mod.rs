@@ -149,12 +149,16 @@ impl Agent {
             target_address: request.target_address,
             keep_connections: request.keep_connections,
             compress: request.compress,
-            deadline: deadline_of(request.deadline_ms),
+            bandwidth_limit: Some(request.bandwidth_limit).filter(|limit| *limit > 0),
+            pre_copy: request
+                .pre_copy
+                .map(|pre_copy| convert::pre_copy_of(&pre_copy, deadline_of(pre_copy.deadline_ms))),
+            patience: patience_of(request.deadline_ms),
         };
-        let (part, started) = SourcePart::begin(&self.context, &order).await?;
+        let (part, connected) = SourcePart::begin(&self.context, &order).await?;
         let part = Arc::new(part);
         reservation.fill(Part::Source(Arc::clone(&part)));
-        self.watch_deadline(migration, order.deadline);
+        self.watch_deadline(migration, order.deadline());
 
         let (answers, receiver) = mpsc::channel(EVENT_QUEUE);
         let (events, mut incoming) = mpsc::channel(EVENT_QUEUE);
@@ -163,7 +167,7 @@ impl Agent {
         tokio::spawn(async move {
             let lost = Failure::new(FailureCode::Aborted, "the coordinator's connection broke").in_phase("freeze");
             let ended = {
-                let running = part.run(&order, started, &events);
+                let running = part.run(&order, connected, &events);
                 tokio::pin!(running);
                 loop {
                     tokio::select! {
@@ -400,5 +404,9 @@ fn migration_of(text: &str) -> Result<MigrationId, Failure> {
 }
 
 fn deadline_of(ms: u64) -> SystemTime {
-    SystemTime::now() + Duration::from_millis(ms).clamp(DEADLINES.0, DEADLINES.1)
+    SystemTime::now() + patience_of(ms)
+}
+
+fn patience_of(ms: u64) -> Duration {
+    Duration::from_millis(ms).clamp(DEADLINES.0, DEADLINES.1)
 }

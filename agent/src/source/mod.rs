@@ -1,18 +1,21 @@
 //! A migration's part on the node that the container leaves.
 //!
 //! ```text
-//!  Freeze ─▶ worker started ─▶ tasks frozen, link cut ─▶ pages and images sent ─▶ FROZEN ─Seal─▶ SEALED ─Release─▶ RELEASED
-//!                    └──────────────────┴──────── anything wrong ───┴──────────────┴───── Abort ─────┘──▶ ABORTED
+//!  Freeze ─▶ [pre-copy] ─▶ worker started ─▶ tasks frozen, link cut ─▶ the rest sent ─▶ FROZEN ─Seal─▶ SEALED ─Release─▶ RELEASED
+//!                └───────────────┴──────────────────┴───── anything wrong ───┴─────────────┴───── Abort ─────┘──▶ ABORTED
 //! ```
+//!
+//! [Pre-copy](precopy) is for live migrations: memory is sent while the container runs.
 //!
 //! The tasks belong to the [dump worker](crate::worker), which undoes an unsealed part by itself. What is here moves what
 //! CRIU writes, and when the worker was killed does what it would have done, from its record.
 
 mod pages;
+mod precopy;
 mod sweep;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use podferry_common::MigrationId;
@@ -22,16 +25,19 @@ use podferry_criu::{CgroupsMode, DumpRequest};
 use podferry_filesystem::WritableLayer;
 use podferry_network::LinkHandle;
 use podferry_runtime::{Container, Externals, Init};
-use podferry_transfer::{Compression, Introduction, Object, Options, Sender};
+use podferry_transfer::{Compression, Introduction, Object, Options, Sender, SenderStats};
 use tokio::net::UnixListener;
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, OwnedMutexGuard, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::context::{Context, blocking};
 use crate::journal::{Ledger, PartDirs, PartRecord, Role, Standing};
 use crate::parts::Authority;
 use crate::worker::client::{View, Worker};
-use crate::worker::messages::{DumpJob, Order, Stage, WorkerRecord};
+use crate::worker::messages::{DumpJob, Hidden, Order, Stage, WorkerRecord};
+use precopy::{Converged, Followers, Way};
+
+pub use precopy::{PreCopyOrder, Round};
 
 /// How long CRIU may take to stop all tasks.
 const FREEZE_TIMEOUT_S: u32 = 5;
@@ -63,13 +69,33 @@ pub struct FreezeOrder {
     pub keep_connections: bool,
     /// Whether pages may be compressed.
     pub compress: bool,
-    /// When an unsealed part undoes itself.
-    pub deadline: SystemTime,
+    /// The most bytes per second on the link; none for as many as it takes.
+    pub bandwidth_limit: Option<u64>,
+    /// How to pre-copy; none: freeze at once.
+    pub pre_copy: Option<PreCopyOrder>,
+    /// How long after the end of pre-copy an unsealed part undoes itself.
+    pub patience: Duration,
+}
+
+impl FreezeOrder {
+    /// When an unsealed part undoes itself at the latest.
+    pub fn deadline(&self) -> SystemTime {
+        self.pre_copy.map_or_else(SystemTime::now, |pre_copy| pre_copy.deadline) + self.patience
+    }
 }
 
 /// What a freeze tells while it goes on.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum FreezeEvent {
+    /// A round of pre-copy has ended.
+    Round(Round),
+    /// Pre-copy has ended; the freeze begins now.
+    Converged {
+        /// What the memory that is left will add to the downtime, in milliseconds.
+        predicted_ms: f64,
+        /// What a person should know.
+        notes: Vec<String>,
+    },
     /// The tasks are frozen; milliseconds since the request.
     Frozen {
         /// From the request to the freeze.
@@ -96,6 +122,8 @@ pub enum FreezeEvent {
         dump_ms: f64,
         /// From then until the target confirmed.
         transfer_ms: f64,
+        /// What was sent in the freeze, after a pre-copy.
+        last_round: Option<Round>,
     },
 }
 
@@ -106,30 +134,37 @@ pub struct SourcePart {
     dirs: PartDirs,
     /// None when it was gone before a restarted agent looked.
     container: Option<Container>,
-    /// None when it was killed before a restarted agent looked.
-    worker: Option<Worker>,
+    /// None before the freeze, and when it was killed before a restarted agent looked.
+    worker: Arc<OnceLock<Worker>>,
+    /// Whose writes are followed. Locked while anybody reads their memory or starts the worker: an abort waits for that.
+    followers: Arc<Mutex<Followers>>,
     ledger: Ledger,
     /// Ends a dump and transfer that go on: a stalled link must not keep the tasks frozen.
     cancelled: CancellationToken,
 }
 
-/// A dump that has been started.
-#[expect(missing_debug_implementations, reason = "the transfer's sender has none")]
-pub struct Started {
+/// A dump under way.
+struct Dump {
     /// Where CRIU's page stream comes.
     pages: UnixListener,
-    /// The way to the target.
-    sender: Arc<Sender>,
-    /// When.
+    /// When it began.
     at: Instant,
+    /// What had been sent by then.
+    sent_before: SenderStats,
+    /// What pre-copy came to, if there was one.
+    converged: Option<Converged>,
 }
 
+/// The way to the target, which has admitted the transfer.
+#[expect(missing_debug_implementations, reason = "the transfer's sender has none")]
+pub struct Connected(Arc<Sender>);
+
 impl SourcePart {
-    /// Connects to the target, then starts the worker, which starts CRIU. The tasks are not frozen yet.
+    /// Connects to the target. The container is not touched yet.
     ///
     /// # Errors
-    /// When anything cannot be made ready; then nothing was touched.
-    pub async fn begin(context: &Context, order: &FreezeOrder) -> Result<(Self, Started), Failure> {
+    /// When anything cannot be made ready; then nothing is left.
+    pub async fn begin(context: &Context, order: &FreezeOrder) -> Result<(Self, Connected), Failure> {
         let dirs = PartDirs::of(&context.config, order.migration);
         let init = order.container.init.ok_or_else(|| not_running(context, &order.container.id))?;
         let mut record = PartRecord {
@@ -149,28 +184,35 @@ impl SourcePart {
             },
         };
         // A target that cannot be reached is to cost the tasks nothing.
-        let started = async {
+        let connected = async {
             let begun = record.begin(&dirs);
             let what = "the part's folders cannot be made";
             begun.map_err(|error| context.failure(FailureCode::Internal, what, &error))?;
-            let sender = connect(context, order).await?;
-            let at = Instant::now();
-            let (worker, pages) = start_worker(context, &dirs, order, init).await?;
-            Ok((worker, Started { pages, sender, at }))
+            connect(context, order).await
         };
-        match started.await {
-            Ok((worker, started)) => {
+        match connected.await {
+            Ok(sender) => {
                 let container = Some(order.container.clone());
-                let ledger = Ledger::new(record, dirs.clone());
-                let cancelled = CancellationToken::new();
-                let worker = Some(worker);
-                Ok((Self { context: context.clone(), dirs, container, worker, ledger, cancelled }, started))
+                Ok((Self::of(context, dirs, container, record), Connected(sender)))
             }
             Err(failure) => {
                 dirs.wipe_volatile();
                 forget(&dirs);
                 Err(failure)
             }
+        }
+    }
+
+    fn of(context: &Context, dirs: PartDirs, container: Option<Container>, record: PartRecord) -> Self {
+        let ledger = Ledger::new(record, dirs.clone());
+        Self {
+            context: context.clone(),
+            dirs,
+            container,
+            worker: Arc::default(),
+            followers: Arc::default(),
+            ledger,
+            cancelled: CancellationToken::new(),
         }
     }
 
@@ -186,23 +228,35 @@ impl SourcePart {
             }
             Role::Target { .. } => None,
         };
-        let cancelled = CancellationToken::new();
-        let ledger = Ledger::new(record, dirs.clone());
-        Self { context: context.clone(), dirs, container, worker, ledger, cancelled }
+        let part = Self::of(context, dirs, container, record);
+        if let Some(worker) = worker {
+            let _never_set_before = part.worker.set(worker);
+        }
+        part
     }
 
-    /// Dumps and sends. Returns when the target has confirmed everything; the tasks stay frozen.
+    /// Pre-copies, if that is wanted, then dumps and sends. Returns when the target has confirmed everything; the tasks stay
+    /// frozen.
     ///
     /// # Errors
     /// What went wrong. Then the tasks run on, or [`SourcePart::abort`] has to be called and sees to it.
     pub async fn run(
         &self,
         order: &FreezeOrder,
-        started: Started,
+        Connected(sender): Connected,
         events: &mpsc::Sender<FreezeEvent>,
     ) -> Result<(), Failure> {
+        let work = async {
+            let followers = Arc::clone(&self.followers).lock_owned().await;
+            let (followers, converged) = match order.pre_copy {
+                Some(wish) => self.pre_copy(order, wish, &sender, events, followers).await?,
+                None => (followers, None),
+            };
+            let dump = self.start_dump(order, &sender, converged, followers).await?;
+            self.dump_and_send(order, dump, sender, events).await
+        };
         tokio::select! {
-            ended = self.dump_and_send(order, started, events) => ended,
+            ended = work => ended,
             // Dropping the transfer breaks CRIU's page stream, and CRIU fails and resumes the tasks.
             () = self.cancelled.cancelled() => {
                 Err(self.context.refusal(FailureCode::Aborted, "the migration was aborted").in_phase("transfer"))
@@ -210,23 +264,87 @@ impl SourcePart {
         }
     }
 
+    async fn pre_copy(
+        &self,
+        order: &FreezeOrder,
+        wish: PreCopyOrder,
+        sender: &Arc<Sender>,
+        events: &mpsc::Sender<FreezeEvent>,
+        mut followers: OwnedMutexGuard<Followers>,
+    ) -> Result<(OwnedMutexGuard<Followers>, Option<Converged>), Failure> {
+        if sender.version() < podferry_proto::Version::PRE_COPY {
+            let message = format!("the agent of {} does not take memory before the freeze", order.target);
+            let failure = self.context.refusal(FailureCode::Unimplemented, message).in_phase("precopy");
+            return Err(failure.remedy("update it, or migrate warm"));
+        }
+        let job = precopy::Job {
+            context: self.context.clone(),
+            container: order.container.clone(),
+            order: wish,
+            way: self.way(sender),
+            events: events.clone(),
+        };
+        let telling = tell_progress(sender, events);
+        let copying = blocking(move || {
+            let converged = followers.pre_copy(&job)?;
+            Ok((followers, Some(converged)))
+        });
+        tokio::select! {
+            copied = copying => copied,
+            () = telling => Err(self.context.refusal(FailureCode::Internal, "progress ended").in_phase("precopy")),
+        }
+    }
+
+    fn way(&self, sender: &Arc<Sender>) -> Way {
+        Way { sender: Arc::downgrade(sender), cancelled: self.cancelled.clone() }
+    }
+
+    /// Starts the worker, which starts CRIU. To its end, also when nobody waits any more: a worker must be known.
+    async fn start_dump(
+        &self,
+        order: &FreezeOrder,
+        sender: &Sender,
+        converged: Option<Converged>,
+        mut followers: OwnedMutexGuard<Followers>,
+    ) -> Result<Dump, Failure> {
+        let (context, dirs, order) = (self.context.clone(), self.dirs.clone(), order.clone());
+        let (worker, cancelled) = (Arc::clone(&self.worker), self.cancelled.clone());
+        let sent_before = sender.stats();
+        let starting = tokio::spawn(async move {
+            if cancelled.is_cancelled() {
+                return Err(context.refusal(FailureCode::Aborted, "the migration was aborted").in_phase("freeze"));
+            }
+            let hidden = converged.is_some().then(|| hide(&context, &dirs, &mut followers)).transpose()?;
+            let at = Instant::now();
+            let (started, pages) = start_worker(&context, &dirs, &order, hidden).await?;
+            let _never_set_before = worker.set(started);
+            drop(followers);
+            Ok(Dump { pages, at, sent_before, converged })
+        });
+        let what = "the task that starts a dump ended";
+        starting.await.map_err(|error| self.context.failure(FailureCode::Internal, what, &error))?
+    }
+
     async fn dump_and_send(
         &self,
         order: &FreezeOrder,
-        started: Started,
+        dump: Dump,
+        sender: Arc<Sender>,
         events: &mpsc::Sender<FreezeEvent>,
     ) -> Result<(), Failure> {
-        let Started { pages, sender, at: begun } = started;
+        let Dump { pages, at: begun, sent_before, converged } = dump;
         let worker = self.worker()?;
+        let deadline = SystemTime::now() + order.patience;
         let forwarding = self.spawn_forwarding(&pages, &sender).await?;
 
-        let frozen = worker.until(patience(order.deadline), |view| *view != View::Stage(Stage::Freezing)).await;
+        let frozen = worker.until(patience(deadline), |view| *view != View::Stage(Stage::Freezing)).await;
         self.check(&frozen)?;
         let frozen_at = Instant::now();
+        let last_round = self.spawn_last_round(converged.is_some(), &sender).await;
         let _ = events.send(FreezeEvent::Frozen { freeze_ms: ms(begun, frozen_at) }).await;
 
         let telling = tell_progress(&sender, events);
-        let sending = self.send_rest(order, worker, &sender, forwarding);
+        let sending = self.send_rest(order, deadline, &sender, forwarding, last_round);
         let (sent, dumped_at) = tokio::select! {
             sent = sending => sent?,
             () = telling => return Err(self.context.refusal(FailureCode::Internal, "progress ended").in_phase("transfer")),
@@ -235,27 +353,43 @@ impl SourcePart {
             return Err(self.context.refusal(FailureCode::Internal, "the transfer is still used").in_phase("transfer"));
         };
         let stats = sender.finish().await.map_err(|error| self.transfer_failed(&error))?;
-        let done = FreezeEvent::Transferred {
+        let last_round = converged.as_ref().map(|_| Round {
             pages: sent,
+            raw_bytes: stats.raw_bytes - sent_before.raw_bytes,
+            wire_bytes: stats.wire_bytes - sent_before.wire_bytes,
+            duration: frozen_at.elapsed(),
+            ..Round::default()
+        });
+        let done = FreezeEvent::Transferred {
+            pages: converged.map_or(0, |converged| converged.pages) + sent,
             raw_bytes: stats.raw_bytes,
             zero_bytes: stats.zero_bytes,
             wire_bytes: stats.wire_bytes,
             dump_ms: ms(frozen_at, dumped_at),
             transfer_ms: ms(dumped_at, Instant::now()),
+            last_round,
         };
         let _ = events.send(done).await;
         Ok(())
+    }
+
+    /// Beside CRIU, which does not look where this looks.
+    async fn spawn_last_round(&self, pre_copied: bool, sender: &Arc<Sender>) -> LastRound {
+        let mut followers = Arc::clone(&self.followers).lock_owned().await;
+        let (context, way) = (self.context.clone(), self.way(sender));
+        tokio::task::spawn_blocking(move || if pre_copied { followers.last_round(&context, &way) } else { Ok(0) })
     }
 
     /// Waits for the end of CRIU's dump, then sends images and writable layer.
     async fn send_rest(
         &self,
         order: &FreezeOrder,
-        worker: &Worker,
+        deadline: SystemTime,
         sender: &Arc<Sender>,
         forwarding: tokio::task::JoinHandle<Result<u64, podferry_criu::CriuError>>,
+        last_round: LastRound,
     ) -> Result<(u64, Instant), Failure> {
-        let dumped = worker.until(patience(order.deadline), |view| *view == View::Stage(Stage::Dumped)).await;
+        let dumped = self.worker()?.until(patience(deadline), |view| *view == View::Stage(Stage::Dumped)).await;
         let forwarded = async {
             let ended = forwarding.await;
             ended.map_err(|error| self.context.failure(FailureCode::Internal, "the page stream's task ended", &error))
@@ -273,7 +407,9 @@ impl SourcePart {
             return Err(self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("dump"));
         }
         let dumped_at = Instant::now();
-        let pages = forwarded.await?.map_err(|error| self.transfer_failed(&error))?;
+        let mut pages = forwarded.await?.map_err(|error| self.transfer_failed(&error))?;
+        let what = "the task of the last round ended";
+        pages += last_round.await.map_err(|error| self.context.failure(FailureCode::Internal, what, &error))??;
         self.send_images(sender).await?;
         self.send_layer(&order.container, sender).await?;
         Ok((pages, dumped_at))
@@ -385,7 +521,7 @@ impl SourcePart {
             Standing::Sealed => {}
             other => return Err(self.wrong_standing("release", other)),
         }
-        let ended = match &self.worker {
+        let ended = match self.worker.get() {
             Some(worker) => {
                 worker.order(&Order::Release).await;
                 worker.until(RELEASE_TIMEOUT, View::is_last).await
@@ -407,8 +543,12 @@ impl SourcePart {
 
     /// Removes what a released container leaves: runc's state, its writable layer, its network namespace, its images.
     pub async fn tidy(&self) {
-        if let Some(worker) = &self.worker {
+        if let Some(worker) = self.worker.get() {
             worker.gone().await;
+        }
+        let followers = std::mem::take(&mut *self.followers.lock().await);
+        if let Err(failure) = end_following(followers).await {
+            tracing::error!(%failure, "what followed a released container does not end");
         }
         let mut record = self.ledger.lock().await;
         // The workload may have come back since.
@@ -435,7 +575,9 @@ impl SourcePart {
             other => return Err(self.wrong_standing("abort", other)),
         }
         self.cancelled.cancel();
-        let ended = match &self.worker {
+        // Whoever reads memory or starts the worker sees that, and ends.
+        let mut followers = self.followers.lock().await;
+        let ended = match self.worker.get() {
             Some(worker) => {
                 worker.order(&Order::Abort { reason: reason.to_owned() }).await;
                 worker.until(UNDO_TIMEOUT, View::is_last).await
@@ -458,6 +600,8 @@ impl SourcePart {
                 return Err(self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("rollback"));
             }
         }
+        // Before another migration of the container may begin: two cannot follow it.
+        end_following(std::mem::take(&mut *followers)).await?;
         self.ledger
             .change(&mut record, |record| record.standing = Standing::Aborted)
             .map_err(|error| io_failed(&self.context, &error))?;
@@ -472,13 +616,13 @@ impl SourcePart {
 
     /// Whether the worker holds the frozen tasks.
     pub fn is_frozen(&self) -> bool {
-        let view = self.worker.as_ref().map(Worker::view);
+        let view = self.worker.get().map(Worker::view);
         matches!(view, Some(View::Stage(Stage::Frozen | Stage::Dumped | Stage::Sealed)))
     }
 
     /// Waits until the worker has ended.
     pub async fn ended(&self) {
-        if let Some(worker) = &self.worker {
+        if let Some(worker) = self.worker.get() {
             worker.until(Duration::MAX, View::is_last).await;
         }
     }
@@ -502,6 +646,9 @@ impl SourcePart {
             Role::Source { link, .. } => link.clone(),
             Role::Target { .. } => None,
         };
+        if worker.is_none() && !Worker::was_started(&self.dirs.job_file()) {
+            return Ok(());
+        }
         let container = self.known_unless_dead(record)?;
         sweep::free_container(&self.context, container.as_ref(), worker.unwrap_or_default(), link).await
     }
@@ -520,7 +667,7 @@ impl SourcePart {
 
     fn worker(&self) -> Result<&Worker, Failure> {
         let gone = || self.context.refusal(FailureCode::Internal, "the dump worker was killed").in_phase("freeze");
-        self.worker.as_ref().ok_or_else(gone)
+        self.worker.get().ok_or_else(gone)
     }
 
     /// Turns a worker's last word into the failure it is.
@@ -556,6 +703,24 @@ impl SourcePart {
     }
 }
 
+/// The last round, on a thread of its own; gives how many pages it sent.
+type LastRound = tokio::task::JoinHandle<Result<u64, Failure>>;
+
+async fn end_following(followers: Followers) -> Result<(), Failure> {
+    blocking(move || {
+        drop(followers);
+        Ok(())
+    })
+    .await
+}
+
+/// Writes down what CRIU is not to see.
+fn hide(context: &Context, dirs: &PartDirs, followers: &mut Followers) -> Result<Hidden, Failure> {
+    let ranges = dirs.run.join("hidden");
+    followers.hide(&ranges).map_err(|error| io_failed(context, &error))?;
+    Ok(Hidden { library: context.config.tools.criu_shim.clone(), ranges })
+}
+
 fn transfer_failed(context: &Context, error: &(dyn std::error::Error + 'static)) -> Failure {
     context.failure(FailureCode::Unavailable, "the transfer to the target broke", error).in_phase("transfer")
 }
@@ -567,7 +732,7 @@ async fn connect(context: &Context, order: &FreezeOrder) -> Result<Arc<Sender>, 
         version: podferry_proto::Version::OURS,
     };
     let compression = if order.compress { Compression::Auto } else { Compression::Off };
-    let options = Options { compression, ..Options::default() };
+    let options = Options { compression, bandwidth_cap: order.bandwidth_limit };
     let connecting = Sender::connect(&order.target_address, &context.identity, &order.target, &introduction, options);
     connecting.await.map(Arc::new).map_err(|error| transfer_failed(context, &error))
 }
@@ -576,8 +741,9 @@ async fn start_worker(
     context: &Context,
     dirs: &PartDirs,
     order: &FreezeOrder,
-    init: Init,
+    hidden: Option<Hidden>,
 ) -> Result<(Worker, UnixListener), Failure> {
+    let init = order.container.init.ok_or_else(|| not_running(context, &order.container.id))?;
     let externals = Externals::of(&order.container)
         .and_then(|externals| externals.write_descriptors(&dirs.images).map(|()| externals))
         .map_err(|error| {
@@ -602,12 +768,13 @@ async fn start_worker(
             cgroups: CgroupsMode::Ignore,
             freeze_timeout_s: FREEZE_TIMEOUT_S,
         },
+        hidden,
         link: order.link.clone(),
-        deadline: order.deadline,
+        deadline: SystemTime::now() + order.patience,
         control: dirs.control_socket(),
         record: dirs.worker_record(),
     };
-    let job_file = dirs.state.join("job.json");
+    let job_file = dirs.job_file();
     let log = dirs.state.join("worker.log");
     let program = &context.config.tools.dump_worker;
     let worker = Worker::start(program, &job, job_file, &dirs.page_socket(), &log).await;

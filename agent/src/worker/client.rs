@@ -97,6 +97,12 @@ impl Worker {
         }
     }
 
+    /// Whether anybody may have started a worker for this job.
+    pub fn was_started(job_file: &Path) -> bool {
+        // What cannot be looked at may be there.
+        job_file.try_exists().unwrap_or(true)
+    }
+
     /// Connects to a worker that another agent started; none when nobody listens there.
     pub async fn reconnect(control: &Path) -> Option<Self> {
         let connection = UnixStream::connect(control).await.ok()?;

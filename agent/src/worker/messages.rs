@@ -20,6 +20,9 @@ pub struct DumpJob {
     pub container: String,
     /// What CRIU is asked.
     pub request: DumpRequest,
+    /// What CRIU is not to see; none when it is to dump all memory.
+    #[serde(default)]
+    pub hidden: Option<Hidden>,
     /// The link to cut when the tasks are frozen; none for a container without one.
     pub link: Option<LinkHandle>,
     /// When an unsealed dump is given up.
@@ -28,6 +31,15 @@ pub struct DumpJob {
     pub control: PathBuf,
     /// Where it keeps [`WorkerRecord`].
     pub record: PathBuf,
+}
+
+/// Memory that has been sent before the freeze, and that CRIU therefore is not to see.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hidden {
+    /// The library that hides it, preloaded into CRIU.
+    pub library: PathBuf,
+    /// The file that says which: see [`podferry_memory::hide`].
+    pub ranges: PathBuf,
 }
 
 /// What has to be known when the worker itself is gone: written before what it says is done.

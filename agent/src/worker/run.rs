@@ -1,5 +1,6 @@
 //! What the worker does: one dump, from CRIU's start until the tasks are dead or run on.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -76,12 +77,25 @@ impl Dump {
         let images = open_dir(&self.job.request.images_dir)?;
         let work = open_dir(&self.job.request.work_dir)?;
         let inherit = vec![FdMapping { parent_fd: page_socket, child_fd: PAGE_FD }];
-        let session = Session::start(&self.job.criu, inherit)?;
+        let session = Session::start_with(&self.job.criu, inherit, self.environment())?;
         self.record.criu_pid = Some(session.pid());
         self.note();
         let options = self.job.request.options(images.as_fd(), work.as_fd(), PAGE_FD);
         let log = CriuLog::of_dump(&self.job.request.work_dir);
         session.dump(options, &log, |notification| self.on_notify(notification))
+    }
+
+    /// What makes CRIU blind to memory that has been sent already.
+    fn environment(&self) -> Vec<(OsString, OsString)> {
+        let hidden = self.job.hidden.iter();
+        hidden
+            .flat_map(|hidden| {
+                [
+                    ("LD_PRELOAD".into(), hidden.library.clone().into()),
+                    (podferry_memory::hide::HIDE_VARIABLE.into(), hidden.ranges.clone().into()),
+                ]
+            })
+            .collect()
     }
 
     fn on_notify(&mut self, notification: &Notification) -> Verdict {

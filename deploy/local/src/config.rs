@@ -35,6 +35,8 @@ pub(crate) struct AgentTools {
     pub(crate) hook: PathBuf,
     pub(crate) stdio_keeper: PathBuf,
     pub(crate) dump_worker: PathBuf,
+    pub(crate) criu_shim: PathBuf,
+    pub(crate) pager: PathBuf,
 }
 
 /// Where an agent finds containers and puts those that arrive.
@@ -120,6 +122,8 @@ pub(crate) fn agent(node: &Node, state: &State) -> AgentConfig {
             hook: program("podferry-hook"),
             stdio_keeper: program("podferry-stdio-keeper"),
             dump_worker: program("podferry-dump-worker"),
+            criu_shim: program("libpodferry_criu_shim.so"),
+            pager: program("podferry-pager"),
         },
         runtime: AgentRuntime {
             roots: vec![PathBuf::from(RUNC_ROOT)],

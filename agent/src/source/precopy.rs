@@ -1,0 +1,361 @@
+//! Pre-copy: memory goes to the target while the container runs.
+//!
+//! ```text
+//! container   runs ────────────────────────────────────▶│ frozen ·········
+//! tracker     attach, round 1,  round 2,  …  round n    │ last round
+//! transfer            └ memory  └ memory     └ memory   │  └ memory, existing
+//! ```
+//!
+//! Each process of the container's tree is followed by a tracker of its own. A round asks each what was written since the one
+//! before (the first time: all there is), and sends that. What is left when the container is frozen is sent in the freeze. CRIU
+//! does not see the memory that is moved this way; all of a process that cannot be followed is left to it.
+
+use std::collections::{BTreeSet, HashSet};
+use std::path::Path;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::Bytes;
+use nix::unistd::Pid;
+use podferry_common::failure::{Failure, FailureCode, chain};
+use podferry_memory::copier::Copier;
+use podferry_memory::hide;
+use podferry_memory::maps;
+use podferry_memory::range::PageRanges;
+use podferry_memory::tracker::{TrackError, Tracker};
+use podferry_runtime::{Container, Member};
+use podferry_transfer::{Object, ObjectWriter, Place, Pool, Sender, TransferError};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::FreezeEvent;
+use crate::context::Context;
+
+/// Bytes that are read and sent at a time: one frame of the transfer.
+const BATCH: usize = 1 << 20;
+
+/// How long and how often to pre-copy.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PreCopyOrder {
+    /// The downtime that is aimed at.
+    pub budget: Duration,
+    /// No more rounds than this.
+    pub max_rounds: u32,
+    /// When it is given up.
+    pub deadline: SystemTime,
+}
+
+/// One pass over the memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Round {
+    /// Pages that were sent.
+    pub pages: u64,
+    /// Their bytes.
+    pub raw_bytes: u64,
+    /// Bytes on the wire.
+    pub wire_bytes: u64,
+    /// How long it took.
+    pub duration: Duration,
+    /// Pages written a second.
+    pub dirty_rate: f64,
+    /// What the memory that is written meanwhile would add to the downtime.
+    pub predicted: Duration,
+}
+
+/// Why memory cannot be sent.
+#[derive(Debug, thiserror::Error)]
+enum SendError {
+    /// The process's memory cannot be read.
+    #[error("cannot read the memory of process {pid}: {source}")]
+    Read {
+        /// The process.
+        pid: i32,
+        /// What the kernel said.
+        source: std::io::Error,
+    },
+    /// Its writes cannot be followed any more.
+    #[error(transparent)]
+    Track(#[from] TrackError),
+    /// The transfer is broken.
+    #[error(transparent)]
+    Transfer(#[from] TransferError),
+    /// The migration was aborted.
+    #[error("the migration was aborted")]
+    Aborted,
+}
+
+impl From<std::io::Error> for SendError {
+    fn from(source: std::io::Error) -> Self {
+        Self::Read { pid: 0, source }
+    }
+}
+
+impl SendError {
+    /// Whether it is about one process, and the others may go on.
+    fn is_of_a_process(&self) -> bool {
+        matches!(self, Self::Read { .. } | Self::Track(_))
+    }
+}
+
+/// The way to the target, for as long as somebody waits for the transfer.
+#[derive(Clone)]
+pub(super) struct Way {
+    /// Weak: who gives the transfer up ends it at once.
+    pub(super) sender: Weak<Sender>,
+    /// The migration was aborted.
+    pub(super) cancelled: CancellationToken,
+}
+
+impl Way {
+    fn sender(&self) -> Result<Arc<Sender>, SendError> {
+        if self.cancelled.is_cancelled() {
+            return Err(SendError::Aborted);
+        }
+        self.sender.upgrade().ok_or(SendError::Aborted)
+    }
+
+    fn open(&self, object: &Object) -> Result<(ObjectWriter, Pool), SendError> {
+        let sender = self.sender()?;
+        Ok((sender.open_blocking(object)?, sender.pool()))
+    }
+
+    fn wire_bytes(&self) -> u64 {
+        self.sender.upgrade().map_or(0, |sender| sender.stats().wire_bytes)
+    }
+}
+
+/// All that a pre-copy needs.
+pub(super) struct Job {
+    pub(super) context: Context,
+    pub(super) container: Container,
+    pub(super) order: PreCopyOrder,
+    pub(super) way: Way,
+    pub(super) events: mpsc::Sender<FreezeEvent>,
+}
+
+/// What pre-copy came to.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(super) struct Converged {
+    /// Pages that were sent.
+    pub(super) pages: u64,
+    /// What the memory that is left will add to the downtime.
+    pub(super) predicted: Duration,
+}
+
+/// The processes that are followed. Dropping it ends the following, at 20 to 35 ms for each GiB during which they cannot change
+/// their mappings.
+#[derive(Debug, Default)]
+pub(super) struct Followers {
+    followed: Vec<Followed>,
+    /// Those that are left to CRIU.
+    left: HashSet<Member>,
+    /// What a person should know.
+    notes: BTreeSet<String>,
+    round: u32,
+}
+
+/// A process that is followed.
+#[derive(Debug)]
+struct Followed {
+    member: Member,
+    tracker: Tracker,
+    copier: Copier,
+    /// What CRIU does not see.
+    hidden: PageRanges,
+}
+
+impl Followers {
+    /// Sends memory round by round until what is left is little enough for a freeze. Blocks.
+    ///
+    /// # Errors
+    /// When the transfer breaks, the container ends, the memory is written faster than it is sent, or time runs out. The container
+    /// has not been frozen then.
+    pub(super) fn pre_copy(&mut self, job: &Job) -> Result<Converged, Failure> {
+        let mut converged = Converged::default();
+        let mut before = None;
+        loop {
+            self.follow_new(&job.container).map_err(|error| job.failed("the container's processes", &error))?;
+            let round = self.one_round(job, before.as_ref()).map_err(|error| job.failed("pre-copy", &error))?;
+            converged.pages += round.pages;
+            converged.predicted = round.predicted;
+            // Who watches may have gone; whoever waits for the end has not.
+            let _nobody_watches = job.events.blocking_send(FreezeEvent::Round(round));
+            if round.predicted <= job.order.budget / 2 || self.round >= job.order.max_rounds {
+                let notes = self.notes.iter().cloned().collect();
+                let predicted_ms = converged.predicted.as_secs_f64() * 1e3;
+                let _nobody_watches = job.events.blocking_send(FreezeEvent::Converged { predicted_ms, notes });
+                return Ok(converged);
+            }
+            if SystemTime::now() > job.order.deadline {
+                let message = "pre-copy did not end before its deadline";
+                return Err(job.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("precopy"));
+            }
+            before = Some(round);
+        }
+    }
+
+    /// Begins to follow processes that are new. One that cannot be followed is left to CRIU.
+    fn follow_new(&mut self, container: &Container) -> Result<(), podferry_runtime::Error> {
+        self.followed.retain(|followed| followed.member.is_alive());
+        for member in container.tree()? {
+            let known = self.followed.iter().any(|followed| followed.member == member);
+            if known || self.left.contains(&member) {
+                continue;
+            }
+            match Followed::new(member) {
+                Ok(followed) => self.followed.push(followed),
+                Err(error) => self.leave(member, &error),
+            }
+        }
+        Ok(())
+    }
+
+    fn leave(&mut self, member: Member, error: &(dyn std::error::Error + 'static)) {
+        if !member.is_alive() {
+            return;
+        }
+        let why = chain(error);
+        tracing::warn!(pid = member.pid, why, "a process's writes cannot be followed");
+        self.notes.insert(format!("all memory of process {} is moved in the freeze: {why}", member.pid));
+        self.left.insert(member);
+    }
+
+    fn one_round(&mut self, job: &Job, before: Option<&Round>) -> Result<Round, SendError> {
+        self.round += 1;
+        let (begun, wire_before) = (Instant::now(), job.way.wire_bytes());
+        let number = self.round;
+        let mut round = Round::default();
+        let mut lost = Vec::new();
+        for (index, followed) in self.followed.iter_mut().enumerate() {
+            match followed.round(number, &job.way) {
+                Ok(pages) => round.pages += pages,
+                Err(error) if error.is_of_a_process() => lost.push((index, error)),
+                Err(error) => return Err(error),
+            }
+        }
+        for (index, error) in lost.into_iter().rev() {
+            let followed = self.followed.remove(index);
+            self.leave(followed.member, &error);
+        }
+        round.raw_bytes = round.pages * podferry_memory::PAGE_SIZE;
+        round.wire_bytes = job.way.wire_bytes() - wire_before;
+        round.duration = begun.elapsed();
+        // What this round sent was written during the one before; the first sends all there is and says nothing of that.
+        let seconds = before.map_or(0.0, |before| before.duration.as_secs_f64());
+        #[expect(clippy::cast_precision_loss, reason = "below 2^52 pages")]
+        if seconds > 0.0 {
+            round.dirty_rate = round.pages as f64 / seconds;
+        }
+        round.predicted = round.duration;
+        Ok(round)
+    }
+
+    /// Writes down what CRIU is not to see: what can be moved now.
+    pub(super) fn hide(&mut self, file: &Path) -> std::io::Result<()> {
+        for followed in &mut self.followed {
+            let mappings = maps::read(followed.pid());
+            // One that has ended has nothing to hide.
+            followed.hidden = mappings.map(|mappings| maps::pre_copied(&mappings)).unwrap_or_default();
+        }
+        let ranges = self.followed.iter().flat_map(|followed| {
+            let pid = followed.member.pid;
+            followed.hidden.iter().map(move |range| (pid, range))
+        });
+        std::fs::write(file, hide::describe(ranges))
+    }
+
+    /// Sends what was written since the last round, and which pages there are. The container must stand still. Blocks.
+    ///
+    /// # Errors
+    /// When the transfer breaks, or something came where CRIU does not look.
+    pub(super) fn last_round(&mut self, context: &Context, way: &Way) -> Result<u64, Failure> {
+        self.round += 1;
+        let number = self.round;
+        let mut pages = 0;
+        for followed in self.followed.iter_mut().filter(|followed| followed.member.is_alive()) {
+            let sent = followed.last_round(number, way);
+            pages += sent.map_err(|error| failed(context, "the last round", &error).in_phase("transfer"))?;
+        }
+        Ok(pages)
+    }
+}
+
+impl Job {
+    fn failed(&self, what: &str, error: &(dyn std::error::Error + 'static)) -> Failure {
+        failed(&self.context, what, error).in_phase("precopy")
+    }
+}
+
+fn failed(context: &Context, what: &str, error: &(dyn std::error::Error + 'static)) -> Failure {
+    context.failure(FailureCode::Unavailable, &format!("{what} failed"), error)
+}
+
+impl Followed {
+    fn new(member: Member) -> Result<Self, TrackError> {
+        let pid = Pid::from_raw(member.pid);
+        let tracker = Tracker::attach(pid)?;
+        Ok(Self { member, tracker, copier: Copier::new(pid, BATCH), hidden: PageRanges::new() })
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.member.pid)
+    }
+
+    fn process(&self) -> u32 {
+        self.member.inner.unsigned_abs()
+    }
+
+    fn round(&mut self, number: u32, way: &Way) -> Result<u64, SendError> {
+        let written = self.tracker.round()?;
+        self.send(&written, number, way)
+    }
+
+    fn send(&mut self, pages: &PageRanges, round: u32, way: &Way) -> Result<u64, SendError> {
+        if pages.is_empty() {
+            return Ok(0);
+        }
+        let (mut writer, pool) = way.open(&Object::Memory { process: self.process(), round })?;
+        let pid = self.member.pid;
+        let copied = self.copier.read::<SendError>(pages, |batch| {
+            let place = |range: &podferry_memory::range::PageRange| Place { vaddr: range.start, count: range.pages() };
+            let places: Vec<Place> = batch.ranges.iter().map(place).collect();
+            let mut buffer = pool.take(batch.contents.len());
+            buffer.copy_from_slice(batch.contents);
+            if way.cancelled.is_cancelled() {
+                return Err(SendError::Aborted);
+            }
+            Ok(writer.scattered_blocking(&places, pool.share(buffer))?)
+        });
+        let copied = copied.map_err(|error| match error {
+            SendError::Read { source, .. } => SendError::Read { pid, source },
+            other => other,
+        });
+        // Also after an error: the object has to be closed for the transfer to go on without this process.
+        writer.close_blocking()?;
+        let copied = copied?;
+        self.tracker.tell_again(&copied.vanished);
+        Ok(copied.pages)
+    }
+
+    fn last_round(&mut self, number: u32, way: &Way) -> Result<u64, SendError> {
+        let mappings = maps::read(self.pid())?;
+        let moved: PageRanges = mappings
+            .iter()
+            .filter(|mapping| mapping.is_private_anonymous())
+            .map(|mapping| mapping.range)
+            .collect::<PageRanges>()
+            .intersection(&self.hidden);
+        let frozen = self.tracker.frozen(&moved)?;
+        let pages = self.send(&frozen.written, number, way)?;
+        self.send_existing(&frozen.existing, way)?;
+        Ok(pages)
+    }
+
+    fn send_existing(&self, existing: &PageRanges, way: &Way) -> Result<(), SendError> {
+        let (mut writer, _) = way.open(&Object::Existing { process: self.process() })?;
+        let list: Vec<u8> =
+            existing.iter().flat_map(|range| [range.start.to_le_bytes(), range.end.to_le_bytes()]).flatten().collect();
+        writer.data_blocking(Bytes::from(list))?;
+        Ok(writer.close_blocking()?)
+    }
+}
