@@ -23,6 +23,7 @@ use podferry_filesystem::Limits;
 use podferry_transfer::{Authorize, Introduction, Object, Owner, PageRun, Sink};
 use tokio::sync::watch;
 
+use super::memory::{ArrivingMemory, List};
 use crate::context;
 use crate::source::LAYER;
 
@@ -43,8 +44,8 @@ pub enum Arrival {
 /// Where one migration's data goes.
 #[derive(Debug)]
 pub struct Inbox {
-    /// What is being received, by its number in the transfer; none once nothing is taken any more.
-    open: Mutex<Option<HashMap<u32, Place>>>,
+    /// What is being received; none once nothing is taken any more.
+    open: Mutex<Option<Opened>>,
     source: Peer,
     images: PathBuf,
     layer: PathBuf,
@@ -58,21 +59,22 @@ impl Inbox {
     /// the empty folder `layer`.
     pub fn new(source: Peer, images: PathBuf, layer: PathBuf, layer_bytes: u64) -> Arc<Self> {
         let (arrival, _) = watch::channel(Arrival::Waiting);
-        let open = Mutex::new(Some(HashMap::new()));
+        let memory = ArrivingMemory::new(images.clone());
+        let open = Mutex::new(Some(Opened { places: HashMap::new(), memory }));
         Arc::new(Self { open, source, images, layer, layer_bytes, arrival, taken: Mutex::new(false) })
     }
 
     /// Takes nothing any more. When this returns, nobody writes into the folders. Blocks for the disk at most.
     pub fn shut(&self) {
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner).take();
-        for place in open.into_iter().flatten().map(|(_, place)| place) {
+        for place in open.into_iter().flat_map(|open| open.places).map(|(_, place)| place) {
             if let Place::Layer(unpacking) = place {
                 let _incomplete = unpacking.finish();
             }
         }
     }
 
-    fn with_open<T>(&self, work: impl FnOnce(&mut HashMap<u32, Place>) -> Result<T, Failure>) -> Result<T, Failure> {
+    fn with_open<T>(&self, work: impl FnOnce(&mut Opened) -> Result<T, Failure>) -> Result<T, Failure> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         work(open.as_mut().ok_or_else(|| failed(io::Error::other("the migration was aborted")))?)
     }
@@ -131,10 +133,22 @@ struct Receiving {
     inbox: Arc<Inbox>,
 }
 
+/// What is being received.
+#[derive(Debug)]
+struct Opened {
+    /// Objects, by their number in the transfer.
+    places: HashMap<u32, Place>,
+    /// What comes before the freeze.
+    memory: ArrivingMemory,
+}
+
 /// Where an object goes.
 enum Place {
     Image(PathBuf, File),
-    Pages(PageSetWriter),
+    Pages(Owner, PageSetWriter),
+    /// Memory of this process.
+    Memory(u32),
+    Existing(List),
     Layer(Unpacking),
 }
 
@@ -142,7 +156,9 @@ impl fmt::Debug for Place {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         out.write_str(match self {
             Self::Image(..) => "Image",
-            Self::Pages(_) => "Pages",
+            Self::Pages(..) => "Pages",
+            Self::Memory(_) => "Memory",
+            Self::Existing(_) => "Existing",
             Self::Layer(_) => "Layer",
         })
     }
@@ -165,12 +181,17 @@ fn failed(error: impl std::error::Error + 'static) -> Failure {
 impl Sink for Receiving {
     fn open(&mut self, id: u32, object: &Object) -> Result<(), Failure> {
         let place = self.place(object)?;
-        self.inbox.with_open(|open| Ok(open.insert(id, place)))?;
-        Ok(())
+        self.inbox.with_open(|open| {
+            if let Place::Memory(process) = place {
+                open.memory.open(process).map_err(failed)?;
+            }
+            open.places.insert(id, place);
+            Ok(())
+        })
     }
 
     fn data(&mut self, id: u32, _offset: u64, data: Bytes) -> Result<(), Failure> {
-        self.inbox.with_open(|open| match open.get_mut(&id) {
+        self.inbox.with_open(|open| match open.places.get_mut(&id) {
             Some(Place::Image(path, file)) => {
                 file.write_all(&data).map_err(|source| failed(ImageError { path: path.clone(), source }))
             }
@@ -178,29 +199,28 @@ impl Sink for Receiving {
                 unpacking.write(data);
                 Ok(())
             }
-            Some(Place::Pages(_)) | None => Err(failed(io::Error::other("data for what takes none"))),
+            Some(Place::Existing(list)) => list.extend(&data).map_err(failed),
+            Some(Place::Pages(..) | Place::Memory(_)) | None => {
+                Err(failed(io::Error::other("data for what takes none")))
+            }
         })
     }
 
     fn pages(&mut self, run: PageRun) -> Result<(), Failure> {
-        self.inbox.with_open(|open| {
-            let Some(Place::Pages(pages)) = open.get_mut(&run.object) else {
-                return Err(failed(io::Error::other("pages for what takes none")));
-            };
-            let present = run.flags & page_flags::PRESENT != 0 && !run.absent;
-            if !present || run.flags & page_flags::PARENT != 0 {
-                return Err(failed(io::Error::other("pages of a parent image, and there is none")));
-            }
-            let placed = Run { address: run.vaddr, pages: run.count, flags: run.flags };
-            let is_zero = |index| usize::try_from(index).is_ok_and(|index| run.zero.is_zero(index));
-            pages.add(placed, is_zero, &run.bytes).map_err(failed)
+        self.inbox.with_open(|open| match open.places.get_mut(&run.object) {
+            Some(Place::Pages(_, images)) => add_pages(images, &run),
+            Some(Place::Memory(_)) if run.absent => Err(failed(io::Error::other("memory without contents"))),
+            Some(Place::Memory(process)) => open.memory.keep(*process, &run).map_err(failed),
+            _ => Err(failed(io::Error::other("pages for what takes none"))),
         })
     }
 
     fn close(&mut self, id: u32, _length: u64, _digest: u64) -> Result<(), Failure> {
-        self.inbox.with_open(|open| match open.remove(&id) {
-            Some(Place::Image(..)) => Ok(()),
-            Some(Place::Pages(pages)) => pages.finish().map_err(failed),
+        self.inbox.with_open(|open| match open.places.remove(&id) {
+            Some(Place::Image(..) | Place::Memory(_)) => Ok(()),
+            Some(Place::Pages(Owner::Process(process), images)) => open.memory.dumped(process, images).map_err(failed),
+            Some(Place::Pages(Owner::SharedMemory(_), images)) => images.finish().map_err(failed),
+            Some(Place::Existing(list)) => list.finish(&mut open.memory).map_err(failed),
             Some(Place::Layer(unpacking)) => unpacking.finish().map_err(failed),
             None => Err(failed(io::Error::other("what is not open is closed"))),
         })
@@ -208,7 +228,10 @@ impl Sink for Receiving {
 
     fn end(self: Box<Self>) -> Result<(), Failure> {
         let incomplete = || failed(io::Error::other("the transfer ends with open objects"));
-        self.inbox.with_open(|open| open.is_empty().then_some(()).ok_or_else(incomplete))?;
+        self.inbox.with_open(|open| {
+            open.places.is_empty().then_some(()).ok_or_else(incomplete)?;
+            open.memory.complete().map_err(failed)
+        })?;
         self.inbox.arrival.send_replace(Arrival::Complete);
         Ok(())
     }
@@ -216,6 +239,16 @@ impl Sink for Receiving {
     fn abort(self: Box<Self>, reason: &Failure) {
         self.inbox.arrival.send_replace(Arrival::Broken(reason.clone()));
     }
+}
+
+fn add_pages(images: &mut PageSetWriter, run: &PageRun) -> Result<(), Failure> {
+    let present = run.flags & page_flags::PRESENT != 0 && !run.absent;
+    if !present || run.flags & page_flags::PARENT != 0 {
+        return Err(failed(io::Error::other("pages of a parent image, and there is none")));
+    }
+    let placed = Run { address: run.vaddr, pages: run.count, flags: run.flags };
+    let is_zero = |index| usize::try_from(index).is_ok_and(|index| run.zero.is_zero(index));
+    images.add(placed, is_zero, &run.bytes).map_err(failed)
 }
 
 impl Receiving {
@@ -229,11 +262,11 @@ impl Receiving {
                 }
             }
             Object::Pages { owner, id } => {
-                let owner = match owner {
+                let of = match owner {
                     Owner::Process(pid) => podferry_criu::Owner::Process(*pid),
                     Owner::SharedMemory(id) => podferry_criu::Owner::SharedMemory(*id),
                 };
-                Place::Pages(PageSetWriter::create(&self.inbox.images, owner, *id).map_err(failed)?)
+                Place::Pages(*owner, PageSetWriter::create(&self.inbox.images, of, *id).map_err(failed)?)
             }
             Object::Layer(name) if name == LAYER => {
                 let limits = Limits { max_bytes: self.inbox.layer_bytes, ..Limits::default() };
@@ -242,9 +275,8 @@ impl Receiving {
             Object::Layer(name) => {
                 return Err(failed(io::Error::other(format!("no layer named {name} is expected"))));
             }
-            Object::Memory { .. } | Object::Existing { .. } => {
-                return Err(failed(io::Error::other(format!("{object} is not expected"))));
-            }
+            Object::Memory { process, .. } => Place::Memory(*process),
+            Object::Existing { process } => Place::Existing(List::of(*process)),
         };
         Ok(place)
     }

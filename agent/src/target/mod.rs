@@ -11,6 +11,7 @@
 pub mod bundle;
 pub mod hook;
 pub mod inbox;
+mod memory;
 #[cfg(test)]
 mod tests;
 

@@ -5,72 +5,17 @@ mod support;
 
 use std::fs;
 use std::path::Path;
-use std::sync::mpsc::{self, Receiver, Sender};
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::thread;
+use std::time::Duration;
 
 use podferry_local::{FIRST_CONTAINER_ADDRESS, Node, Workload};
-use support::{Line, NODES, Stage, eventually, redis, redis_address, redis_rootfs};
+use support::counter::{Counter, digest};
+use support::{NODES, Stage, eventually, redis, redis_address, redis_rootfs};
 
 /// How often Redis is moved in a row.
 const HOPS: usize = 20;
 /// After which hop all that a first migration makes once and for all is there; Redis is back at its first node.
 const WARM: usize = 2;
-
-type Job = Box<dyn FnOnce(&mut Line, u64) + Send>;
-
-/// One connection that counts up without a pause and checks every answer.
-struct Counter {
-    jobs: Option<Sender<Job>>,
-    thread: Option<JoinHandle<(u64, Duration)>>,
-}
-
-impl Counter {
-    fn start(line: Line) -> Self {
-        let (jobs, inbox) = mpsc::channel();
-        Self { jobs: Some(jobs), thread: Some(thread::spawn(move || count(line, &inbox))) }
-    }
-
-    /// Does something with the connection between two increments; the closure is told the counter.
-    fn between<T: Send + 'static>(&self, job: impl FnOnce(&mut Line, u64) -> T + Send + 'static) -> T {
-        let (sender, receiver) = mpsc::channel();
-        let job: Job = Box::new(move |line, counted| drop(sender.send(job(line, counted))));
-        self.jobs.as_ref().unwrap().send(job).unwrap_or_else(|_| panic!("the counting connection broke"));
-        receiver.recv().expect("the counting connection broke")
-    }
-
-    /// How far it came, and the longest that one answer took.
-    fn stop(mut self) -> (u64, Duration) {
-        self.jobs.take();
-        self.thread.take().unwrap().join().expect("the counting connection broke")
-    }
-}
-
-fn count(mut line: Line, inbox: &Receiver<Job>) -> (u64, Duration) {
-    let (mut counted, mut longest) = (0, Duration::ZERO);
-    loop {
-        match inbox.try_recv() {
-            Ok(job) => job(&mut line, counted),
-            Err(mpsc::TryRecvError::Disconnected) => return (counted, longest),
-            Err(mpsc::TryRecvError::Empty) => {}
-        }
-        let asked = Instant::now();
-        let answer = line.ask("INCR counter");
-        longest = longest.max(asked.elapsed());
-        counted += 1;
-        assert_eq!(answer, format!(":{counted}"), "an increment was lost or done twice");
-    }
-}
-
-/// Redis's digest of all its data with the counter at 0; the counter is put back.
-fn digest(line: &mut Line, counted: u64) -> String {
-    let stored = line.ask_bulk("GET counter");
-    assert!(counted == 0 || stored == counted.to_string(), "{stored} instead of {counted}");
-    assert_eq!(line.ask("SET counter 0"), "+OK");
-    let digest = line.ask("DEBUG DIGEST");
-    assert_eq!(line.ask(&format!("SET counter {counted}")), "+OK");
-    digest
-}
 
 #[test]
 fn redis_goes_twenty_hops_on_one_connection_and_nothing_drifts() {

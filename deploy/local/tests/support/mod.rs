@@ -3,6 +3,8 @@
 #![allow(dead_code, reason = "every test file uses its own part of it")]
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail the test")]
 
+pub(crate) mod counter;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
@@ -64,7 +66,17 @@ impl Stage {
 
     /// `podferry migrate --wait`: the record of a migration that ended, however it did, or the words of a refusal.
     pub(crate) fn try_migrate(&self, workload: &str, target: &str) -> Result<serde_json::Value, String> {
-        let words = ["migrate", workload, "--to", target, "--strategy", "warm", "--wait", "--output", "json"];
+        self.try_migrate_with(workload, target, &["--strategy", "warm"])
+    }
+
+    /// The same with further words for the command line.
+    pub(crate) fn try_migrate_with(
+        &self,
+        workload: &str,
+        target: &str,
+        more: &[&str],
+    ) -> Result<serde_json::Value, String> {
+        let words = [&["migrate", workload, "--to", target, "--wait", "--output", "json"], more].concat();
         let output = self.cluster.podferry(words).unwrap();
         let record = serde_json::from_str::<serde_json::Value>(output.stdout.trim()).ok();
         match record.filter(|record| record.get("phase").is_some()) {
@@ -75,7 +87,12 @@ impl Stage {
 
     /// A migration that has to succeed; gives its record. There is one copy then, on the target.
     pub(crate) fn migrate(&self, workload: &str, target: &str) -> serde_json::Value {
-        let record = self.try_migrate(workload, target).unwrap_or_else(|words| panic!("refused: {words}"));
+        self.migrate_with(workload, target, &["--strategy", "warm"])
+    }
+
+    /// The same with further words for the command line.
+    pub(crate) fn migrate_with(&self, workload: &str, target: &str, more: &[&str]) -> serde_json::Value {
+        let record = self.try_migrate_with(workload, target, more).unwrap_or_else(|words| panic!("refused: {words}"));
         assert_eq!(record["phase"].as_str().unwrap().to_ascii_lowercase(), "succeeded", "{record:#}");
         assert_eq!(self.places(workload), [target], "{record:#}");
         record
@@ -157,9 +174,9 @@ impl Drop for Stage {
 /// Running one crate's tests does not build the programs of others.
 fn check_programs(folder: &Path) {
     let needed = ["podferry", "podferry-agent", "podferry-coordinator", "podferry-dump-worker", "podferry-hook"];
-    for name in needed.into_iter().chain(["podferry-stdio-keeper"]) {
+    for name in needed.into_iter().chain(["podferry-stdio-keeper", "podferry-pager", "libpodferry_criu_shim.so"]) {
         let path = folder.join(name);
-        assert!(path.exists(), "{} is missing: run `cargo build --bins` first", path.display());
+        assert!(path.exists(), "{} is missing: run `cargo build --workspace --lib --bins` first", path.display());
     }
 }
 

@@ -1,0 +1,254 @@
+//! Memory that arrives before its process does.
+//!
+//! Pages that the source sent while its processes ran are kept in stores in the images' folder, which is a tmpfs. At the end of the
+//! transfer they are put together with what CRIU dumped: a page that CRIU has too is taken from there, and every other one that the
+//! process has in the end is *lazy*. The [pager](crate::pager) lays those in behind the restored process.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::path::PathBuf;
+
+use podferry_criu::{CriuError, PageSetWriter, Run};
+use podferry_memory::PAGE_SIZE;
+use podferry_memory::handover::{Handover, HandoverError};
+use podferry_memory::range::{PageRange, PageRanges};
+use podferry_memory::store::{Store, StoreError};
+use podferry_transfer::PageRun;
+
+/// The most bytes of addresses that a process may have pages in, each 2 MiB counting whole. Only what comes takes memory.
+const MOST_ADDRESSES: u64 = 256 << 30;
+/// The most bytes of a list of existing pages: a million ranges.
+const LONGEST_LIST: usize = 16 << 20;
+/// Bytes of a range in such a list.
+const RANGE: usize = 16;
+/// The first address that no process has (57 bits).
+const END_OF_ADDRESSES: u64 = 1 << 56;
+
+/// Why memory that came cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum MemoryError {
+    /// It cannot be kept.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// It cannot be left to the pager.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
+    /// CRIU's images cannot be completed.
+    #[error(transparent)]
+    Images(#[from] CriuError),
+    /// A list of existing pages is none.
+    #[error("the list of the existing pages of process {process} makes no sense: {what}")]
+    List {
+        /// The process, by its id inside the container.
+        process: u32,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// A page that the process has did not come.
+    #[error("the pages {range} of process {process} exist and did not come")]
+    Missing {
+        /// The process, by its id inside the container.
+        process: u32,
+        /// The first of them.
+        range: String,
+    },
+    /// The source says that a process exists, and CRIU does not.
+    #[error("CRIU dumped no process {process}, whose memory came before the freeze")]
+    NoProcess {
+        /// The process, by its id inside the container.
+        process: u32,
+    },
+}
+
+/// Memory of all processes of one container on its way.
+#[derive(Debug)]
+pub(crate) struct ArrivingMemory {
+    folder: PathBuf,
+    stores: HashMap<u32, Store>,
+    existing: BTreeMap<u32, PageRanges>,
+    /// What CRIU dumped of each process, not yet completed.
+    dumped: BTreeMap<u32, PageSetWriter>,
+}
+
+impl ArrivingMemory {
+    /// Keeps it in this folder.
+    pub(crate) fn new(folder: PathBuf) -> Self {
+        Self { folder, stores: HashMap::new(), existing: BTreeMap::new(), dumped: BTreeMap::new() }
+    }
+
+    /// Memory of a process comes.
+    pub(crate) fn open(&mut self, process: u32) -> Result<(), MemoryError> {
+        if !self.stores.contains_key(&process) {
+            let store = Handover::store(&self.folder, process.cast_signed(), MOST_ADDRESSES)?;
+            self.stores.insert(process, store);
+        }
+        Ok(())
+    }
+
+    /// Keeps pages of a process for which memory comes.
+    pub(crate) fn keep(&mut self, process: u32, run: &PageRun) -> Result<(), MemoryError> {
+        let Some(store) = self.stores.get_mut(&process) else { return Err(MemoryError::NoProcess { process }) };
+        let mut rest: &[u8] = &run.bytes;
+        let mut index = 0;
+        while index < run.count {
+            let is_zero = |index| usize::try_from(index).is_ok_and(|index| run.zero.is_zero(index));
+            let zero = is_zero(index);
+            let end = (index + 1..run.count).find(|next| is_zero(*next) != zero).unwrap_or(run.count);
+            let range = PageRange::new(run.vaddr + index * PAGE_SIZE, run.vaddr + end * PAGE_SIZE);
+            if zero {
+                store.put_zero(range)?;
+            } else {
+                let (pages, after) = rest.split_at(usize::try_from(range.length()).unwrap_or(rest.len()));
+                store.put(range, pages)?;
+                rest = after;
+            }
+            index = end;
+        }
+        Ok(())
+    }
+
+    /// Takes a list of the pages that a process has in the end.
+    pub(crate) fn exists(&mut self, process: u32, list: &[u8]) -> Result<(), MemoryError> {
+        let ranges = parse(list).map_err(|what| MemoryError::List { process, what })?;
+        self.existing.insert(process, ranges);
+        Ok(())
+    }
+
+    /// Completes CRIU's images of a process, or keeps them until it is known which pages are lazy.
+    pub(crate) fn dumped(&mut self, process: u32, images: PageSetWriter) -> Result<(), MemoryError> {
+        // Memory comes before the freeze: without any by now, there will be none.
+        if self.stores.is_empty() {
+            return Ok(images.finish()?);
+        }
+        self.dumped.insert(process, images);
+        Ok(())
+    }
+
+    /// Everything is here: completes all images, and leaves the lazy pages for the pager.
+    pub(crate) fn complete(&mut self) -> Result<(), MemoryError> {
+        if self.stores.is_empty() {
+            return Ok(());
+        }
+        let mut processes = Vec::new();
+        for (process, images) in std::mem::take(&mut self.dumped) {
+            processes.push((process.cast_signed(), self.put_together(process, images)?));
+        }
+        if let Some(process) = self.existing.keys().next() {
+            return Err(MemoryError::NoProcess { process: *process });
+        }
+        let left: Vec<_> = processes.iter().map(|(process, (store, lazy))| (*process, store, lazy)).collect();
+        Handover::write(&self.folder, &left)?;
+        Ok(())
+    }
+
+    fn put_together(&mut self, process: u32, images: PageSetWriter) -> Result<(Store, PageRanges), MemoryError> {
+        // CRIU asks the pager for the pages of every process, also of one that has none there.
+        let kept = self.existing.remove(&process).and_then(|existing| Some((self.stores.remove(&process)?, existing)));
+        let Some((mut store, existing)) = kept else {
+            images.finish()?;
+            return Ok((Handover::store(&self.folder, process.cast_signed(), 1)?, PageRanges::new()));
+        };
+        let run = |range: PageRange| Run { address: range.start, pages: range.pages(), flags: 0 };
+        let runs: Vec<Run> = existing.iter().map(run).collect();
+        let lazy = images.finish_with_lazy(&runs)?;
+        let lazy: PageRanges = lazy.iter().map(|run| PageRange::new(run.address, run.end())).collect();
+        if let Some(range) = store.missing(&lazy).as_slice().first() {
+            return Err(MemoryError::Missing { process, range: range.to_string() });
+        }
+        store.retain(&lazy)?;
+        Ok((store, lazy))
+    }
+}
+
+/// A list of existing pages that is still coming.
+#[derive(Debug)]
+pub(crate) struct List {
+    process: u32,
+    bytes: Vec<u8>,
+}
+
+impl List {
+    /// Of a process.
+    pub(crate) fn of(process: u32) -> Self {
+        Self { process, bytes: Vec::new() }
+    }
+
+    /// The next bytes.
+    pub(crate) fn extend(&mut self, bytes: &[u8]) -> Result<(), MemoryError> {
+        if self.bytes.len() + bytes.len() > LONGEST_LIST {
+            return Err(MemoryError::List { process: self.process, what: "it is too long" });
+        }
+        self.bytes.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    /// It is complete.
+    pub(crate) fn finish(self, memory: &mut ArrivingMemory) -> Result<(), MemoryError> {
+        memory.exists(self.process, &self.bytes)
+    }
+}
+
+/// Ranges that ascend and do not touch.
+fn parse(list: &[u8]) -> Result<PageRanges, &'static str> {
+    let (ranges, rest) = list.as_chunks::<RANGE>();
+    if !rest.is_empty() {
+        return Err("it ends in the middle of a range");
+    }
+    let (mut parsed, mut cursor) = (PageRanges::new(), None);
+    for range in ranges {
+        let (start, end) = range.split_at(RANGE / 2);
+        let number = |bytes: &[u8]| bytes.try_into().map(u64::from_le_bytes).unwrap_or(u64::MAX);
+        let (start, end) = (number(start), number(end));
+        if !start.is_multiple_of(PAGE_SIZE) || !end.is_multiple_of(PAGE_SIZE) || end > END_OF_ADDRESSES {
+            return Err("an address of no page");
+        }
+        if start >= end || cursor.is_some_and(|cursor| start <= cursor) {
+            return Err("its ranges do not ascend");
+        }
+        cursor = Some(end);
+        parsed.push(PageRange::new(start, end));
+    }
+    Ok(parsed)
+}
+
+impl From<MemoryError> for io::Error {
+    fn from(error: MemoryError) -> Self {
+        Self::other(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn list(ranges: &[(u64, u64)]) -> Vec<u8> {
+        ranges.iter().flat_map(|(start, end)| [start.to_le_bytes(), end.to_le_bytes()]).flatten().collect()
+    }
+
+    #[test]
+    fn lists_that_make_no_sense_are_refused() {
+        assert_eq!(parse(&list(&[(0x1000, 0x3000), (0x4000, 0x5000)])).unwrap().pages(), 3);
+        for ranges in [
+            &[(0x1000, 0x1000)][..],
+            &[(0x2000, 0x1000)],
+            &[(0x1001, 0x2000)],
+            &[(0x1000, 0x2000), (0x2000, 0x3000)],
+            &[(0x4000, 0x5000), (0x1000, 0x2000)],
+            &[(0x1000, END_OF_ADDRESSES + PAGE_SIZE)],
+        ] {
+            assert!(parse(&list(ranges)).is_err(), "{ranges:?}");
+        }
+        assert!(parse(&[0; 15]).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn noise_is_no_list_or_a_list_that_ascends(noise in prop::collection::vec(any::<u8>(), 0..200)) {
+            if let Ok(ranges) = parse(&noise) {
+                prop_assert!(ranges.as_slice().windows(2).all(|two| two[0].end < two[1].start));
+            }
+        }
+    }
+}

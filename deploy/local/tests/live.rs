@@ -1,0 +1,92 @@
+//! Live migrations of whole containers: memory is copied while they run, and nothing of it is lost.
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+
+mod support;
+
+use podferry_local::FIRST_CONTAINER_ADDRESS;
+use serde_json::Value;
+use support::counter::{Counter, digest};
+use support::{NODES, Stage, redis, redis_address};
+
+/// As `--strategy live`; a budget that two shared cores keep.
+const LIVE: [&str; 4] = ["--strategy", "live", "--downtime-budget", "1000"];
+/// Pages of 1000 bytes of values of which 60 000 are there, roughly.
+const POPULATED_PAGES: u64 = 15_000;
+
+fn number(record: &Value, path: &str) -> f64 {
+    record.pointer(path).and_then(Value::as_f64).unwrap_or_else(|| panic!("no {path} in {record:#}"))
+}
+
+fn pages(record: &Value) -> Vec<u64> {
+    let rounds = record["rounds"].as_array().unwrap();
+    rounds.iter().map(|round| round["pages"].as_u64().unwrap()).collect()
+}
+
+#[test]
+fn redis_moves_live_on_one_connection_and_most_of_its_memory_before_the_freeze() {
+    let stage = Stage::up(&["redis"]);
+    stage.start(&redis("redis", FIRST_CONTAINER_ADDRESS));
+    let mut line = stage.connect(redis_address());
+    assert_eq!(line.ask("DEBUG POPULATE 60000 key 1000"), "+OK");
+    assert_eq!(line.ask("SET counter 0"), "+OK");
+    let counter = Counter::start(line);
+    let first_digest = counter.between(digest);
+    let mut after_two = None;
+    for hop in 1..=6 {
+        let before = counter.between(|_, counted| counted);
+        let record = stage.migrate_with("redis", NODES[hop % 2], &LIVE);
+        let (digest, counted) = counter.between(|line, counted| (digest(line, counted), counted));
+        assert_eq!(digest, first_digest, "after hop {hop}: {record:#}");
+        assert!(counted > before, "nothing was counted during hop {hop}");
+        let rounds = pages(&record);
+        assert!(rounds.len() >= 2 && rounds[0] > POPULATED_PAGES, "{record:#}");
+        assert!(rounds.last().unwrap() * 4 < rounds[0], "the freeze had most of the memory: {record:#}");
+        assert!(number(&record, "/timings/precopy") > 0.0 && number(&record, "/timings/fill") > 0.0, "{record:#}");
+        if hop == 2 {
+            after_two = Some(stage.settled_census());
+        }
+    }
+    let (counted, longest) = counter.stop();
+    println!("6 hops, {counted} increments, the longest took {} ms", longest.as_millis());
+    stage.assert_census(&after_two.unwrap(), |change| change.area == "tmpfs bytes" && change.after < change.before);
+}
+
+#[test]
+fn a_container_that_moved_live_moves_warm_and_live_again() {
+    let stage = Stage::up(&["redis"]);
+    stage.start(&redis("redis", FIRST_CONTAINER_ADDRESS));
+    let mut line = stage.connect(redis_address());
+    assert_eq!(line.ask("DEBUG POPULATE 20000 key 1000"), "+OK");
+    assert_eq!(line.ask("SET counter 0"), "+OK");
+    let counter = Counter::start(line);
+    let first_digest = counter.between(digest);
+    for (hop, more) in [&LIVE[..], &["--strategy", "warm"], &LIVE, &LIVE].into_iter().enumerate() {
+        let record = stage.migrate_with("redis", NODES[(hop + 1) % 2], more);
+        assert_eq!(counter.between(digest), first_digest, "after hop {hop}: {record:#}");
+    }
+    counter.stop();
+}
+
+#[test]
+fn memory_that_is_written_faster_than_it_is_sent_is_refused_before_the_freeze() {
+    let stage = Stage::up(&["redis"]);
+    stage.start(&redis("redis", FIRST_CONTAINER_ADDRESS));
+    let mut line = stage.connect(redis_address());
+    assert_eq!(line.ask("DEBUG POPULATE 20000 key 1000"), "+OK");
+    assert_eq!(line.ask("SET counter 0"), "+OK");
+    let counter = Counter::start(line);
+    // One connection that counts writes to some pages all the time; over so slow a link they take longer than the budget.
+    let narrow = ["--strategy", "live", "--downtime-budget", "1", "--bandwidth-limit", "4194304", "--no-compression"];
+    let before = counter.between(|_, counted| counted);
+    let record = stage.try_migrate_with("redis", NODES[1], &narrow).unwrap();
+    assert_eq!(record["phase"], "failed", "{record:#}");
+    let reason = record["reason"].as_str().unwrap();
+    assert!(reason.contains("budget") && reason.contains("precopy"), "{record:#}");
+    assert!(number(&record, "/downtime_ms") == 0.0, "{record:#}");
+    assert_eq!(stage.places("redis"), [NODES[0]]);
+    assert!(counter.between(|_, counted| counted) > before);
+    // The same container moves when it may.
+    stage.migrate_with("redis", NODES[1], &LIVE);
+    let (_, longest) = counter.stop();
+    println!("the longest increment took {} ms", longest.as_millis());
+}
