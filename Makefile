@@ -11,7 +11,7 @@ RUN := deploy/setup/run.sh
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 
-.PHONY: help setup build demo test local-up local-down bench-stream bench-warm bench-engine lint
+.PHONY: help setup build demo test local-up local-down bench-stream bench-warm bench-live bench-engine lint
 
 help:
 	@echo 'make demo          the main job, start to end: two nodes, real workloads under load, migrations there and back'
@@ -20,6 +20,7 @@ help:
 	@echo 'make local-down    takes them away again'
 	@echo 'make bench-stream  the transfer stream against raw TCP on the same link'
 	@echo 'make bench-warm    warm migration of Redis at several sizes'
+	@echo 'make bench-live    live migration of Redis at several sizes'
 	@echo 'make bench-engine  live migration of one process against CRIU alone, at several sizes'
 	@echo 'make lint          formatting, clippy, shellcheck, licences'
 
@@ -48,6 +49,9 @@ bench-stream: build
 
 bench-warm: build
 	@$(RUN) $(RELEASE)/podferry-bench warm
+
+bench-live: build
+	@$(RUN) $(RELEASE)/podferry-bench live
 
 bench-engine: build
 	@$(RUN) $(RELEASE)/podferry-bench-engine

@@ -10,7 +10,7 @@ use crate::{
     error::{Error, Result},
     load::LoadReport,
     migration::Hop,
-    stage::{Interrupt, NODES, Program, Stage},
+    stage::{Interrupt, NODES, Program, Stage, Strategy},
     summary::{Findings, Observed, Summary, table},
 };
 
@@ -85,7 +85,7 @@ fn hop_all(stage: &Stage, rounds: u32, interrupt: &Interrupt, began: Instant) ->
         std::thread::sleep(BETWEEN);
         let place = places.entry(program.name()).or_default();
         let target = (*place + 1) % NODES.len();
-        let hop = stage.migrate(program, NODES[*place], NODES[target])?;
+        let hop = stage.migrate(program, Strategy::Warm, NODES[*place], NODES[target])?;
         *place = if hop.outcome.is_ok() { target } else { stage.place(program).unwrap_or(*place) };
         say(began, &describe(hops.len() + 1, all, &hop));
         hops.push(hop);

@@ -8,7 +8,7 @@ pub mod error;
 pub mod load;
 pub mod local;
 pub mod migration;
+pub mod moves;
 pub mod stage;
 pub mod stream;
 pub mod summary;
-pub mod warm;

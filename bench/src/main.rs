@@ -6,9 +6,9 @@ use clap::{Args, Parser, Subcommand};
 use podferry_bench::{
     demo,
     load::{self, Event, Kind, LoadOptions, LoadReport, Readiness, redis_data},
-    local,
-    stage::Interrupt,
-    stream, warm,
+    local, moves,
+    stage::{Interrupt, Strategy},
+    stream,
 };
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
@@ -28,6 +28,8 @@ enum Command {
     Demo(Extent),
     /// Measure warm migration of Redis at several sizes.
     Warm(Extent),
+    /// Measure live migration of Redis at several sizes.
+    Live(Extent),
     /// Measure the page stream between two network namespaces against raw TCP, and packing against none.
     Stream(stream::Arguments),
     /// A local cluster to play with, which goes on until it is taken down.
@@ -117,7 +119,8 @@ fn run(command: Command) -> Outcome {
     let outcome = runtime.block_on(async {
         match command {
             Command::Demo(extent) => staged(|interrupt| Ok(demo::run(extent.quick, interrupt)?.holds())),
-            Command::Warm(extent) => staged(|interrupt| Ok(warm::run(extent.quick, interrupt)?.holds())),
+            Command::Warm(extent) => measure(Strategy::Warm, &extent),
+            Command::Live(extent) => measure(Strategy::Live, &extent),
             Command::Stream(arguments) => {
                 Ok(if stream::run(arguments).await? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
             }
@@ -130,6 +133,10 @@ fn run(command: Command) -> Outcome {
     // The thread that waits for standard input cannot be ended.
     runtime.shutdown_background();
     outcome
+}
+
+fn measure(strategy: Strategy, extent: &Extent) -> Outcome {
+    staged(|interrupt| Ok(moves::run(strategy, extent.quick, interrupt)?.holds()))
 }
 
 /// Runs what needs a cluster. It is told when somebody wants it to end, and then takes the cluster down first.

@@ -31,6 +31,34 @@ const MOVE_DEADLINE: Duration = Duration::from_secs(120);
 /// How often is looked whether somebody wants the end. Short enough that a move's end is not noticed late.
 const POLL: Duration = Duration::from_millis(200);
 
+/// How workloads are moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Strategy {
+    /// Freeze, transfer, resume.
+    Warm,
+    /// Copy memory while the workload runs, then freeze.
+    Live,
+}
+
+impl Strategy {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Warm => "warm",
+            Self::Live => "live",
+        }
+    }
+
+    /// Further words: what is measured is what comes out, not whether it is what was aimed at.
+    fn more(self) -> &'static [&'static str] {
+        match self {
+            Self::Warm => &[],
+            Self::Live => &["--downtime-budget", "1000"],
+        }
+    }
+}
+
 /// What there is to be moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Program {
@@ -175,10 +203,10 @@ impl Stage {
     }
 
     /// Moves a workload with the command line, as a person would, and looks where it runs then.
-    pub fn migrate(&self, program: Program, source: &str, target: &str) -> Result<Hop> {
+    pub fn migrate(&self, program: Program, strategy: Strategy, source: &str, target: &str) -> Result<Hop> {
         self.interrupt.check()?;
         let start_unix_ms = unix_ms();
-        let outcome = self.try_migrate(program, source, target);
+        let outcome = self.try_migrate(program, strategy, source, target);
         // Ctrl-C at a terminal ends the command line, too: that is no failed migration.
         self.interrupt.check()?;
         Ok(Hop {
@@ -191,8 +219,9 @@ impl Stage {
         })
     }
 
-    fn try_migrate(&self, program: Program, source: &str, target: &str) -> Result<MigrationRecord> {
-        let words = ["migrate", program.name(), "--to", target, "--strategy", "warm", "--wait", "--output", "json"];
+    fn try_migrate(&self, program: Program, strategy: Strategy, source: &str, target: &str) -> Result<MigrationRecord> {
+        let move_it = ["migrate", program.name(), "--to", target, "--strategy", strategy.name()];
+        let words = [&move_it[..], strategy.more(), &["--wait", "--output", "json"]].concat();
         let (stdout, stderr) = self.podferry(&words)?;
         let record = match parse_record(&stdout) {
             Ok(record) if record.succeeded() => record,

@@ -14,7 +14,7 @@ use nix::{
 use podferry_bench::{
     clients::{self, LoadProcess},
     load::LoadReport,
-    stage::{Interrupt, NODES, Program, Stage},
+    stage::{Interrupt, NODES, Program, Stage, Strategy},
 };
 use podferry_local::Options;
 
@@ -74,7 +74,7 @@ fn workloads_in_containers_serve_the_client_side_and_leave_nothing() {
 fn a_migration_that_cannot_be_asked_for_is_a_failed_hop() {
     let stage = stage();
     // There is no coordinator: the command line cannot reach one.
-    let hop = stage.migrate(Program::Redis, NODES[0], NODES[1]).unwrap();
+    let hop = stage.migrate(Program::Redis, Strategy::Warm, NODES[0], NODES[1]).unwrap();
     let problem = hop.outcome.unwrap_err();
     assert!(!problem.is_empty());
     assert!(hop.end_unix_ms >= hop.start_unix_ms);

@@ -1,4 +1,4 @@
-//! Warm migration of Redis at several sizes: what the phases take, and what a client sees of it.
+//! Migration of Redis at several sizes by one strategy: what the phases take, and what a client sees of it.
 
 use std::{fs, time::Duration};
 
@@ -9,7 +9,7 @@ use crate::{
     error::{Error, Result},
     load::{Kind, LoadReport},
     migration::{Hop, MigrationRecord, median},
-    stage::{Interrupt, NODES, Program, Stage},
+    stage::{Interrupt, NODES, Program, Stage, Strategy},
 };
 
 /// Sizes of the data set in MiB, and how often each is moved.
@@ -30,6 +30,8 @@ pub struct SizeResult {
     pub resident_mib: u64,
     /// Moves that succeeded.
     pub runs: u64,
+    /// Copying memory while the process ran.
+    pub precopy_ms: f64,
     /// Until all tasks stood still.
     pub freeze_ms: f64,
     /// Writing the images, which are sent while they are written.
@@ -40,6 +42,8 @@ pub struct SizeResult {
     pub restore_ms: f64,
     /// From freeze to resume, as the coordinator saw it.
     pub downtime_ms: f64,
+    /// Laying in what was missing behind the running process.
+    pub fill_ms: f64,
     /// From the request to the end.
     pub total_ms: f64,
     /// Longest time without an answer that a client saw in a move.
@@ -64,12 +68,14 @@ impl SizeResult {
 
 /// What was measured at all sizes.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct WarmResult {
+pub struct MovesResult {
+    /// How it was moved.
+    pub strategy: Strategy,
     /// One result for each size.
     pub sizes: Vec<SizeResult>,
 }
 
-impl WarmResult {
+impl MovesResult {
     /// Whether every move succeeded and no client saw a fault.
     pub fn holds(&self) -> bool {
         !self.sizes.is_empty() && self.sizes.iter().all(SizeResult::holds)
@@ -77,11 +83,13 @@ impl WarmResult {
 }
 
 /// Runs the measurement, telling of it on standard output; the result is printed as a table and, last, as JSON.
-pub fn run(quick: bool, interrupt: &Interrupt) -> Result<WarmResult> {
+pub fn run(strategy: Strategy, quick: bool, interrupt: &Interrupt) -> Result<MovesResult> {
     let (sizes, runs) = if quick { (&QUICK_SIZES[..], QUICK_RUNS) } else { (&SIZES[..], RUNS) };
-    let stage = Stage::up("warm", interrupt)?;
-    let measured: Result<Vec<SizeResult>> = sizes.iter().map(|mib| measure(&stage, *mib, runs, interrupt)).collect();
-    let result = WarmResult { sizes: measured.inspect_err(|_| println!("logs: {}", stage.logs().display()))? };
+    let stage = Stage::up(strategy.name(), interrupt)?;
+    let measured: Result<Vec<SizeResult>> =
+        sizes.iter().map(|mib| measure(&stage, strategy, *mib, runs, interrupt)).collect();
+    let result =
+        MovesResult { strategy, sizes: measured.inspect_err(|_| println!("logs: {}", stage.logs().display()))? };
     if result.holds() {
         stage.down()?;
     } else {
@@ -93,7 +101,7 @@ pub fn run(quick: bool, interrupt: &Interrupt) -> Result<WarmResult> {
     Ok(result)
 }
 
-fn measure(stage: &Stage, mib: u64, runs: usize, interrupt: &Interrupt) -> Result<SizeResult> {
+fn measure(stage: &Stage, strategy: Strategy, mib: u64, runs: usize, interrupt: &Interrupt) -> Result<SizeResult> {
     let redis = Program::Redis;
     stage.start(redis, &stage.image(redis)?)?;
     let client = stage.cluster().client();
@@ -107,7 +115,7 @@ fn measure(stage: &Stage, mib: u64, runs: usize, interrupt: &Interrupt) -> Resul
         interrupt.check()?;
         std::thread::sleep(BETWEEN);
         let target = (place + 1) % NODES.len();
-        let hop = stage.migrate(redis, NODES[place], NODES[target])?;
+        let hop = stage.migrate(redis, strategy, NODES[place], NODES[target])?;
         match &hop.outcome {
             Ok(record) => {
                 place = target;
@@ -144,11 +152,13 @@ fn evaluate(hops: &[Hop], report: &LoadReport) -> SizeResult {
         mib: 0,
         resident_mib: 0,
         runs: records.len() as u64,
+        precopy_ms: middle(|record| record.timings.precopy),
         freeze_ms: middle(|record| record.timings.freeze),
         dump_ms: middle(|record| record.timings.dump),
         transfer_ms: middle(|record| record.timings.transfer),
         restore_ms: middle(|record| record.timings.restore),
         downtime_ms: middle(|record| record.downtime_ms),
+        fill_ms: middle(|record| record.timings.fill),
         total_ms: middle(|record| record.total_ms),
         client_gap_ms: tenths(median(gaps.iter().copied())),
         client_gap_ms_max: tenths(gaps.iter().copied().reduce(f64::max)),
@@ -169,11 +179,12 @@ fn tenths(value: Option<f64>) -> f64 {
 }
 
 /// The result as a table in Markdown.
-pub fn table(result: &WarmResult) -> String {
+pub fn table(result: &MovesResult) -> String {
     let titles = [
         "data",
         "resident",
         "runs",
+        "pre-copy",
         "freeze",
         "dump",
         "transfer",
@@ -181,6 +192,7 @@ pub fn table(result: &WarmResult) -> String {
         "downtime",
         "client gap",
         "longest gap",
+        "fill",
         "on the wire",
     ];
     let ms = |value: f64| format!("{value:.0} ms");
@@ -189,6 +201,7 @@ pub fn table(result: &WarmResult) -> String {
             format!("{} MiB", size.mib),
             format!("{} MiB", size.resident_mib),
             size.runs.to_string(),
+            ms(size.precopy_ms),
             ms(size.freeze_ms),
             ms(size.dump_ms),
             ms(size.transfer_ms),
@@ -196,6 +209,7 @@ pub fn table(result: &WarmResult) -> String {
             ms(size.downtime_ms),
             ms(size.client_gap_ms),
             ms(size.client_gap_ms_max),
+            ms(size.fill_ms),
             format!("{:.0} MiB", size.wire_mib),
         ]
     };
@@ -247,9 +261,9 @@ mod tests {
     #[test]
     fn any_fault_fails_the_measurement() {
         let good = SizeResult { digest_equal: true, ..evaluate(&[hop(0.0, 1.0, true)], &gaps(&[])) };
-        let holds = |size: &SizeResult| WarmResult { sizes: vec![size.clone()] }.holds();
+        let holds = |size: &SizeResult| MovesResult { strategy: Strategy::Warm, sizes: vec![size.clone()] }.holds();
         assert!(holds(&good));
-        assert!(!WarmResult { sizes: vec![] }.holds());
+        assert!(!MovesResult { strategy: Strategy::Warm, sizes: vec![] }.holds());
         assert!(!holds(&SizeResult { digest_equal: false, ..good.clone() }));
         assert!(!holds(&SizeResult { faults: 1, ..good.clone() }));
         assert!(!holds(&SizeResult { failed: 1, ..good.clone() }));
@@ -259,9 +273,9 @@ mod tests {
     #[test]
     fn the_table_has_a_column_for_each_title() {
         let size = SizeResult { mib: 256, resident_mib: 290, ..evaluate(&[hop(0.0, 81.4, true)], &gaps(&[])) };
-        let table = table(&WarmResult { sizes: vec![size] });
+        let table = table(&MovesResult { strategy: Strategy::Warm, sizes: vec![size] });
         let counts: Vec<usize> = table.lines().map(|line| line.matches('|').count()).collect();
-        assert_eq!(counts, [12, 12, 12]);
+        assert_eq!(counts, [14, 14, 14]);
         assert!(table.contains("| 256 MiB") && table.contains("| 81 ms"));
     }
 }
