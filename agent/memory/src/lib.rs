@@ -1,13 +1,15 @@
 //! Memory of running processes: which pages change, what they hold, and how they get into another process.
 //!
 //! Pre-copy repeats one step while the process runs: ask a [`tracker`] which pages were written since it was last asked,
-//! and read those with a [`copier::Copier`]. Everything is told as [`range::PageRange`]s of the process's addresses. Which
-//! mappings can be handled that way, [`maps`] decides; what cannot is left to CRIU, which dumps it while the process is
-//! frozen.
+//! and read those with a [`copier::Copier`]. [`convergence`] says when to stop. Everything is told as [`range::PageRange`]s of the
+//! process's addresses. Which mappings can be handled that way, [`maps`] decides, and which processes, [`hazard`]; what cannot is
+//! left to CRIU, which dumps it while the process is frozen.
 //!
 //! Only the modules of `sys` have `unsafe` code.
 
+pub mod convergence;
 pub mod copier;
+pub mod hazard;
 pub mod hide;
 pub mod inject;
 pub mod maps;

@@ -4,8 +4,10 @@ use std::fs;
 use std::io;
 
 use nix::unistd::Pid;
+use thiserror::Error;
 
 use crate::PAGE_SIZE;
+use crate::hazard::{self, Hazard};
 use crate::range::{PageRange, PageRanges};
 
 /// One mapping: a line of `/proc/PID/maps`.
@@ -48,7 +50,7 @@ impl Mapping {
         self.name.starts_with("[v")
     }
 
-    fn parse(line: &str) -> Option<Self> {
+    pub(crate) fn parse(line: &str) -> Option<Self> {
         let (addresses, rest) = line.split_once(' ')?;
         let (start, end) = addresses.split_once('-')?;
         let address = |text| u64::from_str_radix(text, 16).ok().filter(|address| address.is_multiple_of(PAGE_SIZE));
@@ -80,9 +82,121 @@ pub fn read(process: Pid) -> io::Result<Vec<Mapping>> {
     text.lines().map(parse).collect()
 }
 
-/// The ranges that pre-copy moves.
-pub fn pre_copied(mappings: &[Mapping]) -> PageRanges {
-    mappings.iter().filter(|mapping| mapping.is_pre_copied()).map(|mapping| mapping.range).collect()
+/// The ranges that pre-copy can move of a process that runs: what [`Mapping::is_pre_copied`] says, and is not locked.
+///
+/// CRIU does not restore locked memory lazily. What becomes locked after this call, [`moved`] finds.
+pub fn followable(process: Pid) -> io::Result<PageRanges> {
+    let mappings = read(process)?;
+    let pre_copied = mappings.iter().filter(|mapping| mapping.is_pre_copied()).map(|mapping| mapping.range);
+    let pre_copied: PageRanges = pre_copied.collect();
+    Ok(pre_copied.difference(&locked(process)?))
+}
+
+/// Why hidden memory of a frozen process cannot be moved.
+#[derive(Debug, Error)]
+pub enum MovedError {
+    /// Its mappings cannot be read.
+    #[error("process {process}: cannot read its mappings in the freeze: {source}")]
+    Read {
+        /// The process.
+        process: Pid,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Something came there that is not moved this way.
+    #[error(
+        "process {process}: {what} came to {range} after that range was kept from CRIU, so that nobody moves it; the process can \
+         run on where it is, and the migration can be tried again"
+    )]
+    Replaced {
+        /// The process.
+        process: Pid,
+        /// Where.
+        range: PageRange,
+        /// What is there.
+        what: String,
+    },
+    /// Something came that may still be writing.
+    #[error(
+        "{0}, and it came after the last look: the process can run on where it is, and the migration can be tried again"
+    )]
+    Hazard(Hazard),
+}
+
+/// What a frozen process has mapped of ranges that CRIU was kept from. An error when something else than followable memory came
+/// to them between the last round and the freeze.
+///
+/// Of what makes memory followable, what matters now is only that it is the process's own, and not locked: size and protection
+/// may have changed.
+pub fn moved(process: Pid, hidden: &PageRanges) -> Result<PageRanges, MovedError> {
+    let failed = |source| MovedError::Read { process, source };
+    let mappings = read(process).map_err(failed)?;
+    if let Some(hazard) = hazard::mapped(process, &mappings) {
+        return Err(MovedError::Hazard(hazard));
+    }
+    let (moved, strange) = split(&mappings, hidden);
+    if let Some((range, what)) = strange {
+        return Err(MovedError::Replaced { process, range, what });
+    }
+    match moved.intersection(&locked(process).map_err(failed)?).as_slice() {
+        [] => Ok(moved),
+        [range, ..] => Err(MovedError::Replaced { process, range: *range, what: "locked memory".to_owned() }),
+    }
+}
+
+/// What is mapped of hidden ranges, and the first of it that is not private anonymous memory.
+fn split(mappings: &[Mapping], hidden: &PageRanges) -> (PageRanges, Option<(PageRange, String)>) {
+    let of = |mapping: &Mapping| [mapping.range].into_iter().collect::<PageRanges>().intersection(hidden);
+    let what = |mapping: &Mapping| match (mapping.name.as_str(), mapping.private) {
+        ("", true) => "a mapping".to_owned(),
+        ("", false) => "shared memory".to_owned(),
+        (name, _) => format!("the mapping {name}"),
+    };
+    let mut strange = mappings.iter().filter(|mapping| !mapping.is_private_anonymous());
+    let strange = strange.find_map(|mapping| Some((*of(mapping).as_slice().first()?, what(mapping))));
+    (mappings.iter().flat_map(|mapping| of(mapping).as_slice().to_vec()).collect(), strange)
+}
+
+/// The locked mappings of a process (mlock(2), mlockall(2), `MAP_LOCKED`).
+///
+/// Reading their flags takes 16 ms for each GiB of the process, since the kernel counts all pages for `smaps` meanwhile. So it is
+/// done only if the process has locked anything. Pages of `MCL_FUTURE` are counted with their mappings.
+fn locked(process: Pid) -> io::Result<PageRanges> {
+    if status_kib(process, "VmLck:")? == 0 {
+        return Ok(PageRanges::new());
+    }
+    let path = format!("/proc/{process}/smaps");
+    let text = fs::read(&path)?;
+    let unclear = || io::Error::new(io::ErrorKind::InvalidData, format!("{path} has flags without a mapping"));
+    locked_in(&String::from_utf8_lossy(&text)).ok_or_else(unclear)
+}
+
+/// The mappings of a text like `/proc/PID/smaps` that have the flag `lo`.
+fn locked_in(smaps: &str) -> Option<PageRanges> {
+    let mut locked = PageRanges::new();
+    let mut mapping = None;
+    for line in smaps.lines() {
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            let range = mapping.take()?;
+            if flags.split_whitespace().any(|flag| flag == "lo") {
+                locked.push(range);
+            }
+        } else if let Some(next) = Mapping::parse(line) {
+            mapping = Some(next.range);
+        }
+    }
+    Some(locked)
+}
+
+/// A figure of `/proc/PID/status` in KiB; 0 where there is none, as of a process that has ended.
+pub(crate) fn status_kib(process: Pid, name: &str) -> io::Result<u64> {
+    let status = fs::read(format!("/proc/{process}/status"))?;
+    let status = String::from_utf8_lossy(&status);
+    let figure = status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+    let Some(figure) = figure else { return Ok(0) };
+    let number = figure.strip_suffix(" kB").and_then(|number| number.parse().ok());
+    number
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("{name} of process {process} is {figure:?}")))
 }
 
 #[cfg(test)]
@@ -107,6 +221,7 @@ mod tests {
             "7f9f584ba000-7f9f584c4000 rw-p 00000000 00:00 0",
             "7f9f584ba000-7f9f594c4000 rwxp 00000000 00:00 0",
             "7f0000000000-7f0000400000 rw-p 00000000 fe:00 325835     /lib/x.so",
+            "7f0000000000-7f0000400000 rw-p 00000000 00:0f 4711       /anon_hugepage (deleted)",
         ] {
             assert!(!Mapping::parse(line).unwrap().is_pre_copied(), "{line}");
         }
@@ -124,5 +239,38 @@ mod tests {
         let mappings = read(Pid::this()).unwrap();
         assert!(mappings.windows(2).all(|two| two[0].range.end <= two[1].range.start));
         assert!(mappings.iter().any(|mapping| mapping.name == "[vdso]" && mapping.is_kernels()));
+    }
+
+    #[test]
+    fn locked_mappings_are_those_with_the_flag() {
+        let smaps = "7f0000000000-7f0000400000 rw-p 00000000 00:00 0 \nSize:               4096 kB\nLocked:   4096 kB\n\
+                     VmFlags: rd wr mr mw me lo ac sd \n\
+                     7f0000400000-7f0000500000 rw-p 00000000 00:00 0          [heap]\nSize:               1024 kB\n\
+                     VmFlags: rd wr mr mw me ac sd \n\
+                     7f0000600000-7f0000700000 rw-p 00000000 00:00 0 \nVmFlags: rd wr lo lf\n";
+        let locked = locked_in(smaps).unwrap();
+        let expected =
+            [PageRange::new(0x7f00_0000_0000, 0x7f00_0040_0000), PageRange::new(0x7f00_0060_0000, 0x7f00_0070_0000)];
+        assert_eq!(locked.as_slice(), expected);
+        assert_eq!(locked_in("VmFlags: rd lo\n"), None);
+    }
+
+    #[test]
+    fn what_came_to_a_hidden_range_is_named() {
+        let mapping = |line: &str| Mapping::parse(line).unwrap();
+        let own = mapping("7f0000000000-7f0000400000 rw-p 00000000 00:00 0 ");
+        let file = mapping("7f0000400000-7f0000500000 r--p 00000000 fe:00 325835   /lib/x.so");
+        let hidden = |end| [PageRange::new(0x7f00_0010_0000, end)].into_iter().collect::<PageRanges>();
+        let (moved, strange) = split(&[own.clone(), file.clone()], &hidden(0x7f00_0040_0000));
+        assert_eq!((moved.pages(), strange), (768, None));
+        let (_, strange) = split(&[own, file], &hidden(0x7f00_0050_0000));
+        let range = PageRange::new(0x7f00_0040_0000, 0x7f00_0050_0000);
+        assert_eq!(strange, Some((range, "the mapping /lib/x.so".to_owned())));
+    }
+
+    #[test]
+    fn figures_of_the_status_are_read() {
+        assert!(status_kib(Pid::this(), "VmRSS:").unwrap() > 0);
+        assert_eq!(status_kib(Pid::this(), "VmNothing:").unwrap(), 0);
     }
 }

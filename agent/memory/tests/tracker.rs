@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use podferry_memory::copier::{Copier, read_exact};
+use podferry_memory::hazard::{self, HazardKind};
 use podferry_memory::range::{PageRange, PageRanges};
 use podferry_memory::store::Store;
-use podferry_memory::tracker::Tracker;
+use podferry_memory::tracker::{self, TrackError, UserfaultfdTracker, WriteTracker};
 use podferry_memory::{PAGE_SIZE, inject, maps};
 
 /// A process that is killed when the test is done with it.
@@ -34,7 +35,12 @@ impl Victim {
     }
 
     fn churn(threads: u32) -> Self {
-        Self::start(Command::new(env!("CARGO_BIN_EXE_podferry-memory-churn")).args(["/dev/null", &threads.to_string()]))
+        Self::churn_with(threads, &[])
+    }
+
+    fn churn_with(threads: u32, options: &[&str]) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_podferry-memory-churn"));
+        Self::start(command.args(["/dev/null", &threads.to_string()]).args(options))
     }
 
     fn python(script: &str) -> Self {
@@ -92,7 +98,7 @@ impl Drop for Victim {
     }
 }
 
-fn copy(tracker: &mut Tracker, ranges: &PageRanges, store: &mut Store) {
+fn copy(tracker: &mut dyn WriteTracker, ranges: &PageRanges, store: &mut Store) {
     let copied = Copier::new(tracker.process(), 1 << 20)
         .read::<io::Error>(ranges, |batch| {
             let mut rest = batch.contents;
@@ -110,8 +116,7 @@ fn copy(tracker: &mut Tracker, ranges: &PageRanges, store: &mut Store) {
 /// Compares all of a stopped process's moved memory with the store; gives how many pages there were.
 fn assert_complete(process: Pid, existing: &PageRanges, store: &Store) -> u64 {
     let mut page = vec![0; usize::try_from(PAGE_SIZE).unwrap()];
-    let mappings = maps::read(process).unwrap();
-    for range in &maps::pre_copied(&mappings) {
+    for range in &maps::followable(process).unwrap() {
         for start in (range.start..range.end).step_by(page.len()) {
             if read_exact(process, start, &mut page).is_err() {
                 // A guard page, or memory that the process may not read itself.
@@ -135,7 +140,7 @@ fn assert_complete(process: Pid, existing: &PageRanges, store: &Store) -> u64 {
 /// The rounds of a pre-copy, then a stop, the last round, and a look at every byte.
 fn follow(victim: &mut Victim, rounds: usize) -> (u64, Vec<u64>) {
     let process = victim.pid();
-    let mut tracker = Tracker::attach(process).unwrap();
+    let mut tracker = UserfaultfdTracker::attach(process).unwrap();
     let mut store = Store::new(8 << 30).unwrap();
     let mut told = Vec::new();
     for _ in 0..rounds {
@@ -145,7 +150,7 @@ fn follow(victim: &mut Victim, rounds: usize) -> (u64, Vec<u64>) {
         std::thread::sleep(Duration::from_millis(30));
     }
     victim.stop();
-    let moved = maps::pre_copied(&maps::read(process).unwrap());
+    let moved = maps::followable(process).unwrap();
     let frozen = tracker.frozen(&moved).unwrap();
     copy(&mut tracker, &frozen.written, &mut store);
     let pages = assert_complete(process, &frozen.existing, &store);
@@ -175,7 +180,7 @@ fn what_is_written_during_a_round_of_many_regions_is_told_in_that_one_or_the_nex
     assert_eq!(victim.line(), "filled");
     for _ in 0..8 {
         let process = victim.pid();
-        let mut tracker = Tracker::attach(process).unwrap();
+        let mut tracker = UserfaultfdTracker::attach(process).unwrap();
         let mut store = Store::new(8 << 30).unwrap();
         for _ in 0..3 {
             let written = tracker.round().unwrap();
@@ -183,7 +188,7 @@ fn what_is_written_during_a_round_of_many_regions_is_told_in_that_one_or_the_nex
             std::thread::sleep(Duration::from_millis(60));
         }
         victim.stop();
-        let frozen = tracker.frozen(&maps::pre_copied(&maps::read(process).unwrap())).unwrap();
+        let frozen = tracker.frozen(&maps::followable(process).unwrap()).unwrap();
         copy(&mut tracker, &frozen.written, &mut store);
         assert_complete(process, &frozen.existing, &store);
         victim.signal(Signal::SIGCONT);
@@ -199,7 +204,7 @@ fn a_round_tells_what_was_written_since_the_last_one() {
          time.sleep(60)\n",
     );
     assert_eq!(victim.line(), "filled");
-    let mut tracker = Tracker::attach(victim.pid()).unwrap();
+    let mut tracker = UserfaultfdTracker::attach(victim.pid()).unwrap();
     let all = tracker.round().unwrap();
     assert!(all.pages() > 16384, "{} pages", all.pages());
     let _ = tracker.round().unwrap();
@@ -305,7 +310,7 @@ fn a_stopped_process_can_be_followed_and_stays_stopped() {
     let mut victim = Victim::churn(2);
     std::thread::sleep(Duration::from_millis(300));
     victim.stop();
-    let mut tracker = Tracker::attach(victim.pid()).unwrap();
+    let mut tracker = UserfaultfdTracker::attach(victim.pid()).unwrap();
     assert!(tracker.round().unwrap().pages() > 0);
     assert!(victim.all_threads_are("T"));
     assert_eq!(tracker.round().unwrap().pages(), 0);
@@ -321,7 +326,7 @@ fn nothing_is_left_in_a_process_that_was_followed() {
     let count = || std::fs::read_dir(format!("/proc/{}/fd", victim.pid())).unwrap().count();
     let before = count();
     for _ in 0..20 {
-        let mut tracker = Tracker::attach(victim.pid()).unwrap();
+        let mut tracker = UserfaultfdTracker::attach(victim.pid()).unwrap();
         tracker.round().unwrap();
     }
     assert_eq!(count(), before);
@@ -333,7 +338,7 @@ fn a_process_that_is_gone_is_an_error_that_names_it() {
     let mut victim = Victim::churn(1);
     victim.child.kill().unwrap();
     victim.child.wait().unwrap();
-    let error = Tracker::attach(victim.pid()).unwrap_err().to_string();
+    let error = UserfaultfdTracker::attach(victim.pid()).unwrap_err().to_string();
     assert!(error.contains(&victim.pid().to_string()), "{error}");
 }
 
@@ -352,4 +357,345 @@ fn a_process_under_seccomp_can_be_followed() {
     let (pages, _) = follow(&mut victim, 2);
     assert!(pages > 0);
     victim.assert_is_well();
+}
+
+/// Fills 64 MiB and prints `filled`; at SIGUSR1, does what `then` says.
+fn filled_and_waiting(then: &str) -> Victim {
+    let mut victim = Victim::python(&format!(
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])\nlibc = ctypes.CDLL(None, use_errno=True)\n\
+         m = bytearray(os.urandom(64 << 20))\nprint('filled', flush=True)\n\
+         signal.sigwait([signal.SIGUSR1])\n{then}\ntime.sleep(60)\n"
+    ));
+    assert_eq!(victim.line(), "filled");
+    victim
+}
+
+/// Another program, which fills 64 MiB again.
+const OTHER_PROGRAM: &str = "os.execv('/usr/bin/python3', ['python3', '-uc', \
+    'import os, time; m = os.urandom(64 << 20); print(\"filled again\", flush=True); time.sleep(60)'])";
+
+/// Rounds before, then another program.
+fn follow_into_another_program(victim: &mut Victim) -> (UserfaultfdTracker, Store) {
+    let mut tracker = UserfaultfdTracker::attach(victim.pid()).unwrap();
+    let mut store = Store::new(8 << 30).unwrap();
+    for _ in 0..2 {
+        let written = tracker.round().unwrap();
+        copy(&mut tracker, &written, &mut store);
+    }
+    victim.signal(Signal::SIGUSR1);
+    assert_eq!(victim.line(), "filled again");
+    (tracker, store)
+}
+
+#[test]
+fn a_process_that_runs_another_program_has_to_be_followed_anew() {
+    let mut victim = filled_and_waiting(OTHER_PROGRAM);
+    let (mut tracker, _) = follow_into_another_program(&mut victim);
+    for _ in 0..2 {
+        let error = tracker.round().unwrap_err();
+        assert!(matches!(error, TrackError::Replaced { process } if process == victim.pid()), "{error}");
+        assert!(error.is_end_of_following());
+    }
+    drop(tracker);
+    let (pages, _) = follow(&mut victim, 2);
+    assert!(pages > 16384, "{pages} pages");
+    victim.assert_is_well();
+}
+
+#[test]
+fn a_freeze_after_another_program_was_run_tells_all_of_that_ones_memory() {
+    let mut victim = filled_and_waiting(OTHER_PROGRAM);
+    let (mut tracker, mut store) = follow_into_another_program(&mut victim);
+    victim.stop();
+    let frozen = tracker.frozen(&maps::followable(victim.pid()).unwrap()).unwrap();
+    assert_eq!(frozen.written, frozen.existing);
+    copy(&mut tracker, &frozen.written, &mut store);
+    let pages = assert_complete(victim.pid(), &frozen.existing, &store);
+    assert!(pages > 16384, "{pages} pages");
+}
+
+#[test]
+fn a_process_that_becomes_itself_anew_all_the_time_is_followed_or_said_to_be_replaced() {
+    let mut victim = Victim::churn_with(1, &["--exec", "40"]);
+    let (mut replaced, mut complete) = (0, 0);
+    for round in 0..60 {
+        // In the middle of it, there is nothing that could be followed.
+        let Ok(mut tracker) = tracker::attach(victim.pid()) else { continue };
+        let mut store = Store::new(8 << 30).unwrap();
+        let told: Result<(), TrackError> = (0..round % 3).try_for_each(|_| {
+            let written = tracker.round()?;
+            copy(&mut *tracker, &written, &mut store);
+            Ok(())
+        });
+        match told {
+            Ok(()) => {
+                std::thread::sleep(Duration::from_millis(round % 7 * 5));
+                victim.stop();
+                let frozen = tracker.frozen(&maps::followable(victim.pid()).unwrap()).unwrap();
+                copy(&mut *tracker, &frozen.written, &mut store);
+                assert_complete(victim.pid(), &frozen.existing, &store);
+                victim.signal(Signal::SIGCONT);
+                complete += 1;
+            }
+            Err(TrackError::Replaced { .. } | TrackError::Ended { .. }) => replaced += 1,
+            Err(error) => panic!("{error}"),
+        }
+        victim.assert_is_well();
+    }
+    assert!(complete > 10, "{complete} complete, {replaced} replaced");
+}
+
+/// A process of nobody's, which is killed.
+struct Orphan(Pid);
+
+impl Drop for Orphan {
+    fn drop(&mut self) {
+        let _ = kill(self.0, Signal::SIGKILL);
+    }
+}
+
+/// clone(2) with `CLONE_VM` and `SIGCHLD`: a process that shares the memory and waits.
+const SHARING: &str = "stack = ctypes.create_string_buffer(1 << 16)\n\
+    top = (ctypes.addressof(stack) + (1 << 16)) & ~63\n\
+    wait = ctypes.cast(libc.pause, ctypes.c_void_p)\n\
+    print(libc.clone(wait, ctypes.c_void_p(top), 0x100 | 17, None), flush=True)\n\
+    signal.sigwait([signal.SIGUSR1])\n";
+
+#[test]
+fn memory_that_two_processes_share_is_followed_once_and_not_taken_for_that_of_another_program() {
+    let mut victim = filled_and_waiting(&format!("{SHARING}{OTHER_PROGRAM}"));
+    victim.signal(Signal::SIGUSR1);
+    let sharer = Orphan(Pid::from_raw(victim.line().parse().unwrap()));
+    let mut tracker = UserfaultfdTracker::attach(victim.pid()).unwrap();
+    let mut store = Store::new(8 << 30).unwrap();
+    for _ in 0..2 {
+        let written = tracker.round().unwrap();
+        copy(&mut tracker, &written, &mut store);
+        let error = tracker::attach(sharer.0).unwrap_err().to_string();
+        assert!(error.contains(&format!("process {}", sharer.0)) && error.contains("shares its memory"), "{error}");
+    }
+    victim.signal(Signal::SIGUSR1);
+    assert_eq!(victim.line(), "filled again");
+    // The old memory lives on in the sharer, and can still be registered.
+    let error = tracker.round().unwrap_err();
+    assert!(matches!(error, TrackError::Replaced { .. }), "{error}");
+    victim.stop();
+    let frozen = tracker.frozen(&maps::followable(victim.pid()).unwrap()).unwrap();
+    copy(&mut tracker, &frozen.written, &mut store);
+    assert!(assert_complete(victim.pid(), &frozen.existing, &store) > 16384);
+    drop(tracker);
+    // Nobody follows the sharer's any more.
+    UserfaultfdTracker::attach(sharer.0).unwrap();
+}
+
+#[test]
+fn a_process_that_forks_and_runs_other_programs_in_children_is_followed() {
+    let mut victim = Victim::churn_with(1, &["--fork", "--spawn"]);
+    std::thread::sleep(Duration::from_millis(200));
+    for rounds in [0, 1, 2, 4, 6] {
+        follow(&mut victim, rounds);
+        victim.assert_is_well();
+    }
+}
+
+#[test]
+fn a_process_that_ends_meanwhile_is_said_to_have_ended() {
+    let mut victim = Victim::churn(1);
+    let mut tracker = UserfaultfdTracker::attach(victim.pid()).unwrap();
+    tracker.round().unwrap();
+    victim.child.kill().unwrap();
+    // A zombie first.
+    while !victim.all_threads_are("Z") {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let error = tracker.round().unwrap_err();
+    assert!(matches!(error, TrackError::Ended { .. }), "{error}");
+    victim.child.wait().unwrap();
+    let error = tracker.round().unwrap_err();
+    assert!(matches!(error, TrackError::Ended { .. }), "{error}");
+}
+
+/// A file that is gone after the test.
+struct Scratch(std::path::PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        Self(std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id())))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn assert_refused_for(victim: &Victim, what: &str) {
+    let error = tracker::attach(victim.pid()).unwrap_err().to_string();
+    assert!(error.contains(what) && error.contains(&format!("process {} ", victim.pid())), "{error}");
+}
+
+#[test]
+fn direct_reads_are_a_hazard() {
+    let file = Scratch::new("direct");
+    let path = file.0.to_str().unwrap().to_owned();
+    let victim = Victim::churn_with(1, &["--direct", &path]);
+    std::thread::sleep(Duration::from_millis(200));
+    let hazard = hazard::of(victim.pid()).unwrap().unwrap();
+    assert!(matches!(&hazard.kind, HazardKind::DirectIo { fd, path: named } if *fd > 2 && *named == path), "{hazard}");
+    assert_refused_for(&victim, &format!("{path} open for direct I/O"));
+}
+
+#[test]
+fn asynchronous_input_is_a_hazard() {
+    let victim = Victim::churn_with(1, &["--aio"]);
+    assert_eq!(hazard::of(victim.pid()).unwrap().unwrap().kind, HazardKind::Aio);
+    assert_refused_for(&victim, "io_setup");
+}
+
+#[test]
+fn a_ring_of_io_uring_is_a_hazard_with_and_without_its_descriptor() {
+    // io_uring_setup(8, &params), then the mapping of its queue of submissions.
+    let ring = "p = ctypes.create_string_buffer(120)\nfd = libc.syscall(425, 8, p)\nassert fd >= 0, ctypes.get_errno()\n\
+                print(fd, flush=True)\nsignal.sigwait([signal.SIGUSR1])\nimport mmap\n\
+                m2 = mmap.mmap(fd, 4096, offset=0)\nos.close(fd)\nprint('closed', flush=True)\n";
+    let mut victim = filled_and_waiting(ring);
+    assert_eq!(hazard::of(victim.pid()).unwrap(), None);
+    victim.signal(Signal::SIGUSR1);
+    let fd = victim.line().parse().unwrap();
+    assert_eq!(hazard::of(victim.pid()).unwrap().unwrap().kind, HazardKind::IoUring { fd: Some(fd) });
+    victim.signal(Signal::SIGUSR1);
+    assert_eq!(victim.line(), "closed");
+    let kind = hazard::of(victim.pid()).unwrap().unwrap().kind;
+    assert!(matches!(kind, HazardKind::IoUring { .. }), "{kind:?}");
+    assert_refused_for(&victim, "io_uring");
+}
+
+#[test]
+fn a_hazard_that_comes_while_a_process_is_followed_ends_it() {
+    let opened = "fd = os.open('/usr/bin/python3', os.O_RDONLY | os.O_DIRECT)\nprint('opened', flush=True)\n";
+    let mut victim = filled_and_waiting(opened);
+    let mut tracker = tracker::attach(victim.pid()).unwrap();
+    tracker.round().unwrap();
+    victim.signal(Signal::SIGUSR1);
+    assert_eq!(victim.line(), "opened");
+    let error = tracker.round().unwrap_err();
+    assert!(matches!(error, TrackError::Hazard(_)) && error.is_end_of_following(), "{error}");
+}
+
+/// Pipes, sockets, and the same flag on a pipe, where it means something else.
+#[test]
+fn many_descriptors_are_no_hazard_and_looked_at_in_no_time() {
+    let open = "r, w = os.pipe2(os.O_DIRECT)\n\
+                kept = [open('/usr/bin/python3') for _ in range(1000)] + [socket.socketpair() for _ in range(100)]\n\
+                print('opened', flush=True)\n";
+    let mut victim = filled_and_waiting(open);
+    victim.signal(Signal::SIGUSR1);
+    assert_eq!(victim.line(), "opened");
+    let looks: Vec<Duration> = (0..10)
+        .map(|_| {
+            let since = Instant::now();
+            assert_eq!(hazard::of(victim.pid()).unwrap(), None);
+            since.elapsed()
+        })
+        .collect();
+    let best = looks.iter().min().unwrap();
+    println!("a look at 1200 descriptors: {best:?}");
+    assert!(*best < Duration::from_millis(100), "{looks:?}");
+    follow(&mut victim, 2);
+}
+
+/// Maps 8 MiB with these flags of mmap(2) as `a`, prints the address, and goes on.
+fn mapped(flags: u32, then: &str) -> Victim {
+    let script = format!(
+        "libc.mmap.restype = ctypes.c_void_p\nlibc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + 3 * [ctypes.c_int] + [ctypes.c_long]\n\
+         a = libc.mmap(None, 8 << 20, 3, {flags}, -1, 0)\nassert a != 2**64 - 1, ctypes.get_errno()\n\
+         print(hex(a)[2:], flush=True)\n{then}"
+    );
+    let victim = filled_and_waiting(&script);
+    victim.signal(Signal::SIGUSR1);
+    victim
+}
+
+fn range_of(victim: &mut Victim) -> PageRanges {
+    let start = u64::from_str_radix(&victim.line(), 16).unwrap();
+    [PageRange::new(start, start + (8 << 20))].into_iter().collect()
+}
+
+const PRIVATE_ANONYMOUS: u32 = 0x22;
+const FILL: &str = "ctypes.memset(a, 7, 8 << 20)\nprint('written', flush=True)\n";
+
+#[test]
+fn locked_memory_is_left_to_criu_and_found_in_the_freeze() {
+    let lock = "signal.sigwait([signal.SIGUSR1])\n\
+                assert libc.mlock(ctypes.c_void_p(a + 4096), 4096) == 0\nprint('locked', flush=True)\n\
+                signal.sigwait([signal.SIGUSR1])\nassert libc.munlockall() == 0\nprint('free', flush=True)\n";
+    let mut victim = mapped(PRIVATE_ANONYMOUS, &format!("{FILL}{lock}"));
+    let range = range_of(&mut victim);
+    assert_eq!(victim.line(), "written");
+    let hidden = maps::followable(victim.pid()).unwrap();
+    assert_eq!(hidden.intersection(&range), range);
+    let mut tracker = tracker::attach(victim.pid()).unwrap();
+    assert_eq!(tracker.round().unwrap().intersection(&range), range);
+    assert!(maps::moved(victim.pid(), &hidden).unwrap().pages() > 16384);
+    victim.signal(Signal::SIGUSR1);
+    assert_eq!(victim.line(), "locked");
+    let start = range.as_slice()[0].start;
+    let left = range.difference(&maps::followable(victim.pid()).unwrap());
+    assert!(left.contains(start + PAGE_SIZE), "{left:?}");
+    assert!(!tracker.round().unwrap().contains(start + PAGE_SIZE));
+    let error = maps::moved(victim.pid(), &hidden).unwrap_err().to_string();
+    assert!(error.contains("locked memory") && error.contains(&format!("{:#x}", start + PAGE_SIZE)), "{error}");
+    victim.signal(Signal::SIGUSR1);
+    assert_eq!(victim.line(), "free");
+    assert!(maps::followable(victim.pid()).unwrap().contains(start + PAGE_SIZE));
+    drop(tracker);
+    follow(&mut victim, 2);
+}
+
+/// `MAP_HUGETLB` with `MAP_NORESERVE`: it can be mapped without any huge pages, though not touched.
+#[test]
+fn private_huge_pages_of_hugetlb_are_left_to_criu() {
+    let mut victim = mapped(PRIVATE_ANONYMOUS | 0x4_0000 | 0x4000, "");
+    let range = range_of(&mut victim);
+    let followable = maps::followable(victim.pid()).unwrap();
+    assert!(followable.intersection(&range).is_empty(), "{followable:?}");
+    assert!(maps::moved(victim.pid(), &range).is_err());
+    follow(&mut victim, 2);
+}
+
+/// `MAP_DROPPABLE` (Linux 6.11) cannot be registered: it is told as written every time.
+#[test]
+fn droppable_memory_is_told_every_time() {
+    let mut victim = mapped(0x28, FILL);
+    let range = range_of(&mut victim);
+    assert_eq!(victim.line(), "written");
+    let mut tracker = tracker::attach(victim.pid()).unwrap();
+    for _ in 0..3 {
+        assert_eq!(tracker.round().unwrap().intersection(&range), range);
+    }
+    drop(tracker);
+    follow(&mut victim, 2);
+}
+
+/// `MADV_GUARD_INSTALL` (Linux 6.13).
+#[test]
+fn guard_pages_hold_nothing() {
+    let guard = "assert libc.madvise(ctypes.c_void_p(a + 8192), 4096, 102) == 0\nprint('guarded', flush=True)\n";
+    let mut victim = mapped(PRIVATE_ANONYMOUS, &format!("{FILL}{guard}"));
+    let start = range_of(&mut victim).as_slice()[0].start;
+    assert_eq!((victim.line(), victim.line()), ("written".to_owned(), "guarded".to_owned()));
+    let mut tracker = tracker::attach(victim.pid()).unwrap();
+    let written = tracker.round().unwrap();
+    assert!(written.contains(start) && !written.contains(start + 2 * PAGE_SIZE));
+    drop(tracker);
+    follow(&mut victim, 2);
+}
+
+#[test]
+fn the_choice_of_a_tracker_is_told() {
+    let victim = Victim::churn(1);
+    let tracker = tracker::attach(victim.pid()).unwrap();
+    assert!(tracker.choice().to_string().contains("userfaultfd"), "{}", tracker.choice());
+    assert_eq!(tracker.process(), victim.pid());
 }

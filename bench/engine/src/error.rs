@@ -4,9 +4,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use podferry_criu::{CriuError, CriuFailure};
+use podferry_memory::maps::MovedError;
 use podferry_memory::pager::PagerError;
 use podferry_memory::store::StoreError;
-use podferry_memory::tracker::TrackError;
+use podferry_memory::tracker::{NotFollowed, TrackError};
 
 /// A step of a migration or a measurement that failed.
 #[derive(Debug, thiserror::Error)]
@@ -35,9 +36,12 @@ pub enum Error {
     /// A restore failed.
     #[error("criu restore failed: {0}")]
     Restore(CriuFailure),
-    /// Writes cannot be followed.
+    /// Writes cannot be followed any more.
     #[error(transparent)]
     Track(#[from] TrackError),
+    /// Writes cannot be followed.
+    #[error(transparent)]
+    NotFollowed(#[from] NotFollowed),
     /// Pages cannot be kept.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -56,8 +60,11 @@ pub enum Error {
         page: String,
     },
     /// The frozen process has something where hidden memory was that cannot be moved this way.
-    #[error("process {pid}: a mapping that cannot be hidden came to {range} before the freeze")]
-    Replaced {
+    #[error(transparent)]
+    Moved(#[from] MovedError),
+    /// A page that exists was not kept.
+    #[error("process {pid}: the page at {range} exists and was not copied")]
+    Lost {
         /// The process.
         pid: i32,
         /// Where.

@@ -24,11 +24,11 @@ use nix::unistd::Pid;
 use podferry_criu::{CgroupsMode, CriuLog, DumpRequest, Session, Verdict, page_stream};
 use podferry_memory::copier::{self, Copier};
 use podferry_memory::hide;
-use podferry_memory::maps::{self, Mapping};
+use podferry_memory::maps;
 use podferry_memory::pager::{Kept, Paged, Pager, PagerError};
-use podferry_memory::range::{PageRange, PageRanges};
+use podferry_memory::range::PageRanges;
 use podferry_memory::store::Store;
-use podferry_memory::tracker::Tracker;
+use podferry_memory::tracker::{self, WriteTracker};
 
 use crate::error::{Error, Result, file};
 use crate::pages::Images;
@@ -68,7 +68,7 @@ pub struct Migrated {
 #[derive(Debug)]
 struct Followed {
     member: Member,
-    tracker: Tracker,
+    tracker: Box<dyn WriteTracker + Send>,
     copier: Copier,
     store: Store,
     /// What CRIU does not see.
@@ -77,7 +77,7 @@ struct Followed {
 
 impl Followed {
     fn new(member: Member) -> Result<Self> {
-        let tracker = Tracker::attach(member.host)?;
+        let tracker = tracker::attach(member.host)?;
         let copier = Copier::new(member.host, BATCH);
         // As much as a process may have: the store takes only what is put into it.
         let store = Store::new(64 << 30)?;
@@ -107,22 +107,10 @@ impl Followed {
 
     /// The round in the freeze: gives all pages that exist where CRIU does not look, and how many of them were written.
     fn last_round(&mut self) -> Result<(PageRanges, u64)> {
-        let mappings = maps::read(self.member.host)?;
-        let moved = moved(&mappings, &self.hidden)
-            .map_err(|range| Error::Replaced { pid: self.member.inner, range: range.to_string() })?;
+        let moved = maps::moved(self.member.host, &self.hidden)?;
         let frozen = self.tracker.frozen(&moved)?;
         self.copy(&frozen.written)?;
         Ok((frozen.existing, frozen.written.pages()))
-    }
-}
-
-/// What is mapped of the hidden ranges; an error when something else than private anonymous memory came there.
-fn moved(mappings: &[Mapping], hidden: &PageRanges) -> std::result::Result<PageRanges, PageRange> {
-    let of = |mapping: &Mapping| [mapping.range].into_iter().collect::<PageRanges>().intersection(hidden);
-    let mut strange = mappings.iter().filter(|mapping| !mapping.is_private_anonymous()).map(of);
-    match strange.find_map(|ranges| ranges.as_slice().first().copied()) {
-        Some(range) => Err(range),
-        None => Ok(mappings.iter().flat_map(|mapping| of(mapping).as_slice().to_vec()).collect()),
     }
 }
 
@@ -170,10 +158,7 @@ fn pre_copy(root: Pid, migrated: &mut Migrated) -> Result<Vec<Followed>> {
                 followed.extend(Followed::new(member).ok());
             }
         }
-        let mut pages = 0;
-        for process in &mut followed {
-            pages += process.round()?;
-        }
+        let Some(pages) = round(&mut followed)? else { continue };
         migrated.rounds.push(pages);
         if pages < FEW_PAGES {
             break;
@@ -182,10 +167,27 @@ fn pre_copy(root: Pid, migrated: &mut Migrated) -> Result<Vec<Followed>> {
     Ok(followed)
 }
 
+/// A round of all processes: gives the pages of all. `None` when one cannot be followed any more: in the next round it is followed
+/// anew, if it can be, with all its memory to copy.
+fn round(followed: &mut Vec<Followed>) -> Result<Option<u64>> {
+    let mut pages = Some(0);
+    for mut process in std::mem::take(followed) {
+        match process.round() {
+            Ok(written) => {
+                pages = pages.map(|pages| pages + written);
+                followed.push(process);
+            }
+            Err(Error::Track(error)) if error.is_end_of_following() => pages = None,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(pages)
+}
+
 /// Tells the shim what to hide: what can be moved now.
 fn write_hidden(followed: &mut [Followed], path: &Path) -> Result<()> {
     for process in &mut *followed {
-        process.hidden = maps::pre_copied(&maps::read(process.member.host)?);
+        process.hidden = maps::followable(process.member.host)?;
     }
     let ranges =
         followed.iter().flat_map(|process| process.hidden.iter().map(|range| (process.member.host.as_raw(), range)));
@@ -341,7 +343,7 @@ impl Freeze<'_> {
             let lazy = lazy.remove(&process.member.inner).unwrap_or_default();
             let lost = process.store.missing(&lazy);
             if let Some(range) = lost.as_slice().first() {
-                return Err(Error::Replaced { pid: process.member.inner, range: range.to_string() });
+                return Err(Error::Lost { pid: process.member.inner, range: range.to_string() });
             }
             if self.verify {
                 let different = copier::first_difference(process.member.host, &lazy, &process.store)?;

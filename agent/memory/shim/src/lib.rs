@@ -67,9 +67,19 @@ fn process_of(fd: libc::c_int) -> Option<i32> {
     folder.rsplit('/').next()?.parse().ok()
 }
 
+/// `PAGE_IS_GUARD`.
+const GUARD: u64 = 1 << 8;
+
+/// Whether a scan looks for guard regions (`MADV_GUARD_INSTALL`), by its masks: what is inverted, what a page must have, of what it must
+/// have one, and what is told. They hold no pages, so they are nothing that was moved: CRIU makes them again.
+fn asks_for_guards(masks: &[u64; 4]) -> bool {
+    let [inverted, with, ..] = masks;
+    with & GUARD != 0 && inverted & GUARD == 0
+}
+
 #[expect(unsafe_code, reason = "a function of the C library, with its arguments' types, called by C")]
 mod interposed {
-    use super::{Range, hidden, process_of, visible};
+    use super::{Range, asks_for_guards, hidden, process_of, visible};
 
     /// `_IOWR('f', 16, struct pm_scan_arg)`.
     const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
@@ -113,6 +123,9 @@ mod interposed {
         };
         // SAFETY: the caller passes a `struct pm_scan_arg` with this request, which it does not use meanwhile.
         let scan = unsafe { &mut *argument.cast::<Scan>() };
+        if asks_for_guards(&scan.masks) {
+            return real(fd, request, argument);
+        }
         scan_around(fd, scan, ranges)
     }
 
@@ -159,6 +172,14 @@ mod tests {
         assert_eq!(hidden[&9], [(0x7fff_0000_0000, 0x7fff_0000_1000)]);
         for bad in ["7 1000", "x 1000 2000", "7 2000 1000", "7 1000 2000\n\n"] {
             assert_eq!(parse(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn guards_are_not_hidden_and_pages_that_are_none_are() {
+        assert!(asks_for_guards(&[0, GUARD, 0, GUARD]));
+        for masks in [[GUARD, GUARD, 0x18, 0x18], [0x24, 0x24, 0x18, 0x118], [0, 0, 0x18, 0x18]] {
+            assert!(!asks_for_guards(&masks), "{masks:?}");
         }
     }
 

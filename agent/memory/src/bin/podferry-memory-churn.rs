@@ -1,19 +1,32 @@
 //! A process that changes its memory in every way there is and checks all the time that it holds what it should.
 //!
-//! `podferry-memory-churn SIGN THREADS [CHILDREN]` makes the file `SIGN`, prints `ready`, starts so many more of itself, works until
-//! it is killed, and ends with 1 and a line on standard error when a page is not what it was written to be, when a change of its
-//! mappings fails that cannot fail, or when a child ends.
+//! `podferry-memory-churn SIGN THREADS [CHILDREN] [OPTION...]` makes the file `SIGN`, prints `ready`, starts so many more of itself,
+//! works until it is killed, and ends with 1 and a line on standard error when a page is not what it was written to be, when a change
+//! of its mappings fails that cannot fail, or when a child ends.
+//!
+//! | Option | What it does besides |
+//! |---|---|
+//! | `--fork` | forks children all the time, which write to what they share with it and end |
+//! | `--spawn` | runs other programs all the time, in children that share its memory until then (vfork) |
+//! | `--exec MS` | becomes itself anew after so many milliseconds, again and again |
+//! | `--direct FILE` | makes the file, and reads it all the time past the page cache (`O_DIRECT`) |
+//! | `--aio` | has a context for asynchronous I/O |
 
 #![expect(clippy::unwrap_used, reason = "its panic is the report")]
-#![expect(unsafe_code, reason = "mmap(2), mremap(2), munmap(2), madvise(2), mprotect(2)")]
+#![expect(unsafe_code, reason = "mmap(2), mremap(2), munmap(2), madvise(2), mprotect(2), fork(2), io_setup(2)")]
 
 use std::ffi::c_void;
+use std::fs::{self, OpenOptions};
 use std::io::Write as _;
-use std::process::Command;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::os::unix::process::CommandExt as _;
+use std::process::{Command, Stdio};
 use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, fork};
 use rustix::mm::{
     Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags, madvise, mmap_anonymous, mprotect, mremap, mremap_fixed,
     munmap,
@@ -221,12 +234,110 @@ fn work(number: u64) {
     }
 }
 
+/// Children change pages that they share with this process until then; this one's stay what they are.
+fn fork_all_the_time() -> ! {
+    let mut random = Random(0x2545_f491_4f6c_dd1d);
+    let mut slot = Slot::new(&mut random);
+    loop {
+        for _ in 0..20 {
+            let page = slot.any(&mut random);
+            slot.write(page);
+        }
+        // SAFETY: the child does nothing but write to its memory and end: no allocation, no lock.
+        match unsafe { fork() }.unwrap() {
+            ForkResult::Child => {
+                (0..slot.pages.len()).for_each(|page| slot.write(page));
+                // SAFETY: takes no pointers, and runs nothing of this program.
+                unsafe { libc::_exit(0) }
+            }
+            ForkResult::Parent { child } => {
+                let status = waitpid(child, None);
+                if !matches!(status, Ok(WaitStatus::Exited(_, 0))) {
+                    fail(&format!("a forked child: {status:?}"));
+                }
+            }
+        }
+        (0..slot.pages.len()).for_each(|page| slot.check(page));
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn spawn_all_the_time() -> ! {
+    loop {
+        let status = Command::new("true").stdin(Stdio::null()).status();
+        if !status.as_ref().is_ok_and(std::process::ExitStatus::success) {
+            fail(&format!("a child that ran true: {status:?}"));
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn become_itself_anew(after: Duration) -> ! {
+    std::thread::sleep(after);
+    let mut arguments = std::env::args_os();
+    let program = arguments.next().unwrap();
+    let error = Command::new(program).args(arguments).exec();
+    fail(&format!("exec: {error}"))
+}
+
+fn read_directly(path: &str) -> ! {
+    const LENGTH: usize = 1 << 20;
+    fs::write(path, vec![0x5a; LENGTH]).unwrap();
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).unwrap();
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a fresh mapping where the kernel likes, which stays for ever and which only this function has.
+    let buffer: &mut [u8] = unsafe {
+        let start = mmap_anonymous(null_mut(), LENGTH, protection, MapFlags::PRIVATE).unwrap();
+        std::slice::from_raw_parts_mut(start.cast(), LENGTH)
+    };
+    loop {
+        file.read_exact_at(buffer, 0).unwrap();
+        if buffer.iter().any(|byte| *byte != 0x5a) {
+            fail("what was read directly is not what the file has");
+        }
+        buffer.fill(0);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn set_up_aio() {
+    let mut context = 0_u64;
+    // SAFETY: the kernel writes an `aio_context_t`, an unsigned long, to `context`, which outlives the call.
+    let result = unsafe { libc::syscall(libc::SYS_io_setup, 16, &raw mut context) };
+    if result != 0 {
+        fail(&format!("io_setup: {}", std::io::Error::last_os_error()));
+    }
+}
+
+/// Begins what an option says; `value` gives what stands behind it.
+fn begin(option: &str, value: &mut dyn FnMut() -> String) {
+    match option {
+        "--fork" => drop(std::thread::spawn(|| fork_all_the_time())),
+        "--spawn" => drop(std::thread::spawn(|| spawn_all_the_time())),
+        "--exec" => {
+            let after = Duration::from_millis(value().parse().unwrap());
+            drop(std::thread::spawn(move || become_itself_anew(after)));
+        }
+        "--direct" => {
+            let path = value();
+            drop(std::thread::spawn(move || read_directly(&path)));
+        }
+        "--aio" => set_up_aio(),
+        _ => fail(&format!("there is no option {option}")),
+    }
+}
+
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    let [program, sign, numbers @ ..] = arguments.as_slice() else { fail("it needs SIGN and THREADS") };
+    let [program, sign, rest @ ..] = arguments.as_slice() else { fail("it needs SIGN and THREADS") };
+    let (numbers, options) = rest.split_at(rest.iter().take_while(|word| !word.starts_with("--")).count());
     let number = |index: usize| numbers.get(index).map_or(0, |number| number.parse().unwrap());
     let (threads, children): (u64, u64) = (number(0), number(1));
-    std::fs::File::create(sign).unwrap();
+    let mut options = options.iter().cloned();
+    while let Some(option) = options.next() {
+        begin(&option, &mut || options.next().unwrap_or_else(|| fail(&format!("{option} needs a value"))));
+    }
+    fs::File::create(sign).unwrap();
     println!("ready");
     std::io::stdout().flush().unwrap();
     for _ in 0..children {
@@ -238,5 +349,8 @@ fn main() {
         if worker.join().is_err() {
             fail("a thread panicked");
         }
+    }
+    loop {
+        std::thread::park();
     }
 }

@@ -7,6 +7,8 @@ use crate::range::PageRange;
 
 /// Categories of pages (`include/uapi/linux/fs.h`).
 pub(crate) mod category {
+    /// In a mapping whose writes a userfaultfd follows asynchronously, whether there is a page or not.
+    pub(crate) const FOLLOWED: u64 = 1 << 0;
     /// Written since it was last write-protected, or never write-protected.
     pub(crate) const WRITTEN: u64 = 1 << 1;
     /// In memory.
@@ -15,6 +17,9 @@ pub(crate) mod category {
     pub(crate) const SWAPPED: u64 = 1 << 4;
     /// The shared page of zeros, which appears where memory is read that was never written.
     pub(crate) const PFNZERO: u64 = 1 << 5;
+    /// Written since the soft-dirty marks were cleared, or of a mapping that is newer than that. Never set by a kernel without
+    /// `CONFIG_MEM_SOFT_DIRTY`; refused by the first kernels with `PAGEMAP_SCAN`.
+    pub(crate) const SOFT_DIRTY: u64 = 1 << 7;
     /// A guard region of `MADV_GUARD_INSTALL` (Linux 6.15). Older kernels refuse the bit.
     pub(crate) const GUARD: u64 = 1 << 8;
 }
@@ -82,20 +87,45 @@ pub(crate) fn scan(
     query: Query,
     regions: &mut [Region],
 ) -> io::Result<(usize, u64)> {
-    let mut arguments = Arguments {
+    let arguments = Arguments {
         size: size_of::<Arguments>() as u64,
         flags: if query.protect { WP_MATCHING | CHECK_WPASYNC } else { 0 },
         start: range.start,
         end: range.end,
         walk_end: 0,
-        vec: regions.as_mut_ptr() as u64,
-        vec_len: regions.len() as u64,
+        vec: 0,
+        vec_len: 0,
         max_pages: 0,
         category_inverted: query.without,
         category_mask: query.with | query.without,
         category_anyof_mask: query.any_of,
         return_mask: query.tell,
     };
+    call(pagemap, arguments, regions)
+}
+
+/// Whether anything in a range has this category. Looks no further than to the first such place.
+pub(crate) fn any(pagemap: BorrowedFd<'_>, range: PageRange, category: u64) -> io::Result<bool> {
+    let arguments = Arguments {
+        size: size_of::<Arguments>() as u64,
+        flags: 0,
+        start: range.start,
+        end: range.end,
+        walk_end: 0,
+        vec: 0,
+        vec_len: 0,
+        max_pages: 1,
+        category_inverted: 0,
+        category_mask: category,
+        category_anyof_mask: 0,
+        return_mask: category,
+    };
+    let (found, _) = call(pagemap, arguments, &mut [Region::default()])?;
+    Ok(found > 0)
+}
+
+fn call(pagemap: BorrowedFd<'_>, mut arguments: Arguments, regions: &mut [Region]) -> io::Result<(usize, u64)> {
+    (arguments.vec, arguments.vec_len) = (regions.as_mut_ptr() as u64, regions.len() as u64);
     // SAFETY: the arguments live for the call and have the layout of `struct pm_scan_arg`; `vec` points to `vec_len`
     // elements of `struct page_region`'s layout that nobody else uses meanwhile, valid whatever the kernel writes there.
     let found = unsafe { pagemap_scan(pagemap.as_raw_fd(), &raw mut arguments) }?;

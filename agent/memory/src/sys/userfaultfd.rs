@@ -71,6 +71,26 @@ struct Range {
     length: u64,
 }
 
+/// `struct uffdio_writeprotect`.
+#[repr(C)]
+struct WriteProtect {
+    range: Range,
+    mode: u64,
+}
+
+nix::ioctl_readwrite!(uffdio_writeprotect, 0xaa, 0x06, WriteProtect);
+
+/// Whether the memory that a userfaultfd was made for is still in use by some process.
+///
+/// Asks for the protection of a range to be lifted, which makes its pages count as written: take one that is never mapped.
+pub(crate) fn has_memory(userfaultfd: BorrowedFd<'_>, unused: PageRange) -> bool {
+    let mut request = WriteProtect { range: raw(unused), mode: 0 };
+    // SAFETY: the argument has the layout of `struct uffdio_writeprotect` and outlives the call, which changes no contents.
+    let result = unsafe { uffdio_writeprotect(userfaultfd.as_raw_fd(), &raw mut request) };
+    // Memory that is in use answers with ENOENT, for nothing is registered there, or with EAGAIN while a mapping moves.
+    result != Err(nix::errno::Errno::ESRCH)
+}
+
 /// `struct uffdio_copy`.
 #[repr(C)]
 struct Copy {

@@ -1,0 +1,166 @@
+//! `/proc/PID/pagemap`, looked at range by range.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::FileExt as _;
+
+use nix::unistd::Pid;
+
+use crate::PAGE_SIZE;
+use crate::range::PageRange;
+use crate::sys::pagemap::{self, Query, Region, category};
+
+/// The lowest address that a mapping may have on all kernels (`vm.mmap_min_addr`).
+pub(super) const LOWEST: u64 = 64 * 1024;
+/// The end of the addresses of a process with four page-table levels, less the guard page.
+pub(super) const HIGHEST: u64 = (1 << 47) - PAGE_SIZE;
+
+/// Regions that are asked for at a time: 192 KiB.
+const REGIONS: usize = 8192;
+/// Entries that are read at a time: 512 KiB, of 256 MiB of addresses.
+const ENTRIES: u64 = 64 * 1024;
+
+/// The pages of a process.
+#[derive(Debug)]
+pub(super) struct Pagemap {
+    process: Pid,
+    file: File,
+    regions: Vec<Region>,
+}
+
+impl Pagemap {
+    pub(super) fn of(process: Pid) -> io::Result<Self> {
+        Ok(Self { process, file: open(process)?, regions: vec![Region::default(); REGIONS] })
+    }
+
+    /// Opens it anew. An open one stays with the memory that the process had then; after execve(2) that is not the process's any more,
+    /// and has no pages.
+    pub(super) fn reopen(&mut self) -> io::Result<()> {
+        self.file = open(self.process)?;
+        Ok(())
+    }
+
+    /// Whether writes to any of this memory are followed by a userfaultfd.
+    pub(super) fn is_followed(&self) -> io::Result<bool> {
+        pagemap::any(self.file.as_fd(), PageRange::new(LOWEST, HIGHEST), category::FOLLOWED)
+    }
+
+    /// Whether the kernel can look for pages by this category.
+    pub(super) fn knows(&self, category: u64) -> bool {
+        pagemap::any(self.file.as_fd(), PageRange::new(LOWEST, LOWEST + PAGE_SIZE), category).is_ok()
+    }
+
+    /// Categories of pages that hold nothing: the shared page of zeros, and guard regions where the kernel knows them.
+    pub(super) fn empty_categories(&self) -> u64 {
+        let guard = if self.knows(category::GUARD) { category::GUARD } else { 0 };
+        category::PFNZERO | guard
+    }
+
+    pub(super) fn scan(&mut self, range: PageRange, query: Query, found: &mut dyn FnMut(&Region)) -> io::Result<()> {
+        let mut start = range.start;
+        while start < range.end {
+            let rest = PageRange::new(start, range.end);
+            let (count, end) = pagemap::scan(self.file.as_fd(), rest, query, &mut self.regions)?;
+            self.regions[..count].iter().for_each(&mut *found);
+            // With room left in the list, all was looked at. The kernel's word for how far it got is then that of the last time
+            // its own list of 512 regions was full, not the end (`do_pagemap_scan` sets `walk_end` only if it is 0). Looking at
+            // the rest again would cost nothing but time, if its regions were not taken for a repetition: what was written
+            // between the two looks is told only in the second.
+            if count < self.regions.len() {
+                return Ok(());
+            }
+            if end <= start {
+                return Err(io::Error::other(format!("the scan does not get beyond {start:#x}")));
+            }
+            start = end;
+        }
+        Ok(())
+    }
+
+    /// Reads the entry of each page, for kernels without `PAGEMAP_SCAN`. Gives runs of pages that hold something, ascending, and
+    /// whether they have the soft-dirty mark.
+    pub(super) fn read(&self, range: PageRange, found: &mut dyn FnMut(PageRange, bool)) -> io::Result<()> {
+        let mut bytes = vec![0_u8; 8 * usize::try_from(ENTRIES).unwrap_or(0)];
+        let mut start = range.start;
+        while start < range.end {
+            let end = range.end.min(start + ENTRIES * PAGE_SIZE);
+            let length = usize::try_from(8 * PageRange::new(start, end).pages()).unwrap_or(0);
+            self.file.read_exact_at(&mut bytes[..length], start / PAGE_SIZE * 8)?;
+            let entries = bytes[..length].chunks_exact(8).map(|entry| entry.try_into().map_or(0, u64::from_ne_bytes));
+            for (run, dirty) in runs(start, entries) {
+                found(run, dirty);
+            }
+            start = end;
+        }
+        Ok(())
+    }
+}
+
+fn open(process: Pid) -> io::Result<File> {
+    File::open(format!("/proc/{process}/pagemap"))
+}
+
+/// Bits of an entry (`Documentation/admin-guide/mm/pagemap.rst`).
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+const GUARD: u64 = 1 << 58;
+/// Written since the marks were cleared, or of a mapping that is newer than that (`VM_SOFTDIRTY`).
+pub(super) const SOFT_DIRTY: u64 = 1 << 55;
+
+/// Runs of pages that hold something and are alike.
+fn runs(start: u64, entries: impl Iterator<Item = u64>) -> Vec<(PageRange, bool)> {
+    let mut runs: Vec<(PageRange, bool)> = Vec::new();
+    let addresses = (start..).step_by(usize::try_from(PAGE_SIZE).unwrap_or(usize::MAX));
+    for (address, entry) in addresses.zip(entries) {
+        if entry & (PRESENT | SWAPPED) == 0 || entry & GUARD != 0 {
+            continue;
+        }
+        let dirty = entry & SOFT_DIRTY != 0;
+        match runs.last_mut() {
+            Some((run, same)) if *same == dirty && run.end == address => run.end += PAGE_SIZE,
+            _ => runs.push((PageRange::new(address, address + PAGE_SIZE), dirty)),
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_of_pages_that_are_alike() {
+        let entries = [
+            0,
+            PRESENT,
+            PRESENT | 0x1234,
+            PRESENT | SOFT_DIRTY,
+            SOFT_DIRTY,
+            SWAPPED | SOFT_DIRTY,
+            SWAPPED | GUARD,
+            PRESENT | SOFT_DIRTY,
+        ];
+        let page =
+            |first: u64, behind: u64| PageRange::new(0x1_0000 + first * PAGE_SIZE, 0x1_0000 + behind * PAGE_SIZE);
+        let expected = [(page(1, 3), false), (page(3, 4), true), (page(5, 6), true), (page(7, 8), true)];
+        assert_eq!(runs(0x1_0000, entries.into_iter()), expected);
+    }
+
+    #[test]
+    fn reading_entries_finds_what_a_scan_finds() {
+        let memory = vec![1_u8; 3 << 20];
+        let start = (memory.as_ptr() as u64).next_multiple_of(PAGE_SIZE);
+        let range = PageRange::new(start, start + (2 << 20));
+        let mut pagemap = Pagemap::of(Pid::this()).unwrap();
+        let mut read = crate::range::PageRanges::new();
+        pagemap.read(range, &mut |run, _| read.push(run)).unwrap();
+        let any_of = category::PRESENT | category::SWAPPED;
+        let query = Query { with: 0, without: 0, any_of, tell: any_of, protect: false };
+        let mut scanned = crate::range::PageRanges::new();
+        pagemap.scan(range, query, &mut |region| scanned.push(region.range())).unwrap();
+        assert_eq!(read.as_slice(), [range]);
+        assert_eq!(read, scanned);
+        assert!(!pagemap.is_followed().unwrap());
+    }
+}
