@@ -19,6 +19,7 @@ Exit codes:
   5  the coordinator cannot be reached, or does not answer
   6  the migration was cancelled
   7  something that ought not to happen, on this side or the coordinator's
+  8  a migration failed behind its commit: memory was lost, and the workload runs nowhere
   130  interrupted; a migration that was being watched goes on";
 
 /// Moves running containers between nodes.
@@ -130,6 +131,25 @@ pub(crate) struct Migrate {
     /// Never compress what is sent
     #[arg(long)]
     pub(crate) no_compression: bool,
+    /// With live: the downtime to aim at, in milliseconds, at most 60000; the coordinator's default is 100
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(1..=60_000))]
+    pub(crate) downtime_budget: Option<u32>,
+    /// The most bytes per second to send, at least 64K; K, M and G are powers of 1024
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub(crate) bandwidth_limit: Option<u64>,
+}
+
+/// A number of bytes, with a suffix or without.
+fn bytes(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.char_indices().next_back() {
+        Some((at, 'K' | 'k')) => (&text[..at], 10),
+        Some((at, 'M' | 'm')) => (&text[..at], 20),
+        Some((at, 'G' | 'g')) => (&text[..at], 30),
+        _ => (text, 0),
+    };
+    let number = if digits.starts_with('+') { None } else { digits.parse::<u64>().ok() };
+    let bytes = number.and_then(|number| number.checked_mul(1 << shift)).filter(|bytes| *bytes > 0);
+    bytes.ok_or_else(|| "it is a whole number of bytes, with K, M, G or nothing behind it: 100M".to_owned())
 }
 
 /// What `certificates` does.
@@ -204,6 +224,16 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn bytes_have_suffixes() {
+        for (text, number) in [("65536", 65_536), ("64K", 65_536), ("100M", 100 << 20), ("1g", 1 << 30)] {
+            assert_eq!(bytes(text), Ok(number), "{text}");
+        }
+        for wrong in ["", "0", "M", "-1", "+1", "1.5G", "1GiB", "1 G", "17179869184G", "é"] {
+            assert!(bytes(wrong).unwrap_err().contains("100M"), "{wrong}");
+        }
     }
 
     #[test]

@@ -5,6 +5,8 @@ use std::process::ExitCode;
 use podferry_common::{Failure, FailureCode};
 use podferry_proto::v1::{Migration, Phase};
 
+use crate::words;
+
 /// How the program ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
@@ -25,6 +27,8 @@ pub(crate) enum Exit {
     Cancelled = 6,
     /// A mistake in podferry.
     Internal = 7,
+    /// A migration was committed, and then memory was lost: the workload runs nowhere.
+    Lost = 8,
     /// Ctrl-C, as shells report it.
     Interrupted = 130,
 }
@@ -46,7 +50,7 @@ impl Exit {
             | FailureCode::Unimplemented => Self::Refused,
             FailureCode::Unavailable | FailureCode::DeadlineExceeded => Self::Unreachable,
             FailureCode::Aborted => Self::Failed,
-            FailureCode::Internal => Self::Internal,
+            FailureCode::Internal | FailureCode::DataLoss => Self::Internal,
         }
     }
 
@@ -55,6 +59,7 @@ impl Exit {
         match migration.phase() {
             Phase::Succeeded => Self::Done,
             Phase::Cancelled => Self::Cancelled,
+            _ if words::is_lost(migration) => Self::Lost,
             _ if refused_by_preflight(migration) => Self::Refused,
             _ => Self::Failed,
         }

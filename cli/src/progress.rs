@@ -4,7 +4,7 @@ use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
-use podferry_proto::v1::{Migration, TransferProgress};
+use podferry_proto::v1::{Migration, Phase, Round, Strategy, TransferProgress};
 
 use crate::words;
 
@@ -32,7 +32,7 @@ impl Progress {
         match self {
             Self::Bar(bar) => show_bar(bar, migration),
             Self::Lines(lines) => {
-                if let Some(line) = lines.line(migration, Instant::now()) {
+                for line in lines.lines(migration, Instant::now()) {
                     eprintln!("{line}");
                 }
             }
@@ -70,7 +70,13 @@ const WITH_BYTES: &str = "{spinner} {prefix} {msg} [{bar:30}] {bytes}/{total_byt
 fn show_bar(bar: &ProgressBar, migration: &Migration) {
     bar.set_prefix(title(migration));
     bar.set_message(words::phase(migration));
-    let Some(progress) = moving(migration) else { return };
+    let Some(progress) = moving(migration) else {
+        if let Some(last) = migration.rounds.last().filter(|_| migration.phase() == Phase::Precopy) {
+            bar.set_style(style(WITHOUT_BYTES));
+            bar.set_message(format!("{} {}", words::phase(migration), round(migration.rounds.len(), last)));
+        }
+        return;
+    };
     if bar.length() != Some(progress.expected_bytes) {
         bar.set_style(style(WITH_BYTES));
         bar.set_length(progress.expected_bytes);
@@ -84,12 +90,28 @@ fn title(migration: &Migration) -> String {
     format!("{} {} → {target}", migration.workload, migration.source)
 }
 
-/// The bytes moved, once it is known how many there are.
+/// The bytes moved, once it is known how many there are. With the second round of pre-copy that is over: what is written
+/// meanwhile has to be sent again.
 fn moving(migration: &Migration) -> Option<TransferProgress> {
-    migration.progress.filter(|progress| progress.expected_bytes > 0)
+    let again = migration.strategy() == Strategy::Live && !migration.rounds.is_empty();
+    migration.progress.filter(|progress| progress.expected_bytes > 0 && !again)
 }
 
-/// Plain lines: one for each phase, and one a second while bytes move.
+/// `round 3  12.00 MiB  dirty 3.1k pages/s  freeze would add 14 ms`.
+fn round(number: usize, round: &Round) -> String {
+    let (sent, dirty) = (HumanBytes(round.raw_bytes), rate(round.dirty_rate));
+    format!("round {number}  {sent}  dirty {dirty} pages/s  freeze would add {:.0} ms", round.predicted_ms)
+}
+
+fn rate(pages: f64) -> String {
+    match pages {
+        1e6.. => format!("{:.1}M", pages / 1e6),
+        1e3.. => format!("{:.1}k", pages / 1e3),
+        _ => format!("{pages:.0}"),
+    }
+}
+
+/// Plain lines: one for each phase, one a second while bytes move, and one for each round of pre-copy.
 #[derive(Default)]
 pub(crate) struct Lines {
     phase: Option<i32>,
@@ -97,16 +119,36 @@ pub(crate) struct Lines {
     first: Option<(Instant, u64)>,
     printed: Option<Instant>,
     bytes: u64,
+    rounds: usize,
 }
 
 impl Lines {
+    /// The lines to print now.
+    fn lines(&mut self, migration: &Migration, now: Instant) -> Vec<String> {
+        let mut lines: Vec<_> = self.line(migration, now).into_iter().collect();
+        if migration.strategy() == Strategy::Live {
+            lines.extend(self.new_rounds(migration));
+        }
+        lines
+    }
+
+    /// The rounds that have ended since the last look. The one of the freeze is told with the result.
+    fn new_rounds(&mut self, migration: &Migration) -> Vec<String> {
+        if migration.phase() != Phase::Precopy {
+            return Vec::new();
+        }
+        let told = std::mem::replace(&mut self.rounds, migration.rounds.len());
+        let new = migration.rounds.iter().enumerate().skip(told);
+        new.map(|(at, one)| format!("{}: precopy {}", title(migration), round(at + 1, one))).collect()
+    }
+
     /// The line to print now, if any.
     fn line(&mut self, migration: &Migration, now: Instant) -> Option<String> {
         let changed = self.phase != Some(migration.phase);
         let progress = moving(migration);
         let bytes = progress.map_or(0, |progress| progress.raw_bytes);
         let due = self.printed.is_none_or(|printed| now.duration_since(printed) >= LINE_INTERVAL);
-        if !changed && (!due || bytes == self.bytes) {
+        if !changed && (!due || progress.is_none() || bytes == self.bytes) {
             return None;
         }
         self.phase = Some(migration.phase);
@@ -136,8 +178,6 @@ impl Lines {
 
 #[cfg(test)]
 mod tests {
-    use podferry_proto::v1::Phase;
-
     use super::*;
 
     fn at(phase: Phase, raw: u64, expected: u64) -> Migration {
@@ -166,5 +206,35 @@ mod tests {
         assert_eq!(moving, "redis n1 → n2: freeze 64.00 MiB of 256.00 MiB, 64.00 MiB/s, 3 seconds left");
         let done = lines.line(&at(Phase::Succeeded, 256 * MIB, 256 * MIB), after(3100)).unwrap();
         assert_eq!(done, "redis n1 → n2: succeeded");
+    }
+
+    #[test]
+    fn each_round_of_pre_copy_has_a_line() {
+        const MIB: u64 = 1 << 20;
+        let start = Instant::now();
+        let rounds = [(256, 3_141.0, 140.0), (12, 850.0, 13.6)].map(|(mib, dirty_rate, predicted_ms)| Round {
+            raw_bytes: mib * MIB,
+            dirty_rate,
+            predicted_ms,
+            ..Round::default()
+        });
+        let copying = |done: usize, raw| Migration {
+            strategy: Strategy::Live.into(),
+            rounds: rounds[..done].to_vec(),
+            ..at(Phase::Precopy, raw, 256 * MIB)
+        };
+        let mut lines = Lines::default();
+        assert_eq!(lines.lines(&copying(0, 0), start), ["redis n1 → n2: precopy 0 B of 256.00 MiB"]);
+        let later = start + Duration::from_secs(2);
+        let said = lines.lines(&copying(2, 268 * MIB), later);
+        let expected = [
+            "redis n1 → n2: precopy round 1  256.00 MiB  dirty 3.1k pages/s  freeze would add 140 ms",
+            "redis n1 → n2: precopy round 2  12.00 MiB  dirty 850 pages/s  freeze would add 14 ms",
+        ];
+        assert_eq!(said, expected);
+        assert_eq!(lines.lines(&copying(2, 268 * MIB), later), [""; 0]);
+        let freeze = Migration { phase: Phase::Freeze.into(), ..copying(2, 268 * MIB) };
+        assert_eq!(lines.lines(&freeze, later), ["redis n1 → n2: freeze"]);
+        assert_eq!((rate(2.5e6), rate(1000.0), rate(0.0)), ("2.5M".into(), "1.0k".into(), "0".into()));
     }
 }

@@ -1,7 +1,7 @@
 //! The protocol's numbers as the words that people and scripts see.
 
 use podferry_common::{Failure, FailureCode};
-use podferry_proto::v1::{Migration, Phase, Problem, Strategy};
+use podferry_proto::v1::{Decision, Migration, Phase, Problem, Strategy};
 
 /// `warm`, `live`, …
 pub(crate) fn strategy(migration: &Migration) -> String {
@@ -15,6 +15,11 @@ pub(crate) fn phase(migration: &Migration) -> String {
 
 fn lower(name: &str, prefix: &str) -> String {
     name.strip_prefix(prefix).unwrap_or(name).to_ascii_lowercase()
+}
+
+/// Whether it failed behind its commit: neither node runs the workload.
+pub(crate) fn is_lost(migration: &Migration) -> bool {
+    migration.phase() == Phase::Failed && migration.decision() == Decision::Commit
 }
 
 /// Whether nothing more will happen to it.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 use podferry_common::identity::{Identity, IdentityFiles, LocalCa, Peer};
 use podferry_common::{Failure, FailureCode, tls};
 use podferry_proto::v1::{
-    Migration, Node, Phase, Problem, ProtocolVersion, Round, Strategy, Timings, TransferProgress, Workload,
+    Decision, Migration, Node, Phase, Problem, ProtocolVersion, Round, Strategy, Timings, TransferProgress, Workload,
 };
 use support::{Answer, Cluster, Script, podferry, program, run};
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -68,6 +68,27 @@ fn succeeded() -> Migration {
         timings: Some(timings),
         ..begun()
     }
+}
+
+/// A live migration while memory is copied, after so many rounds.
+fn copying(rounds: usize) -> Migration {
+    let round = |(pages, dirty_rate, predicted_ms): (u64, f64, f64)| Round {
+        pages,
+        raw_bytes: pages << 12,
+        wire_bytes: pages << 11,
+        duration_ms: 80.5,
+        dirty_rate,
+        predicted_ms,
+    };
+    let all = [(65_536, 3_141.0, 140.25), (3_072, 850.0, 13.6), (700, 0.0, 0.0)];
+    let rounds = all.into_iter().take(rounds).map(round).collect();
+    Migration { strategy: Strategy::Live.into(), phase: Phase::Precopy.into(), rounds, ..begun() }
+}
+
+fn lost() -> Migration {
+    let Migration { strategy, rounds, .. } = copying(3);
+    let decision = Decision::Commit.into();
+    Migration { strategy, rounds, decision, downtime_ms: 14.5, total_ms: 900.0, ..failed("fill", "DATA_LOSS") }
 }
 
 fn failed(phase: &str, code: &str) -> Migration {
@@ -165,6 +186,43 @@ async fn people_get_lines_and_a_result() {
 }
 
 #[tokio::test]
+async fn a_live_migration_tells_its_rounds() {
+    let end = Migration { strategy: Strategy::Live.into(), rounds: copying(3).rounds, ..succeeded() };
+    let cluster = Cluster::start(accepting(vec![begun(), copying(1), copying(2), end])).await;
+    cluster.script.lock().unwrap().pace = Duration::from_millis(300);
+    let flags = ["--strategy", "live", "--downtime-budget", "40", "--bandwidth-limit", "100M"];
+    let ran = cluster.run(&[&MOVE[..], &flags].concat()).await.exits(0);
+    insta::assert_snapshot!("live_lines", ran.err);
+    let described = cluster.run(&["describe", ID]).await.exits(0).out;
+    insta::assert_snapshot!("live_rounds", described.split_once("\nrounds\n").unwrap().1);
+    let json = cluster.run(&["describe", ID, "-o", "json"]).await.exits(0).out;
+    assert!(json.contains(r#""dirty_rate":850.0,"predicted_ms":13.6}"#), "{json}");
+    let request = cluster.seen()[0].request.clone();
+    assert_eq!((request.strategy(), request.bandwidth_limit), (Strategy::Live, 100 * MIB));
+    assert_eq!(request.downtime_budget_ms.to_bits(), 40.0_f64.to_bits());
+    for wrong in [["--downtime-budget", "0"], ["--downtime-budget", "60001"], ["--bandwidth-limit", "fast"]] {
+        cluster.run(&[&["migrate", "redis"][..], &wrong].concat()).await.exits(2);
+    }
+}
+
+#[tokio::test]
+async fn a_lost_workload_is_not_said_to_stay_anywhere() {
+    let cluster = Cluster::start(accepting(vec![begun(), lost()])).await;
+    let ran = cluster.run(&MOVE).await.exits(8);
+    assert_eq!(
+        ran.out.trim_end(),
+        format!(
+            "redis was lost on its way from n1 to n2: it runs nowhere; the migration {ID} failed behind its commit"
+        )
+    );
+    cluster.run(&["watch", ID]).await.exits(8);
+    let described = cluster.run(&["describe", ID]).await.exits(0).out;
+    assert!(described.contains("phase        failed, behind the commit"), "{described}");
+    let json = cluster.run(&["describe", ID, "-o", "json"]).await.exits(0).out;
+    assert!(json.contains(r#""phase":"failed""#), "{json}");
+}
+
+#[tokio::test]
 async fn a_terminal_gets_a_bar_with_rate_and_time_left() {
     let states = (0..8).map(|eighth| frozen(eighth * 32 * MIB)).chain([succeeded()]).collect();
     let cluster = Cluster::start(accepting(states)).await;
@@ -223,6 +281,7 @@ async fn every_refusal_has_its_exit_code() {
         (FailureCode::DeadlineExceeded, 5),
         (FailureCode::Aborted, 1),
         (FailureCode::Internal, 7),
+        (FailureCode::DataLoss, 7),
     ];
     let cluster = Cluster::start(Script::default()).await;
     for (code, exit) in cases {

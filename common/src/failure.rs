@@ -47,13 +47,15 @@ pub enum FailureCode {
     Aborted,
     /// Something that ought not to happen.
     Internal,
+    /// What a workload needs is lost for good: trying again does not help.
+    DataLoss,
     /// This side cannot do that: not built in, or of another protocol version.
     Unimplemented,
 }
 
 impl FailureCode {
     /// All codes.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::InvalidArgument,
         Self::NotFound,
         Self::FailedPrecondition,
@@ -64,6 +66,7 @@ impl FailureCode {
         Self::DeadlineExceeded,
         Self::Aborted,
         Self::Internal,
+        Self::DataLoss,
         Self::Unimplemented,
     ];
 
@@ -80,6 +83,7 @@ impl FailureCode {
             Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
             Self::Aborted => "ABORTED",
             Self::Internal => "INTERNAL",
+            Self::DataLoss => "DATA_LOSS",
             Self::Unimplemented => "UNIMPLEMENTED",
         }
     }
@@ -109,6 +113,7 @@ impl From<FailureCode> for Code {
             FailureCode::DeadlineExceeded => Self::DeadlineExceeded,
             FailureCode::Aborted => Self::Aborted,
             FailureCode::Internal => Self::Internal,
+            FailureCode::DataLoss => Self::DataLoss,
             FailureCode::Unimplemented => Self::Unimplemented,
         }
     }
@@ -128,7 +133,8 @@ impl From<Code> for FailureCode {
             Code::DeadlineExceeded => Self::DeadlineExceeded,
             Code::Aborted | Code::Cancelled => Self::Aborted,
             Code::Unimplemented => Self::Unimplemented,
-            Code::Ok | Code::Unknown | Code::Internal | Code::DataLoss => Self::Internal,
+            Code::DataLoss => Self::DataLoss,
+            Code::Ok | Code::Unknown | Code::Internal => Self::Internal,
         }
     }
 }

@@ -148,7 +148,7 @@ freeze = 0.5
            |
         12 | freze = 1
            | ^^^^^
-        unknown field `freze`, expected one of `preflight`, `prepare`, `freeze`, `commit`, `release`, `resume`, `abort`, `survey`
+        unknown field `freze`, expected one of `preflight`, `prepare`, `precopy`, `freeze`, `commit`, `release`, `resume`, `fill`, `abort`, `survey`
 
         the configuration coordinator.toml is wrong: TOML parse error at line 2, column 10
           |

@@ -26,6 +26,8 @@ fn record(number: u64) -> Record {
         target: "b".parse().unwrap(),
         target_address: "127.0.0.1:2".to_owned(),
         compress: true,
+        downtime_budget_ms: 0.0,
+        bandwidth_limit: 0,
         created_at: Timestamp::now(),
         frozen_at: None,
         state: State::new(),

@@ -20,38 +20,78 @@
 //!   Resume ────────────────────────────────────────────────────▶ link joined, address announced, runs: answers
 //! ```
 //!
+//! # The order of a live migration
+//!
+//! Since version 2. It differs before the freeze and after the resume:
+//!
+//! ```text
+//! coordinator             source agent                         target agent
+//!   … as above up to Prepare
+//!   Freeze {pre_copy} ───▶ (copies while the container runs) ══▶ keeps the pages
+//!                          Round ─▶ Round … ─▶ Converged
+//!   Restore ───────────────────────────────────────────────────▶ (waits for the rest)
+//!                          Frozen ─▶ Progress… ═════════════════▶ stores, restores
+//!                          Transferred                           answers Restore: held
+//!   … as above up to Resume
+//!   Fill ──────────────────────────────────────────────────────▶ every page in place: answers
+//! ```
+//!
+//! - The source says `Round` when a round has ended, and `Converged` once, before it begins to freeze; no `Round` comes after
+//!   that. The coordinator asks for the restore when it hears of it. `Frozen` or `Transferred` without a `Converged` before it
+//!   count as that word, too. More rounds than `max_rounds` are a failure of the source's.
+//! - `Progress` counts from the first round on. In `Transferred` all but the times and `last_round` are sums over all rounds;
+//!   `last_round` is what was sent in the freeze, and comes behind the other rounds.
+//! - `Fill` takes as long as the filling does. A caller whose patience ends calls again; that neither disturbs nor begins the
+//!   filling anew. A target that needs no filling answers at once. Warm migrations are not asked.
+//! - `Fill` fails with `DATA_LOSS` only when memory that the container needs is lost for good, and its agent has stopped the copy
+//!   for that. The error has to name the agent's own node (see `podferry_common::failure`). The migration has failed then,
+//!   although it is committed: nobody calls again, and no copy runs anywhere. In answer to any other call that code is a failure
+//!   like others.
+//!
+//! `bandwidth_limit` bounds what the source sends in a migration of any strategy, in pre-copy and in the freeze. A source that
+//! speaks version 1 does not know it, and a coordinator does not use such a source for a migration with a limit, nor either
+//! node for a live one.
+//!
 //! # The source's part
 //!
 //! ```text
-//!  Freeze ─▶ FREEZING ─▶ FROZEN ──Seal──▶ SEALED ──Release──▶ RELEASED
-//!               │           │               │
-//!               └───────────┴───────────────┴──Abort──▶ ABORTED (runs on, connections alive)
+//!  Freeze {pre_copy} ─▶ PRECOPYING ─▶┐
+//!                             │       │
+//!  Freeze ────────────────────┼───────┴─▶ FREEZING ─▶ FROZEN ──Seal──▶ SEALED ──Release──▶ RELEASED
+//!                             │              │           │               │
+//!                             └──────────────┴───────────┴───────────────┴──Abort──▶ ABORTED (runs on, connections alive)
 //! ```
 //!
-//! While FREEZING or FROZEN the part rolls back by itself: on a failure, when its deadline passes, or when its agent dies.
+//! While PRECOPYING, FREEZING or FROZEN the part rolls back by itself: on a failure, when its deadline passes, or when its agent
+//! dies. While PRECOPYING that deadline is `pre_copy.deadline_ms`; `deadline_ms` begins with the end of pre-copy.
 //! Once SEALED it does not: it waits for Release or Abort, and when its agent was restarted it asks the coordinator's
 //! `GetDecision`. The network link is cut from the freeze on; after RELEASED it stays cut for good.
 //!
 //! # The target's part
 //!
 //! ```text
-//!  Prepare ─▶ PREPARED ─Restore─▶ RESTORING ─▶ HELD ──Seal──▶ SEALED ──Resume──▶ RESUMED
+//!  Prepare ─▶ PREPARED ─Restore─▶ RESTORING ─▶ HELD ──Seal──▶ SEALED ──Resume──▶ [FILLING] ─▶ RESUMED
 //!                 │                   │          │              │
 //!                 └───────────────────┴──────────┴──────────────┴──Abort──▶ ABORTED (nothing left)
 //! ```
 //!
 //! HELD: every process exists and none has run an instruction since the dump; the link is not joined. A SEALED part keeps
-//! its images until RESUMED, so that a restore that dies after the commit is done again from them.
+//! its images until the container runs, so that a restore that dies after the commit is done again from them. FILLING: it runs,
+//! and pages that it lacks are laid in behind it; a part without such pages is RESUMED at once. `Resume` is answered when the
+//! container runs, `Fill` when the part is RESUMED. While it is PREPARED and memory is copied, the part has the deadline of
+//! `Prepare`, which covers pre-copy.
 //!
 //! # Who may say what when
 //!
-//! A call that does not fit the part's state is refused with `FAILED_PRECONDITION` and changes nothing. Seal, Release,
-//! Resume and Abort may be repeated: the answer to a repetition is the answer to the first. `Abort` for an unknown
+//! A call that does not fit the part's state is refused with `FAILED_PRECONDITION` and changes nothing: `Fill` before `Resume`
+//! is such a call, and `Abort` once the container runs. Seal, Release, Resume, Fill and Abort may be repeated: the answer to a
+//! repetition is the answer to the first. `Abort` for an unknown
 //! migration succeeds (there is nothing to undo) and keeps it from beginning later; every other call for an unknown one is
 //! answered with `NOT_FOUND`. A second `Prepare` or `Freeze` of the same workload while a part of it lives: `ALREADY_EXISTS`.
 //!
 //! # Limits
 //!
 //! Messages: at most 4 MiB. Ids at most 64 bytes, names at most 63, `reason` is cut to 1 KiB. A deadline is between 1 s
-//! and 24 h; what is outside is clamped. A link has at most 16 addresses and 64 routes. A
+//! and 24 h; what is outside is clamped. Pre-copy: a downtime budget above 0, 1 to 100 rounds; a coordinator asks for 1 ms to
+//! 60 s and at most 30 rounds, and for a bandwidth limit of 0 or at least 64 KiB per second. A link has at most 16 addresses and 64 routes. A
 //! word of `features` is ASCII, at most 64 bytes, and ignored by whoever does not know it.

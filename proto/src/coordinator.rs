@@ -12,16 +12,24 @@
 //! # A migration's life
 //!
 //! ```text
-//!  Migrate ─▶ PREFLIGHT ─▶ PREPARE ─▶ [PRECOPY] ─▶ FREEZE ─▶ COMMIT ─▶ RELEASE ─▶ RESUME ─▶ SUCCEEDED
-//!                 │            │           │          │        │  ▲
-//!                 └────────────┴───────────┴──────────┴────────┘  └ one durable write; nothing left of it is undone
-//!                              │ any failure, deadline, or CancelMigration
-//!                              ▼
+//!  Migrate ─▶ PREFLIGHT ─▶ PREPARE ─▶ [PRECOPY] ─▶ FREEZE ─▶ COMMIT ─▶ RELEASE ─▶ RESUME ─▶ [FILL] ─▶ SUCCEEDED
+//!                 │            │           │          │        │  ▲                              │
+//!                 └────────────┴───────────┴──────────┴────────┘  │          memory is lost for good ─▶ FAILED
+//!                              │ any failure, deadline,           │
+//!                              ▼ or CancelMigration               └ one durable write; nothing right of it is undone
 //!                        ROLLING_BACK ─▶ FAILED or CANCELLED
 //! ```
 //!
+//! A live migration goes through `PRECOPY` and `FILL`, a warm one does not. In `FILL` the workload runs on the target and its
+//! memory is laid in behind it: it is committed and cannot be cancelled, and the workload cannot be migrated again until that
+//! has ended. `FAILED` has two meanings, which `decision` tells apart: with `ABORT` the migration was undone and the source runs
+//! on; with `COMMIT` the target's agent said that memory was lost for good and stopped its copy, and the workload runs nowhere.
+//! `rounds` grows by each round of pre-copy as it ends; a coordinator that is started again in `PRECOPY` undoes the migration,
+//! and the rounds before that are forgotten.
+//!
 //! `Migrate` answers as soon as the migration is recorded; it is refused at once (nothing recorded) when the workload or
-//! node is unknown, target equals source, the strategy is not offered, or the workload is part of another migration.
+//! node is unknown, target equals source, the strategy is not offered, the agent of either node is too old for what is asked,
+//! the downtime or the bandwidth make no sense, or the workload is part of another migration.
 //! `WatchMigration` sends the migration as it is and then after every change, and ends after `SUCCEEDED`, `FAILED` or
 //! `CANCELLED`; a slow reader gets the newest state, not every state. `CancelMigration` is refused with
 //! `FAILED_PRECONDITION` from the commit on.
@@ -35,7 +43,7 @@
 //! `UNAVAILABLE` and the node's name; an empty list means that no workload runs there.
 //!
 //! `ListMigrations` has all migrations that have not ended and the last 1000 that have. What is long in them is cut, so that
-//! all fit into one message: a migration's last 4 notes stay, 160 bytes of each, and of a failure 300 bytes of its message, 200
+//! all fit into one message: a migration's last 4 rounds and last 4 notes stay, 160 bytes of each note, and of a failure 300 bytes of its message, 200
 //! of CRIU's line and of the remedy, 64 of the names; a text that was cut ends with `…`. `GetMigration` and `WatchMigration`
 //! tell everything that was recorded.
 //!
@@ -52,6 +60,9 @@
 //! a remedy where there is one: see `podferry_common::failure`.
 //!
 //! # Limits
+//!
+//! `downtime_budget_ms`: 0 for the default of 100, or 1 to 60000, and only with a strategy that has `PRECOPY`. `bandwidth_limit`:
+//! 0 for none, or at least 65536 bytes per second. A migration has at most 31 rounds.
 //!
 //! Names (workloads, nodes): 1–63 bytes of `[a-z0-9-]`, no `-` at either end. Ids: at most 64 bytes. A message: at most
 //! 4 MiB. Lists name everything that is known; there is no paging in version 1.

@@ -37,7 +37,11 @@ pub(super) async fn drain(global: &Global, node: &str, strategy: Strategy) -> Re
         }
     }
     render::drain(global.output, &drain.report);
-    Ok(if drain.report.is_complete() { Exit::Done } else { Exit::Failed })
+    Ok(match &drain.report {
+        report if report.is_complete() => Exit::Done,
+        report if report.lost.is_empty() => Exit::Failed,
+        _ => Exit::Lost,
+    })
 }
 
 /// Whether there is nothing to move. While a workload is migrated its status says only what one of the copies does.
@@ -68,6 +72,7 @@ impl Drain {
                 if !self.output.is_json() {
                     render::outcome(self.output, &ended);
                 }
+                self.note_lost(&ended);
                 still_there(&ended, &self.report.node)
             }
             Err(failure) => Some(LeftBehind { workload: workload.name, error: failure, migrated: false }),
@@ -77,6 +82,16 @@ impl Drain {
             self.report.left_behind.push(left);
         }
         Some(())
+    }
+
+    /// A workload that was lost is on no node: it is not left behind either.
+    fn note_lost(&mut self, ended: &Migration) {
+        if words::is_lost(ended) {
+            self.report.lost.push(ended.workload.clone());
+            if let Some(failure) = words::failure(ended) {
+                render::failure(self.output, &failure);
+            }
+        }
     }
 
     /// Moves one workload, or follows the migration that it is part of already. `None` when the user interrupts.
@@ -121,7 +136,7 @@ impl Drain {
 fn still_there(ended: &Migration, node: &str) -> Option<LeftBehind> {
     let succeeded = ended.phase() == Phase::Succeeded;
     let arrival = ended.target == node;
-    if succeeded != arrival {
+    if succeeded != arrival || words::is_lost(ended) {
         return None;
     }
     let error = if arrival {

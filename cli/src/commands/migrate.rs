@@ -18,7 +18,8 @@ pub(super) async fn migrate(global: &Global, flags: Migrate) -> Result<Exit, Fai
         target: flags.to.unwrap_or_default(),
         strategy: Strategy::from(flags.strategy).into(),
         no_compression: flags.no_compression,
-        ..MigrateRequest::default()
+        downtime_budget_ms: flags.downtime_budget.map_or(0.0, f64::from),
+        bandwidth_limit: flags.bandwidth_limit.unwrap_or_default(),
     };
     let begun = present(answer(coordinator.migrate(request)).await?.migration)?;
     if !flags.wait {

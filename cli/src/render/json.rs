@@ -35,6 +35,7 @@ struct Round {
     wire_bytes: u64,
     duration_ms: f64,
     dirty_rate: f64,
+    predicted_ms: f64,
 }
 
 #[derive(Debug, Serialize)]
@@ -81,6 +82,7 @@ impl From<&v1::Round> for Round {
             wire_bytes: round.wire_bytes,
             duration_ms: micro(round.duration_ms),
             dirty_rate: micro(round.dirty_rate),
+            predicted_ms: micro(round.predicted_ms),
         }
     }
 }
@@ -186,6 +188,8 @@ pub(crate) struct DrainReport {
     pub(crate) migrations: Vec<Migration>,
     /// The workloads that are still there, and why.
     pub(crate) left_behind: Vec<LeftBehind>,
+    /// The workloads whose memory was lost on the way: they run nowhere.
+    pub(crate) lost: Vec<String>,
     /// The workloads that do not run, so that there is nothing to move.
     pub(crate) not_running: Vec<String>,
     /// Whether it cannot be said any more what is there; the error says why.
@@ -196,8 +200,9 @@ pub(crate) struct DrainReport {
 impl DrainReport {
     /// Nothing was done yet.
     pub(crate) fn of(node: &str) -> Self {
-        let (migrations, left_behind, not_running) = (Vec::new(), Vec::new(), Vec::new());
-        Self { node: node.to_owned(), migrations, left_behind, not_running, lost_sight: false }
+        let (migrations, left_behind) = (Vec::new(), Vec::new());
+        let (lost, not_running) = (Vec::new(), Vec::new());
+        Self { node: node.to_owned(), migrations, left_behind, lost, not_running, lost_sight: false }
     }
 
     /// How many workloads left the node.
@@ -206,9 +211,9 @@ impl DrainReport {
         self.migrations.iter().filter(left).count()
     }
 
-    /// Whether nothing runs there any more.
+    /// Whether nothing runs there any more, and all that did runs elsewhere.
     pub(crate) fn is_complete(&self) -> bool {
-        self.left_behind.is_empty() && !self.lost_sight
+        self.left_behind.is_empty() && self.lost.is_empty() && !self.lost_sight
     }
 }
 

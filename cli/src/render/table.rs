@@ -173,6 +173,9 @@ pub(super) fn outcome(migration: &Migration) -> String {
             }
             text
         }
+        Phase::Failed if words::is_lost(migration) => format!(
+            "{workload} was lost on its way from {source} to {target}: it runs nowhere; the migration {id} failed behind its commit"
+        ),
         Phase::Failed => format!("{workload} stays on {source}: the migration {id} failed and was rolled back"),
         Phase::Cancelled => format!("{workload} stays on {source}: the migration {id} was cancelled"),
         _ => format!("{workload} {source} → {target}: {} ({id})", words::phase(migration)),
@@ -185,13 +188,15 @@ pub(super) fn migration(migration: &Migration) -> String {
     let connections = if migration.keeps_connections { "move along" } else { "are closed" };
     // Clients see more than the coordinator can: the time until their own packets are answered again.
     let downtime = format!("{} (as the coordinator saw it)", time(migration.downtime_ms));
+    let phase =
+        if words::is_lost(migration) { "failed, behind the commit".to_owned() } else { words::phase(migration) };
     let facts = [
         ("id", migration.id.clone()),
         ("workload", migration.workload.clone()),
         ("strategy", words::strategy(migration)),
         ("source", migration.source.clone()),
         ("target", or_dash(&migration.target)),
-        ("phase", words::phase(migration)),
+        ("phase", phase),
         ("created", or_dash(&migration.created_at)),
         ("downtime", downtime),
         ("total", time(migration.total_ms)),
@@ -245,9 +250,10 @@ fn rounds(migration: &Migration) -> String {
             size(round.wire_bytes),
             time(round.duration_ms),
             format!("{:.0} pages/s", round.dirty_rate),
+            time(round.predicted_ms),
         ]
     };
-    let header = ["  ROUND", "PAGES", "RAW", "ON THE WIRE", "TIME", "WRITTEN MEANWHILE"];
+    let header = ["  ROUND", "PAGES", "RAW", "ON THE WIRE", "TIME", "WRITTEN MEANWHILE", "FREEZE WOULD ADD"];
     table(&header, migration.rounds.iter().enumerate().map(row))
 }
 
@@ -257,11 +263,16 @@ pub(super) fn drain(report: &DrainReport) -> String {
     for workload in &report.not_running {
         line(&mut text, &format!("{workload} does not run: it stays where it is"));
     }
+    for workload in &report.lost {
+        line(&mut text, &format!("{workload} was lost on its way: it runs nowhere"));
+    }
     let DrainReport { node, left_behind, .. } = report;
     let moved = report.moved();
     let names: Vec<&str> = left_behind.iter().map(|left| left.workload.as_str()).collect();
     let sum = if report.is_complete() {
         format!("{node} is drained: {moved} workloads moved")
+    } else if names.is_empty() && !report.lost_sight {
+        format!("{node} is empty: {moved} workloads moved, {} lost: {}", report.lost.len(), report.lost.join(", "))
     } else if names.is_empty() {
         format!("{node} may not be empty: {moved} workloads moved, then it could not be asked again")
     } else {

@@ -4,7 +4,7 @@ use podferry_common::{Failure, FailureCode};
 use podferry_proto::v1::{Migration, Workload};
 
 use super::support::{Answer, Cluster, Meanwhile, Script};
-use super::{begun, failed, node, succeeded, workload};
+use super::{begun, failed, lost, node, succeeded, workload};
 
 fn of(workload: &str, id: &str, end: Migration) -> Answer {
     let named = |migration: Migration| Migration { id: id.into(), workload: workload.into(), ..migration };
@@ -145,6 +145,22 @@ async fn what_is_leaving_is_followed_whatever_its_copies_are() {
         (&"other-held".into(), &serde_json::json!([]))
     );
     assert_eq!(asked(&cluster), [""; 0], "it is part of a migration");
+}
+
+#[tokio::test]
+async fn what_is_lost_on_the_way_is_named_and_not_left_behind() {
+    let mut script = script(vec![workload("redis", "n1"), workload("cart", "n1"), moving("late", "n2", "running")]);
+    script.migrate.insert("cart".into(), of("cart", "m2", lost()));
+    others(&mut script, "late", ["n2", "n1"], lost());
+    let cluster = Cluster::start(script).await;
+    let ran = cluster.run(&["drain", "n1", "--strategy", "live"]).await.exits(8);
+    assert!(ran.out.ends_with("n1 is empty: 1 workloads moved, 2 lost: cart, late\n"), "{}", ran.out);
+    assert!(ran.out.contains("cart was lost on its way: it runs nowhere\n"), "{}", ran.out);
+    let report = report(&cluster, 8).await;
+    assert_eq!(
+        (&report["lost"], &report["left_behind"]),
+        (&serde_json::json!(["cart", "late"]), &serde_json::json!([]))
+    );
 }
 
 #[tokio::test]

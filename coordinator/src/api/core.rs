@@ -1,6 +1,7 @@
 //! The questions and their answers, whatever they come in by.
 
 use std::collections::HashMap;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -9,12 +10,17 @@ use podferry_common::{Failure, FailureCode, MigrationId, NodeName, WorkloadName,
 use podferry_proto::v1;
 use tokio::sync::watch;
 
-use crate::cluster::{Agents, Inventory, Location, Node, NodeView, Seen, Workload, locate, survey};
+use crate::cluster::{Agents, Inventory, Location, Node, NodeView, Seen, Workload, locate, speaks, spoken, survey};
 use crate::migration::{Decision, State};
 use crate::placement::{Candidate, Choice, Demand, Facts, choose, judge};
 use crate::runner::{Deadlines, Runner, blocking};
 use crate::store::{Record, Report, Store, StoreError};
-use crate::strategy::Strategy;
+use crate::strategy::{Strategy, Wishes};
+
+/// Downtimes that can be aimed at, in milliseconds.
+const DOWNTIME_BUDGETS: RangeInclusive<f64> = 1.0..=60_000.0;
+/// The least bandwidth that a migration can be held to, in bytes per second.
+const LEAST_BANDWIDTH: u64 = 64 << 10;
 
 /// Everything the coordinator can be asked. Clones share it.
 #[derive(Clone)]
@@ -137,7 +143,7 @@ impl Core {
 
     /// Accepts a migration that `who` asks for, or refuses it and records nothing.
     pub async fn migrate(&self, request: &v1::MigrateRequest, who: &Peer) -> Result<Record, Failure> {
-        let strategy = Strategy::requested(request.strategy)?;
+        let wishes = wishes(request)?;
         let workload = self.known_workload(&request.workload)?;
         let wanted = if request.target.is_empty() { None } else { Some(self.known_node(&request.target)?) };
         let (busy, place) = self.recorded(workload).await?;
@@ -148,17 +154,19 @@ impl Core {
         }
         let views = self.look_for(workload, place.as_ref(), wanted).await;
         let location = locate(&views, workload, place.as_ref())?;
-        let (target, report) = self.target(&views, workload, &location, wanted)?;
+        let (target, report) = self.target(&views, workload, &location, wanted, wishes)?;
         let record = Record {
             id: MigrationId::new(),
             workload: workload.name.clone(),
             container: workload.container.clone(),
-            strategy,
+            strategy: wishes.strategy,
             source: location.view.node.name.clone(),
             source_address: location.view.node.address.clone(),
             target: target.name.clone(),
             target_address: target.address.clone(),
             compress: !request.no_compression,
+            downtime_budget_ms: request.downtime_budget_ms,
+            bandwidth_limit: request.bandwidth_limit,
             created_at: Timestamp::now(),
             frozen_at: None,
             state: State::new(),
@@ -181,8 +189,9 @@ impl Core {
         workload: &Workload,
         location: &Location<'_>,
         wanted: Option<&'a Node>,
+        wishes: Wishes,
     ) -> Result<(&'a Node, Report), Failure> {
-        let demand = demand(location)?;
+        let demand = demand(location, wishes)?;
         let load = self.runner.load();
         let candidate = |view: &NodeView| Candidate {
             name: view.node.name.clone(),
@@ -312,7 +321,32 @@ fn not_asked(node: &Node) -> Failure {
     Failure::new(FailureCode::Internal, format!("the agent of node {} was not asked", node.name))
 }
 
-fn demand(location: &Location<'_>) -> Result<Demand, Failure> {
+/// What a request asks of the way a workload is moved, if that makes sense.
+fn wishes(request: &v1::MigrateRequest) -> Result<Wishes, Failure> {
+    let strategy = Strategy::requested(request.strategy)?;
+    let refused = |message: String, remedy: &str| {
+        Err(Failure::new(FailureCode::InvalidArgument, message).in_phase("preflight").remedy(remedy))
+    };
+    let (budget, limit) = (request.downtime_budget_ms, request.bandwidth_limit);
+    // Zero is no wish. What is not a number is not in the range either.
+    let no_budget = budget.abs() < f64::MIN_POSITIVE;
+    if !no_budget && !DOWNTIME_BUDGETS.contains(&budget) {
+        let (least, most) = (DOWNTIME_BUDGETS.start(), DOWNTIME_BUDGETS.end());
+        let message = format!("{budget} ms is no downtime that can be aimed at: it is between {least} and {most} ms");
+        return refused(message, "give another one, or none");
+    }
+    if !no_budget && !strategy.path().pre_copy {
+        let message = format!("the strategy {strategy} cannot aim at a downtime: it freezes the workload at once");
+        return refused(message, "use live, or give no downtime");
+    }
+    if limit > 0 && limit < LEAST_BANDWIDTH {
+        let message = format!("{limit} bytes per second are too little: the least limit is {LEAST_BANDWIDTH}");
+        return refused(message, "give a larger limit, or none");
+    }
+    Ok(Wishes { strategy, bandwidth_limit: limit })
+}
+
+fn demand(location: &Location<'_>, wishes: Wishes) -> Result<Demand, Failure> {
     let Location { view, seen, container } = location;
     let node = &view.node.name;
     if !seen.description.fit {
@@ -323,11 +357,13 @@ fn demand(location: &Location<'_>) -> Result<Demand, Failure> {
             .in_phase("preflight")
             .remedy("run `podferry check` on the node"));
     }
+    speaks(node, &seen.description, wishes.of_source())?;
     Ok(Demand {
         source: node.clone(),
         architecture: seen.description.architecture.clone(),
         cpu_features: seen.description.cpu_features.iter().cloned().collect(),
         memory_bytes: container.memory_bytes,
+        version: wishes.of_target(),
     })
 }
 
@@ -336,6 +372,7 @@ fn facts(seen: &Seen, workload: &Workload) -> Facts {
     Facts {
         fit: is.fit,
         complaints: is.complaints.clone(),
+        version: spoken(is),
         architecture: is.architecture.clone(),
         cpu_features: is.cpu_features.iter().cloned().collect(),
         memory_available: is.memory_available,
@@ -362,4 +399,54 @@ fn no_migration(id: MigrationId) -> Failure {
 fn internal(error: &StoreError) -> Failure {
     tracing::error!(error = %chain(error), "the store cannot be read");
     Failure::from_error(FailureCode::Internal, error).remedy("see the coordinator's disk and log")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(strategy: v1::Strategy, downtime_budget_ms: f64, bandwidth_limit: u64) -> Result<Wishes, String> {
+        let strategy = strategy.into();
+        let request =
+            v1::MigrateRequest { strategy, downtime_budget_ms, bandwidth_limit, ..v1::MigrateRequest::default() };
+        wishes(&request).map_err(|failure| format!("{} {failure}", failure.code))
+    }
+
+    #[test]
+    fn wishes_that_make_no_sense_are_refused() {
+        let live = Wishes { strategy: Strategy::Live, bandwidth_limit: 0 };
+        for budget in [0.0, 1.0, 0.5e3, 60_000.0] {
+            assert_eq!(asked(v1::Strategy::Live, budget, 0), Ok(live));
+        }
+        let limited = Wishes { strategy: Strategy::Warm, bandwidth_limit: LEAST_BANDWIDTH };
+        assert_eq!(asked(v1::Strategy::Unspecified, 0.0, LEAST_BANDWIDTH), Ok(limited));
+        let refused = [
+            asked(v1::Strategy::Live, 0.5, 0),
+            asked(v1::Strategy::Live, -1.0, 0),
+            asked(v1::Strategy::Live, 60_001.0, 0),
+            asked(v1::Strategy::Live, f64::NAN, 0),
+            asked(v1::Strategy::Warm, 100.0, 0),
+            asked(v1::Strategy::Live, 100.0, LEAST_BANDWIDTH - 1),
+        ];
+        let said: Vec<_> = refused.into_iter().map(Result::unwrap_err).collect();
+        insta::assert_snapshot!(said.join("\n"), @r#"
+        INVALID_ARGUMENT 0.5 ms is no downtime that can be aimed at: it is between 1 and 60000 ms (in preflight); what to do: give another one, or none
+        INVALID_ARGUMENT -1 ms is no downtime that can be aimed at: it is between 1 and 60000 ms (in preflight); what to do: give another one, or none
+        INVALID_ARGUMENT 60001 ms is no downtime that can be aimed at: it is between 1 and 60000 ms (in preflight); what to do: give another one, or none
+        INVALID_ARGUMENT NaN ms is no downtime that can be aimed at: it is between 1 and 60000 ms (in preflight); what to do: give another one, or none
+        INVALID_ARGUMENT the strategy warm cannot aim at a downtime: it freezes the workload at once (in preflight); what to do: use live, or give no downtime
+        INVALID_ARGUMENT 65535 bytes per second are too little: the least limit is 65536 (in preflight); what to do: give a larger limit, or none
+        "#);
+    }
+
+    #[test]
+    fn only_what_is_asked_for_needs_a_newer_agent() {
+        let versions = |strategy, bandwidth_limit| {
+            let wishes = Wishes { strategy, bandwidth_limit };
+            (wishes.of_source(), wishes.of_target())
+        };
+        assert_eq!(versions(Strategy::Warm, 0), (1, 1));
+        assert_eq!(versions(Strategy::Warm, 1 << 20), (2, 1), "an older source would not keep to it");
+        assert_eq!(versions(Strategy::Live, 0), (2, 2));
+    }
 }

@@ -14,7 +14,6 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
 use super::Current;
-use crate::migration::Decision;
 use crate::store::Record;
 
 /// The largest message that is taken, in bytes: the protocol's limit.
@@ -217,12 +216,8 @@ impl CoordinatorService for GrpcService {
         let id = &request.get_ref().migration_id;
         let decision = self.core.get().decision(id).await?;
         tracing::info!(%peer, migration = %id, ?decision, "decision asked for");
-        let decision = match decision {
-            Decision::Commit => v1::Decision::Commit,
-            Decision::Abort => v1::Decision::Abort,
-            Decision::Undecided => v1::Decision::Undecided,
-        };
-        Ok(Response::new(v1::GetDecisionResponse { decision: decision.into() }))
+        let decision = v1::Decision::from(decision).into();
+        Ok(Response::new(v1::GetDecisionResponse { decision }))
     }
 }
 
@@ -249,8 +244,9 @@ mod tests {
         let report = &mut record.report;
         (report.downtime_ms, report.total_ms, report.wire_bytes) = (ms, ms, bytes);
         report.progress = Progress { raw_bytes: bytes, wire_bytes: bytes, expected_bytes: bytes };
-        report.rounds =
-            vec![Round { pages: bytes, raw_bytes: bytes, wire_bytes: bytes, duration_ms: ms, dirty_rate: ms }];
+        let (pages, raw_bytes, wire_bytes) = (bytes, bytes, bytes);
+        let round = Round { pages, raw_bytes, wire_bytes, duration_ms: ms, dirty_rate: ms, predicted_ms: ms };
+        report.rounds = vec![round; 101];
         report.timings = Timings {
             preflight: ms,
             prepare: ms,

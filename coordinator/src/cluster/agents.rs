@@ -65,6 +65,30 @@ fn other_version(node: &NodeName, mismatch: VersionMismatch) -> Failure {
         .remedy("install the same version on both, or neighbouring ones")
 }
 
+/// Whether the agent speaks that version of the protocol, or says a newer one.
+pub fn speaks(node: &NodeName, description: &DescribeResponse, needed: u32) -> Result<(), Failure> {
+    let current = spoken(description);
+    if current >= needed {
+        return Ok(());
+    }
+    let message = format!(
+        "the agent of node {node} speaks version {current} of the protocol, and what this migration asks for needs version \
+         {needed}"
+    );
+    Err(Failure::new(FailureCode::FailedPrecondition, message)
+        .on(node.as_str())
+        .in_phase("preflight")
+        .remedy(OLD_AGENT))
+}
+
+/// What to do about an agent that is too old for a wish.
+pub const OLD_AGENT: &str = "update the agent, or migrate warm and without a limit on the bandwidth";
+
+/// The newest version that the agent says it speaks.
+pub fn spoken(description: &DescribeResponse) -> u32 {
+    description.version.map_or(0, |version| version.current)
+}
+
 /// A failed call as a failure that says where and when it failed and, for an agent that is not there, what to do.
 pub fn placed(status: &Status, node: &NodeName, address: &str, phase: &str) -> Failure {
     let mut failure = Failure::from_status(status);

@@ -4,6 +4,6 @@ mod agents;
 mod inventory;
 mod survey;
 
-pub use agents::{AgentClient, Agents, placed};
+pub use agents::{AgentClient, Agents, OLD_AGENT, placed, speaks, spoken};
 pub use inventory::{Inventory, InventoryError, Node, Problem, Workload};
 pub use survey::{Location, NodeView, Seen, locate, survey};

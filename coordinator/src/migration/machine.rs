@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use podferry_common::Failure;
+use podferry_common::{Failure, FailureCode};
 use serde::{Deserialize, Serialize};
 
 /// One of the two nodes that take part.
@@ -34,7 +34,8 @@ pub enum Call {
     PreflightTarget,
     /// Target: reserve, and expect the transfer from this source.
     Prepare,
-    /// Source: freeze, dump, send; the answer is a stream that ends when everything has been sent.
+    /// Source: pre-copy if the path has it, freeze, dump, send; the answer is a stream that ends when everything has been
+    /// sent.
     Freeze,
     /// Target: restore; answered when the container is held before its first instruction.
     Restore,
@@ -44,6 +45,8 @@ pub enum Call {
     Release,
     /// Target: let the container run.
     Resume,
+    /// Target: answered when all of the container's memory is in place.
+    Fill,
     /// Either: undo this part. On the source this thaws.
     Abort(Side),
 }
@@ -53,7 +56,7 @@ impl Call {
     pub fn side(self) -> Side {
         match self {
             Self::PreflightSource | Self::Freeze | Self::Release => Side::Source,
-            Self::PreflightTarget | Self::Prepare | Self::Restore | Self::Resume => Side::Target,
+            Self::PreflightTarget | Self::Prepare | Self::Restore | Self::Resume | Self::Fill => Side::Target,
             Self::Seal(side) | Self::Abort(side) => side,
         }
     }
@@ -64,6 +67,8 @@ impl Call {
 pub enum Event {
     /// The record is on disk; begin.
     Started,
+    /// The source's memory has been copied as far as it helps: it freezes now.
+    Converged,
     /// The source's processes stand still.
     Frozen,
     /// An agent confirmed a call.
@@ -76,6 +81,16 @@ pub enum Event {
     CancelRequested(Failure),
     /// The coordinator was started again and found this record.
     Restarted(Failure),
+}
+
+/// What sets one strategy's way through the machine apart from another's. It follows from the strategy that a migration's
+/// record has, and is the same in each step of one migration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Path {
+    /// Memory is copied before the freeze, while the workload runs.
+    pub pre_copy: bool,
+    /// The target may be let go before all of its memory is in place.
+    pub fill: bool,
 }
 
 /// What is to be done.
@@ -95,6 +110,8 @@ pub enum Phase {
     Preflight,
     /// The target reserves.
     Prepare,
+    /// The workload's memory is copied while it runs.
+    PreCopy,
     /// The workload stands still, is dumped, sent and restored.
     Freeze,
     /// Both parts are sealed and the decision is written.
@@ -103,11 +120,13 @@ pub enum Phase {
     Release,
     /// The target is let go.
     Resume,
+    /// The target runs, and the rest of its memory is laid in behind it.
+    Fill,
     /// Both parts are being undone.
     RollingBack,
     /// The workload runs on the target.
     Succeeded,
-    /// Undone: the workload runs on the source, as before.
+    /// Undone: the workload runs on the source, as before. Or lost behind the commit: see [`State::Lost`].
     Failed,
     /// Undone on request: the workload runs on the source, as before.
     Cancelled,
@@ -119,10 +138,12 @@ impl Phase {
         match self {
             Self::Preflight => "preflight",
             Self::Prepare => "prepare",
+            Self::PreCopy => "precopy",
             Self::Freeze => "freeze",
             Self::Commit => "commit",
             Self::Release => "release",
             Self::Resume => "resume",
+            Self::Fill => "fill",
             Self::RollingBack => "rolling_back",
             Self::Succeeded => "succeeded",
             Self::Failed => "failed",
@@ -215,6 +236,8 @@ pub enum State {
     },
     /// The target reserves; the source has not been touched.
     Preparing,
+    /// The source's memory is copied while it runs; the target keeps what comes.
+    PreCopying,
     /// Dump, transfer and restore.
     Freezing(Freezing),
     /// Both parts are complete and give up deciding for themselves.
@@ -228,8 +251,16 @@ pub enum State {
     Releasing,
     /// The source is dead. The target is being let go.
     Resuming,
+    /// The target runs. The rest of its memory is being laid in behind it.
+    Filling,
     /// The workload runs on the target.
     Completed,
+    /// Committed, and then memory that the target still needed was lost for good. Its agent has stopped the copy, and the
+    /// source is long dead: the workload runs nowhere.
+    Lost {
+        /// Why.
+        why: Why,
+    },
     /// Decided against. Both parts are being undone, the target's first.
     Aborting {
         /// The target's part.
@@ -290,34 +321,38 @@ impl State {
         match self {
             Self::Preflight { .. } => Phase::Preflight,
             Self::Preparing => Phase::Prepare,
+            Self::PreCopying => Phase::PreCopy,
             Self::Freezing(_) => Phase::Freeze,
             Self::Sealing { .. } => Phase::Commit,
             Self::Releasing => Phase::Release,
             Self::Resuming => Phase::Resume,
+            Self::Filling => Phase::Fill,
             Self::Completed => Phase::Succeeded,
             Self::Aborting { .. } => Phase::RollingBack,
             Self::RolledBack { why } | Self::Aborted { why } if why.cancelled => Phase::Cancelled,
-            Self::RolledBack { .. } | Self::Aborted { .. } => Phase::Failed,
+            Self::RolledBack { .. } | Self::Aborted { .. } | Self::Lost { .. } => Phase::Failed,
         }
     }
 
     /// What an agent that asks is told, given that this state is on disk.
     pub fn decision(&self) -> Decision {
         match self {
-            Self::Preflight { .. } | Self::Preparing | Self::Freezing(_) | Self::Sealing { .. } => Decision::Undecided,
-            Self::Releasing | Self::Resuming | Self::Completed => Decision::Commit,
+            Self::Preflight { .. } | Self::Preparing | Self::PreCopying | Self::Freezing(_) | Self::Sealing { .. } => {
+                Decision::Undecided
+            }
+            Self::Releasing | Self::Resuming | Self::Filling | Self::Completed | Self::Lost { .. } => Decision::Commit,
             Self::Aborting { .. } | Self::RolledBack { .. } | Self::Aborted { .. } => Decision::Abort,
         }
     }
 
-    /// Whether the outcome is known and the workload runs: another migration of it may start.
+    /// Whether the outcome is known, and the workload runs if it still can: another migration of it may start.
     pub fn is_settled(&self) -> bool {
-        matches!(self, Self::Completed | Self::RolledBack { .. } | Self::Aborted { .. })
+        matches!(self, Self::Completed | Self::Lost { .. } | Self::RolledBack { .. } | Self::Aborted { .. })
     }
 
     /// Whether nothing is left to do.
     pub fn is_final(&self) -> bool {
-        matches!(self, Self::Completed | Self::Aborted { .. })
+        matches!(self, Self::Completed | Self::Lost { .. } | Self::Aborted { .. })
     }
 
     /// Whether a cancel would still have an effect.
@@ -325,24 +360,26 @@ impl State {
         self.decision() == Decision::Undecided
     }
 
-    /// Why it was aborted.
+    /// Why it was aborted, or lost.
     pub fn failure(&self) -> Option<&Failure> {
         match self {
-            Self::Aborting { why, .. } | Self::RolledBack { why } | Self::Aborted { why } => Some(&why.failure),
+            Self::Aborting { why, .. } | Self::RolledBack { why } | Self::Aborted { why } | Self::Lost { why } => {
+                Some(&why.failure)
+            }
             _ => None,
         }
     }
 
-    /// The next state. Events that do not belong to the state (late, repeated, out of order) change nothing.
+    /// The next state on that path. Events that do not belong to the state (late, repeated, out of order) change nothing.
     #[must_use]
-    pub fn step(self, event: Event) -> Step {
+    pub fn step(self, event: Event, path: Path) -> Step {
         match self {
-            Self::Preflight { .. } | Self::Preparing | Self::Freezing(_) | Self::Sealing { .. } => {
-                self.undecided(event)
+            Self::Preflight { .. } | Self::Preparing | Self::PreCopying | Self::Freezing(_) | Self::Sealing { .. } => {
+                self.undecided(event, path)
             }
-            Self::Releasing | Self::Resuming => self.committed(&event),
+            Self::Releasing | Self::Resuming | Self::Filling => self.committed(&event, path),
             Self::Aborting { .. } | Self::RolledBack { .. } => self.aborted(event),
-            Self::Completed | Self::Aborted { .. } => self.unchanged(),
+            Self::Completed | Self::Lost { .. } | Self::Aborted { .. } => self.unchanged(),
         }
     }
 
@@ -350,7 +387,7 @@ impl State {
         Step::to(self, Durability::Unchanged, Vec::new())
     }
 
-    fn undecided(self, event: Event) -> Step {
+    fn undecided(self, event: Event, path: Path) -> Step {
         match event {
             Event::CancelRequested(failure) => self.abort(Why { failure, cancelled: true }),
             Event::Restarted(failure) => self.abort(failure.into()),
@@ -358,9 +395,11 @@ impl State {
             Event::Failed(call, failure) if self.awaits(call) => self.abort(failure.into()),
             Event::DeadlinePassed(phase, failure) if phase == self.phase() => self.abort(failure.into()),
             Event::Started => self.start(),
-            Event::Frozen => self.advance(None),
-            Event::Succeeded(call) => self.advance(Some(call)),
-            Event::Failed(..) | Event::DeadlinePassed(..) => self.unchanged(),
+            Event::Converged if self == Self::PreCopying => Self::freeze(Freezing::default()),
+            Event::Frozen => self.frozen(Freezing { frozen: true, ..Freezing::default() }),
+            Event::Succeeded(Call::Freeze) => self.frozen(Freezing { frozen: true, sent: true, held: false }),
+            Event::Succeeded(call) => self.advance(call, path),
+            Event::Converged | Event::Failed(..) | Event::DeadlinePassed(..) => self.unchanged(),
         }
     }
 
@@ -370,6 +409,7 @@ impl State {
         match self {
             Self::Preflight { source } => call == if *source { Call::PreflightTarget } else { Call::PreflightSource },
             Self::Preparing => call == Call::Prepare,
+            Self::PreCopying => call == Call::Freeze,
             Self::Freezing(_) => matches!(call, Call::Freeze | Call::Restore),
             Self::Sealing { .. } => matches!(call, Call::Freeze | Call::Restore | Call::Seal(_)),
             _ => false,
@@ -383,28 +423,45 @@ impl State {
         Step::to(self, Durability::Before, vec![Command::Call(Call::PreflightSource)])
     }
 
-    /// A step forwards, before the commit. `None` stands for the frozen event.
-    fn advance(self, call: Option<Call>) -> Step {
+    /// A step forwards, before the commit: `call` was confirmed.
+    fn advance(self, call: Call, path: Path) -> Step {
         match (self, call) {
-            (Self::Preflight { source: false }, Some(Call::PreflightSource)) => {
+            (Self::Preflight { source: false }, Call::PreflightSource) => {
                 let ask = vec![Command::Call(Call::PreflightTarget)];
                 Step::to(Self::Preflight { source: true }, Durability::Behind, ask)
             }
-            (Self::Preflight { source: true }, Some(Call::PreflightTarget)) => {
+            (Self::Preflight { source: true }, Call::PreflightTarget) => {
                 Step::to(Self::Preparing, Durability::Before, vec![Command::Call(Call::Prepare)])
             }
-            (Self::Preparing, Some(Call::Prepare)) => Step::to(
+            // The target restores when there is something to restore: its call does not wait for hours.
+            (Self::Preparing, Call::Prepare) if path.pre_copy => {
+                Step::to(Self::PreCopying, Durability::Before, vec![Command::Call(Call::Freeze)])
+            }
+            (Self::Preparing, Call::Prepare) => Step::to(
                 Self::Freezing(Freezing::default()),
                 Durability::Before,
                 vec![Command::Call(Call::Restore), Command::Call(Call::Freeze)],
             ),
-            (Self::Freezing(now), None) => Self::freezing(Freezing { frozen: true, ..now }),
-            (Self::Freezing(now), Some(Call::Freeze)) => Self::freezing(Freezing { frozen: true, sent: true, ..now }),
-            (Self::Freezing(now), Some(Call::Restore)) => Self::freezing(Freezing { held: true, ..now }),
-            (Self::Sealing { target, .. }, Some(Call::Seal(Side::Source))) => Self::sealing(true, target),
-            (Self::Sealing { source, .. }, Some(Call::Seal(Side::Target))) => Self::sealing(source, true),
+            (Self::Freezing(now), Call::Restore) => Self::freezing(Freezing { held: true, ..now }),
+            (Self::Sealing { target, .. }, Call::Seal(Side::Source)) => Self::sealing(true, target),
+            (Self::Sealing { source, .. }, Call::Seal(Side::Target)) => Self::sealing(source, true),
             (state, _) => state.unchanged(),
         }
+    }
+
+    /// The source says that it stands still, or that it has sent everything. While pre-copy is under way that means that it
+    /// has ended, too: a workload that stands still must not wait for a word that its agent has left out.
+    fn frozen(self, said: Freezing) -> Step {
+        match self {
+            Self::PreCopying => Self::freeze(said),
+            Self::Freezing(now) => Self::freezing(Freezing { sent: now.sent || said.sent, frozen: true, ..now }),
+            other => other.unchanged(),
+        }
+    }
+
+    /// Pre-copy is over. A restart from either of the two states aborts both parts.
+    fn freeze(now: Freezing) -> Step {
+        Step::to(Self::Freezing(now), Durability::Behind, vec![Command::Call(Call::Restore)])
     }
 
     fn freezing(now: Freezing) -> Step {
@@ -439,19 +496,28 @@ impl State {
     }
 
     /// After the commit: forwards, or again.
-    fn committed(self, event: &Event) -> Step {
+    fn committed(self, event: &Event, path: Path) -> Step {
         match (&self, event) {
             // Behind: a restart from Releasing repeats the release of a source that is gone, and comes back here.
             (Self::Releasing, Event::Succeeded(Call::Release)) => {
                 Step::to(Self::Resuming, Durability::Behind, vec![Command::Call(Call::Resume)])
             }
-            (Self::Resuming, Event::Succeeded(Call::Resume)) => {
+            (Self::Resuming, Event::Succeeded(Call::Resume)) if path.fill => {
+                Step::to(Self::Filling, Durability::Before, vec![Command::Call(Call::Fill)])
+            }
+            (Self::Resuming, Event::Succeeded(Call::Resume)) | (Self::Filling, Event::Succeeded(Call::Fill)) => {
                 Step::to(Self::Completed, Durability::Before, Vec::new())
+            }
+            (Self::Filling, Event::Failed(Call::Fill, failure)) if failure.code == FailureCode::DataLoss => {
+                let why = failure.clone().into();
+                Step::to(Self::Lost { why }, Durability::Before, Vec::new())
             }
             (Self::Releasing, Event::Failed(Call::Release, _)) => self.again(Command::Retry(Call::Release)),
             (Self::Resuming, Event::Failed(Call::Resume, _)) => self.again(Command::Retry(Call::Resume)),
+            (Self::Filling, Event::Failed(Call::Fill, _)) => self.again(Command::Retry(Call::Fill)),
             (Self::Releasing, Event::Restarted(_)) => self.again(Command::Call(Call::Release)),
             (Self::Resuming, Event::Restarted(_)) => self.again(Command::Call(Call::Resume)),
+            (Self::Filling, Event::Restarted(_)) => self.again(Command::Call(Call::Fill)),
             _ => self.unchanged(),
         }
     }

@@ -6,16 +6,22 @@
 //! # The path
 //!
 //! ```text
-//! Preflight -> Preparing -> Freezing -> Sealing -> (one durable write) -> Releasing -> Resuming -> Completed
-//!     |            |            |          |
-//!     |            +------------+----------+--> Aborting -> RolledBack -> Aborted
-//!     +----------------------------------------------------------------> Aborted
+//! Preflight -> Preparing -> [PreCopying] -> Freezing -> Sealing -> (one durable write)
+//!     |            |             |             |          |
+//!     |            +-------------+-------------+----------+--> Aborting -> RolledBack -> Aborted
+//!     +-------------------------------------------------------------------------------> Aborted
+//!
+//! (one durable write) -> Releasing -> Resuming -> [Filling] -> Completed
+//!                                                     +------> Lost
 //! ```
+//!
+//! What stands in brackets belongs to some strategies only: [`Path`] says to which step of which.
 //!
 //! * Until the write that enters [`State::Releasing`] is on disk, the source is the truth: any failure, deadline, cancel
 //!   or restart leads to [`State::Aborting`].
-//! * From that write on the target is the truth: [`Call::Release`] and then [`Call::Resume`] are repeated until they are
-//!   confirmed, and nothing leads to an abort any more.
+//! * From that write on the target is the truth: [`Call::Release`], then [`Call::Resume`] and then [`Call::Fill`] are
+//!   repeated until they are confirmed, and nothing leads to an abort any more. [`State::Lost`] is no abort: it is where a
+//!   committed migration ends whose target says that memory it still needs is gone for good.
 //! * A part that has been sealed does not decide for itself; it asks, and [`State::decision`] answers.
 
 mod machine;
@@ -23,5 +29,5 @@ mod machine;
 mod properties;
 
 pub use machine::{
-    Call, Command, Decision, Durability, Event, Freezing, PartAbort, Phase, Side, SourceAbort, State, Step, Why,
+    Call, Command, Decision, Durability, Event, Freezing, PartAbort, Path, Phase, Side, SourceAbort, State, Step, Why,
 };

@@ -6,20 +6,25 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// What a node's agent does with its part, as the specification of `podferry_proto::agent` has it. `Running` means that
-/// the node holds a copy that executes.
+/// What a node's agent does with its part, as the specification of `podferry_proto::agent` has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part {
     None,
+    /// The source copies memory while the workload runs; the target has prepared.
     Working,
     Ready,
     Sealed,
     Undone,
+    /// The target runs, and lacks memory.
+    Filling,
     Finished,
+    /// The target's memory is lost, and its copy stopped.
+    Lost,
 }
 
 #[derive(Debug)]
 struct World {
+    path: Path,
     /// What is on disk.
     disk: State,
     /// What the coordinator's process has in memory; `None` while it is dead.
@@ -38,8 +43,9 @@ fn failure(message: &str) -> Failure {
 }
 
 impl World {
-    fn new() -> Self {
+    fn new(path: Path) -> Self {
         let mut world = Self {
+            path,
             disk: State::new(),
             memory: Some(State::new()),
             calls: Vec::new(),
@@ -54,18 +60,18 @@ impl World {
 
     /// The source's copy executes unless its part holds it or it is gone.
     fn source_runs(&self) -> bool {
-        matches!(self.source, Part::None | Part::Undone)
+        matches!(self.source, Part::None | Part::Working | Part::Undone)
     }
 
     fn target_runs(&self) -> bool {
-        self.target == Part::Finished
+        matches!(self.target, Part::Filling | Part::Finished)
     }
 
     /// Gives the coordinator an event. `flush` says how much of what is to be done happens before it dies.
     fn feed(&mut self, event: Event, flush: Flush) {
         let Some(state) = self.memory.take() else { return };
         let before = state.clone();
-        let step = state.step(event);
+        let step = state.step(event, self.path);
         match step.durability {
             Durability::Unchanged => assert_eq!(step.state, before, "an unchanged step must not change the state"),
             Durability::Before => {
@@ -106,7 +112,21 @@ impl World {
         let index = index % self.calls.len();
         let call = if again { self.calls[index] } else { self.calls.remove(index) };
         let answer = self.handle(call);
-        self.answers.push(answer);
+        self.answers.extend(answer);
+    }
+
+    /// The source has copied enough, and freezes. What its stream says then comes in any order.
+    fn converge(&mut self) {
+        if self.source == Part::Working {
+            self.source = Part::Ready;
+            self.answers.extend([Event::Converged, Event::Frozen, Event::Succeeded(Call::Freeze)]);
+        }
+    }
+
+    fn lose_memory(&mut self) {
+        if self.target == Part::Filling {
+            self.target = Part::Lost;
+        }
     }
 
     fn lose_call(&mut self, index: usize) {
@@ -119,16 +139,18 @@ impl World {
     fn lose_answer(&mut self, index: usize) {
         if !self.answers.is_empty() {
             let lost = self.answers.remove(index % self.answers.len());
-            // The caller of a lost answer sees its connection break.
-            self.answers.push(match lost {
-                Event::Succeeded(call) => Event::Failed(call, failure("answer lost")),
-                seen => seen,
+            // The caller of a lost answer sees its connection break. What a stream said on the way may be missing.
+            self.answers.extend(match lost {
+                Event::Succeeded(call) => Some(Event::Failed(call, failure("answer lost"))),
+                Event::Converged | Event::Frozen => None,
+                seen => Some(seen),
             });
         }
     }
 
-    /// An agent's own rules.
-    fn handle(&mut self, call: Call) -> Event {
+    /// An agent's own rules. `None`: it answers later.
+    fn handle(&mut self, call: Call) -> Option<Event> {
+        let path = self.path;
         let part = match call.side() {
             Side::Source => &mut self.source,
             Side::Target => &mut self.target,
@@ -138,6 +160,10 @@ impl World {
                 *part = Part::Working;
                 true
             }
+            (Call::Freeze, Part::None) if path.pre_copy => {
+                *part = Part::Working;
+                return None;
+            }
             (Call::Freeze, Part::None) | (Call::Restore, Part::Working) => {
                 *part = Part::Ready;
                 true
@@ -146,10 +172,17 @@ impl World {
                 *part = Part::Sealed;
                 true
             }
-            (Call::Release | Call::Resume, Part::Sealed | Part::Finished) => {
+            (Call::Resume, Part::Sealed) if path.fill => {
+                *part = Part::Filling;
+                true
+            }
+            (Call::Release | Call::Resume, Part::Sealed) | (Call::Fill, Part::Filling) => {
                 *part = Part::Finished;
                 true
             }
+            (Call::Release | Call::Fill, Part::Finished)
+            | (Call::Resume, Part::Filling | Part::Finished | Part::Lost) => true,
+            (Call::Fill, Part::Lost) => return Some(Event::Failed(call, Failure::new(FailureCode::DataLoss, "lost"))),
             // Nothing to undo; a call that comes late still makes a part.
             (Call::PreflightSource | Call::PreflightTarget, _) | (Call::Abort(_), Part::None) => true,
             (Call::Abort(_), Part::Working | Part::Ready | Part::Sealed | Part::Undone) => {
@@ -158,7 +191,7 @@ impl World {
             }
             _ => false,
         };
-        if ok { Event::Succeeded(call) } else { Event::Failed(call, failure("does not fit the part's state")) }
+        Some(if ok { Event::Succeeded(call) } else { Event::Failed(call, failure("does not fit the part's state")) })
     }
 
     /// An agent's deadline, death or broken connection: unsealed parts undo themselves, sealed ones ask.
@@ -187,6 +220,11 @@ impl World {
         if self.source == Part::Undone {
             assert_ne!(self.disk.decision(), Decision::Commit, "the source thawed after the commit: {self:?}");
         }
+        match self.disk {
+            State::Completed => assert_eq!(self.target, Part::Finished, "memory is missing: {self:?}"),
+            State::Lost { .. } => assert_eq!(self.target, Part::Lost, "given up for lost while it runs: {self:?}"),
+            _ => {}
+        }
         if let Some(memory) = &self.memory
             && self.disk.decision() != Decision::Undecided
         {
@@ -203,6 +241,9 @@ impl World {
             while !self.calls.is_empty() {
                 self.deliver(0, false);
                 self.check();
+            }
+            if self.answers.is_empty() {
+                self.converge();
             }
             if self.answers.is_empty() {
                 break;
@@ -239,7 +280,10 @@ enum Action {
     Deliver { index: usize, again: bool },
     LoseCall(usize),
     LoseAnswer(usize),
+    Converged,
     Frozen,
+    Converge,
+    LoseMemory,
     Deadline,
     Cancel,
     GiveUp(Side),
@@ -262,7 +306,10 @@ fn action() -> impl Strategy<Value = Action> {
         30 => (0..8_usize, prop::bool::weighted(0.1)).prop_map(|(index, again)| Action::Deliver { index, again }),
         2 => (0..8_usize).prop_map(Action::LoseCall),
         2 => (0..8_usize).prop_map(Action::LoseAnswer),
+        1 => Just(Action::Converged),
         3 => Just(Action::Frozen),
+        10 => Just(Action::Converge),
+        3 => Just(Action::LoseMemory),
         1 => Just(Action::Deadline),
         1 => Just(Action::Cancel),
         1 => prop_oneof![Just(Side::Source), Just(Side::Target)].prop_map(Action::GiveUp),
@@ -281,7 +328,10 @@ fn perform(world: &mut World, action: Action) {
         Action::Deliver { index, again } => world.deliver(index, again),
         Action::LoseCall(index) => world.lose_call(index),
         Action::LoseAnswer(index) => world.lose_answer(index),
+        Action::Converged => world.feed(Event::Converged, Flush::All),
         Action::Frozen => world.feed(Event::Frozen, Flush::All),
+        Action::Converge => world.converge(),
+        Action::LoseMemory => world.lose_memory(),
         Action::Deadline => {
             if let Some(phase) = world.memory.as_ref().map(State::phase) {
                 world.feed(Event::DeadlinePassed(phase, failure("too slow")), Flush::All);
@@ -293,12 +343,20 @@ fn perform(world: &mut World, action: Action) {
     }
 }
 
+const WARM: Path = Path { pre_copy: false, fill: false };
+const LIVE: Path = Path { pre_copy: true, fill: true };
+
+/// Every path that a strategy could have, those of warm and live among them.
+fn path() -> impl Strategy<Value = Path> {
+    (any::<bool>(), any::<bool>()).prop_map(|(pre_copy, fill)| Path { pre_copy, fill })
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 20_000, ..ProptestConfig::default() })]
 
     #[test]
-    fn never_two_copies_and_every_path_ends(actions in prop::collection::vec(action(), 0..90)) {
-        let mut world = World::new();
+    fn never_two_copies_and_every_path_ends(path in path(), actions in prop::collection::vec(action(), 0..110)) {
+        let mut world = World::new(path);
         for action in actions {
             perform(&mut world, action);
             world.check();
@@ -308,13 +366,13 @@ proptest! {
         let end = world.memory.clone().unwrap();
         prop_assert!(end.is_final(), "stuck: {world:?}");
         prop_assert_eq!(world.source_runs(), end.decision() == Decision::Abort);
-        prop_assert_eq!(world.target_runs(), end.decision() == Decision::Commit);
+        prop_assert_eq!(world.target_runs(), end == State::Completed);
         prop_assert_eq!(world.disk, end);
     }
 
     #[test]
-    fn ended_migrations_ignore_everything(actions in prop::collection::vec(action(), 0..30)) {
-        let mut world = World::new();
+    fn ended_migrations_ignore_everything(path in path(), actions in prop::collection::vec(action(), 0..30)) {
+        let mut world = World::new(path);
         world.be_fair();
         prop_assert_eq!(world.memory.as_ref(), Some(&State::Completed));
         for action in actions {
@@ -328,28 +386,121 @@ proptest! {
 
 #[test]
 fn the_freeze_waits_for_one_write_only() {
-    let mut world = World::new();
-    while world.memory != Some(State::Freezing(Freezing::default())) {
-        world.deliver(0, false);
-        let answer = world.answers.remove(0);
-        world.feed(answer, Flush::All);
-    }
-    let mut waited = 0;
-    while !world.memory.as_ref().unwrap().is_settled() {
-        while !world.calls.is_empty() {
+    for (path, before) in [(WARM, State::Freezing(Freezing::default())), (LIVE, State::PreCopying)] {
+        let mut world = World::new(path);
+        while world.memory.as_ref() != Some(&before) {
             world.deliver(0, false);
+            let answer = world.answers.remove(0);
+            world.feed(answer, Flush::All);
         }
-        let answer = world.answers.remove(0);
-        let step = world.memory.clone().unwrap().step(answer.clone());
-        waited += usize::from(step.durability == Durability::Before && !step.commands.is_empty());
-        world.feed(answer, Flush::All);
+        let mut waited = 0;
+        while !world.target_runs() {
+            while !world.calls.is_empty() {
+                world.deliver(0, false);
+            }
+            world.converge();
+            if world.target_runs() {
+                break;
+            }
+            let answer = world.answers.remove(0);
+            let step = world.memory.clone().unwrap().step(answer.clone(), path);
+            waited += usize::from(step.durability == Durability::Before && !step.commands.is_empty());
+            world.feed(answer, Flush::All);
+        }
+        world.be_fair();
+        assert_eq!((waited, world.memory), (1, Some(State::Completed)), "{path:?}");
     }
-    assert_eq!((waited, world.memory), (1, Some(State::Completed)));
+}
+
+/// What a state becomes by an event on the path of live, and what is done.
+fn live(state: &State, event: Event) -> (State, Durability, Vec<Command>) {
+    let step = state.clone().step(event, LIVE);
+    (step.state, step.durability, step.commands)
+}
+
+#[test]
+fn a_target_restores_when_the_source_has_copied_enough() {
+    let begun = live(&State::Preparing, Event::Succeeded(Call::Prepare));
+    assert_eq!(begun, (State::PreCopying, Durability::Before, vec![Command::Call(Call::Freeze)]));
+    let restore = vec![Command::Call(Call::Restore)];
+    let converged = live(&State::PreCopying, Event::Converged);
+    assert_eq!(converged, (State::Freezing(Freezing::default()), Durability::Behind, restore.clone()));
+    // An agent that leaves the word out does not leave its workload frozen.
+    let frozen = Freezing { frozen: true, ..Freezing::default() };
+    let implied = live(&State::PreCopying, Event::Frozen);
+    assert_eq!(implied, (State::Freezing(frozen), Durability::Behind, restore.clone()));
+    assert_eq!(live(&implied.0, Event::Converged), (implied.0.clone(), Durability::Unchanged, Vec::new()));
+    let sent = Freezing { sent: true, ..frozen };
+    let implied = live(&State::PreCopying, Event::Succeeded(Call::Freeze));
+    assert_eq!(implied, (State::Freezing(sent), Durability::Behind, restore));
+    assert_eq!(live(&implied.0, Event::Frozen).0, State::Freezing(sent), "what is known stays known");
+}
+
+#[test]
+fn whatever_goes_wrong_in_pre_copy_undoes_both_parts() {
+    let ends = [
+        Event::Failed(Call::Freeze, failure("the link broke")),
+        Event::DeadlinePassed(Phase::PreCopy, failure("too slow")),
+        Event::CancelRequested(failure("cancelled")),
+        Event::Restarted(failure("restarted")),
+    ];
+    for end in ends {
+        let (state, durability, commands) = live(&State::PreCopying, end.clone());
+        let due = matches!(state, State::Aborting { source: SourceAbort::Due, target: PartAbort::Asked, .. });
+        assert!(due && durability == Durability::Before, "{end:?} {state:?}");
+        assert_eq!(commands, [Command::Call(Call::Abort(Side::Target))]);
+    }
+    let ignored = [
+        Event::DeadlinePassed(Phase::Freeze, failure("of another phase")),
+        Event::Failed(Call::Restore, failure("not asked for yet")),
+    ];
+    for other in ignored {
+        assert_eq!(live(&State::PreCopying, other).1, Durability::Unchanged);
+    }
+}
+
+#[test]
+fn a_fill_is_repeated_until_it_is_confirmed_or_the_memory_is_lost() {
+    let fill = Call::Fill;
+    let begun = live(&State::Resuming, Event::Succeeded(Call::Resume));
+    assert_eq!(begun, (State::Filling, Durability::Before, vec![Command::Call(fill)]));
+    assert!(!State::Filling.is_settled() && !State::Filling.can_be_cancelled());
+    assert_eq!(State::Filling.decision(), Decision::Commit);
+    let same = |commands| (State::Filling, Durability::Unchanged, commands);
+    assert_eq!(live(&State::Filling, Event::Failed(fill, failure("slow"))), same(vec![Command::Retry(fill)]));
+    assert_eq!(live(&State::Filling, Event::Restarted(failure("x"))), same(vec![Command::Call(fill)]));
+    assert_eq!(live(&State::Filling, Event::CancelRequested(failure("x"))), same(Vec::new()));
+    let done = live(&State::Filling, Event::Succeeded(fill));
+    assert_eq!(done, (State::Completed, Durability::Before, Vec::new()));
+
+    let lost = Failure::new(FailureCode::DataLoss, "a page is gone");
+    let (end, durability, commands) = live(&State::Filling, Event::Failed(fill, lost.clone()));
+    assert_eq!((&end, durability, commands), (&State::Lost { why: lost.clone().into() }, Durability::Before, vec![]));
+    assert!(end.is_settled() && end.is_final());
+    assert_eq!((end.phase(), end.decision(), end.failure()), (Phase::Failed, Decision::Commit, Some(&lost)));
+    // Such a word about another call is a failure like any other.
+    let early = live(&State::Resuming, Event::Failed(Call::Resume, lost.clone()));
+    assert_eq!(early, (State::Resuming, Durability::Unchanged, vec![Command::Retry(Call::Resume)]));
+    let undone = live(&State::PreCopying, Event::Failed(Call::Freeze, lost));
+    assert_eq!(undone.0.decision(), Decision::Abort);
+}
+
+#[test]
+fn the_words_of_other_paths_change_nothing_on_warms() {
+    let freezing = State::Freezing(Freezing::default());
+    for state in [State::Preparing, freezing, State::Sealing { source: false, target: true }, State::Resuming] {
+        for event in [Event::Converged, Event::Succeeded(Call::Fill), Event::Failed(Call::Fill, failure("x"))] {
+            let step = state.clone().step(event, WARM);
+            assert_eq!((step.state, step.durability, step.commands), (state.clone(), Durability::Unchanged, vec![]));
+        }
+    }
+    let resumed = State::Resuming.step(Event::Succeeded(Call::Resume), WARM);
+    assert_eq!(resumed.state, State::Completed);
 }
 
 #[test]
 fn a_refusal_in_preflight_asks_nobody_to_undo() {
-    let step = State::new().step(Event::Failed(Call::PreflightSource, failure("io_uring")));
+    let step = State::new().step(Event::Failed(Call::PreflightSource, failure("io_uring")), WARM);
     assert!(matches!(step.state, State::Aborted { .. }), "{step:?}");
     assert!(step.commands.is_empty());
 }
@@ -357,14 +508,14 @@ fn a_refusal_in_preflight_asks_nobody_to_undo() {
 #[test]
 fn the_target_is_undone_first_and_an_unreachable_one_does_not_keep_the_source_frozen() {
     let frozen = State::Freezing(Freezing { frozen: true, ..Freezing::default() });
-    let step = frozen.step(Event::Failed(Call::Restore, failure("disk full")));
+    let step = frozen.step(Event::Failed(Call::Restore, failure("disk full")), WARM);
     assert_eq!(step.commands, [Command::Call(Call::Abort(Side::Target))]);
-    let step = step.state.step(Event::Failed(Call::Abort(Side::Target), failure("unreachable")));
+    let step = step.state.step(Event::Failed(Call::Abort(Side::Target), failure("unreachable")), WARM);
     let source = Command::Call(Call::Abort(Side::Source));
     assert_eq!(step.commands, [Command::Retry(Call::Abort(Side::Target)), source]);
-    let step = step.state.step(Event::Succeeded(Call::Abort(Side::Source)));
+    let step = step.state.step(Event::Succeeded(Call::Abort(Side::Source)), WARM);
     assert!(matches!(step.state, State::RolledBack { .. }) && step.state.is_settled() && !step.state.is_final());
-    let step = step.state.step(Event::Succeeded(Call::Abort(Side::Target)));
+    let step = step.state.step(Event::Succeeded(Call::Abort(Side::Target)), WARM);
     assert!(step.state.is_final());
 }
 
@@ -380,31 +531,33 @@ fn a_repetition_that_changes_nothing_is_not_written() {
         (undoing(PartAbort::Confirmed, SourceAbort::Asked), source),
     ];
     for (state, call) in repeated {
-        let step = state.clone().step(Event::Failed(call, failure("unreachable")));
+        let step = state.clone().step(Event::Failed(call, failure("unreachable")), WARM);
         assert_eq!((step.state, step.durability), (state, Durability::Unchanged));
         assert_eq!(step.commands, [Command::Retry(call)]);
     }
-    let first = undoing(PartAbort::Asked, SourceAbort::Confirmed).step(Event::Failed(target, failure("unreachable")));
+    let first =
+        undoing(PartAbort::Asked, SourceAbort::Confirmed).step(Event::Failed(target, failure("unreachable")), WARM);
     assert_eq!(first.durability, Durability::Before, "that the source runs again is an outcome");
-    let restarted = State::RolledBack { why: why.clone() }.step(Event::Restarted(failure("restarted")));
+    let restarted = State::RolledBack { why: why.clone() }.step(Event::Restarted(failure("restarted")), WARM);
     assert_eq!((restarted.durability, restarted.commands), (Durability::Unchanged, vec![Command::Call(target)]));
 }
 
 #[test]
 fn the_end_that_quotes_criu_gives_the_reason() {
-    let step = State::Freezing(Freezing::default()).step(Event::Failed(Call::Freeze, failure("connection reset")));
+    let step =
+        State::Freezing(Freezing::default()).step(Event::Failed(Call::Freeze, failure("connection reset")), WARM);
     let line = failure("the restore failed").criu_line("Error (criu/files.c:1): no such file");
-    let step = step.state.step(Event::Failed(Call::Restore, line.clone()));
+    let step = step.state.step(Event::Failed(Call::Restore, line.clone()), WARM);
     assert_eq!(step.state.failure(), Some(&line));
-    let cancelled = State::Freezing(Freezing::default()).step(Event::CancelRequested(failure("cancelled")));
-    let step = cancelled.state.step(Event::Failed(Call::Restore, line));
+    let cancelled = State::Freezing(Freezing::default()).step(Event::CancelRequested(failure("cancelled")), WARM);
+    let step = cancelled.state.step(Event::Failed(Call::Restore, line), WARM);
     assert_eq!(step.state.failure(), Some(&failure("cancelled")));
 }
 
 #[test]
 fn a_cancel_after_the_commit_changes_nothing() {
-    for state in [State::Releasing, State::Resuming, State::Completed] {
-        let step = state.clone().step(Event::CancelRequested(failure("cancelled")));
+    for state in [State::Releasing, State::Resuming, State::Filling, State::Completed] {
+        let step = state.clone().step(Event::CancelRequested(failure("cancelled")), WARM);
         assert_eq!((step.state, step.durability, step.commands), (state, Durability::Unchanged, Vec::new()));
     }
 }

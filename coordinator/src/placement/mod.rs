@@ -8,6 +8,8 @@ use std::fmt;
 
 use podferry_common::{Failure, FailureCode, NodeName, room};
 
+use crate::cluster::OLD_AGENT;
+
 /// CPU feature words that user space cannot depend on: what the hypervisor and the kernel say about themselves, about
 /// power, virtualisation and the mitigation of hardware bugs. Two nodes of one pool differ in them by microcode alone.
 const KERNEL_ONLY_FEATURES: &[&str] = &[
@@ -111,6 +113,8 @@ pub struct Demand {
     pub cpu_features: BTreeSet<String>,
     /// Bytes of memory that move.
     pub memory_bytes: u64,
+    /// The oldest version of the protocol that the target's agent may speak.
+    pub version: u32,
 }
 
 /// What is known of a node.
@@ -133,6 +137,8 @@ pub struct Facts {
     pub fit: bool,
     /// Why not.
     pub complaints: Vec<String>,
+    /// The newest version of the protocol that it speaks.
+    pub version: u32,
     /// As `uname -m` says it.
     pub architecture: String,
     /// Words of /proc/cpuinfo.
@@ -156,6 +162,8 @@ pub enum Objection {
     Unreachable(String),
     /// It cannot restore anything.
     NotFit(Vec<String>),
+    /// Its agent is too old for what is asked: version it speaks, version needed.
+    OldAgent(u32, u32),
     /// Another architecture: node's, wanted.
     OtherArchitecture(String, String),
     /// CPU features that the workload may be using.
@@ -179,6 +187,10 @@ impl fmt::Display for Objection {
             Self::Unreachable(why) => write!(f, "its agent does not answer: {why}"),
             Self::NotFit(complaints) if complaints.is_empty() => f.write_str("its agent says that it is not fit"),
             Self::NotFit(complaints) => write!(f, "it is not fit: {}", complaints.join("; ")),
+            Self::OldAgent(spoken, needed) => write!(
+                f,
+                "its agent speaks version {spoken} of the protocol, and what this migration asks for needs version {needed}"
+            ),
             Self::OtherArchitecture(node, wanted) => write!(f, "its architecture is {node}, not {wanted}"),
             Self::MissingFeatures(words) => write!(f, "its CPU lacks {}", words.join(" ")),
             Self::ContainerExists => f.write_str("a container of that id is there already"),
@@ -201,6 +213,7 @@ impl Objection {
             Self::IsSource => (FailureCode::InvalidArgument, "name another node, or none"),
             Self::Unreachable(_) => (FailureCode::Unavailable, "see that the node's agent runs and can be reached"),
             Self::NotFit(_) => (FailureCode::FailedPrecondition, "run `podferry check` on the node"),
+            Self::OldAgent(..) => (FailureCode::FailedPrecondition, OLD_AGENT),
             Self::OtherArchitecture(..) => (FailureCode::FailedPrecondition, "name a node of the same architecture"),
             Self::MissingFeatures(_) => {
                 (FailureCode::FailedPrecondition, "name a node whose CPU has all features of the source's")
@@ -235,6 +248,9 @@ pub fn judge(demand: &Demand, candidate: &Candidate) -> Result<(), Objection> {
     let facts = candidate.facts.as_ref().map_err(|why| Objection::Unreachable(why.clone()))?;
     if !facts.fit {
         return Err(Objection::NotFit(facts.complaints.clone()));
+    }
+    if facts.version < demand.version {
+        return Err(Objection::OldAgent(facts.version, demand.version));
     }
     if facts.architecture != demand.architecture {
         return Err(Objection::OtherArchitecture(facts.architecture.clone(), demand.architecture.clone()));
@@ -322,12 +338,14 @@ mod tests {
             architecture: "x86_64".to_owned(),
             cpu_features: words("sse2 avx2 vmx ssbd"),
             memory_bytes: 100 << 20,
+            version: 2,
         }
     }
 
     fn fit() -> Facts {
         Facts {
             fit: true,
+            version: 2,
             architecture: "x86_64".to_owned(),
             cpu_features: words("sse2 avx2 avx512f"),
             memory_available: 1 << 30,
@@ -355,6 +373,7 @@ mod tests {
             with(|node, _| node.name = "a".parse().unwrap()),
             with(|node, _| node.facts = Err("connection refused".to_owned())),
             with(|_, facts| (facts.fit, facts.complaints) = (false, vec!["no CRIU was found".to_owned()])),
+            with(|_, facts| facts.version = 1),
             with(|_, facts| facts.architecture = "aarch64".to_owned()),
             with(|_, facts| facts.cpu_features = words("sse2")),
             with(|_, facts| facts.has_container = true),
@@ -367,6 +386,7 @@ mod tests {
         INVALID_ARGUMENT node a cannot take the workload: the workload runs there already (on a, in preflight); what to do: name another node, or none
         UNAVAILABLE node b cannot take the workload: its agent does not answer: connection refused (on b, in preflight); what to do: see that the node's agent runs and can be reached
         FAILED_PRECONDITION node b cannot take the workload: it is not fit: no CRIU was found (on b, in preflight); what to do: run `podferry check` on the node
+        FAILED_PRECONDITION node b cannot take the workload: its agent speaks version 1 of the protocol, and what this migration asks for needs version 2 (on b, in preflight); what to do: update the agent, or migrate warm and without a limit on the bandwidth
         FAILED_PRECONDITION node b cannot take the workload: its architecture is aarch64, not x86_64 (on b, in preflight); what to do: name a node of the same architecture
         FAILED_PRECONDITION node b cannot take the workload: its CPU lacks avx2 (on b, in preflight); what to do: name a node whose CPU has all features of the source's
         ALREADY_EXISTS node b cannot take the workload: a container of that id is there already (on b, in preflight); what to do: delete that container, if it is a left-over
@@ -424,6 +444,7 @@ mod tests {
             .prop_map(|(fit, x86, features, memory, images, containers, has_container)| Facts {
                 fit,
                 complaints: Vec::new(),
+                version: 2,
                 architecture: if x86 { "x86_64" } else { "aarch64" }.to_owned(),
                 cpu_features: features.into_iter().map(str::to_owned).collect(),
                 memory_available: memory << 20,

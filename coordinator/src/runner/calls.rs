@@ -13,14 +13,24 @@ use tokio::time::{Instant, timeout};
 use tonic::Status;
 
 use super::Deadlines;
-use crate::cluster::{AgentClient, Agents, placed};
+use crate::cluster::{AgentClient, Agents, placed, speaks};
 use crate::migration::{Call, Side};
 use crate::store::Record;
+use crate::strategy::{Strategy, Wishes};
+
+/// The downtime that a live migration aims at, in milliseconds, when nobody says one.
+const DOWNTIME_BUDGET_MS: f64 = 100.0;
+/// Rounds of pre-copy at most: memory that has not become less by then does not.
+const MAX_ROUNDS: u32 = 30;
 
 /// What comes to a driver.
 pub(super) enum Input {
     /// A call was answered, or failed, at that instant.
     Answered { call: Call, answer: Result<Answer, Failure>, at: Instant },
+    /// A round of pre-copy has ended.
+    Round(v1::Round),
+    /// Pre-copy has ended.
+    Converged { converged: v1::Converged, at: Instant },
     /// The source's processes stand still.
     Frozen { freeze_ms: f64, at: Instant },
     /// The transfer goes on.
@@ -42,6 +52,8 @@ pub(super) enum Answer {
     Transferred(v1::Transferred),
     /// Held; milliseconds that the restore took.
     Restored(f64),
+    /// All memory is in place.
+    Filled(v1::FillResponse),
 }
 
 /// One call and all it needs.
@@ -49,8 +61,10 @@ pub(super) struct Job {
     pub(super) call: Call,
     pub(super) id: MigrationId,
     pub(super) container: String,
-    pub(super) strategy: v1::Strategy,
+    pub(super) strategy: Strategy,
     pub(super) compress: bool,
+    pub(super) downtime_budget_ms: f64,
+    pub(super) bandwidth_limit: u64,
     pub(super) source: NodeName,
     pub(super) target: NodeName,
     pub(super) target_address: String,
@@ -80,8 +94,10 @@ impl Job {
             call,
             id: record.id,
             container: record.container.clone(),
-            strategy: record.strategy.into(),
+            strategy: record.strategy,
             compress: record.compress,
+            downtime_budget_ms: record.downtime_budget_ms,
+            bandwidth_limit: record.bandwidth_limit,
             source: record.source.clone(),
             target: record.target.clone(),
             target_address: record.target_address.clone(),
@@ -98,7 +114,7 @@ impl Job {
     /// Waits `pause`, calls, and sends what comes of it to the driver.
     pub(super) async fn run(self, pause: Duration) {
         tokio::time::sleep(pause).await;
-        let limit = self.deadlines.of_call(self.call);
+        let limit = self.deadlines.of_call(self.call, self.strategy.path());
         let answered = AssertUnwindSafe(timeout(limit, self.perform())).catch_unwind().await;
         let answer = match answered {
             Ok(Ok(answer)) => answer,
@@ -134,6 +150,7 @@ impl Job {
             Call::Freeze => self.freeze(client).await.map(|()| None),
             Call::Release => self.release(client).await.map(Some),
             Call::Resume => self.resume(client).await.map(Some),
+            Call::Fill => self.fill(client).await.map(Some),
             _ => self.simple(client).await.map(Some).map_err(|status| self.placed(&status)),
         }
     }
@@ -146,7 +163,8 @@ impl Job {
         let node = self.agents.describe(&self.node, &self.address).await?;
         self.fit(&node)?;
         let (migration_id, workload) = (self.id.to_string(), self.container.clone());
-        let request = v1::PreflightSourceRequest { migration_id, workload, strategy: self.strategy.into() };
+        let strategy = v1::Strategy::from(self.strategy).into();
+        let request = v1::PreflightSourceRequest { migration_id, workload, strategy };
         let answer = client.preflight_source(request).await.map_err(|status| self.placed(&status))?.into_inner();
         match self.refusal(&answer.findings, "the workload cannot be taken from this node") {
             Some(failure) => Err(failure),
@@ -164,7 +182,7 @@ impl Job {
             layer_bytes: self.facts.layer_bytes,
             network: self.facts.network,
             link: self.facts.link.clone(),
-            strategy: self.strategy.into(),
+            strategy: v1::Strategy::from(self.strategy).into(),
         };
         let answer = client.preflight_target(request).await.map_err(|status| self.placed(&status))?.into_inner();
         match self.refusal(&answer.findings, "the workload cannot be restored on this node") {
@@ -173,12 +191,21 @@ impl Job {
         }
     }
 
+    /// Whether that node can do its part. It may be another one than the one that was looked at before this migration was
+    /// recorded: set up anew, or with an older agent.
     fn fit(&self, node: &v1::DescribeResponse) -> Result<(), Failure> {
         if node.fit {
-            return Ok(());
+            return speaks(&self.node, node, self.needed_version());
         }
         let message = format!("node {} is not fit for migrations: {}", self.node, node.complaints.join("; "));
         Err(self.failure(FailureCode::FailedPrecondition, message).remedy("run `podferry check` on the node"))
+    }
+
+    fn needed_version(&self) -> u32 {
+        match self.call.side() {
+            Side::Source => Wishes { strategy: self.strategy, bandwidth_limit: self.bandwidth_limit }.of_source(),
+            Side::Target => Wishes { strategy: self.strategy, bandwidth_limit: self.bandwidth_limit }.of_target(),
+        }
     }
 
     /// All findings that refuse, as one failure.
@@ -203,11 +230,12 @@ impl Job {
             target_address: self.target_address.clone(),
             keep_connections: self.keeps_connections(),
             compress: self.compress,
-            deadline_ms: whole_milliseconds(self.deadlines.of_part(self.call)),
-            ..v1::FreezeRequest::default()
+            deadline_ms: self.part_deadline_ms(),
+            pre_copy: self.pre_copy(),
+            bandwidth_limit: self.bandwidth_limit,
         };
         let mut events = client.freeze(request).await.map_err(|status| self.placed(&status))?.into_inner();
-        let mut complete = false;
+        let (mut rounds, mut complete) = (0, false);
         while let Some(event) = events.message().await.map_err(|status| self.placed(&status))? {
             let at = Instant::now();
             let input = match event.event {
@@ -217,7 +245,13 @@ impl Job {
                     complete = true;
                     Input::Answered { call: self.call, answer: Ok(Answer::Transferred(sent)), at }
                 }
-                Some(FreezeEvent::Round(_) | FreezeEvent::Converged(_)) | None => continue,
+                Some(FreezeEvent::Round(round)) => {
+                    rounds += 1;
+                    self.bounded(rounds)?;
+                    Input::Round(round)
+                }
+                Some(FreezeEvent::Converged(converged)) => Input::Converged { converged, at },
+                None => continue,
             };
             let _gone = self.inputs.send(input);
         }
@@ -227,6 +261,27 @@ impl Job {
         Err(self.failure(FailureCode::Internal, "the source's agent ended the freeze without having sent everything"))
     }
 
+    fn pre_copy(&self) -> Option<v1::PreCopy> {
+        let downtime_budget_ms =
+            if self.downtime_budget_ms > 0.0 { self.downtime_budget_ms } else { DOWNTIME_BUDGET_MS };
+        let deadline_ms = whole_milliseconds(self.deadlines.precopy);
+        let asked = v1::PreCopy { downtime_budget_ms, max_rounds: MAX_ROUNDS, deadline_ms };
+        self.strategy.path().pre_copy.then_some(asked)
+    }
+
+    /// Rounds are kept with the migration: an agent that does not stop must not fill the store.
+    fn bounded(&self, rounds: u32) -> Result<(), Failure> {
+        if rounds <= MAX_ROUNDS {
+            return Ok(());
+        }
+        let message = format!("the source's agent made more rounds of pre-copy than the {MAX_ROUNDS} that it may");
+        Err(self.failure(FailureCode::Internal, message))
+    }
+
+    fn part_deadline_ms(&self) -> u64 {
+        whole_milliseconds(self.deadlines.of_part(self.call, self.strategy.path()))
+    }
+
     async fn simple(&self, mut client: AgentClient) -> Result<Answer, Status> {
         let migration_id = self.id.to_string();
         match self.call {
@@ -234,8 +289,8 @@ impl Job {
                 client.prepare(self.prepare_request()).await?;
             }
             Call::Restore => {
-                let deadline_ms = whole_milliseconds(self.deadlines.of_part(self.call));
-                let answer = client.restore(v1::RestoreRequest { migration_id, deadline_ms }).await?;
+                let request = v1::RestoreRequest { migration_id, deadline_ms: self.part_deadline_ms() };
+                let answer = client.restore(request).await?;
                 return Ok(Answer::Restored(answer.into_inner().restore_ms));
             }
             Call::Seal(_) => {
@@ -244,7 +299,12 @@ impl Job {
             Call::Abort(_) => {
                 client.abort(v1::AbortRequest { migration_id, reason: self.reason.clone() }).await?;
             }
-            Call::PreflightSource | Call::PreflightTarget | Call::Freeze | Call::Release | Call::Resume => {
+            Call::PreflightSource
+            | Call::PreflightTarget
+            | Call::Freeze
+            | Call::Release
+            | Call::Resume
+            | Call::Fill => {
                 return Err(Status::internal("this call is not a simple one"));
             }
         }
@@ -261,7 +321,7 @@ impl Job {
             network: self.facts.network,
             link: self.facts.link.clone(),
             keep_connections: self.keeps_connections(),
-            deadline_ms: whole_milliseconds(self.deadlines.of_part(self.call)),
+            deadline_ms: self.part_deadline_ms(),
         }
     }
 
@@ -306,6 +366,7 @@ pub(super) fn phase_word(call: Call) -> &'static str {
         Call::Seal(_) => "commit",
         Call::Release => "release",
         Call::Resume => "resume",
+        Call::Fill => "fill",
         Call::Abort(_) => "rolling_back",
     }
 }

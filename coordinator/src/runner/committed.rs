@@ -1,11 +1,11 @@
-//! The two calls after the commit, which are repeated until they are confirmed; and what it means when an agent knows
+//! The calls after the commit, which are repeated until they are confirmed; and what it means when an agent knows
 //! nothing of its part any more: its journal was lost or cleared by hand, or the node was set up anew.
 
 use podferry_common::{Failure, FailureCode};
 use podferry_proto::v1::{self, Container};
 use tonic::Status;
 
-use super::calls::{Answer, Job};
+use super::calls::{Answer, Job, phase_word};
 use crate::cluster::AgentClient;
 
 /// Where a person finds what to do.
@@ -51,10 +51,40 @@ impl Job {
         Err(self.failure(FailureCode::FailedPrecondition, message).remedy(REMEDY))
     }
 
+    /// Waits until the target has all of its memory. A copy whose agent knows nothing of it may lack some, and the target's
+    /// word that memory is lost ends the migration: neither is guessed, nor taken from anybody else.
+    pub(super) async fn fill(&self, mut client: AgentClient) -> Result<Answer, Failure> {
+        let request = v1::FillRequest { migration_id: self.id.to_string() };
+        let status = match client.fill(request).await {
+            Ok(filled) => return Ok(Answer::Filled(filled.into_inner())),
+            Err(status) => status,
+        };
+        if self.is_forgotten(&status) {
+            let message =
+                format!("node {} knows nothing of this migration any more: its copy may lack memory", self.node);
+            return Err(self.failure(FailureCode::FailedPrecondition, message).remedy(REMEDY));
+        }
+        let failure = self.placed(&status);
+        Err(match failure.code {
+            FailureCode::DataLoss if !self.is_its_own(&status) => Failure { code: FailureCode::Internal, ..failure },
+            FailureCode::DataLoss => self.lost(failure),
+            _ => failure,
+        })
+    }
+
+    fn lost(&self, failure: Failure) -> Failure {
+        let anew = format!("start the workload anew, on node {} or elsewhere: no copy of it runs", self.node);
+        let remedy = failure.remedy.clone().unwrap_or(anew);
+        failure.in_phase(phase_word(self.call)).remedy(remedy)
+    }
+
     /// Whether the agent itself says that it has no such part. Its own failures name its node.
     fn is_forgotten(&self, status: &Status) -> bool {
-        let failure = Failure::from_status(status);
-        failure.code == FailureCode::NotFound && failure.node.as_deref() == Some(self.node.as_str())
+        Failure::from_status(status).code == FailureCode::NotFound && self.is_its_own(status)
+    }
+
+    fn is_its_own(&self, status: &Status) -> bool {
+        Failure::from_status(status).node.as_deref() == Some(self.node.as_str())
     }
 
     async fn live_copy(&self, mut client: AgentClient) -> Result<Option<Container>, Failure> {

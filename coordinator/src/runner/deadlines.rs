@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
 
-use crate::migration::{Call, Phase, Side};
+use crate::migration::{Call, Path, Phase, Side};
 
 /// Deadlines; in the configuration in seconds, with fractions.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
@@ -16,6 +16,9 @@ pub struct Deadlines {
     /// The target's reservation.
     #[serde(deserialize_with = "seconds")]
     pub prepare: Duration,
+    /// Copying memory while the workload runs.
+    #[serde(deserialize_with = "seconds")]
+    pub precopy: Duration,
     /// Dump, transfer and restore: the workload stands still.
     #[serde(deserialize_with = "seconds")]
     pub freeze: Duration,
@@ -28,6 +31,9 @@ pub struct Deadlines {
     /// One attempt to let the target go.
     #[serde(deserialize_with = "seconds")]
     pub resume: Duration,
+    /// One attempt to learn that the target has all of its memory.
+    #[serde(deserialize_with = "seconds")]
+    pub fill: Duration,
     /// One attempt to undo a part. After the target's, the source is thawed in any case.
     #[serde(deserialize_with = "seconds")]
     pub abort: Duration,
@@ -41,10 +47,12 @@ impl Default for Deadlines {
         Self {
             preflight: Duration::from_secs(30),
             prepare: Duration::from_secs(30),
+            precopy: Duration::from_secs(3600),
             freeze: Duration::from_secs(300),
             commit: Duration::from_secs(15),
             release: Duration::from_secs(30),
             resume: Duration::from_secs(60),
+            fill: Duration::from_secs(60),
             abort: Duration::from_secs(15),
             survey: Duration::from_secs(5),
         }
@@ -57,10 +65,12 @@ impl Deadlines {
         match phase {
             Phase::Preflight => Some(self.preflight),
             Phase::Prepare => Some(self.prepare),
+            Phase::PreCopy => Some(self.precopy),
             Phase::Freeze => Some(self.freeze),
             Phase::Commit => Some(self.commit),
             Phase::Release
             | Phase::Resume
+            | Phase::Fill
             | Phase::RollingBack
             | Phase::Succeeded
             | Phase::Failed
@@ -68,26 +78,33 @@ impl Deadlines {
         }
     }
 
-    /// How long one call may take. Calls of phases with a deadline have a little more than that, so that it is the phase
+    /// How long one call may take on that path. Calls of phases with a deadline have a little more than that, so that it is the phase
     /// that ends, once, for all of its calls.
-    pub(super) fn of_call(&self, call: Call) -> Duration {
+    pub(super) fn of_call(&self, call: Call, path: Path) -> Duration {
         const SLACK: Duration = Duration::from_secs(5);
         match call {
             Call::PreflightSource | Call::PreflightTarget => self.preflight + SLACK,
             Call::Prepare => self.prepare + SLACK,
             // The stream stays open while the target holds.
-            Call::Freeze | Call::Restore => self.freeze + self.commit + SLACK,
+            Call::Freeze => self.before_the_freeze(path) + self.freeze + self.commit + SLACK,
+            Call::Restore => self.freeze + self.commit + SLACK,
             Call::Seal(_) => self.commit + SLACK,
             Call::Release => self.release,
             Call::Resume => self.resume,
+            Call::Fill => self.fill,
             Call::Abort(Side::Source | Side::Target) => self.abort,
         }
     }
 
-    /// After how long an unsealed part undoes itself, told to agents: never before the coordinator would have.
-    pub(super) fn of_part(&self, call: Call) -> Duration {
+    /// After how long an unsealed part undoes itself, told to agents: never before the coordinator would have. For the
+    /// source that time begins with the end of pre-copy.
+    pub(super) fn of_part(&self, call: Call, path: Path) -> Duration {
         let rest = self.freeze + self.commit;
-        if call == Call::Prepare { self.prepare + rest } else { rest }
+        if call == Call::Prepare { self.prepare + self.before_the_freeze(path) + rest } else { rest }
+    }
+
+    fn before_the_freeze(&self, path: Path) -> Duration {
+        if path.pre_copy { self.precopy } else { Duration::ZERO }
     }
 }
 
@@ -98,4 +115,24 @@ fn seconds<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
         return Ok(Duration::from_secs_f64(seconds));
     }
     Err(serde::de::Error::custom(format!("{seconds} is no deadline: it is between 0.001 and 86400 seconds")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_part_ends_before_the_coordinator_would_have() {
+        let limits = Deadlines::default();
+        for path in [Path::default(), Path { pre_copy: true, fill: true }] {
+            let copying = if path.pre_copy { limits.precopy } else { Duration::ZERO };
+            let frozen = limits.freeze + limits.commit;
+            assert_eq!(limits.of_part(Call::Freeze, path), frozen);
+            assert_eq!(limits.of_part(Call::Restore, path), frozen);
+            assert_eq!(limits.of_part(Call::Prepare, path), limits.prepare + copying + frozen);
+            assert!(limits.of_call(Call::Freeze, path) > copying + frozen);
+            assert!(limits.of_call(Call::Restore, path) > frozen);
+        }
+        assert_eq!(limits.of_phase(Phase::Fill), None, "what is committed has no deadline");
+    }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use podferry_common::{Failure, FailureCode};
-use podferry_proto::v1::PreflightSourceResponse;
+use podferry_proto::v1::{self, PreflightSourceResponse};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep_until};
 use super::calls::{Answer, Input, Job, Surroundings, describe, keeps_connections, phase_word};
 use super::meter::Meter;
 use super::{Shared, blocking};
-use crate::migration::{Call, Command, Durability, Event};
+use crate::migration::{Call, Command, Durability, Event, Phase, State};
 use crate::store::{Record, StoreError};
 
 /// The pause before the first repetition; doubled for each further one.
@@ -74,10 +74,13 @@ impl Driver {
                 self.apply(Event::Succeeded(call), at).await
             }
             Input::Answered { call, answer: Err(failure), at } => {
+                let failure = self.in_its_phase(call, failure);
                 tracing::warn!(migration = %self.record.id, ?call, %failure, "call failed");
                 self.note_obstacle(call, &failure);
                 self.apply(Event::Failed(call, failure), at).await
             }
+            Input::Round(round) => self.take_round(round),
+            Input::Converged { converged, at } => self.take_converged(&converged, at).await,
             Input::Frozen { freeze_ms, at } => {
                 self.meter.frozen(&mut self.record, at, freeze_ms);
                 self.apply(Event::Frozen, at).await
@@ -92,6 +95,31 @@ impl Driver {
             }
             Input::Cancel { who, reply } => self.cancel(&who, reply).await,
         }
+    }
+
+    /// A round is shown at once, and written with the next state: a restart undoes what it belongs to.
+    fn take_round(&mut self, round: v1::Round) -> Result<(), StoreError> {
+        // One that comes late belongs to nothing any more.
+        if self.record.state == State::PreCopying {
+            Meter::round(&mut self.record, round);
+            self.view.send_replace(self.record.clone());
+        }
+        Ok(())
+    }
+
+    async fn take_converged(&mut self, converged: &v1::Converged, at: Instant) -> Result<(), StoreError> {
+        if self.record.state == State::PreCopying {
+            converged.notes.iter().for_each(|note| self.record.report.note(note));
+        }
+        self.apply(Event::Converged, at).await
+    }
+
+    /// The stream of a freeze that breaks before the freeze has begun broke in pre-copy.
+    fn in_its_phase(&self, call: Call, failure: Failure) -> Failure {
+        if call == Call::Freeze && self.record.state == State::PreCopying {
+            return failure.in_phase(Phase::PreCopy.as_str());
+        }
+        failure
     }
 
     /// Takes down what an answer says beyond yes.
@@ -114,6 +142,7 @@ impl Driver {
             Answer::Target(findings) => findings.iter().for_each(|finding| report.note(describe(finding))),
             Answer::Transferred(sent) => Meter::transferred(&mut self.record, &sent),
             Answer::Restored(restore_ms) => report.timings.restore = restore_ms,
+            Answer::Filled(filled) => Meter::filled(&mut self.record, filled),
             Answer::Done if call == Call::Resume => self.meter.resumed(&mut self.record, at),
             Answer::Done => {}
         }
@@ -121,7 +150,7 @@ impl Driver {
 
     /// Shows what keeps a committed migration from its end, without a write: the next attempt says it again.
     fn note_obstacle(&mut self, call: Call, failure: &Failure) {
-        if !matches!(call, Call::Release | Call::Resume) {
+        if !matches!(call, Call::Release | Call::Resume | Call::Fill) {
             return;
         }
         let obstacle = Some(format!("{} is repeated until it is confirmed: {failure}", phase_word(call)));
@@ -161,7 +190,7 @@ impl Driver {
 
     /// Steps the machine, writes when it has to be written, and executes.
     async fn apply(&mut self, event: Event, at: Instant) -> Result<(), StoreError> {
-        let step = self.record.state.clone().step(event);
+        let step = self.record.state.clone().step(event, self.record.strategy.path());
         self.record.state = step.state;
         let changed = self.meter.book(&mut self.record, at);
         match step.durability {

@@ -49,13 +49,39 @@ impl Meter {
         report.wire_bytes = sent.wire_bytes;
         report.progress.raw_bytes = sent.raw_bytes;
         report.progress.wire_bytes = sent.wire_bytes;
-        report.rounds = vec![Round {
-            pages: sent.pages,
-            raw_bytes: sent.raw_bytes,
-            wire_bytes: sent.wire_bytes,
-            duration_ms: sent.dump_ms + sent.transfer_ms,
-            dirty_rate: 0.0,
-        }];
+        match sent.last_round {
+            Some(last) => report.rounds.push(last.into()),
+            None if report.rounds.is_empty() => report.rounds.push(Round {
+                pages: sent.pages,
+                raw_bytes: sent.raw_bytes,
+                wire_bytes: sent.wire_bytes,
+                duration_ms: sent.dump_ms + sent.transfer_ms,
+                ..Round::default()
+            }),
+            None => {}
+        }
+    }
+
+    /// A round of pre-copy has ended.
+    pub(super) fn round(record: &mut Record, round: v1::Round) {
+        let report = &mut record.report;
+        report.rounds.push(round.into());
+        let sum = |bytes: fn(&Round) -> u64| report.rounds.iter().map(bytes).fold(0, u64::saturating_add);
+        let (raw_bytes, wire_bytes) = (sum(|round| round.raw_bytes), sum(|round| round.wire_bytes));
+        report.progress.raw_bytes = report.progress.raw_bytes.max(raw_bytes);
+        report.progress.wire_bytes = report.progress.wire_bytes.max(wire_bytes);
+        report.wire_bytes = report.wire_bytes.max(wire_bytes);
+    }
+
+    /// The target has all of its memory.
+    pub(super) fn filled(record: &mut Record, filled: v1::FillResponse) {
+        let v1::FillResponse { pages, faults, fill_ms } = filled;
+        record.report.timings.fill = fill_ms;
+        if pages > 0 {
+            record.report.note(format!(
+                "{pages} pages were laid in behind the running container, which had to wait for one {faults} times"
+            ));
+        }
     }
 
     /// The target runs since `at`.
@@ -76,10 +102,12 @@ impl Meter {
         match self.phase {
             Phase::Preflight => timings.preflight = spent,
             Phase::Prepare => timings.prepare = spent,
+            Phase::PreCopy => timings.precopy = spent,
             Phase::Commit | Phase::Release => timings.commit += spent,
             Phase::Resume => timings.resume = spent,
-            // The freeze phase is told apart by the agents; the rest is no phase of a finished migration.
-            Phase::Freeze | Phase::RollingBack | Phase::Succeeded | Phase::Failed | Phase::Cancelled => {}
+            // The freeze is told apart by the agents, and the fill is timed by the target; the rest is no phase of a finished
+            // migration.
+            Phase::Freeze | Phase::Fill | Phase::RollingBack | Phase::Succeeded | Phase::Failed | Phase::Cancelled => {}
         }
         (self.phase, self.phase_since) = (now, at);
         if record.state.is_settled() {

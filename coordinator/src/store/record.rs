@@ -23,15 +23,23 @@ struct Texts {
     name: usize,
     /// The last so many notes.
     notes: usize,
+    /// The last so many rounds.
+    rounds: usize,
     /// Bytes of each note.
     note: usize,
 }
 
 impl Texts {
-    const WHOLE: Self =
-        Self { message: usize::MAX, detail: usize::MAX, name: usize::MAX, notes: usize::MAX, note: usize::MAX };
+    const WHOLE: Self = Self {
+        message: usize::MAX,
+        detail: usize::MAX,
+        name: usize::MAX,
+        notes: usize::MAX,
+        rounds: usize::MAX,
+        note: usize::MAX,
+    };
     /// A migration has 3 KiB then, whatever happened in it: a list of all that are kept fits into one message.
-    const IN_A_LIST: Self = Self { message: 300, detail: 200, name: 64, notes: 4, note: 160 };
+    const IN_A_LIST: Self = Self { message: 300, detail: 200, name: 64, notes: 4, rounds: 4, note: 160 };
 }
 
 /// Everything that has to be known of a migration to go on with it, or to tell of it afterwards.
@@ -55,6 +63,12 @@ pub struct Record {
     pub target_address: String,
     /// Whether pages may be compressed.
     pub compress: bool,
+    /// Live: the downtime that is aimed at, in milliseconds; 0 for the default.
+    #[serde(default)]
+    pub downtime_budget_ms: f64,
+    /// The most bytes per second on the link; 0 for as many as it takes.
+    #[serde(default)]
+    pub bandwidth_limit: u64,
     /// When it was accepted.
     pub created_at: Timestamp,
     /// When the source's processes stood still, as far as the coordinator saw it.
@@ -74,7 +88,7 @@ pub struct Report {
     pub downtime_ms: f64,
     /// From the request to the outcome.
     pub total_ms: f64,
-    /// Passes over the memory.
+    /// Passes over the memory, the last one in the freeze.
     pub rounds: Vec<Round>,
     /// Bytes that crossed the network.
     pub wire_bytes: u64,
@@ -104,6 +118,9 @@ pub struct Round {
     pub duration_ms: f64,
     /// Pages a second that the workload wrote meanwhile; 0 when frozen.
     pub dirty_rate: f64,
+    /// What the memory that was written meanwhile would add to the downtime, in milliseconds; 0 when frozen.
+    #[serde(default)]
+    pub predicted_ms: f64,
 }
 
 /// Milliseconds spent in each phase; 0 for one that was not gone through.
@@ -114,9 +131,9 @@ pub struct Timings {
     pub preflight: f64,
     /// The target reserving.
     pub prepare: f64,
-    /// Copying while the workload runs.
+    /// From the target's reservation to the end of copying while the workload runs.
     pub precopy: f64,
-    /// From the request to stop to the workload standing still, as the source says.
+    /// From the request to stop, or the end of pre-copy, to the workload standing still, as the source says.
     pub freeze: f64,
     /// From there to the end of the dump, as the source says.
     pub dump: f64,
@@ -128,7 +145,7 @@ pub struct Timings {
     pub commit: f64,
     /// Letting the target go.
     pub resume: f64,
-    /// Filling in pages afterwards.
+    /// From there until the last page was in place, as the target says.
     pub fill: f64,
 }
 
@@ -171,7 +188,7 @@ impl Record {
             reason: failure.as_ref().map(ToString::to_string).unwrap_or_default(),
             downtime_ms: self.report.downtime_ms,
             total_ms: self.report.total_ms,
-            rounds: self.report.rounds.iter().copied().map(Round::to_wire).collect(),
+            rounds: self.rounds(texts),
             wire_bytes: self.report.wire_bytes,
             timings: Some(self.report.timings.to_wire()),
             problem: failure.map(|failure| v1::Problem {
@@ -186,7 +203,13 @@ impl Record {
             created_at: self.created_at.to_string(),
             keeps_connections: self.report.keeps_connections,
             notes: self.notes(texts),
+            decision: v1::Decision::from(self.state.decision()).into(),
         }
+    }
+
+    fn rounds(&self, texts: Texts) -> Vec<v1::Round> {
+        let rounds = &self.report.rounds;
+        rounds[rounds.len().saturating_sub(texts.rounds)..].iter().copied().map(Round::to_wire).collect()
     }
 
     fn notes(&self, texts: Texts) -> Vec<String> {
@@ -246,7 +269,20 @@ impl Round {
             wire_bytes: self.wire_bytes,
             duration_ms: self.duration_ms,
             dirty_rate: self.dirty_rate,
-            predicted_ms: 0.0,
+            predicted_ms: self.predicted_ms,
+        }
+    }
+}
+
+impl From<v1::Round> for Round {
+    fn from(round: v1::Round) -> Self {
+        Self {
+            pages: round.pages,
+            raw_bytes: round.raw_bytes,
+            wire_bytes: round.wire_bytes,
+            duration_ms: round.duration_ms,
+            dirty_rate: round.dirty_rate,
+            predicted_ms: round.predicted_ms,
         }
     }
 }
@@ -283,14 +319,26 @@ impl From<Phase> for v1::Phase {
         match phase {
             Phase::Preflight => Self::Preflight,
             Phase::Prepare => Self::Prepare,
+            Phase::PreCopy => Self::Precopy,
             Phase::Freeze => Self::Freeze,
             Phase::Commit => Self::Commit,
             Phase::Release => Self::Release,
             Phase::Resume => Self::Resume,
+            Phase::Fill => Self::Fill,
             Phase::RollingBack => Self::RollingBack,
             Phase::Succeeded => Self::Succeeded,
             Phase::Failed => Self::Failed,
             Phase::Cancelled => Self::Cancelled,
+        }
+    }
+}
+
+impl From<Decision> for v1::Decision {
+    fn from(decision: Decision) -> Self {
+        match decision {
+            Decision::Commit => Self::Commit,
+            Decision::Abort => Self::Abort,
+            Decision::Undecided => Self::Undecided,
         }
     }
 }
@@ -310,6 +358,36 @@ mod tests {
         assert_eq!(report.notes.len(), MAX_NOTES + 1);
         assert!(report.notes[0].len() <= MAX_NOTE_BYTES && report.notes[0].ends_with("é…"), "{:?}", report.notes[0]);
         assert_eq!(report.notes[MAX_NOTES - 1..], ["not to n14", "there are more notes than these"]);
+    }
+
+    #[test]
+    fn a_record_from_before_live_is_read() {
+        let record = testing::record("cart", "a", "b");
+        let mut old = serde_json::to_value(&record).unwrap();
+        old["report"]["rounds"] = serde_json::json!([
+            {"pages": 1, "raw_bytes": 4096, "wire_bytes": 100, "duration_ms": 2.0, "dirty_rate": 0.0}
+        ]);
+        let fields = old.as_object_mut().unwrap();
+        for new in ["downtime_budget_ms", "bandwidth_limit"] {
+            fields.remove(new).unwrap();
+        }
+        for state in ["releasing", "resuming", "completed", "preparing"] {
+            old["state"] = state.into();
+            let read: Record = serde_json::from_value(old.clone()).unwrap();
+            assert_eq!((read.strategy, read.bandwidth_limit), (Strategy::Warm, 0));
+            assert_eq!(read.report.rounds[0].raw_bytes, 4096);
+        }
+    }
+
+    #[test]
+    fn a_lost_one_is_a_failure_on_the_target_and_says_so() {
+        let mut record = testing::record("cart", "a", "b");
+        record.state = State::Lost { why: Failure::new(FailureCode::DataLoss, "a page is gone").on("b").into() };
+        let shown = record.to_wire();
+        assert_eq!((shown.phase(), shown.decision()), (v1::Phase::Failed, v1::Decision::Commit));
+        assert_eq!((shown.reason.as_str(), record.place().as_str()), ("a page is gone (on b)", "b"));
+        record.state = State::Filling;
+        assert_eq!((record.to_wire().phase(), record.place().as_str()), (v1::Phase::Fill, "b"));
     }
 
     #[test]

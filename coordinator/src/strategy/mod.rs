@@ -6,10 +6,10 @@
 use std::fmt;
 
 use podferry_common::{Failure, FailureCode};
-use podferry_proto::v1;
+use podferry_proto::{Version, v1};
 use serde::{Deserialize, Serialize};
 
-use crate::migration::Phase;
+use crate::migration::{Path, Phase};
 
 /// The ways to move a workload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -28,6 +28,19 @@ pub enum Strategy {
     /// The workload moves its own state when asked.
     Application,
 }
+
+/// The phases of a live migration.
+const LIVE: &[Phase] = &[
+    Phase::Preflight,
+    Phase::Prepare,
+    Phase::PreCopy,
+    Phase::Freeze,
+    Phase::Commit,
+    Phase::Release,
+    Phase::Resume,
+    Phase::Fill,
+    Phase::Succeeded,
+];
 
 /// The phases of a warm migration.
 const WARM: &[Phase] =
@@ -51,7 +64,17 @@ impl Strategy {
 
     /// The phases it goes through when nothing fails; `None` when it is not offered yet.
     pub fn phases(self) -> Option<&'static [Phase]> {
-        (self == Self::Warm).then_some(WARM)
+        match self {
+            Self::Warm => Some(WARM),
+            Self::Live => Some(LIVE),
+            Self::Cold | Self::Postcopy | Self::Hybrid | Self::Application => None,
+        }
+    }
+
+    /// Its way through the machine.
+    pub fn path(self) -> Path {
+        let has = |phase| self.phases().is_some_and(|phases| phases.contains(&phase));
+        Path { pre_copy: has(Phase::PreCopy), fill: has(Phase::Fill) }
     }
 
     /// The strategy a request asks for, if this coordinator offers it. Unspecified means warm.
@@ -72,7 +95,28 @@ impl Strategy {
             return Ok(strategy);
         }
         let message = format!("the strategy {strategy} is not available yet");
-        Err(Failure::new(FailureCode::Unimplemented, message).remedy("use warm"))
+        Err(Failure::new(FailureCode::Unimplemented, message).remedy("use warm or live"))
+    }
+}
+
+/// What a migration asks of the agents' protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Wishes {
+    /// How the workload is moved.
+    pub strategy: Strategy,
+    /// The most bytes per second on the link; 0 for as many as it takes.
+    pub bandwidth_limit: u64,
+}
+
+impl Wishes {
+    /// The oldest version that the source's agent may speak. One that is older would send all that the link takes.
+    pub fn of_source(self) -> u32 {
+        if self.bandwidth_limit > 0 { Version::PRE_COPY } else { self.of_target() }
+    }
+
+    /// The oldest version that the target's agent may speak.
+    pub fn of_target(self) -> u32 {
+        if self.strategy.path().pre_copy { Version::PRE_COPY } else { Version::OURS.oldest }
     }
 }
 
@@ -100,11 +144,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn warm_is_the_default_and_the_only_one() {
+    fn warm_is_the_default_and_live_is_the_only_other_one() {
         assert_eq!(Strategy::requested(v1::Strategy::Unspecified.into()), Ok(Strategy::Warm));
         for strategy in Strategy::ALL {
             let answer = Strategy::requested(v1::Strategy::from(strategy).into());
-            if strategy == Strategy::Warm {
+            if matches!(strategy, Strategy::Warm | Strategy::Live) {
                 assert_eq!(answer, Ok(strategy));
                 continue;
             }
@@ -117,9 +161,21 @@ mod tests {
 
     #[test]
     fn the_commit_comes_after_the_freeze_and_before_the_release() {
-        let phases = Strategy::Warm.phases().unwrap();
+        for strategy in [Strategy::Warm, Strategy::Live] {
+            let phases = strategy.phases().unwrap();
+            let place = |phase| phases.iter().position(|p| *p == phase).unwrap();
+            assert!(place(Phase::Freeze) < place(Phase::Commit) && place(Phase::Commit) < place(Phase::Release));
+            assert!(place(Phase::Release) < place(Phase::Resume));
+        }
+    }
+
+    #[test]
+    fn memory_is_copied_before_the_freeze_and_filled_in_after_the_resume() {
+        let phases = Strategy::Live.phases().unwrap();
         let place = |phase| phases.iter().position(|p| *p == phase).unwrap();
-        assert!(place(Phase::Freeze) < place(Phase::Commit) && place(Phase::Commit) < place(Phase::Release));
-        assert!(place(Phase::Release) < place(Phase::Resume));
+        assert!(place(Phase::Prepare) < place(Phase::PreCopy) && place(Phase::PreCopy) < place(Phase::Freeze));
+        assert!(place(Phase::Resume) < place(Phase::Fill) && place(Phase::Fill) < place(Phase::Succeeded));
+        assert_eq!(Strategy::Live.path(), Path { pre_copy: true, fill: true });
+        assert_eq!(Strategy::Warm.path(), Path::default());
     }
 }

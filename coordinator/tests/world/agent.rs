@@ -9,7 +9,7 @@ use podferry_proto::v1::freeze_event::Event;
 use podferry_proto::v1::*;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use super::{Copy, Fault, Part, Shared, State};
 
@@ -93,6 +93,73 @@ impl Agent {
     }
 }
 
+type Events = mpsc::Sender<Result<FreezeEvent, Status>>;
+
+impl Agent {
+    /// What the stream of a freeze says. An error ends it.
+    async fn send_all(&self, request: &FreezeRequest, after: After, events: &Events) -> Result<(), Status> {
+        let send = |event| events.send(Ok(FreezeEvent { event: Some(event) }));
+        let id = &request.migration_id;
+        if request.pre_copy.is_some() {
+            self.pre_copy(request, events).await?;
+        }
+        let _gone = send(Event::Frozen(Frozen { freeze_ms: 1.5 })).await;
+        let half = Progress { raw_bytes: MEMORY / 2, wire_bytes: MEMORY / 4 };
+        let _gone = send(Event::Progress(half)).await;
+        self.enter("Transfer").await?.answer(())?;
+        after.answer(())?;
+        self.change(|state| state.transferred.push(id.clone()));
+        let last_round =
+            Round { pages: 3, raw_bytes: 3 << 12, wire_bytes: 1 << 12, duration_ms: 2.0, ..Round::default() };
+        let sent = Transferred {
+            pages: MEMORY / 4096,
+            raw_bytes: MEMORY,
+            wire_bytes: MEMORY / 2,
+            dump_ms: 20.0,
+            transfer_ms: 5.0,
+            last_round: request.pre_copy.map(|_| last_round),
+            ..Transferred::default()
+        };
+        let _gone = send(Event::Transferred(sent)).await;
+        Ok(())
+    }
+
+    async fn pre_copy(&self, request: &FreezeRequest, events: &Events) -> Result<(), Status> {
+        let send = |event| events.send(Ok(FreezeEvent { event: Some(event) }));
+        let round = |pages: u64, predicted_ms| {
+            let (raw_bytes, wire_bytes) = (pages << 12, pages << 11);
+            Event::Round(Round { pages, raw_bytes, wire_bytes, duration_ms: 9.0, dirty_rate: 700.0, predicted_ms })
+        };
+        let _gone = send(round(16_000, 90.0)).await;
+        self.enter("PreCopy").await?.answer(())?;
+        let (more, tells) = {
+            let state = self.shared.lock();
+            (state.further_rounds.unwrap_or(1), !state.no_word_of_convergence)
+        };
+        for _ in 0..more {
+            let _gone = send(round(300, 4.5)).await;
+        }
+        self.stop(&request.migration_id)?;
+        if tells {
+            let notes = vec!["process 1: 2 rounds".to_owned()];
+            let _gone = send(Event::Converged(Converged { predicted_ms: 4.5, notes })).await;
+        }
+        Ok(())
+    }
+
+    /// Freezes what is still being copied.
+    fn stop(&self, id: &str) -> Result<(), Status> {
+        let stopped = self.change(|state| {
+            let node = state.nodes.get_mut(&self.node).unwrap();
+            let Some((part @ Part::PreCopying, container)) = node.parts.get_mut(id) else { return false };
+            *part = Part::Frozen;
+            node.containers.insert(container.clone(), Copy::Frozen);
+            true
+        });
+        if stopped { Ok(()) } else { Err(Failure::new(FailureCode::Aborted, "pre-copy was aborted").into()) }
+    }
+}
+
 enum After {
     Answer,
     Fail(Failure),
@@ -169,6 +236,7 @@ impl AgentService for Agent {
         request: Request<PreflightTargetRequest>,
     ) -> Result<Response<PreflightTargetResponse>, Status> {
         assert_eq!(request.get_ref().memory_bytes, MEMORY, "the target is asked about what the source said");
+        assert_ne!(request.get_ref().strategy(), Strategy::Unspecified, "and about this strategy");
         let after = self.enter("PreflightTarget").await?;
         let findings = after.findings();
         after.answer(PreflightTargetResponse { findings })
@@ -188,42 +256,23 @@ impl AgentService for Agent {
     type FreezeStream = ReceiverStream<Result<FreezeEvent, Status>>;
 
     async fn freeze(&self, request: Request<FreezeRequest>) -> Result<Response<Self::FreezeStream>, Status> {
-        let FreezeRequest { migration_id, workload, .. } = request.into_inner();
+        let request = request.into_inner();
         let (events, stream) = mpsc::channel(8);
         let after = self.enter("Freeze").await?;
-        if self.part(&migration_id).is_some() {
+        if self.part(&request.migration_id).is_some() {
             return Err(refused("frozen already"));
         }
-        self.set(&migration_id, &workload, Part::Frozen, Some(Copy::Frozen));
+        let (part, copy) = match &request.pre_copy {
+            Some(_) => (Part::PreCopying, Copy::Running),
+            None => (Part::Frozen, Copy::Frozen),
+        };
+        self.set(&request.migration_id, &request.workload, part, Some(copy));
+        self.shared.lock().freezes.push(request.clone());
         let agent = self.clone();
         tokio::spawn(async move {
-            let send = |event| events.send(Ok(FreezeEvent { event: Some(event) }));
-            let _gone = send(Event::Frozen(Frozen { freeze_ms: 1.5 })).await;
-            let half = Progress { raw_bytes: MEMORY / 2, wire_bytes: MEMORY / 4 };
-            let _gone = send(Event::Progress(half)).await;
-            let failed = match agent.enter("Transfer").await {
-                Err(status) => Some(status),
-                Ok(After::Fail(failure)) => Some(failure.into()),
-                Ok(_) => None,
-            };
-            let failed = match after {
-                After::Fail(failure) => Some(failure.into()),
-                After::Answer | After::Find(_) => failed,
-            };
-            if let Some(status) = failed {
+            if let Err(status) = agent.send_all(&request, after, &events).await {
                 let _gone = events.send(Err(status)).await;
-                return;
             }
-            agent.change(|state| state.transferred.push(migration_id.clone()));
-            let sent = Transferred {
-                pages: MEMORY / 4096,
-                raw_bytes: MEMORY,
-                wire_bytes: MEMORY / 2,
-                dump_ms: 20.0,
-                transfer_ms: 5.0,
-                ..Transferred::default()
-            };
-            let _gone = send(Event::Transferred(sent)).await;
         });
         Ok(Response::new(ReceiverStream::new(stream)))
     }
@@ -282,8 +331,16 @@ impl AgentService for Agent {
 
     async fn fill(&self, request: Request<FillRequest>) -> Result<Response<FillResponse>, Status> {
         let id = request.into_inner().migration_id;
-        let after = self.enter("Fill").await?;
-        match self.part(&id) {
+        let entered = self.enter("Fill").await;
+        let part = self.part(&id);
+        if let (Err(status), Some((Part::Over, container))) = (&entered, &part)
+            && status.code() == Code::DataLoss
+            && Failure::from_status(status).node.as_ref() == Some(&self.node)
+        {
+            self.set(&id, container, Part::Over, None);
+        }
+        let after = entered?;
+        match part {
             Some((Part::Over, _)) => after.answer(FillResponse { pages: 100, faults: 3, fill_ms: 6.0 }),
             _ => Err(refused("nothing to fill")),
         }
@@ -295,9 +352,11 @@ impl AgentService for Agent {
         let after = self.enter("Abort").await?;
         let copy = self.part(&id).map(|(_, container)| (self.copy_of(&container), container));
         match copy {
-            Some((Some(Copy::Frozen), container)) => self.set(&id, &container, Part::Over, Some(Copy::Running)),
+            Some((Some(Copy::Frozen | Copy::Running), container)) => {
+                self.set(&id, &container, Part::Over, Some(Copy::Running));
+            }
             Some((Some(Copy::Held) | None, container)) => self.set(&id, &container, Part::Over, None),
-            Some((Some(Copy::Running), _)) | None => {}
+            None => {}
         }
         after.answer(AbortResponse {})
     }

@@ -55,6 +55,7 @@ pub(crate) enum Fault {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Part {
     Prepared,
+    PreCopying,
     Frozen,
     Held,
     Sealed,
@@ -78,6 +79,12 @@ pub(crate) struct State {
     pub(crate) faults: HashMap<(String, &'static str), (Fault, usize)>,
     /// Migrations whose data is with the target.
     pub(crate) transferred: Vec<String>,
+    /// What sources were asked for.
+    pub(crate) freezes: Vec<v1::FreezeRequest>,
+    /// How many rounds of pre-copy come after the first; one, unless set.
+    pub(crate) further_rounds: Option<usize>,
+    /// Sources freeze without a word that they have converged.
+    pub(crate) no_word_of_convergence: bool,
     pub(crate) violations: Vec<String>,
 }
 
@@ -177,7 +184,8 @@ impl World {
         let configuration = format!(
             "listen = \"127.0.0.1:0\"\nstate_dir = \"state\"\ninventory = \"inventory.toml\"\n\
              [identity]\nca = \"{dns}/ca.pem\"\ncertificate = \"{dns}/cert.pem\"\nkey = \"{dns}/key.pem\"\n\
-             [deadlines]\npreflight = 2\nprepare = 2\nfreeze = 3\ncommit = 2\nrelease = 1\nresume = 1\nabort = 1\nsurvey = 2\n"
+             [deadlines]\npreflight = 2\nprepare = 2\nprecopy = 3\nfreeze = 3\ncommit = 2\nrelease = 1\nresume = 1\nfill = 1\n\
+             abort = 1\nsurvey = 2\n"
         );
         std::fs::write(self.configuration(), configuration).unwrap();
     }
@@ -269,11 +277,15 @@ fn node(name: &str) -> NodeState {
 
 /// Asks for a migration.
 pub(crate) async fn migrate(client: &mut Client, workload: &str, target: &str) -> Result<Migration, Failure> {
-    let request = v1::MigrateRequest {
-        workload: workload.to_owned(),
-        target: target.to_owned(),
-        ..v1::MigrateRequest::default()
-    };
+    request(
+        client,
+        v1::MigrateRequest { workload: workload.to_owned(), target: target.to_owned(), ..Default::default() },
+    )
+    .await
+}
+
+/// Asks for a migration with all that can be said about it.
+pub(crate) async fn request(client: &mut Client, request: v1::MigrateRequest) -> Result<Migration, Failure> {
     let answer = timeout(PATIENCE, client.migrate(request)).await.expect("Migrate hangs");
     Ok(answer.map_err(Failure::from)?.into_inner().migration.unwrap())
 }
