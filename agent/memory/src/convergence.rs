@@ -126,6 +126,7 @@ pub struct Convergence {
     idle: u32,
     /// Pages per second.
     send_rate: f64,
+    predicted: Duration,
 }
 
 /// What a freeze after a round would meet: pages, and pages per second.
@@ -145,7 +146,22 @@ impl Outlook {
 impl Convergence {
     /// Before the first round.
     pub const fn new(plan: Plan) -> Self {
-        Self { plan, rounds: 0, all: 0.0, last: 0.0, by_rate: None, left: None, idle: 0, send_rate: 0.0 }
+        Self {
+            plan,
+            rounds: 0,
+            all: 0.0,
+            last: 0.0,
+            by_rate: None,
+            left: None,
+            idle: 0,
+            send_rate: 0.0,
+            predicted: Duration::ZERO,
+        }
+    }
+
+    /// How long the process would stand still if it were frozen after the last round, the fixed part included.
+    pub const fn predicted(&self) -> Duration {
+        self.predicted
     }
 
     /// Takes in a round that is over, and says what to do.
@@ -154,6 +170,7 @@ impl Convergence {
         let outlook = self.take_in(facts);
         let memory = outlook.memory_part();
         let predicted = memory.saturating_add(self.plan.fixed);
+        self.predicted = predicted;
         let few = outlook.left < real(FEW_PAGES) || facts.pages < FEW_PAGES;
         let does_not_pay = self.idle >= 2 || self.rounds >= self.plan.most_rounds;
         if few && memory <= self.plan.budget {

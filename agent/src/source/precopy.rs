@@ -18,11 +18,12 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use nix::unistd::Pid;
 use podferry_common::failure::{Failure, FailureCode, chain};
+use podferry_memory::convergence::{Convergence, Plan, RoundFacts, Verdict};
 use podferry_memory::copier::Copier;
 use podferry_memory::hide;
-use podferry_memory::maps;
-use podferry_memory::range::PageRanges;
-use podferry_memory::tracker::{TrackError, Tracker};
+use podferry_memory::maps::{self, MovedError};
+use podferry_memory::range::{PageRange, PageRanges};
+use podferry_memory::tracker::{self, NotFollowed, TrackError, WriteTracker};
 use podferry_runtime::{Container, Member};
 use podferry_transfer::{Object, ObjectWriter, Place, Pool, Sender, TransferError};
 use tokio::sync::mpsc;
@@ -58,7 +59,7 @@ pub struct Round {
     pub duration: Duration,
     /// Pages written a second.
     pub dirty_rate: f64,
-    /// What the memory that is written meanwhile would add to the downtime.
+    /// How long a freeze after it would be.
     pub predicted: Duration,
 }
 
@@ -76,6 +77,9 @@ enum SendError {
     /// Its writes cannot be followed any more.
     #[error(transparent)]
     Track(#[from] TrackError),
+    /// Something came in the last moment to where CRIU does not look.
+    #[error(transparent)]
+    Moved(#[from] MovedError),
     /// The transfer is broken.
     #[error(transparent)]
     Transfer(#[from] TransferError),
@@ -138,7 +142,7 @@ pub(super) struct Job {
 pub(super) struct Converged {
     /// Pages that were sent.
     pub(super) pages: u64,
-    /// What the memory that is left will add to the downtime.
+    /// How long the freeze will be.
     pub(super) predicted: Duration,
 }
 
@@ -158,7 +162,7 @@ pub(super) struct Followers {
 #[derive(Debug)]
 struct Followed {
     member: Member,
-    tracker: Tracker,
+    tracker: Box<dyn WriteTracker + Send>,
     copier: Copier,
     /// What CRIU does not see.
     hidden: PageRanges,
@@ -171,27 +175,40 @@ impl Followers {
     /// When the transfer breaks, the container ends, the memory is written faster than it is sent, or time runs out. The container
     /// has not been frozen then.
     pub(super) fn pre_copy(&mut self, job: &Job) -> Result<Converged, Failure> {
-        let mut converged = Converged::default();
-        let mut before = None;
+        let plan = Plan { most_rounds: job.order.max_rounds, ..Plan::new(job.order.budget) };
+        let mut convergence = Convergence::new(plan);
+        let mut pages = 0;
+        let mut before = Duration::ZERO;
         loop {
             self.follow_new(&job.container).map_err(|error| job.failed("the container's processes", &error))?;
-            let round = self.one_round(job, before.as_ref()).map_err(|error| job.failed("pre-copy", &error))?;
-            converged.pages += round.pages;
-            converged.predicted = round.predicted;
+            let mut round = self.one_round(job, before).map_err(|error| job.failed("pre-copy", &error))?;
+            let verdict = convergence.after_round(facts(&round));
+            (pages, before) = (pages + round.pages, round.duration);
+            round.predicted = convergence.predicted();
+            tracing::debug!(number = self.round, ?round, ?verdict, "a round of pre-copy");
             // Who watches may have gone; whoever waits for the end has not.
             let _nobody_watches = job.events.blocking_send(FreezeEvent::Round(round));
-            if round.predicted <= job.order.budget / 2 || self.round >= job.order.max_rounds {
-                let notes = self.notes.iter().cloned().collect();
-                let predicted_ms = converged.predicted.as_secs_f64() * 1e3;
-                let _nobody_watches = job.events.blocking_send(FreezeEvent::Converged { predicted_ms, notes });
-                return Ok(converged);
+            match verdict {
+                Verdict::Freeze { predicted } => return Ok(self.converged(job, pages, predicted)),
+                Verdict::GiveUp { why } => {
+                    return Err(job.context.refusal(FailureCode::FailedPrecondition, why).in_phase("precopy"));
+                }
+                Verdict::Another => {}
             }
             if SystemTime::now() > job.order.deadline {
                 let message = "pre-copy did not end before its deadline";
                 return Err(job.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("precopy"));
             }
-            before = Some(round);
         }
+    }
+
+    fn converged(&self, job: &Job, pages: u64, predicted: Duration) -> Converged {
+        let followed = self.followed.iter().map(|followed| followed.tracker.choice().to_string());
+        let notes: BTreeSet<String> = followed.chain(self.notes.iter().cloned()).collect();
+        let notes = notes.into_iter().collect();
+        let told = FreezeEvent::Converged { predicted_ms: predicted.as_secs_f64() * 1e3, notes };
+        let _nobody_watches = job.events.blocking_send(told);
+        Converged { pages, predicted }
     }
 
     /// Begins to follow processes that are new. One that cannot be followed is left to CRIU.
@@ -220,7 +237,7 @@ impl Followers {
         self.left.insert(member);
     }
 
-    fn one_round(&mut self, job: &Job, before: Option<&Round>) -> Result<Round, SendError> {
+    fn one_round(&mut self, job: &Job, before: Duration) -> Result<Round, SendError> {
         self.round += 1;
         let (begun, wire_before) = (Instant::now(), job.way.wire_bytes());
         let number = self.round;
@@ -235,27 +252,28 @@ impl Followers {
         }
         for (index, error) in lost.into_iter().rev() {
             let followed = self.followed.remove(index);
-            self.leave(followed.member, &error);
+            // One that runs another program now can be followed anew.
+            let again = matches!(&error, SendError::Track(TrackError::Replaced { .. }));
+            if !again {
+                self.leave(followed.member, &error);
+            }
         }
         round.raw_bytes = round.pages * podferry_memory::PAGE_SIZE;
         round.wire_bytes = job.way.wire_bytes() - wire_before;
         round.duration = begun.elapsed();
         // What this round sent was written during the one before; the first sends all there is and says nothing of that.
-        let seconds = before.map_or(0.0, |before| before.duration.as_secs_f64());
         #[expect(clippy::cast_precision_loss, reason = "below 2^52 pages")]
-        if seconds > 0.0 {
-            round.dirty_rate = round.pages as f64 / seconds;
+        if !before.is_zero() {
+            round.dirty_rate = round.pages as f64 / before.as_secs_f64();
         }
-        round.predicted = round.duration;
         Ok(round)
     }
 
     /// Writes down what CRIU is not to see: what can be moved now.
     pub(super) fn hide(&mut self, file: &Path) -> std::io::Result<()> {
         for followed in &mut self.followed {
-            let mappings = maps::read(followed.pid());
             // One that has ended has nothing to hide.
-            followed.hidden = mappings.map(|mappings| maps::pre_copied(&mappings)).unwrap_or_default();
+            followed.hidden = maps::followable(followed.pid()).unwrap_or_default();
         }
         let ranges = self.followed.iter().flat_map(|followed| {
             let pid = followed.member.pid;
@@ -280,6 +298,19 @@ impl Followers {
     }
 }
 
+/// What convergence has to know of a round.
+fn facts(round: &Round) -> RoundFacts {
+    let seconds = round.duration.as_secs_f64();
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_precision_loss,
+        reason = "a rate, from positive numbers"
+    )]
+    let wire_rate = if seconds > 0.0 { (round.wire_bytes as f64 / seconds) as u64 } else { 0 };
+    RoundFacts { pages: round.pages, bytes: round.wire_bytes, duration: round.duration, wire_rate }
+}
+
 impl Job {
     fn failed(&self, what: &str, error: &(dyn std::error::Error + 'static)) -> Failure {
         failed(&self.context, what, error).in_phase("precopy")
@@ -291,9 +322,9 @@ fn failed(context: &Context, what: &str, error: &(dyn std::error::Error + 'stati
 }
 
 impl Followed {
-    fn new(member: Member) -> Result<Self, TrackError> {
+    fn new(member: Member) -> Result<Self, NotFollowed> {
         let pid = Pid::from_raw(member.pid);
-        let tracker = Tracker::attach(pid)?;
+        let tracker = tracker::attach(pid)?;
         Ok(Self { member, tracker, copier: Copier::new(pid, BATCH), hidden: PageRanges::new() })
     }
 
@@ -317,7 +348,7 @@ impl Followed {
         let (mut writer, pool) = way.open(&Object::Memory { process: self.process(), round })?;
         let pid = self.member.pid;
         let copied = self.copier.read::<SendError>(pages, |batch| {
-            let place = |range: &podferry_memory::range::PageRange| Place { vaddr: range.start, count: range.pages() };
+            let place = |range: &PageRange| Place { vaddr: range.start, count: range.pages() };
             let places: Vec<Place> = batch.ranges.iter().map(place).collect();
             let mut buffer = pool.take(batch.contents.len());
             buffer.copy_from_slice(batch.contents);
@@ -338,13 +369,7 @@ impl Followed {
     }
 
     fn last_round(&mut self, number: u32, way: &Way) -> Result<u64, SendError> {
-        let mappings = maps::read(self.pid())?;
-        let moved: PageRanges = mappings
-            .iter()
-            .filter(|mapping| mapping.is_private_anonymous())
-            .map(|mapping| mapping.range)
-            .collect::<PageRanges>()
-            .intersection(&self.hidden);
+        let moved = maps::moved(self.pid(), &self.hidden)?;
         let frozen = self.tracker.frozen(&moved)?;
         let pages = self.send(&frozen.written, number, way)?;
         self.send_existing(&frozen.existing, way)?;
