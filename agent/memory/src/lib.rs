@@ -7,7 +7,9 @@
 //!
 //! Only the modules of `sys` have `unsafe` code.
 
+mod bitmap;
 pub mod copier;
+pub mod handover;
 pub mod hide;
 pub mod inject;
 pub mod maps;
