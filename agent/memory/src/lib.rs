@@ -7,8 +7,10 @@
 //!
 //! Only the modules of `sys` have `unsafe` code.
 
+mod bitmap;
 pub mod convergence;
 pub mod copier;
+pub mod handover;
 pub mod hazard;
 pub mod hide;
 pub mod inject;

@@ -2,13 +2,17 @@
 //!
 //! A page that is put twice replaces itself, so the store takes at most as much memory as the process had at different
 //! addresses. What the process unmapped meanwhile stays until [`Store::retain`] is told what there is in the end.
+//!
+//! With a file in memory, another process can go on with the same pages: see [`crate::handover`].
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 
 use thiserror::Error;
 
 use crate::PAGE_SIZE;
+use crate::bitmap::{BITS, Bitmap};
 use crate::range::{PageRange, PageRanges};
 use crate::sys::sparse::SparseMemory;
 
@@ -16,7 +20,9 @@ use crate::sys::sparse::SparseMemory;
 const CHUNK: u64 = 2 << 20;
 #[expect(clippy::cast_possible_truncation, reason = "2 MiB")]
 const CHUNK_LENGTH: usize = CHUNK as usize;
-const CHUNK_PAGES: usize = (CHUNK / PAGE_SIZE) as usize;
+const _: () = assert!(BITS as u64 == CHUNK / PAGE_SIZE);
+/// What pages of zeros hold, a part at a time.
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 /// Why a page cannot be kept.
 #[derive(Debug, Error)]
@@ -40,20 +46,49 @@ pub struct Store {
     capacity: usize,
 }
 
-#[derive(Debug)]
-struct Chunk {
+/// What is known of 2 MiB of addresses.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Chunk {
     /// Its place in the memory, counted in chunks.
-    place: usize,
-    /// One bit for each page that is there.
-    pages: [u64; CHUNK_PAGES / 64],
+    pub(crate) place: usize,
+    /// The pages that are there,
+    pub(crate) pages: Bitmap,
+    /// and those of them that are zero: they take no memory.
+    pub(crate) zeros: Bitmap,
+}
+
+/// What pages hold.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Contents<'a> {
+    /// These bytes.
+    Bytes(&'a [u8]),
+    /// So many bytes that are all zero.
+    Zeros(usize),
 }
 
 impl Store {
     /// A store for up to `bytes` bytes of pages, each 2 MiB of addresses counting whole.
     pub fn new(bytes: u64) -> Result<Self, StoreError> {
-        let capacity = usize::try_from(bytes.div_ceil(CHUNK)).unwrap_or(usize::MAX).max(1);
-        let length = capacity.checked_mul(CHUNK_LENGTH).ok_or(StoreError::Full { chunks: capacity })?;
-        Ok(Self { memory: SparseMemory::new("podferry-pages", length)?, chunks: HashMap::new(), capacity })
+        let capacity = capacity(bytes);
+        Ok(Self { memory: SparseMemory::new("podferry-pages", length(capacity)?)?, chunks: HashMap::new(), capacity })
+    }
+
+    /// As [`Store::new`], with the pages in `file`, which has to be empty, readable and writable, and should lie on a tmpfs.
+    pub fn in_file(file: File, bytes: u64) -> Result<Self, StoreError> {
+        Self::with_chunks(file, capacity(bytes), HashMap::new())
+    }
+
+    pub(crate) fn with_chunks(
+        file: File,
+        capacity: usize,
+        chunks: HashMap<u64, Chunk>,
+    ) -> Result<Self, StoreError> {
+        Ok(Self { memory: SparseMemory::of(file, length(capacity)?)?, chunks, capacity })
+    }
+
+    /// How many chunks it can have, and those that it has, by their addresses divided by their size.
+    pub(crate) fn chunks(&self) -> (usize, &HashMap<u64, Chunk>) {
+        (self.capacity, &self.chunks)
     }
 
     /// Keeps pages; `contents` are those of the range.
@@ -65,22 +100,54 @@ impl Store {
             rest = later;
             let chunk = self.chunk(piece.start)?;
             let offset = chunk.place * CHUNK_LENGTH + within(piece.start);
-            chunk.mark(piece);
+            chunk.pages.set(bits(piece));
+            chunk.zeros.clear(bits(piece));
             self.memory.write(offset, now)?;
         }
         Ok(())
     }
 
+    /// Keeps pages that are zero. They take no memory, and what was kept of them takes none any more.
+    pub fn put_zero(&mut self, range: PageRange) -> Result<(), StoreError> {
+        for piece in pieces(range) {
+            let chunk = self.chunk(piece.start)?;
+            let before = *chunk;
+            chunk.pages.set(bits(piece));
+            chunk.zeros.set(bits(piece));
+            // A hole is punched only where something may lie: most zero pages were never anything else.
+            let mut others = before.pages.without(&before.zeros);
+            others.clear(0..bits(piece).start);
+            others.clear(bits(piece).end..BITS);
+            self.release(before.place, &others)?;
+        }
+        Ok(())
+    }
+
     /// The longest run of kept pages that begins here and is at most as long as the range; `None` when not even the first
-    /// page is there.
+    /// page is there. Of zero pages it may be less than there is.
     pub fn run(&self, range: PageRange) -> Option<&[u8]> {
+        match self.contents(range)? {
+            Contents::Bytes(bytes) => Some(bytes),
+            Contents::Zeros(length) => Some(&ZEROS[..length.min(ZEROS.len())]),
+        }
+    }
+
+    /// As [`Store::run`], of pages that are all zero or all not known to be.
+    pub(crate) fn contents(&self, range: PageRange) -> Option<Contents<'_>> {
         let piece = pieces(range).next()?;
         let chunk = self.chunks.get(&(piece.start / CHUNK))?;
-        let first = within(piece.start) / PAGE;
-        let most = usize::try_from(piece.pages()).unwrap_or(0);
-        let pages = (first..first + most).take_while(|page| chunk.has(*page)).count();
-        let offset = chunk.place * CHUNK_LENGTH + first * PAGE;
-        (pages > 0).then(|| self.memory.slice(offset, pages * PAGE))
+        let bits = bits(piece);
+        let there = chunk.pages.run_from(bits.start).min(bits.len());
+        if there == 0 {
+            return None;
+        }
+        let zeros = chunk.zeros.run_from(bits.start).min(there);
+        if zeros > 0 {
+            return Some(Contents::Zeros(zeros * PAGE));
+        }
+        let pages = chunk.zeros.gap_from(bits.start).min(there);
+        let offset = chunk.place * CHUNK_LENGTH + bits.start * PAGE;
+        Some(Contents::Bytes(self.memory.slice(offset, pages * PAGE)))
     }
 
     /// Of these, the pages that are not kept.
@@ -92,13 +159,13 @@ impl Store {
     /// All kept pages.
     #[must_use]
     pub fn ranges(&self) -> PageRanges {
-        let mut keys: Vec<&u64> = self.chunks.keys().collect();
+        let mut keys: Vec<u64> = self.chunks.keys().copied().collect();
         keys.sort_unstable();
         let mut all = PageRanges::new();
         for key in keys {
-            for page in (0..CHUNK_PAGES).filter(|page| self.chunks[key].has(*page)) {
-                let start = key * CHUNK + (page * PAGE) as u64;
-                all.push(PageRange::new(start, start + PAGE_SIZE));
+            let address = |page: usize| key * CHUNK + (page * PAGE) as u64;
+            for run in self.chunks[&key].pages.runs() {
+                all.push(PageRange::new(address(run.start), address(run.end)));
             }
         }
         all
@@ -106,17 +173,30 @@ impl Store {
 
     /// Forgets all pages but these, and gives the memory back.
     pub fn retain(&mut self, ranges: &PageRanges) -> Result<(), StoreError> {
-        for range in &self.ranges().difference(ranges) {
-            self.forget(range)?;
+        let mut wanted: HashMap<u64, Bitmap> = HashMap::with_capacity(self.chunks.len());
+        for piece in ranges.into_iter().flat_map(pieces) {
+            wanted.entry(piece.start / CHUNK).or_default().set(bits(piece));
         }
-        Ok(())
+        let mut released = Vec::new();
+        for (key, chunk) in &mut self.chunks {
+            let wanted = wanted.get(key).copied().unwrap_or_default();
+            let forgotten = chunk.pages.without(&wanted);
+            if forgotten.is_empty() {
+                continue;
+            }
+            chunk.pages = chunk.pages.without(&forgotten);
+            released.push((chunk.place, forgotten.without(&chunk.zeros)));
+            chunk.zeros = chunk.zeros.without(&forgotten);
+        }
+        released.into_iter().try_for_each(|(place, pages)| self.release(place, &pages))
     }
 
     /// Forgets pages and gives their memory back.
     pub fn forget(&mut self, range: PageRange) -> Result<(), StoreError> {
         for piece in pieces(range) {
             let Some(chunk) = self.chunks.get_mut(&(piece.start / CHUNK)) else { continue };
-            chunk.clear(piece);
+            chunk.pages.clear(bits(piece));
+            chunk.zeros.clear(bits(piece));
             let length = usize::try_from(piece.length()).unwrap_or(0);
             self.memory.release(chunk.place * CHUNK_LENGTH + within(piece.start), length)?;
         }
@@ -128,13 +208,31 @@ impl Store {
         Ok(self.memory.used()?)
     }
 
+    /// Gives memory back, of pages of one chunk.
+    fn release(&mut self, place: usize, pages: &Bitmap) -> Result<(), StoreError> {
+        for run in pages.runs() {
+            self.memory.release(place * CHUNK_LENGTH + run.start * PAGE, run.len() * PAGE)?;
+        }
+        Ok(())
+    }
+
     fn chunk(&mut self, address: u64) -> Result<&mut Chunk, StoreError> {
         let (key, place) = (address / CHUNK, self.chunks.len());
         if place >= self.capacity && !self.chunks.contains_key(&key) {
             return Err(StoreError::Full { chunks: self.capacity });
         }
-        Ok(self.chunks.entry(key).or_insert(Chunk { place, pages: [0; CHUNK_PAGES / 64] }))
+        let new = Chunk { place, pages: Bitmap::default(), zeros: Bitmap::default() };
+        Ok(self.chunks.entry(key).or_insert(new))
     }
+}
+
+/// Chunks that so many bytes take.
+fn capacity(bytes: u64) -> usize {
+    usize::try_from(bytes.div_ceil(CHUNK)).unwrap_or(usize::MAX).max(1)
+}
+
+fn length(capacity: usize) -> Result<usize, StoreError> {
+    capacity.checked_mul(CHUNK_LENGTH).ok_or(StoreError::Full { chunks: capacity })
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "4096")]
@@ -154,20 +252,6 @@ fn pieces(range: PageRange) -> impl Iterator<Item = PageRange> {
         start = end;
         piece
     })
-}
-
-impl Chunk {
-    fn has(&self, page: usize) -> bool {
-        self.pages[page / 64] >> (page % 64) & 1 == 1
-    }
-
-    fn mark(&mut self, piece: PageRange) {
-        bits(piece).for_each(|page| self.pages[page / 64] |= 1 << (page % 64));
-    }
-
-    fn clear(&mut self, piece: PageRange) {
-        bits(piece).for_each(|page| self.pages[page / 64] &= !(1 << (page % 64)));
-    }
 }
 
 fn bits(piece: PageRange) -> std::ops::Range<usize> {
@@ -220,6 +304,25 @@ mod tests {
         store.retain(&[range(10, 20), range(600, 700)].into_iter().collect()).unwrap();
         assert_eq!(store.used().unwrap(), 110 * PAGE_SIZE);
         assert_eq!(store.ranges().as_slice(), [range(10, 20), range(600, 700)]);
+    }
+
+    #[test]
+    fn zero_pages_take_no_memory_and_replace_what_was_kept() {
+        let mut store = Store::in_file(tempfile::tempfile().unwrap(), 8 << 20).unwrap();
+        let whole = range(500, 540);
+        store.put(whole, &contents(whole, 0)).unwrap();
+        store.put_zero(range(510, 600)).unwrap();
+        assert_eq!(store.used().unwrap(), 10 * PAGE_SIZE);
+        assert_eq!(store.ranges().as_slice(), [range(500, 600)]);
+        assert_eq!(store.contents(range(500, 600)), Some(Contents::Bytes(&contents(range(500, 510), 0))));
+        assert_eq!(store.contents(range(510, 512)), Some(Contents::Zeros(2 * PAGE)));
+        assert_eq!(store.run(range(512, 700)).unwrap(), &ZEROS[..]);
+        let again = range(511, 513);
+        store.put(again, &contents(again, 3)).unwrap();
+        assert_eq!(store.run(range(511, 512)).unwrap(), contents(range(511, 512), 3));
+        store.retain(&[range(505, 520)].into_iter().collect()).unwrap();
+        assert_eq!(store.used().unwrap(), 7 * PAGE_SIZE);
+        assert_eq!(store.ranges().as_slice(), [range(505, 520)]);
     }
 
     #[test]

@@ -9,6 +9,8 @@ use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create}
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 /// A memory file that is mapped whole, for reading.
+///
+/// Several processes may have it, of which one at a time uses it (see `pager`).
 #[derive(Debug)]
 pub(crate) struct SparseMemory {
     file: File,
@@ -25,10 +27,16 @@ unsafe impl Sync for SparseMemory {}
 impl SparseMemory {
     /// Memory of this length that takes nothing yet. The name appears in `/proc/PID/maps`.
     pub(crate) fn new(name: &str, length: usize) -> io::Result<Self> {
-        let file = File::from(memfd_create(name, MemfdFlags::CLOEXEC)?);
-        ftruncate(&file, length as u64)?;
+        Self::of(File::from(memfd_create(name, MemfdFlags::CLOEXEC)?), length)
+    }
+
+    /// Memory of this length that is what lies in a file. The file should be in memory, and grows to this length.
+    pub(crate) fn of(file: File, length: usize) -> io::Result<Self> {
+        if file.metadata()?.len() < length as u64 {
+            ftruncate(&file, length as u64)?;
+        }
         let flags = MapFlags::SHARED | MapFlags::NORESERVE;
-        // SAFETY: the kernel chooses an address that nothing else uses, and the file is as long as the mapping.
+        // SAFETY: the kernel chooses an address that nothing else uses, and the file is at least as long as the mapping.
         let start = unsafe { mmap(std::ptr::null_mut(), length, ProtFlags::READ, flags, &file, 0) }?;
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(Self { file, start, length })
@@ -38,7 +46,8 @@ impl SparseMemory {
     pub(crate) fn slice(&self, offset: usize, length: usize) -> &[u8] {
         assert!(offset.checked_add(length).is_some_and(|end| end <= self.length), "{offset}+{length} is outside");
         // SAFETY: the range is inside the mapping, which lives as long as `self` and is as long as the file, which never
-        // shrinks. Nobody writes while the slice lives: that takes `&mut self`, and no other process has the file.
+        // shrinks. Nobody writes while the slice lives: in this process that takes `&mut self`, and another process uses
+        // the file only after this one has handed it over or before it took it over.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr().add(offset), length) }
     }
 
