@@ -164,6 +164,11 @@ impl PartDirs {
         self.state.join("job.json")
     }
 
+    /// How far the pager is; there is none without pages that come later.
+    pub fn pager_status(&self) -> PathBuf {
+        self.state.join("pager.json")
+    }
+
     /// Where the dump worker listens.
     pub fn control_socket(&self) -> PathBuf {
         self.run.join("control")

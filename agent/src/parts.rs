@@ -52,6 +52,11 @@ pub enum Entry {
         /// Of which container, when that is known.
         workload: String,
     },
+    /// Its container runs here, and the rest of its memory is being laid in.
+    Filling {
+        /// Which container.
+        workload: String,
+    },
     /// It has ended.
     Ended(Standing),
 }
@@ -119,6 +124,11 @@ impl Parts {
         self.lock().insert(migration, Entry::Broken { workload: workload.to_owned() });
     }
 
+    /// Notes that a container runs, and waits for the rest of its memory.
+    pub fn filling(&self, migration: MigrationId, workload: &str) {
+        self.lock().insert(migration, Entry::Filling { workload: workload.to_owned() });
+    }
+
     /// Notes how a part ended.
     pub fn ended(&self, migration: MigrationId, standing: Standing) {
         self.lock().insert(migration, Entry::Ended(standing));
@@ -147,7 +157,10 @@ impl Part {
 impl Entry {
     fn workload(&self) -> Option<&str> {
         match self {
-            Self::Beginning { workload } | Self::Alive { workload, .. } | Self::Broken { workload } => Some(workload),
+            Self::Beginning { workload }
+            | Self::Alive { workload, .. }
+            | Self::Broken { workload }
+            | Self::Filling { workload } => Some(workload),
             Self::Ended(_) => None,
         }
     }
@@ -193,6 +206,10 @@ mod tests {
         assert_eq!(parts.alive(), 1);
         drop(reservation);
         drop(parts.reserve(second, "redis").unwrap());
+        parts.filling(second, "redis");
+        assert!(parts.reserve(MigrationId::new(), "redis").is_err(), "its memory is not there yet");
+        parts.ended(second, Standing::Resumed);
+        let second = MigrationId::new();
         parts.ended(first, Standing::Aborted);
         assert!(parts.reserve(first, "redis").is_err(), "an ended migration does not begin again");
         assert!(parts.get_or_abort(second).is_none());

@@ -21,7 +21,7 @@ use crate::context::Context;
 use crate::journal::{self, OperatorsWord, PartDirs, PartRecord, Role, Standing};
 use crate::parts::{Authority, Entry, Part, Parts};
 use crate::source::SourcePart;
-use crate::target::TargetPart;
+use crate::target::{TargetPart, fill};
 use crate::worker::client::Worker;
 use crate::worker::messages::WorkerRecord;
 use crate::worker::record;
@@ -47,6 +47,11 @@ pub async fn recover(context: &Context, parts: &Parts) {
     for record in records {
         if record.standing == Standing::Released && !record.tidied {
             SourcePart::resumed(context, record.clone(), None).tidy().await;
+        }
+        if record.standing == Standing::Resumed && fill::is_under_way(&PartDirs::of(&context.config, record.migration))
+        {
+            fill_behind(context, parts, record.migration, &record.workload);
+            continue;
         }
         if record.standing.is_last() {
             parts.ended(record.migration, record.standing);
@@ -116,7 +121,7 @@ async fn settle_sealed(context: &Context, parts: &Parts, part: &Part, migration:
             // The source must be dead before this copy runs: only the coordinator knows that, and the operator.
             (Some(Decision::Commit), Part::Target(target)) if word.is_some() => match target.resume().await {
                 Ok(_) => {
-                    parts.ended(migration, Standing::Resumed);
+                    fill_behind(context, parts, migration, target.workload());
                     return;
                 }
                 Err(failure) => tracing::error!(%migration, %failure, "a target cannot be let go"),
@@ -125,6 +130,19 @@ async fn settle_sealed(context: &Context, parts: &Parts, part: &Part, migration:
         }
         tokio::time::sleep(RETRY).await;
     }
+}
+
+/// Notes that a container runs; when the rest of its memory is still to come, it is watched until that is there.
+pub fn fill_behind(context: &Context, parts: &Parts, migration: MigrationId, workload: &str) {
+    let dirs = PartDirs::of(&context.config, migration);
+    if !fill::is_under_way(&dirs) {
+        dirs.wipe_volatile();
+        parts.ended(migration, Standing::Resumed);
+        return;
+    }
+    parts.filling(migration, workload);
+    let (context, parts) = (context.clone(), parts.clone());
+    tokio::spawn(async move { fill::watch(&context, &parts, migration).await });
 }
 
 /// Settles a part that has just been sealed, should the coordinator not do so soon.

@@ -108,6 +108,13 @@ pub(crate) fn unmount_state(state_dir: &Path) -> Result<(), Error> {
     }
 }
 
+/// The cgroup that a container will have once it is made from a bundle.
+pub fn cgroups_of_bundle(bundle: &Path, id: &str) -> Result<CgroupPaths, Error> {
+    let path = bundle.join("config.json");
+    let config = Spec::load(&path).map_err(|source| Error::Spec { path, source })?;
+    planned_cgroups(&config, id)
+}
+
 fn planned_cgroups(config: &Spec, id: &str) -> Result<CgroupPaths, Error> {
     let path = config.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
     CgroupPaths::of_spec(path.as_deref(), id)

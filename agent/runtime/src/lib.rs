@@ -22,6 +22,7 @@ pub use externals::{Externals, network_namespace};
 pub use freezer::{Freezer, FreezerState};
 pub use hook::criu_config;
 pub use host::{CgroupVersion, CpuFeatures, HostFacts};
+pub use leftovers::cgroups_of_bundle;
 pub use preflight::{DeletedFile, Facts, Finding, FindingKind, NetworkKind, Report, Severity, preflight};
 pub use restore::{CgroupsMode, RestoreRequest, RestoreStdio, RunningRestore};
 pub use runc::Runc;

@@ -25,7 +25,7 @@ use crate::journal::Standing;
 use crate::parts::{Authority, Entry, Part, Parts};
 use crate::recovery;
 use crate::source::{FreezeOrder, SourcePart};
-use crate::target::{PrepareOrder, TargetPart};
+use crate::target::{PrepareOrder, TargetPart, fill};
 
 /// The shortest and the longest deadline that is taken.
 const DEADLINES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(24 * 3600));
@@ -57,6 +57,10 @@ impl Agent {
             }
             Some(Entry::Ended(standing)) => {
                 let message = format!("this node's part of the migration has ended: {standing:?}");
+                Err(self.context.refusal(FailureCode::FailedPrecondition, message))
+            }
+            Some(Entry::Filling { .. }) => {
+                let message = "the container runs, and the rest of its memory is being laid in";
                 Err(self.context.refusal(FailureCode::FailedPrecondition, message))
             }
             Some(Entry::Broken { .. }) => Err(self.broken()),
@@ -92,6 +96,7 @@ impl Agent {
     fn ended(&self, migration: MigrationId) -> Option<Standing> {
         match self.parts.get(migration) {
             Some(Entry::Ended(standing)) => Some(standing),
+            Some(Entry::Filling { .. }) => Some(Standing::Resumed),
             _ => None,
         }
     }
@@ -207,7 +212,8 @@ impl Agent {
                 return Err(self.context.refusal(FailureCode::Unavailable, "the part is still being made"));
             }
             Some(Entry::Broken { .. }) => return Err(self.broken()),
-            Some(Entry::Ended(_)) | None => return Ok(()),
+            // Answered above.
+            Some(Entry::Filling { .. } | Entry::Ended(_)) | None => return Ok(()),
         }
         self.parts.ended(migration, Standing::Aborted);
         Ok(())
@@ -325,10 +331,11 @@ impl AgentService for Agent {
         let begun = Instant::now();
         let mut pid = 0;
         if self.ended(migration) != Some(Standing::Resumed) {
-            let (target, parts) = (self.target(migration)?, self.parts.clone());
+            let (target, parts, context) = (self.target(migration)?, self.parts.clone(), self.context.clone());
+            let workload = target.workload().to_owned();
             pid = to_its_end(async move {
                 let pid = target.resume().await?;
-                parts.ended(migration, Standing::Resumed);
+                recovery::fill_behind(&context, &parts, migration, &workload);
                 Ok(pid)
             })
             .await?;
@@ -339,7 +346,17 @@ impl AgentService for Agent {
 
     async fn fill(&self, request: Request<v1::FillRequest>) -> Result<Response<v1::FillResponse>, Status> {
         self.only_coordinator(&request)?;
-        Err(Status::unimplemented("no page of a container is laid in behind it yet"))
+        let migration = migration_of(&request.get_ref().migration_id)?;
+        if self.ended(migration) != Some(Standing::Resumed) {
+            // Says what it is instead.
+            self.part(migration)?;
+            let message = "the container has not been resumed yet";
+            return Err(self.context.refusal(FailureCode::FailedPrecondition, message).into_status());
+        }
+        let filled = fill::wait(&self.context, migration).await?;
+        #[expect(clippy::cast_precision_loss, reason = "below 2^52 ms")]
+        let fill_ms = filled.fill_ms as f64;
+        Ok(Response::new(v1::FillResponse { pages: filled.pages, faults: filled.faults, fill_ms }))
     }
 
     async fn abort(&self, request: Request<v1::AbortRequest>) -> Result<Response<v1::AbortResponse>, Status> {
@@ -359,6 +376,7 @@ impl AgentService for Agent {
             None => (PartState::Unknown, ""),
             Some(Entry::Beginning { .. } | Entry::Broken { .. }) => (PartState::Unspecified, ""),
             Some(Entry::Ended(standing)) => (convert::ended(standing), ""),
+            Some(Entry::Filling { .. }) => (PartState::Filling, "target"),
             Some(Entry::Alive { part: Part::Source(source), .. }) => (convert::source_state(&source), "source"),
             Some(Entry::Alive { part: Part::Target(target), .. }) => (convert::target_state(&target), "target"),
         };

@@ -9,6 +9,7 @@
 //! container runs: when a committed restore dies before that, it is done again from them.
 
 pub mod bundle;
+pub mod fill;
 pub mod hook;
 pub mod inbox;
 mod memory;
@@ -17,6 +18,7 @@ mod tests;
 
 use std::ffi::OsString;
 use std::fs;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
@@ -25,6 +27,7 @@ use podferry_common::MigrationId;
 use podferry_common::failure::{Failure, FailureCode, chain};
 use podferry_common::identity::Peer;
 use podferry_criu::CriuLog;
+use podferry_memory::handover::Handover;
 use podferry_network::{Announcer, ContainerLink, LinkHandle, Netns};
 use podferry_runtime::{CgroupsMode, RestoreRequest, RestoreStdio, RunningRestore};
 use tokio::sync::{Mutex, MutexGuard};
@@ -33,6 +36,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::context::{Context, blocking};
 use crate::journal::{Ledger, PartDirs, PartRecord, Role, Standing};
+use crate::pager;
+use crate::pager::messages::{PagedContainer, PagerJob};
 use crate::parts::Authority;
 use bundle::Bundle;
 use hook::{Hold, HookKeeper};
@@ -42,6 +47,8 @@ use inbox::{Arrival, Inbox};
 const LOOK: Duration = Duration::from_millis(2);
 /// How long a hook gets to answer.
 const HOOK_TIMEOUT: Duration = Duration::from_secs(5);
+/// Where CRIU asks for pages that come later, in its working directory.
+const LAZY_SOCKET: &str = "lazy-pages.socket";
 /// How long a restore that was told to abort, or to go, gets to end.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long runc gets to notice that its CRIU is dead.
@@ -236,6 +243,7 @@ impl TargetPart {
     }
 
     async fn start_restore(&self) -> Result<(), Failure> {
+        let lazy = self.start_pager().await?;
         let mut running = Arc::clone(&self.restore).lock_owned().await;
         if running.is_some() {
             return Err(self.refused(FailureCode::FailedPrecondition, "this migration is being restored", "restore"));
@@ -250,10 +258,50 @@ impl TargetPart {
             if cancelled.is_cancelled() {
                 return Err(context.refusal(FailureCode::Aborted, "the migration was aborted").in_phase("restore"));
             }
-            *running = Some(restore_from(&context, &bundle, &dirs, &order)?);
+            *running = Some(restore_from(&context, &bundle, &dirs, &order, lazy)?);
             Ok(())
         })
         .await
+    }
+
+    /// Starts whoever serves the pages that come later, when there are some. Says whether there are.
+    async fn start_pager(&self) -> Result<bool, Failure> {
+        if !Handover::is_there(&self.dirs.images) {
+            return Ok(false);
+        }
+        let context = &self.context;
+        let cgroups = podferry_runtime::cgroups_of_bundle(&self.bundle.dir, &self.workload).map_err(|error| {
+            let what = "the cgroup of the container that is restored cannot be named";
+            context.failure(FailureCode::Internal, what, &error).in_phase("restore")
+        })?;
+        let job = PagerJob {
+            migration: self.migration.to_string(),
+            handover: self.dirs.images.clone(),
+            status: self.dirs.pager_status(),
+            container: PagedContainer {
+                root: context.config.runc_root().to_owned(),
+                id: self.workload.clone(),
+                cgroups: cgroups.dirs().into_iter().map(Path::to_owned).collect(),
+            },
+        };
+        let socket = self.dirs.work.join(LAZY_SOCKET);
+        // That of an earlier restore.
+        let _none = fs::remove_file(&socket);
+        let listener = UnixListener::bind(&socket).map_err(|error| io_failed(context, &error))?;
+        let job_file = self.dirs.state.join("pager-job.json");
+        let log = self.dirs.state.join("pager.log");
+        let started = pager::client::start(&context.config.tools.pager, &job, &job_file, listener, &log).await;
+        started.map_err(|failure| failure.on(context.config.node.as_str()))?;
+        Ok(true)
+    }
+
+    /// Ends the pager of a restore that came to nothing.
+    async fn stop_pager(&self) -> Result<(), Failure> {
+        let status = self.dirs.pager_status();
+        if !status.is_file() {
+            return Ok(());
+        }
+        pager::client::stop(&status).await.map(drop).map_err(|failure| failure.on(self.context.config.node.as_str()))
     }
 
     async fn until_held(&self) -> Result<(), Failure> {
@@ -332,7 +380,10 @@ impl TargetPart {
         restore_mtu(&record);
         self.note(&mut record, |record| record.standing = Standing::Resumed)?;
         self.context.admissions.forget(self.migration);
-        self.dirs.wipe_volatile();
+        // Otherwise its pages are there until they are in place.
+        if !fill::is_under_way(&self.dirs) {
+            self.dirs.wipe_volatile();
+        }
         Ok(self.init_pid())
     }
 
@@ -393,6 +444,7 @@ impl TargetPart {
 
     async fn restore_again(&self, record: &PartRecord) -> Result<(), Failure> {
         self.clean_restore(self.patience()).await?;
+        self.stop_pager().await?;
         // Sockets of the dead copy may linger in its network namespace, and the next one needs their addresses.
         remove_network(&self.context, record).await?;
         make_network(&self.context, record).await?;
@@ -463,6 +515,7 @@ impl TargetPart {
         let patience = self.patience();
         self.hook.abort().await;
         self.clean_restore(patience).await?;
+        self.stop_pager().await?;
         remove(&self.context, &record, &self.bundle, &self.dirs).await?;
         self.note(&mut record, |record| record.standing = Standing::Aborted)
     }
@@ -533,6 +586,11 @@ impl TargetPart {
         container.filter(podferry_runtime::Container::is_alive).and_then(|now| now.init).map_or(0, |init| init.pid)
     }
 
+    /// runc's id of the container.
+    pub fn workload(&self) -> &str {
+        &self.workload
+    }
+
     /// Where the part stands.
     pub fn standing(&self) -> Standing {
         self.ledger.standing()
@@ -580,6 +638,7 @@ fn restore_from(
     bundle: &Bundle,
     dirs: &PartDirs,
     (workload, migration, keep_connections): &(String, MigrationId, bool),
+    lazy_pages: bool,
 ) -> Result<RunningRestore, Failure> {
     let failed = |what: &str, error: &(dyn std::error::Error + 'static)| {
         context.failure(FailureCode::Internal, what, error).in_phase("restore")
@@ -612,7 +671,7 @@ fn restore_from(
         stdio: RestoreStdio::Fds { stdin: stdio.stdin, stdout: stdio.stdout, stderr: stdio.stderr },
         tcp_established: *keep_connections,
         file_locks: true,
-        lazy_pages: false,
+        lazy_pages,
         cgroups_mode: CgroupsMode::Ignore,
         env: variables.into_iter().map(|(name, value)| (name.into(), value)).collect(),
         detach: true,
