@@ -180,11 +180,12 @@ impl World {
                 *part = Part::Finished;
                 true
             }
-            (Call::Release | Call::Fill, Part::Finished)
-            | (Call::Resume, Part::Filling | Part::Finished | Part::Lost) => true,
             (Call::Fill, Part::Lost) => return Some(Event::Failed(call, Failure::new(FailureCode::DataLoss, "lost"))),
-            // Nothing to undo; a call that comes late still makes a part.
-            (Call::PreflightSource | Call::PreflightTarget, _) | (Call::Abort(_), Part::None) => true,
+            // Repetitions; and nothing to undo, where a call that comes late still makes a part.
+            (Call::Release | Call::Fill, Part::Finished)
+            | (Call::Resume, Part::Filling | Part::Finished | Part::Lost)
+            | (Call::PreflightSource | Call::PreflightTarget, _)
+            | (Call::Abort(_), Part::None) => true,
             (Call::Abort(_), Part::Working | Part::Ready | Part::Sealed | Part::Undone) => {
                 *part = Part::Undone;
                 true

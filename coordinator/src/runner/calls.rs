@@ -202,9 +202,10 @@ impl Job {
     }
 
     fn needed_version(&self) -> u32 {
+        let wishes = Wishes { strategy: self.strategy, bandwidth_limit: self.bandwidth_limit };
         match self.call.side() {
-            Side::Source => Wishes { strategy: self.strategy, bandwidth_limit: self.bandwidth_limit }.of_source(),
-            Side::Target => Wishes { strategy: self.strategy, bandwidth_limit: self.bandwidth_limit }.of_target(),
+            Side::Source => wishes.of_source(),
+            Side::Target => wishes.of_target(),
         }
     }
 

@@ -79,7 +79,10 @@ impl Driver {
                 self.note_obstacle(call, &failure);
                 self.apply(Event::Failed(call, failure), at).await
             }
-            Input::Round(round) => self.take_round(round),
+            Input::Round(round) => {
+                self.take_round(round);
+                Ok(())
+            }
             Input::Converged { converged, at } => self.take_converged(&converged, at).await,
             Input::Frozen { freeze_ms, at } => {
                 self.meter.frozen(&mut self.record, at, freeze_ms);
@@ -98,13 +101,12 @@ impl Driver {
     }
 
     /// A round is shown at once, and written with the next state: a restart undoes what it belongs to.
-    fn take_round(&mut self, round: v1::Round) -> Result<(), StoreError> {
+    fn take_round(&mut self, round: v1::Round) {
         // One that comes late belongs to nothing any more.
         if self.record.state == State::PreCopying {
             Meter::round(&mut self.record, round);
             self.view.send_replace(self.record.clone());
         }
-        Ok(())
     }
 
     async fn take_converged(&mut self, converged: &v1::Converged, at: Instant) -> Result<(), StoreError> {
