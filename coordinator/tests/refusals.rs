@@ -61,7 +61,7 @@ async fn requests_that_cannot_be_served_say_why() {
     FAILED_PRECONDITION node b cannot take the workload: its architecture is aarch64, not x86_64 (on b, in preflight); what to do: name a node of the same architecture
     FAILED_PRECONDITION node b cannot take the workload: its CPU lacks avx2 (on b, in preflight); what to do: name a node whose CPU has all features of the source's
     RESOURCE_EXHAUSTED node b cannot take the workload: 128 MiB are needed for images, 1 MiB are free (on b, in preflight); what to do: name a node with more free memory
-    FAILED_PRECONDITION the agent of node b and this coordinator do not understand each other: no common protocol version: this side speaks 1 to 1, the other 8 to 9; update the older one (on b, in preflight); what to do: install the same version on both, or neighbouring ones
+    FAILED_PRECONDITION the agent of node b and this coordinator do not understand each other: no common protocol version: this side speaks 1 to 2, the other 8 to 9; update the older one (on b, in preflight); what to do: install the same version on both, or neighbouring ones
     NOT_FOUND workload redis: no node has a container "redis"; what to do: start it, or correct its container id in the inventory
     "#);
     world.stop_agent("c");
