@@ -16,7 +16,7 @@ use podferry_bench::{
     load::LoadReport,
     stage::{Interrupt, NODES, Program, Stage, Strategy},
 };
-use podferry_local::Options;
+use podferry_local::{Options, Place};
 
 /// Builds what a cluster is made of: cargo builds only this package's own programs for its tests.
 fn build_programs() {
@@ -40,6 +40,22 @@ fn stage() -> Stage {
     Stage::up_as("test-stage", &Interrupt::default(), Options::without_agents).expect("the cluster comes up")
 }
 
+/// What all clients of all workloads saw in this time.
+fn loaded(client: &Place, time: Duration) -> LoadReport {
+    let mut load = Vec::new();
+    for program in Program::ALL {
+        for &(kind, count) in program.clients() {
+            load.push(LoadProcess::start(client, kind, count, program.address()).unwrap());
+        }
+    }
+    std::thread::sleep(time);
+    let mut report = LoadReport::default();
+    for process in load {
+        report.merge(process.stop().unwrap());
+    }
+    report
+}
+
 #[test]
 fn workloads_in_containers_serve_the_client_side_and_leave_nothing() {
     let stage = stage();
@@ -48,20 +64,14 @@ fn workloads_in_containers_serve_the_client_side_and_leave_nothing() {
         stage.start(program, &stage.image(program).unwrap()).unwrap();
     }
     let before = clients::fill_redis(client, Program::Redis.address(), 2).unwrap();
-    let mut load = Vec::new();
-    for program in Program::ALL {
-        for &(kind, count) in program.clients() {
-            load.push(LoadProcess::start(client, kind, count, program.address()).unwrap());
-        }
-    }
-    std::thread::sleep(Duration::from_millis(500));
-    let mut report = LoadReport::default();
-    for process in load {
-        report.merge(process.stop().unwrap());
-    }
-    assert!(report.is_clean(), "{report:#?}");
-    assert_eq!(report.clients.len(), 7);
-    assert!(report.clients.iter().all(|client| client.requests > 20), "{report:#?}");
+    // Longer from time to time: the machine may be busy with other things.
+    let is_served = [500, 2_000, 8_000, 32_000].into_iter().any(|milliseconds| {
+        let report = loaded(client, Duration::from_millis(milliseconds));
+        assert!(report.is_clean(), "{report:#?}");
+        assert_eq!(report.clients.len(), 7);
+        report.clients.iter().all(|client| client.requests > 20)
+    });
+    assert!(is_served, "a client had next to no answers");
     // Not the memory in use: that changes with every connection.
     let after = clients::redis_state(client, Program::Redis.address()).unwrap();
     assert_eq!((after.digest, after.keys), (before.digest, before.keys));
@@ -116,7 +126,7 @@ fn an_interrupted_demo_takes_everything_away() {
         entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(&own)).count()
     };
     let since = Instant::now();
-    while namespaces() < 5 && since.elapsed() < Duration::from_secs(30) {
+    while namespaces() < 5 && since.elapsed() < Duration::from_secs(60) {
         std::thread::sleep(Duration::from_millis(10));
     }
     let (up, folder) = (namespaces(), folders());

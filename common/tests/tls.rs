@@ -282,13 +282,13 @@ fn leaf(stream: &tls::TlsStream<TcpStream>) -> Vec<u8> {
 }
 
 async fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    for _ in 0..200 {
+    for _ in 0..600 {
         if holds() {
             return;
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    panic!("not within 10 s: {what}");
+    panic!("not within 30 s: {what}");
 }
 
 #[tokio::test]
@@ -377,7 +377,7 @@ async fn garbage_and_silence_on_the_port_do_not_stop_the_server() {
     let started = std::time::Instant::now();
     let channel = tls::connect(&addr.to_string(), &coordinator, &agent("n1")).await.unwrap();
     ask(channel).await.unwrap();
-    assert!(started.elapsed() < tls::HANDSHAKE_TIMEOUT / 2, "{:?}", started.elapsed());
+    assert!(started.elapsed() < tls::HANDSHAKE_TIMEOUT, "{:?}", started.elapsed());
 
     // The handler sees who calls, and may refuse.
     let alice = cluster.identity(&Peer::client("alice").unwrap());
@@ -422,7 +422,7 @@ async fn a_dropped_stream_closes_its_port() {
     let incoming = Incoming::new(listener, &identity);
     let addr = incoming.local_addr().unwrap();
     drop(incoming);
-    for _ in 0..100 {
+    for _ in 0..1000 {
         if TcpStream::connect(addr).await.is_err() {
             return;
         }

@@ -355,6 +355,10 @@ fn what_was_put_in_from_outside_is_told() {
     let mut exec = Command::new(lab::tools().join("bin/runc"));
     exec.arg("--root").arg(lab.runc.root()).args(["exec", "--detach", &lab.id, "/bin/sleep", "1000"]);
     assert!(exec.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success());
+    // runc returns a moment before its own process has become the program.
+    let is_program =
+        |pid: &i32| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with("bin/busybox"));
+    wait_for("the program to start", || lab.container().processes().unwrap().iter().all(is_program));
     let report = preflight(&lab.container()).unwrap();
     assert_eq!(finding(&report, FindingKind::OutsideTree).severity, Severity::Warning);
     assert!(report.can_be_dumped(), "{report:?}");

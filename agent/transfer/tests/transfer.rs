@@ -130,14 +130,15 @@ async fn a_slow_store_slows_the_sender_and_memory_stays_bounded() {
             writer.close_blocking().unwrap();
         }
     });
-    // Until nothing moves any more: windows and queues are full.
-    let mut before = u64::MAX;
-    while sender.stats().raw_bytes != before {
+    // Until it has begun and nothing moves any more: windows and queues are full.
+    let (begun, mut before) = (Instant::now(), 0);
+    while before <= 1 << 20 || sender.stats().raw_bytes != before {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{before} bytes under way");
         before = sender.stats().raw_bytes;
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
     let under_way = 64 << 20;
-    assert!(before > 1 << 20 && before < under_way, "{before} bytes under way");
+    assert!(before < under_way, "{before} bytes under way");
     assert!(pool.shared() < 16, "{} buffers", pool.shared());
     cluster.store.stuck.store(false, Ordering::Relaxed);
     tokio::task::spawn_blocking(|| thread.join().unwrap()).await.unwrap();

@@ -19,7 +19,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -72,17 +72,30 @@ pub struct LoadOptions {
     pub clients: u32,
 }
 
-/// Counts the clients that have had an answer, or have ended without one.
+/// Counts the clients that have had an answer, or have ended without one, and the requests of each.
 #[derive(Debug)]
 pub struct Readiness {
     missing: AtomicU32,
     notify: Notify,
+    requests: Vec<AtomicU64>,
 }
 
 impl Readiness {
     /// Nobody of `clients` is ready yet.
     pub fn new(clients: u32) -> Arc<Self> {
-        Arc::new(Self { missing: AtomicU32::new(clients), notify: Notify::new() })
+        let requests = (0..clients).map(|_| AtomicU64::new(0)).collect();
+        Arc::new(Self { missing: AtomicU32::new(clients), notify: Notify::new(), requests })
+    }
+
+    /// How many requests each client is done with, whatever came of them.
+    pub fn requests(&self) -> Vec<u64> {
+        self.requests.iter().map(|requests| requests.load(Ordering::Acquire)).collect()
+    }
+
+    fn request_done(&self, client: u32) {
+        if let Some(requests) = usize::try_from(client).ok().and_then(|client| self.requests.get(client)) {
+            requests.fetch_add(1, Ordering::Release);
+        }
     }
 
     fn one_more(&self) {
@@ -108,10 +121,14 @@ pub async fn run(options: LoadOptions, stop: CancellationToken, ready: Arc<Readi
             let recorder = Recorder::new(options.kind, number);
             let target = options.target;
             match options.kind {
-                Kind::Catalogue => drive(catalogue::CatalogueClient::new(target, number), recorder, stop, ready).await,
-                Kind::Cart => drive(cart::CartClient::new(target, number), recorder, stop, ready).await,
-                Kind::Feed => drive(feed::FeedClient::new(target), recorder, stop, ready).await,
-                Kind::Redis => drive(redis_client::RedisClient::new(target, number), recorder, stop, ready).await,
+                Kind::Catalogue => {
+                    drive(catalogue::CatalogueClient::new(target, number), number, recorder, stop, ready).await
+                }
+                Kind::Cart => drive(cart::CartClient::new(target, number), number, recorder, stop, ready).await,
+                Kind::Feed => drive(feed::FeedClient::new(target), number, recorder, stop, ready).await,
+                Kind::Redis => {
+                    drive(redis_client::RedisClient::new(target, number), number, recorder, stop, ready).await
+                }
             }
         });
     }
@@ -139,11 +156,12 @@ impl Drop for TellReady {
 
 async fn drive<C: Client>(
     mut client: C,
+    number: u32,
     mut recorder: Recorder,
     stop: CancellationToken,
-    ready: Arc<Readiness>,
+    readiness: Arc<Readiness>,
 ) -> ClientReport {
-    let mut ready = TellReady(Some(ready));
+    let mut ready = TellReady(Some(Arc::clone(&readiness)));
     let mut connected = open(&mut client, &mut recorder).await;
     let mut pace = tokio::time::interval(PACE);
     pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -163,6 +181,7 @@ async fn drive<C: Client>(
                 }
             }
         }
+        readiness.request_done(number);
     }
     let end = Instant::now();
     if connected {

@@ -131,9 +131,11 @@ impl RedisClient {
                     self.counter = came;
                 }
             }
-            Write::Set(index) => {
-                let _: () = self.connection()?.set(self.key(index), content(self.value(index))).await.map_err(fault)?;
-            }
+            // Back to what it was, which may be nothing.
+            Write::Set(index) => match self.value(index) {
+                0 => self.connection()?.del(self.key(index)).await.map_err(fault)?,
+                value => self.connection()?.set(self.key(index), content(value)).await.map_err(fault)?,
+            },
         }
         Ok(())
     }

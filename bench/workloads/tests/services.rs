@@ -234,7 +234,7 @@ fn sigterm_ends_the_service_at_once_even_with_a_connection_open() {
     let _connection = std::net::TcpStream::connect(service.address).unwrap();
     kill(Pid::from_raw(service.child.id().try_into().unwrap()), Signal::SIGTERM).unwrap();
     let asked = Instant::now();
-    while asked.elapsed() < Duration::from_secs(5) {
+    while asked.elapsed() < Duration::from_secs(30) {
         if let Some(status) = service.child.try_wait().unwrap() {
             assert!(status.success());
             return;

@@ -145,7 +145,7 @@ impl Stage {
             if left.is_empty() {
                 return;
             }
-            assert!(begun.elapsed() < Duration::from_secs(20), "left {when}: {left:#?}\n{}", self.logs());
+            assert!(begun.elapsed() < PATIENCE, "left {when}: {left:#?}\n{}", self.logs());
             std::thread::sleep(Duration::from_millis(100));
         }
     }

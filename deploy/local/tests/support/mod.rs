@@ -119,7 +119,7 @@ impl Stage {
 
     /// The census once it does not change any more for a second.
     pub(crate) fn settled_census(&self) -> Census {
-        let end = Instant::now() + Duration::from_secs(30);
+        let end = Instant::now() + Duration::from_secs(60);
         let mut last = self.census();
         loop {
             thread::sleep(Duration::from_secs(1));
@@ -133,9 +133,9 @@ impl Stage {
         }
     }
 
-    /// Fails unless the cluster comes to hold what it held before within 20 s. `meant` are changes that may be.
+    /// Fails unless the cluster comes to hold what it held before within a minute. `meant` are changes that may be.
     pub(crate) fn assert_census(&self, before: &Census, meant: impl Fn(&Change) -> bool) {
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + Duration::from_secs(60);
         loop {
             let changes = before.difference(&self.census()).changes;
             let left = Difference { changes: changes.into_iter().filter(|change| !meant(change)).collect() };
@@ -147,10 +147,10 @@ impl Stage {
         }
     }
 
-    /// A connection from the client side, retried until somebody listens, at most 20 s.
+    /// A connection from the client side, retried until somebody listens, at most a minute.
     pub(crate) fn connect(&self, address: SocketAddr) -> Line {
         let connecting = || connect_from(self.cluster.client(), address);
-        let stream = eventually(Duration::from_secs(20), || {
+        let stream = eventually(Duration::from_secs(60), || {
             connecting().map_err(|error| format!("{address} does not answer: {error}"))
         });
         Line::new(stream)
