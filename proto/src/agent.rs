@@ -85,13 +85,12 @@
 //!
 //! A call that does not fit the part's state is refused with `FAILED_PRECONDITION` and changes nothing: `Fill` before `Resume`
 //! is such a call, and `Abort` once the container runs. Seal, Release, Resume, Fill and Abort may be repeated: the answer to a
-//! repetition is the answer to the first. `Abort` for an unknown
-//! migration succeeds (there is nothing to undo) and keeps it from beginning later; every other call for an unknown one is
-//! answered with `NOT_FOUND`. A second `Prepare` or `Freeze` of the same workload while a part of it lives: `ALREADY_EXISTS`.
+//! repetition is the answer to the first. `Abort` for an unknown migration succeeds (there is nothing to undo) and keeps it from
+//! beginning later; every other call for an unknown one is answered with `NOT_FOUND`. A second `Prepare` or `Freeze` of the same workload while a part of it lives: `ALREADY_EXISTS`.
 //!
 //! # Limits
 //!
 //! Messages: at most 4 MiB. Ids at most 64 bytes, names at most 63, `reason` is cut to 1 KiB. A deadline is between 1 s
 //! and 24 h; what is outside is clamped. Pre-copy: a downtime budget above 0, 1 to 100 rounds; a coordinator asks for 1 ms to
-//! 60 s and at most 30 rounds, and for a bandwidth limit of 0 or at least 64 KiB per second. A link has at most 16 addresses and 64 routes. A
-//! word of `features` is ASCII, at most 64 bytes, and ignored by whoever does not know it.
+//! 60 s and at most 30 rounds, and for a bandwidth limit of 0 or at least 64 KiB per second. A link has at most 16 addresses and
+//! 64 routes. A word of `features` is ASCII, at most 64 bytes, and ignored by whoever does not know it.

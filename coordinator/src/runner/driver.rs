@@ -15,7 +15,7 @@ use super::calls::{Answer, Input, Job, Surroundings, describe, keeps_connections
 use super::meter::Meter;
 use super::{Shared, blocking};
 use crate::migration::{Call, Command, Durability, Event, Phase, State};
-use crate::store::{Record, StoreError};
+use crate::store::{Record, StoreError, told};
 
 /// The pause before the first repetition; doubled for each further one.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -143,7 +143,7 @@ impl Driver {
             }
             Answer::Target(findings) => findings.iter().for_each(|finding| report.note(describe(finding))),
             Answer::Transferred(sent) => Meter::transferred(&mut self.record, &sent),
-            Answer::Restored(restore_ms) => report.timings.restore = restore_ms,
+            Answer::Restored(restore_ms) => report.timings.restore = told(restore_ms),
             Answer::Filled(filled) => Meter::filled(&mut self.record, filled),
             Answer::Done if call == Call::Resume => self.meter.resumed(&mut self.record, at),
             Answer::Done => {}

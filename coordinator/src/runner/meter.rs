@@ -7,7 +7,7 @@ use podferry_proto::v1;
 use tokio::time::Instant;
 
 use crate::migration::Phase;
-use crate::store::{Record, Round};
+use crate::store::{Record, Round, told};
 
 /// Times one migration.
 pub(super) struct Meter {
@@ -38,14 +38,14 @@ impl Meter {
         self.frozen.get_or_insert(at);
         let ago = jiff::SignedDuration::try_from(at.elapsed()).unwrap_or_default();
         record.frozen_at.get_or_insert(Timestamp::now() - ago);
-        record.report.timings.freeze = freeze_ms;
+        record.report.timings.freeze = told(freeze_ms);
     }
 
     /// The source has sent everything.
     pub(super) fn transferred(record: &mut Record, sent: &v1::Transferred) {
         let report = &mut record.report;
-        report.timings.dump = sent.dump_ms;
-        report.timings.transfer = sent.transfer_ms;
+        report.timings.dump = told(sent.dump_ms);
+        report.timings.transfer = told(sent.transfer_ms);
         report.wire_bytes = sent.wire_bytes;
         report.progress.raw_bytes = sent.raw_bytes;
         report.progress.wire_bytes = sent.wire_bytes;
@@ -55,7 +55,7 @@ impl Meter {
                 pages: sent.pages,
                 raw_bytes: sent.raw_bytes,
                 wire_bytes: sent.wire_bytes,
-                duration_ms: sent.dump_ms + sent.transfer_ms,
+                duration_ms: report.timings.dump + report.timings.transfer,
                 ..Round::default()
             }),
             None => {}
@@ -76,7 +76,7 @@ impl Meter {
     /// The target has all of its memory.
     pub(super) fn filled(record: &mut Record, filled: v1::FillResponse) {
         let v1::FillResponse { pages, faults, fill_ms } = filled;
-        record.report.timings.fill = fill_ms;
+        record.report.timings.fill = told(fill_ms);
         if pages > 0 {
             record.report.note(format!(
                 "{pages} pages were laid in behind the running container, which had to wait for one {faults} times"

@@ -11,4 +11,5 @@ mod database;
 mod record;
 
 pub use database::{Conflict, FILE_NAME, HistoryEntry, Store, StoreError};
+pub(crate) use record::told;
 pub use record::{Progress, Record, Report, Round, Timings};

@@ -261,6 +261,13 @@ fn cut(mut text: String, bytes: usize) -> String {
     text
 }
 
+/// A number that an agent told, as it can be recorded: JSON has neither infinity nor what is no number, and a record with
+/// one could not be read any more.
+pub(crate) fn told(number: f64) -> f64 {
+    const MOST: f64 = 1e12;
+    if number.is_nan() { 0.0 } else { number.clamp(0.0, MOST) }
+}
+
 impl Round {
     fn to_wire(self) -> v1::Round {
         v1::Round {
@@ -280,9 +287,9 @@ impl From<v1::Round> for Round {
             pages: round.pages,
             raw_bytes: round.raw_bytes,
             wire_bytes: round.wire_bytes,
-            duration_ms: round.duration_ms,
-            dirty_rate: round.dirty_rate,
-            predicted_ms: round.predicted_ms,
+            duration_ms: told(round.duration_ms),
+            dirty_rate: told(round.dirty_rate),
+            predicted_ms: told(round.predicted_ms),
         }
     }
 }
@@ -388,6 +395,19 @@ mod tests {
         assert_eq!((shown.reason.as_str(), record.place().as_str()), ("a page is gone (on b)", "b"));
         record.state = State::Filling;
         assert_eq!((record.to_wire().phase(), record.place().as_str()), (v1::Phase::Fill, "b"));
+    }
+
+    #[test]
+    fn whatever_number_an_agent_tells_the_record_can_be_read_again() {
+        for number in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1.0, 14.5] {
+            let round =
+                v1::Round { duration_ms: number, dirty_rate: number, predicted_ms: number, ..v1::Round::default() };
+            let mut record = testing::record("cart", "a", "b");
+            record.report.rounds.push(round.into());
+            let text = serde_json::to_string(&record).unwrap();
+            assert_eq!(serde_json::from_str::<Record>(&text).unwrap(), record, "{number}");
+        }
+        assert_eq!((told(14.5).to_bits(), told(-1.0).to_bits()), (14.5_f64.to_bits(), 0.0_f64.to_bits()));
     }
 
     #[test]

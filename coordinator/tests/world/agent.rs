@@ -246,6 +246,9 @@ impl AgentService for Agent {
         let after = self.enter("Prepare").await?;
         let PrepareRequest { migration_id, workload, deadline_ms, .. } = request.into_inner();
         assert!(deadline_ms >= 5_000, "an unsealed part outlives the phases before its seal");
+        if self.part(&migration_id).is_some() {
+            return Err(refused("prepared or ended already"));
+        }
         if self.shared.lock().nodes[&self.node].containers.contains_key(&workload) {
             return Err(refused("the container is there"));
         }
@@ -260,7 +263,7 @@ impl AgentService for Agent {
         let (events, stream) = mpsc::channel(8);
         let after = self.enter("Freeze").await?;
         if self.part(&request.migration_id).is_some() {
-            return Err(refused("frozen already"));
+            return Err(refused("frozen or ended already"));
         }
         let (part, copy) = match &request.pre_copy {
             Some(_) => (Part::PreCopying, Copy::Running),
@@ -356,7 +359,8 @@ impl AgentService for Agent {
                 self.set(&id, &container, Part::Over, Some(Copy::Running));
             }
             Some((Some(Copy::Held) | None, container)) => self.set(&id, &container, Part::Over, None),
-            None => {}
+            // A call that comes late must not begin it.
+            None => self.set(&id, "", Part::Over, None),
         }
         after.answer(AbortResponse {})
     }
