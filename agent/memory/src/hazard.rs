@@ -75,7 +75,8 @@ impl fmt::Display for Hazard {
 
 /// Looks for what may write to a process's memory without a mark. Gives the first it finds.
 ///
-/// Takes about 4 µs for each open file, and 2 µs for each other descriptor.
+/// Takes about 15 µs for each open file, and 5 µs for each other descriptor, half of it in opening `fdinfo`. What is faster,
+/// `pidfd_getfd(2)`, ends with a close(2), which some file systems answer by writing back or asking a server.
 pub fn of(process: Pid) -> io::Result<Option<Hazard>> {
     if let Some(found) = mapped(process, &maps::read(process)?) {
         return Ok(Some(found));
