@@ -62,13 +62,13 @@ impl fmt::Display for Hazard {
         write!(f, "process {} ", self.process)?;
         match &self.kind {
             HazardKind::DirectIo { fd, path } => {
-                write!(f, "has {path} open for direct I/O (O_DIRECT) as descriptor {fd}")?
+                write!(f, "has {path} open for direct I/O (O_DIRECT) as descriptor {fd}")
             }
-            HazardKind::IoUring { fd: Some(fd) } => write!(f, "uses io_uring through descriptor {fd}")?,
-            HazardKind::IoUring { fd: None } => write!(f, "uses io_uring")?,
-            HazardKind::Aio => write!(f, "has a context for asynchronous I/O (io_setup)")?,
-            HazardKind::Pinned { kib } => write!(f, "has {kib} KiB of memory pinned for devices")?,
-        }
+            HazardKind::IoUring { fd: Some(fd) } => write!(f, "uses io_uring through descriptor {fd}"),
+            HazardKind::IoUring { fd: None } => write!(f, "uses io_uring"),
+            HazardKind::Aio => write!(f, "has a context for asynchronous I/O (io_setup)"),
+            HazardKind::Pinned { kib } => write!(f, "has {kib} KiB of memory pinned for devices"),
+        }?;
         write!(f, ", which may write to its memory without the kernel telling of it")
     }
 }
