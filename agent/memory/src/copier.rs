@@ -29,9 +29,9 @@ pub struct Batch<'a> {
 pub struct Copied {
     /// Pages that were read.
     pub pages: u64,
-    /// Pages that could not be read. When they are there again, [`Tracker::tell_again`] has to tell them.
+    /// Pages that could not be read. When they are there again, [`WriteTracker::tell_again`] has to tell them.
     ///
-    /// [`Tracker::tell_again`]: crate::tracker::Tracker::tell_again
+    /// [`WriteTracker::tell_again`]: crate::tracker::WriteTracker::tell_again
     pub vanished: PageRanges,
 }
 
@@ -53,12 +53,14 @@ impl Copier {
     }
 
     /// Reads all pages and hands them over batch by batch. Pages that vanish meanwhile are left out: the process unmapped
-    /// them, and what is there then is written anew.
+    /// them, and what is there then is written anew. Of one that ended, all are.
     pub fn read<E: From<io::Error>>(
         &mut self,
         ranges: &PageRanges,
         mut take: impl FnMut(Batch<'_>) -> Result<(), E>,
     ) -> Result<Copied, E> {
+        // Anew each time: an open one stays with the memory of the program that ran then (execve(2)).
+        self.memory = None;
         let mut copied = Copied::default();
         let mut pieces = Pieces::new(ranges);
         loop {
@@ -90,7 +92,14 @@ impl Copier {
     fn fill_page_by_page(&mut self, vanished: &mut PageRanges) -> io::Result<usize> {
         let memory = match &mut self.memory {
             Some(memory) => memory,
-            none => none.insert(File::open(format!("/proc/{}/mem", self.process))?),
+            none => match File::open(format!("/proc/{}/mem", self.process)) {
+                Ok(memory) => none.insert(memory),
+                Err(error) if is_gone(&error) => {
+                    self.ranges.drain(..).for_each(|range| vanished.push(range));
+                    return Ok(0);
+                }
+                Err(error) => return Err(error),
+            },
         };
         let mut there = PageRanges::new();
         let mut length = 0;
@@ -114,8 +123,10 @@ impl Copier {
 #[expect(clippy::cast_possible_truncation, reason = "4096")]
 const PAGE: usize = PAGE_SIZE as usize;
 
+/// Whether an address is not mapped, or the process has ended, or is between two programs.
 fn is_gone(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::UnexpectedEof || error.raw_os_error() == Some(libc::EIO)
+    let gone = [libc::EIO, libc::ESRCH, libc::ENOENT];
+    error.kind() == io::ErrorKind::UnexpectedEof || error.raw_os_error().is_some_and(|error| gone.contains(&error))
 }
 
 /// Reads as much as can be read without a gap.
@@ -123,7 +134,7 @@ fn read_ranges(process: Pid, ranges: &[PageRange], buffer: &mut [u8]) -> io::Res
     let remote: Vec<RemoteIoVec> = ranges.iter().map(|range| remote(range.start, range.length())).collect();
     match process_vm_readv(process, &mut [IoSliceMut::new(buffer)], &remote) {
         Ok(length) => Ok(length),
-        Err(Errno::EFAULT) => Ok(0),
+        Err(Errno::EFAULT | Errno::ESRCH) => Ok(0),
         Err(error) => Err(error.into()),
     }
 }

@@ -9,6 +9,7 @@
 //! ```
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -228,6 +229,7 @@ fn freeze_and_restore(
     let session = Session::start_with(&tools::criu()?, inherit, environment)?;
     let last = LastRound::begin(root, followed);
     let mut freeze = Freeze {
+        root,
         folder,
         last,
         pages: Some(pages),
@@ -309,6 +311,7 @@ fn last_rounds(followed: Vec<Followed>) -> Last {
 }
 
 struct Freeze<'a> {
+    root: Pid,
     folder: &'a Path,
     last: LastRound,
     pages: Option<JoinHandle<Result<Images, podferry_criu::CriuError>>>,
@@ -353,6 +356,12 @@ impl Freeze<'_> {
             }
             kept.insert(process.member.inner, Kept { store: process.store, lazy });
             trackers.push(process.tracker);
+        }
+        // CRIU asks for the memory of all processes, also of those that it dumped itself.
+        for member in tree::members(self.root) {
+            if let Entry::Vacant(unknown) = kept.entry(member.inner) {
+                unknown.insert(Kept { store: Store::new(0)?, lazy: PageRanges::new() });
+            }
         }
         let listener = self.listener.take().ok_or_else(missing)?;
         self.pager = Some(thread::spawn(move || Pager::serve(&listener, kept)));

@@ -6,6 +6,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use podferry_engine_bench::error::Error;
 use podferry_engine_bench::live;
 use podferry_engine_bench::observer::Observer;
 use podferry_engine_bench::tools::built;
@@ -18,7 +19,13 @@ fn other(name: &'static str) -> PathBuf {
 }
 
 fn churn(threads: u32, children: u32) -> Victim {
-    let victim = Victim::start(&other("podferry-memory-churn"), &[threads.to_string(), children.to_string()]).unwrap();
+    churn_with(threads, children, &[])
+}
+
+fn churn_with(threads: u32, children: u32, options: &[&str]) -> Victim {
+    let mut arguments = vec![threads.to_string(), children.to_string()];
+    arguments.extend(options.iter().map(ToString::to_string));
+    let victim = Victim::start(&other("podferry-memory-churn"), &arguments).unwrap();
     std::thread::sleep(Duration::from_millis(300));
     victim
 }
@@ -83,4 +90,32 @@ fn a_restore_that_fails_leaves_the_process_running_with_all_it_has() {
     victim.check().unwrap();
     live::migrate(&mut victim, true).unwrap();
     victim.check().unwrap();
+}
+
+#[test]
+fn a_process_that_becomes_itself_anew_all_the_time_is_migrated_or_runs_on() {
+    let mut victim = churn_with(1, 0, &["--exec", "150"]);
+    let mut migrated = 0;
+    for _ in 0..8 {
+        match live::migrate(&mut victim, true) {
+            Ok(_) => migrated += 1,
+            // It ran another program after it was decided what CRIU does not see, or while CRIU stopped it.
+            Err(Error::Moved(_) | Error::Criu(_)) => {}
+            Err(error) => panic!("{error}"),
+        }
+        assert_is_well(&victim);
+    }
+    assert!(migrated > 0);
+}
+
+#[test]
+fn a_process_that_reads_directly_is_left_to_criu() {
+    let file = std::env::temp_dir().join(format!("podferry-direct-{}", std::process::id()));
+    let mut victim = churn_with(1, 0, &["--direct", file.to_str().unwrap()]);
+    for _ in 0..3 {
+        let migrated = live::migrate(&mut victim, true).unwrap();
+        assert_eq!(migrated.rounds.iter().sum::<u64>(), 0, "{migrated:?}");
+        assert_is_well(&victim);
+    }
+    fs::remove_file(&file).unwrap();
 }

@@ -309,15 +309,13 @@ fn set_up_aio() {
     }
 }
 
-/// Begins what an option says; `value` gives what stands behind it.
-fn begin(option: &str, value: &mut dyn FnMut() -> String) {
+/// Begins what an option says; `value` gives what stands behind it. Gives after how long to become itself anew, which is for the first
+/// thread: done by another one, the process looks as if it had ended for a moment.
+fn begin(option: &str, value: &mut dyn FnMut() -> String) -> Option<Duration> {
     match option {
         "--fork" => drop(std::thread::spawn(|| fork_all_the_time())),
         "--spawn" => drop(std::thread::spawn(|| spawn_all_the_time())),
-        "--exec" => {
-            let after = Duration::from_millis(value().parse().unwrap());
-            drop(std::thread::spawn(move || become_itself_anew(after)));
-        }
+        "--exec" => return Some(Duration::from_millis(value().parse().unwrap())),
         "--direct" => {
             let path = value();
             drop(std::thread::spawn(move || read_directly(&path)));
@@ -325,6 +323,7 @@ fn begin(option: &str, value: &mut dyn FnMut() -> String) {
         "--aio" => set_up_aio(),
         _ => fail(&format!("there is no option {option}")),
     }
+    None
 }
 
 fn main() {
@@ -334,8 +333,10 @@ fn main() {
     let number = |index: usize| numbers.get(index).map_or(0, |number| number.parse().unwrap());
     let (threads, children): (u64, u64) = (number(0), number(1));
     let mut options = options.iter().cloned();
+    let mut anew = None;
     while let Some(option) = options.next() {
-        begin(&option, &mut || options.next().unwrap_or_else(|| fail(&format!("{option} needs a value"))));
+        anew =
+            anew.or(begin(&option, &mut || options.next().unwrap_or_else(|| fail(&format!("{option} needs a value")))));
     }
     fs::File::create(sign).unwrap();
     println!("ready");
@@ -345,6 +346,9 @@ fn main() {
         std::thread::spawn(move || fail(&format!("a child ended: {:?}", child.wait())));
     }
     let workers: Vec<_> = (0..threads).map(|number| std::thread::spawn(move || work(number))).collect();
+    if let Some(after) = anew {
+        become_itself_anew(after);
+    }
     for worker in workers {
         if worker.join().is_err() {
             fail("a thread panicked");

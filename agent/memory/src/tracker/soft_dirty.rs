@@ -67,7 +67,10 @@ impl SoftDirtyTracker {
                 }),
                 None => self.pagemap.read(range, &mut |run, dirty| marked.push(run, dirty)),
             };
-            looked.map_err(|source| TrackError::Scan { process, range, source })?;
+            looked.map_err(|source| match source.raw_os_error() {
+                Some(libc::ESRCH) => TrackError::Ended { process },
+                _ => TrackError::Scan { process, range, source },
+            })?;
         }
         Ok(marked)
     }

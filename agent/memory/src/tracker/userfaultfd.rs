@@ -181,6 +181,10 @@ impl UserfaultfdTracker {
     }
 
     fn scan_error(&self, range: PageRange, source: io::Error) -> TrackError {
+        // The memory that was looked at is gone: newer kernels say so, in the midst of a scan too.
+        if source.raw_os_error() == Some(libc::ESRCH) {
+            return self.is_replaced();
+        }
         TrackError::Scan { process: self.process, range, source }
     }
 }
