@@ -184,7 +184,7 @@ pub fn migrate_with(victim: &mut Victim, verify: bool, pager: &mut dyn Paging) -
     let socket = folder.join("restore/lazy-pages.socket");
     let listener = UnixListener::bind(&socket).map_err(file("listen at", &socket))?;
     migrated.pre_copy = begun.elapsed();
-    let restoring = Restoring { folder: &folder, cgroup: victim.cgroup(), listener: Some(listener), pager, verify };
+    let restoring = Restoring { folder: &folder, cgroup: victim.cgroup(), listener: Some(listener), pager: &mut *pager, verify };
     let pid = freeze_and_restore(victim.pid(), followed, restoring, &mut migrated)?;
     // Its copy runs: it is this that ends with the victim, however the rest goes.
     victim.moved(pid)?;
@@ -236,11 +236,11 @@ struct Restoring<'a> {
 }
 
 /// The freeze: CRIU's dump, and from its last callback the restore, so that the source is whole until its copy runs.
-fn freeze_and_restore(
+fn freeze_and_restore<'a>(
     root: Pid,
     followed: Vec<Followed>,
-    restoring: Restoring<'_>,
-    migrated: &mut Migrated,
+    restoring: Restoring<'a>,
+    migrated: &'a mut Migrated,
 ) -> Result<Pid> {
     let folder = restoring.folder;
     let request = DumpRequest {
