@@ -3,11 +3,13 @@
 //! - [`service`] answers the coordinator,
 //! - [`source`] is a migration's part on the node it leaves, [`target`] on the node it goes to,
 //! - [`worker`] is the process that keeps CRIU and the frozen tasks,
+//! - [`pager`] is the process that lays memory in behind restored processes,
 //! - [`parts`] knows which parts there are, [`journal`] remembers them, [`recovery`] takes them up after a restart.
 
 pub mod config;
 pub mod context;
 pub mod journal;
+pub mod pager;
 pub mod parts;
 pub mod recovery;
 pub mod server;

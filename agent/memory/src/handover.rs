@@ -80,6 +80,11 @@ impl Handover {
         written.map_err(failed("write", &path))
     }
 
+    /// Whether something was left in a folder.
+    pub fn is_there(folder: &Path) -> bool {
+        folder.join(INDEX).is_file()
+    }
+
     /// Opens what was left in a folder.
     pub fn read(folder: &Path) -> Result<HashMap<i32, Kept>, HandoverError> {
         let path = folder.join(INDEX);

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::PAGE_SIZE;
 use crate::range::{PageRange, PageRanges};
 
 /// Pages that are not there yet.
@@ -32,6 +33,26 @@ impl Pending {
     pub(crate) fn first(&self, most: u64) -> Option<(PageRange, u64)> {
         let (start, (end, kept)) = self.pieces.first_key_value()?;
         Some((PageRange::new(*start, (*end).min(start + most)), *kept))
+    }
+
+    /// Whether all are there.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.pieces.is_empty()
+    }
+
+    /// How many.
+    pub(crate) fn pages(&self) -> u64 {
+        self.pieces.iter().map(|(start, (end, _))| (end - start) / PAGE_SIZE).sum()
+    }
+
+    /// All of them, and where they are kept.
+    pub(crate) fn pieces(&self) -> impl Iterator<Item = (PageRange, u64)> + '_ {
+        self.pieces.iter().map(|(start, (end, kept))| (PageRange::new(*start, *end), *kept))
+    }
+
+    /// Expects pages that were not expected yet.
+    pub(crate) fn add(&mut self, range: PageRange, kept: u64) {
+        self.pieces.insert(range.start, (range.end, kept));
     }
 
     /// Forgets pages.
@@ -77,7 +98,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::PAGE_SIZE;
 
     #[derive(Clone, Debug)]
     enum Step {

@@ -5,5 +5,6 @@
 pub(crate) mod memory;
 pub(crate) mod pagemap;
 pub(crate) mod ptrace;
+pub mod slot;
 pub(crate) mod sparse;
 pub(crate) mod userfaultfd;

@@ -11,7 +11,7 @@ use crate::error::Error;
 
 impl Init {
     /// Names the process that has this pid now.
-    pub(crate) fn of_pid(pid: i32) -> Option<Self> {
+    pub fn of_pid(pid: i32) -> Option<Self> {
         let stat = Process::new(pid).and_then(|process| process.stat()).ok()?;
         Some(Self { pid, start_time: stat.starttime })
     }

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use podferry_criu::{CriuError, CriuFailure};
+use podferry_memory::handover::HandoverError;
 use podferry_memory::maps::MovedError;
 use podferry_memory::pager::PagerError;
 use podferry_memory::store::StoreError;
@@ -51,6 +52,9 @@ pub enum Error {
     /// Pages cannot be laid in.
     #[error(transparent)]
     Pager(#[from] PagerError),
+    /// Pages cannot be handed over.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
     /// A kept page is not what the frozen process has there.
     #[error("process {pid}: the page {page} was kept with other contents")]
     Different {

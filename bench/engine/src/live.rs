@@ -24,6 +24,7 @@ use command_fds::FdMapping;
 use nix::unistd::Pid;
 use podferry_criu::{CgroupsMode, CriuLog, DumpRequest, Session, Verdict, page_stream};
 use podferry_memory::copier::{self, Copier};
+use podferry_memory::handover::Handover;
 use podferry_memory::hide;
 use podferry_memory::maps;
 use podferry_memory::pager::{Kept, Paged, Pager, PagerError};
@@ -77,11 +78,11 @@ struct Followed {
 }
 
 impl Followed {
-    fn new(member: Member) -> Result<Self> {
+    fn new(member: Member, handover: &Path) -> Result<Self> {
         let tracker = tracker::attach(member.host)?;
         let copier = Copier::new(member.host, BATCH);
         // As much as a process may have: the store takes only what is put into it.
-        let store = Store::new(64 << 30)?;
+        let store = Handover::store(handover, member.inner, 64 << 30)?;
         Ok(Self { member, tracker, copier, store, hidden: PageRanges::new() })
     }
 
@@ -130,25 +131,58 @@ struct LastPages {
 
 type Last = Result<LastPages>;
 
+/// Who lays the pages in.
+pub trait Paging {
+    /// Begins to wait for the restore. `handover` is the folder in which the stores of the kept pages lie.
+    fn begin(&mut self, listener: UnixListener, kept: HashMap<i32, Kept>, handover: &Path) -> Result<()>;
+
+    /// Waits until all pages are in place.
+    fn finish(&mut self) -> Result<Paged>;
+}
+
+/// A pager in a thread of this process.
+#[derive(Debug, Default)]
+struct InThread(Option<JoinHandle<Result<Paged, PagerError>>>);
+
+impl Paging for InThread {
+    fn begin(&mut self, listener: UnixListener, kept: HashMap<i32, Kept>, _handover: &Path) -> Result<()> {
+        self.0 = Some(thread::spawn(move || Pager::serve(listener, kept, None)));
+        Ok(())
+    }
+
+    fn finish(&mut self) -> Result<Paged> {
+        self.0.take().map_or_else(|| Ok(Paged::default()), join)
+    }
+}
+
 /// Migrates the process on this machine. It runs on when that fails before its copy runs.
 ///
 /// With `verify`, all kept pages are compared with those of the frozen process before its copy is made.
 pub fn migrate(victim: &mut Victim, verify: bool) -> Result<Migrated> {
+    migrate_with(victim, verify, &mut InThread::default())
+}
+
+/// As [`migrate`], with a pager of the caller's.
+pub fn migrate_with(victim: &mut Victim, verify: bool, pager: &mut dyn Paging) -> Result<Migrated> {
     let folder = victim.next_folder()?;
     let mut migrated = Migrated::default();
     let begun = Instant::now();
-    let mut followed = pre_copy(victim.pid(), &mut migrated)?;
+    let mut followed = pre_copy(victim.pid(), &folder.join("handover"), &mut migrated)?;
     let hidden = folder.join("work/hidden");
     write_hidden(&mut followed, &hidden)?;
     let socket = folder.join("restore/lazy-pages.socket");
     let listener = UnixListener::bind(&socket).map_err(file("listen at", &socket))?;
     migrated.pre_copy = begun.elapsed();
-    let pid = freeze_and_restore(victim.pid(), &folder, followed, listener, verify, &mut migrated)?;
-    victim.moved(pid, &folder)?;
+    let restoring = Restoring { folder: &folder, cgroup: victim.cgroup(), listener: Some(listener), pager: &mut *pager, verify };
+    let pid = freeze_and_restore(victim.pid(), followed, restoring, &mut migrated)?;
+    // Its copy runs: it is this that ends with the victim, however the rest goes.
+    victim.moved(pid)?;
+    migrated.paged = pager.finish()?;
+    fs::remove_dir_all(&folder).map_err(file("remove", &folder))?;
     Ok(migrated)
 }
 
-fn pre_copy(root: Pid, migrated: &mut Migrated) -> Result<Vec<Followed>> {
+fn pre_copy(root: Pid, handover: &Path, migrated: &mut Migrated) -> Result<Vec<Followed>> {
     let mut followed: Vec<Followed> = Vec::new();
     for _ in 0..MOST_ROUNDS {
         followed.retain(|process| !tree::is_zombie(process.member.host));
@@ -156,7 +190,7 @@ fn pre_copy(root: Pid, migrated: &mut Migrated) -> Result<Vec<Followed>> {
             let known = followed.iter().any(|process| process.member == member);
             if !known && !tree::is_zombie(member.host) {
                 // One that ends meanwhile needs no tracker, and one that cannot be followed is left to CRIU.
-                followed.extend(Followed::new(member).ok());
+                followed.extend(Followed::new(member, handover).ok());
             }
         }
         let Some(pages) = round(&mut followed)? else { continue };
@@ -195,15 +229,23 @@ fn write_hidden(followed: &mut [Followed], path: &Path) -> Result<()> {
     fs::write(path, hide::describe(ranges)).map_err(file("write", path))
 }
 
-/// The freeze: CRIU's dump, and from its last callback the restore, so that the source is whole until its copy runs.
-fn freeze_and_restore(
-    root: Pid,
-    folder: &Path,
-    followed: Vec<Followed>,
-    listener: UnixListener,
+/// How the copy is made.
+struct Restoring<'a> {
+    folder: &'a Path,
+    cgroup: Option<&'a Path>,
+    listener: Option<UnixListener>,
+    pager: &'a mut dyn Paging,
     verify: bool,
-    migrated: &mut Migrated,
+}
+
+/// The freeze: CRIU's dump, and from its last callback the restore, so that the source is whole until its copy runs.
+fn freeze_and_restore<'a>(
+    root: Pid,
+    followed: Vec<Followed>,
+    restoring: Restoring<'a>,
+    migrated: &'a mut Migrated,
 ) -> Result<Pid> {
+    let folder = restoring.folder;
     let request = DumpRequest {
         pid: root.as_raw(),
         images_dir: folder.join("images"),
@@ -228,32 +270,18 @@ fn freeze_and_restore(
     let inherit = vec![FdMapping { parent_fd: OwnedFd::from(theirs), child_fd: PAGE_FD }];
     let session = Session::start_with(&tools::criu()?, inherit, environment)?;
     let last = LastRound::begin(root, followed);
-    let mut freeze = Freeze {
-        root,
-        folder,
-        last,
-        pages: Some(pages),
-        listener: Some(listener),
-        pager: None,
-        outcome: None,
-        verify,
-        migrated,
-    };
+    let mut freeze = Freeze { root, restoring, last, pages: Some(pages), outcome: None, migrated };
     let options = request.options(images.as_fd(), work.as_fd(), PAGE_FD);
     let dumped = session.dump(options, &CriuLog::of_dump(&request.work_dir), |notification| {
         if notification.name == "post-dump" { freeze.restore() } else { Verdict::Proceed }
     });
-    let (outcome, pager) = (freeze.outcome.take(), freeze.pager.take());
-    drop(freeze);
-    let pid = match (outcome, dumped) {
-        (Some(Err(error)), _) => return Err(error),
-        (_, Err(error)) => return Err(error.into()),
-        (None, Ok(())) => return Err(Error::Program { program: "criu", problem: "it did not ask".to_owned() }),
-        (Some(Ok(pid)), Ok(())) => pid,
-    };
-    let Some(pager) = pager else { return Ok(pid) };
-    migrated.paged = join(pager)?;
-    Ok(pid)
+    let outcome = freeze.outcome.take();
+    match (outcome, dumped) {
+        (Some(Err(error)), _) => Err(error),
+        (_, Err(error)) => Err(error.into()),
+        (None, Ok(())) => Err(Error::Program { program: "criu", problem: "it did not ask".to_owned() }),
+        (Some(Ok(pid)), Ok(())) => Ok(pid),
+    }
 }
 
 /// The last round, in a thread of its own: it begins as soon as all tasks stand still, beside CRIU, which does not look where it
@@ -312,13 +340,10 @@ fn last_rounds(followed: Vec<Followed>) -> Last {
 
 struct Freeze<'a> {
     root: Pid,
-    folder: &'a Path,
+    restoring: Restoring<'a>,
     last: LastRound,
     pages: Option<JoinHandle<Result<Images, podferry_criu::CriuError>>>,
-    listener: Option<UnixListener>,
-    pager: Option<JoinHandle<Result<Paged, PagerError>>>,
     outcome: Option<Result<Pid>>,
-    verify: bool,
     migrated: &'a mut Migrated,
 }
 
@@ -348,7 +373,7 @@ impl Freeze<'_> {
             if let Some(range) = lost.as_slice().first() {
                 return Err(Error::Lost { pid: process.member.inner, range: range.to_string() });
             }
-            if self.verify {
+            if self.restoring.verify {
                 let different = copier::first_difference(process.member.host, &lazy, &process.store)?;
                 if let Some(page) = different {
                     return Err(Error::Different { pid: process.member.inner, page: page.to_string() });
@@ -357,16 +382,18 @@ impl Freeze<'_> {
             kept.insert(process.member.inner, Kept { store: process.store, lazy });
             trackers.push(process.tracker);
         }
+        let handover = self.restoring.folder.join("handover");
         // CRIU asks for the memory of all processes, also of those that it dumped itself.
         for member in tree::members(self.root) {
             if let Entry::Vacant(unknown) = kept.entry(member.inner) {
-                unknown.insert(Kept { store: Store::new(0)?, lazy: PageRanges::new() });
+                let store = Handover::store(&handover, member.inner, 0)?;
+                unknown.insert(Kept { store, lazy: PageRanges::new() });
             }
         }
-        let listener = self.listener.take().ok_or_else(missing)?;
-        self.pager = Some(thread::spawn(move || Pager::serve(&listener, kept)));
+        let listener = self.restoring.listener.take().ok_or_else(missing)?;
+        self.restoring.pager.begin(listener, kept, &handover)?;
         let since = Instant::now();
-        let pid = restored::restore(self.folder, true)?;
+        let pid = restored::restore(self.restoring.folder, true, self.restoring.cgroup)?;
         self.migrated.restore = since.elapsed();
         // Dropped beside the restored process's first steps, by the thread that has nothing else to do.
         thread::spawn(move || drop(trackers));

@@ -1,5 +1,6 @@
 //! CRIU alone: dump to a folder in memory, restore from there.
 
+use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -31,6 +32,7 @@ pub fn migrate(victim: &mut Victim) -> Result<()> {
         let failure = CriuLog::of_dump(&folder.join("work")).failure_or(&status.to_string());
         return Err(Error::Program { program: "criu dump", problem: failure.to_string() });
     }
-    let pid = restored::restore(&folder, false)?;
-    victim.moved(pid, &folder)
+    let pid = restored::restore(&folder, false, victim.cgroup())?;
+    victim.moved(pid)?;
+    fs::remove_dir_all(&folder).map_err(file("remove", &folder))
 }

@@ -24,6 +24,8 @@ pub struct Victim {
     handle: OwnedFd,
     folder: tempfile::TempDir,
     hops: u32,
+    /// Where its copies are put.
+    cgroup: Option<PathBuf>,
 }
 
 impl Victim {
@@ -62,7 +64,24 @@ impl Victim {
         let list = fs::read_to_string(&children).map_err(file("read", Path::new(&children)))?;
         let number = list.trim().parse().unwrap_or(0);
         let pid = Pid::from_raw(number);
-        Ok(Self { launcher: Some(launcher), pid, handle: open(pid)?, folder, hops: 0 })
+        Ok(Self { launcher: Some(launcher), pid, handle: open(pid)?, folder, hops: 0, cgroup: None })
+    }
+
+    /// Puts its copies into a cgroup of their own from now on, which is gone with it. Gives the directory.
+    pub fn use_cgroup(&mut self) -> Result<PathBuf> {
+        let name = format!("podferry-engine-{}", self.folder.path().file_name().unwrap_or_default().display());
+        // Any hierarchy of version 1 will do; with version 2 there is but one.
+        let hierarchies = ["/sys/fs/cgroup/pids", "/sys/fs/cgroup/freezer", "/sys/fs/cgroup"].map(Path::new);
+        let hierarchy = hierarchies.into_iter().find(|path| path.join("cgroup.procs").exists());
+        let path = hierarchy.unwrap_or(Path::new("/sys/fs/cgroup")).join(name);
+        fs::create_dir(&path).map_err(file("make", &path))?;
+        self.cgroup = Some(path.clone());
+        Ok(path)
+    }
+
+    /// Where its copies are put.
+    pub fn cgroup(&self) -> Option<&Path> {
+        self.cgroup.as_deref()
     }
 
     /// Its number now.
@@ -113,21 +132,21 @@ impl Victim {
     pub fn next_folder(&mut self) -> Result<PathBuf> {
         let folder = self.upcoming_folder();
         self.hops += 1;
-        for name in ["images", "work", "restore"] {
+        for name in ["images", "work", "restore", "handover"] {
             let path = folder.join(name);
             fs::create_dir_all(&path).map_err(file("make", &path))?;
         }
         Ok(folder)
     }
 
-    /// It is this process from now on; the folder of the migration goes.
-    pub fn moved(&mut self, pid: Pid, folder: &Path) -> Result<()> {
+    /// It is this process from now on.
+    pub fn moved(&mut self, pid: Pid) -> Result<()> {
         self.handle = open(pid)?;
         self.pid = pid;
         if let Some(mut launcher) = self.launcher.take() {
             let _reaped = launcher.wait();
         }
-        fs::remove_dir_all(folder).map_err(file("remove", folder))
+        Ok(())
     }
 }
 
@@ -144,6 +163,12 @@ impl Drop for Victim {
         if let Some(mut launcher) = self.launcher.take() {
             let _gone = launcher.kill();
             let _reaped = launcher.wait();
+        }
+        if let Some(cgroup) = &self.cgroup {
+            let begun = Instant::now();
+            while fs::remove_dir(cgroup).is_err() && begun.elapsed() < Duration::from_secs(5) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
         }
     }
 }

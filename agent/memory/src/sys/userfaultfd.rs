@@ -192,13 +192,74 @@ pub(crate) enum Event {
     },
 }
 
+/// A message of a userfaultfd, as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Told {
+    /// Someone touches a missing page.
+    Fault {
+        /// The address.
+        address: u64,
+    },
+    /// The process forked.
+    Fork {
+        /// The number of the child's userfaultfd in the process that read the message.
+        descriptor: i32,
+    },
+    /// A mapping moved.
+    Moved {
+        /// Where it was.
+        from: PageRange,
+        /// Where it begins now.
+        to: u64,
+    },
+    /// Pages were given up or unmapped.
+    Gone {
+        /// Where they were.
+        range: PageRange,
+    },
+    /// Something of a newer kernel.
+    Unknown {
+        /// Its number.
+        number: u8,
+    },
+}
+
 /// Bytes of `struct uffd_msg`.
-const MESSAGE: usize = 32;
+pub(crate) const MESSAGE: usize = 32;
 const FAULT: u8 = 0x12;
 const FORK: u8 = 0x13;
 const REMAP: u8 = 0x14;
 const REMOVE: u8 = 0x15;
 const UNMAP: u8 = 0x16;
+
+/// Understands a `struct uffd_msg`, given as four words.
+pub(crate) fn parse(words: [u64; MESSAGE / 8]) -> Told {
+    match words[0].to_ne_bytes()[0] {
+        FAULT => Told::Fault { address: words[2] },
+        FORK => {
+            let [a, b, c, d, ..] = words[1].to_ne_bytes();
+            Told::Fork { descriptor: i32::from_ne_bytes([a, b, c, d]) }
+        }
+        REMAP => Told::Moved { from: PageRange::new(words[1], words[1] + words[3]), to: words[2] },
+        REMOVE | UNMAP => Told::Gone { range: PageRange::new(words[1], words[2]) },
+        number => Told::Unknown { number },
+    }
+}
+
+/// Takes the descriptor that may have come with a message.
+///
+/// # Safety
+/// This process must just have read the message, and must not call this twice for it.
+pub(crate) unsafe fn adopt(told: Told) -> Event {
+    match told {
+        Told::Fault { address } => Event::Fault { address },
+        // SAFETY: with this message the kernel has put a descriptor of this number into this process, for its reader.
+        Told::Fork { descriptor } => Event::Fork { child: unsafe { OwnedFd::from_raw_fd(descriptor) } },
+        Told::Moved { from, to } => Event::Moved { from, to },
+        Told::Gone { range } => Event::Gone { range },
+        Told::Unknown { number } => Event::Unknown { number },
+    }
+}
 
 /// The next event; `None` when there is none now.
 pub(crate) fn event(userfaultfd: BorrowedFd<'_>) -> io::Result<Option<Event>> {
@@ -213,15 +274,6 @@ pub(crate) fn event(userfaultfd: BorrowedFd<'_>) -> io::Result<Option<Event>> {
         let bytes = message[8 * index..8 * index + 8].try_into();
         bytes.map(u64::from_ne_bytes).unwrap_or_default()
     };
-    Ok(Some(match message[0] {
-        FAULT => Event::Fault { address: word(2) },
-        FORK => {
-            let number = i32::from_ne_bytes([message[8], message[9], message[10], message[11]]);
-            // SAFETY: with this message the kernel has put a descriptor of this number into this process, for its reader.
-            Event::Fork { child: unsafe { OwnedFd::from_raw_fd(number) } }
-        }
-        REMAP => Event::Moved { from: PageRange::new(word(1), word(1) + word(3)), to: word(2) },
-        REMOVE | UNMAP => Event::Gone { range: PageRange::new(word(1), word(2)) },
-        number => Event::Unknown { number },
-    }))
+    // SAFETY: it has just been read.
+    Ok(Some(unsafe { adopt(parse([word(0), word(1), word(2), word(3)])) }))
 }

@@ -1,0 +1,147 @@
+//! What a holder knows. Both holders apply the same notes to it.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use super::link::{MOST_PIECES, Note, Origin};
+use super::{Kept, PagerError};
+use crate::pending::Pending;
+
+/// One userfaultfd.
+#[derive(Debug)]
+pub(super) struct Task {
+    pub(super) number: u32,
+    /// Of the process whose pages are kept; a forked child's is that of its parent.
+    pub(super) pid: i32,
+    pub(super) userfaultfd: OwnedFd,
+    pub(super) pending: Pending,
+    /// Addresses that someone waits for: known to the first holder only.
+    pub(super) faults: VecDeque<u64>,
+}
+
+/// All of a restore.
+#[derive(Debug)]
+pub(super) struct Holding {
+    pub(super) kept: HashMap<i32, Kept>,
+    pub(super) listener: Option<UnixListener>,
+    pub(super) criu: Option<UnixStream>,
+    /// The process whose userfaultfd is next.
+    pub(super) awaiting: Option<i32>,
+    /// The restore is complete.
+    pub(super) complete: bool,
+    pub(super) tasks: Vec<Task>,
+    /// The number of the last event.
+    pub(super) sequence: u64,
+    pub(super) next_task: u32,
+    pub(super) pages: u64,
+    pub(super) faults: u64,
+}
+
+impl Holding {
+    pub(super) fn new(listener: Option<UnixListener>, kept: HashMap<i32, Kept>) -> Self {
+        Self {
+            kept,
+            listener,
+            criu: None,
+            awaiting: None,
+            complete: false,
+            tasks: Vec::new(),
+            sequence: 0,
+            next_task: 0,
+            pages: 0,
+            faults: 0,
+        }
+    }
+
+    pub(super) fn task(&mut self, number: u32) -> Option<&mut Task> {
+        self.tasks.iter_mut().find(|task| task.number == number)
+    }
+
+    /// Pages that are not there yet.
+    pub(super) fn pending_pages(&self) -> u64 {
+        self.tasks.iter().map(|task| task.pending.pages()).sum()
+    }
+
+    /// Whether a task needs a kept page of this process, besides this one.
+    pub(super) fn is_needed_beside(&self, pid: i32, number: u32) -> bool {
+        self.tasks.iter().any(|task| task.pid == pid && task.number != number && !task.pending.is_empty())
+    }
+
+    /// Makes a change; an event counts as dealt with from then on.
+    pub(super) fn apply(&mut self, note: Note) -> Result<(), PagerError> {
+        match note {
+            Note::Listener(listener) => self.listener = Some(listener.into()),
+            Note::Connected(criu) => self.criu = Some(criu.into()),
+            Note::Awaiting(pid) => self.awaiting = Some(pid),
+            Note::Complete => self.complete = true,
+            Note::Task { task, pid, origin, sequence, userfaultfd } => {
+                self.sequence = self.sequence.max(sequence);
+                self.add(task, pid, origin, userfaultfd)?;
+            }
+            Note::Moved { task, sequence, from, to } => {
+                self.sequence = sequence;
+                self.change(task, |pending| pending.shift(from, to));
+            }
+            Note::Gone { task, sequence, range } => {
+                self.sequence = sequence;
+                self.change(task, |pending| pending.remove(range));
+            }
+            Note::Settled { task, range, pages, faults } => {
+                self.pages += pages;
+                self.faults = faults;
+                self.change(task, |pending| pending.remove(range));
+            }
+            Note::Ended { task } => self.tasks.retain(|other| other.number != task),
+            Note::Pieces { task, pieces } => {
+                self.change(task, |pending| pieces.into_iter().for_each(|(range, kept)| pending.add(range, kept)));
+            }
+            Note::Served { pages, faults } => (self.pages, self.faults) = (pages, faults),
+            Note::Done => {}
+        }
+        Ok(())
+    }
+
+    /// Notes from which another holder learns all of this. Those with descriptors have copies.
+    pub(super) fn notes(&self) -> std::io::Result<Vec<Note>> {
+        let mut notes = vec![Note::Served { pages: self.pages, faults: self.faults }];
+        if let Some(listener) = &self.listener {
+            notes.push(Note::Listener(listener.as_fd().try_clone_to_owned()?));
+        }
+        if let Some(criu) = &self.criu {
+            notes.push(Note::Connected(criu.as_fd().try_clone_to_owned()?));
+        }
+        for task in &self.tasks {
+            let userfaultfd = task.userfaultfd.try_clone()?;
+            let (number, pid, sequence) = (task.number, task.pid, self.sequence);
+            notes.push(Note::Task { task: number, pid, origin: Origin::Noted, sequence, userfaultfd });
+            let pieces: Vec<_> = task.pending.pieces().collect();
+            let parts = pieces.chunks(MOST_PIECES);
+            notes.extend(parts.map(|pieces| Note::Pieces { task: number, pieces: pieces.to_vec() }));
+        }
+        notes.extend(self.awaiting.map(Note::Awaiting));
+        notes.extend(self.complete.then_some(Note::Complete));
+        Ok(notes)
+    }
+
+    fn change(&mut self, task: u32, how: impl FnOnce(&mut Pending)) {
+        if let Some(task) = self.task(task) {
+            how(&mut task.pending);
+        }
+    }
+
+    fn add(&mut self, number: u32, pid: i32, origin: Origin, userfaultfd: OwnedFd) -> Result<(), PagerError> {
+        let kept = self.kept.get(&pid).ok_or(PagerError::Unannounced { pid })?;
+        let pending = match origin {
+            Origin::Restored => Pending::from(&kept.lazy),
+            Origin::Forked(parent) => self.task(parent).map(|parent| parent.pending.clone()).unwrap_or_default(),
+            Origin::Noted => Pending::default(),
+        };
+        self.next_task = self.next_task.max(number + 1);
+        if origin == Origin::Restored {
+            self.awaiting = None;
+        }
+        self.tasks.push(Task { number, pid, userfaultfd, pending, faults: VecDeque::new() });
+        Ok(())
+    }
+}

@@ -1,0 +1,230 @@
+//! The agent's side of a pager: starting it, stopping it, waiting for it.
+//!
+//! Everything but [`start`] needs nothing but the path of the status file: it works for a pager that an earlier agent started.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use podferry_common::failure::{Failure, FailureCode};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use tokio::process::Command;
+use tokio::time::{Instant, sleep};
+
+use super::ending::end_processes;
+use super::messages::{Holder, PagerJob, PagerState, PagerStatus};
+use crate::worker::record;
+
+/// How long a started pager gets until it says that it waits.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a pager gets to stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(10);
+/// Between two looks at a starting or stopping pager.
+const SOON: Duration = Duration::from_millis(2);
+/// Between two looks whether the holders live. For so long a container may read zeros when both are killed at once.
+const TICK: Duration = Duration::from_millis(10);
+
+/// A pager that was started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PagerProcess {
+    /// Of the first holder at that time.
+    pub pid: u32,
+    /// What [`stop`] and [`wait_filled`] need.
+    pub status: PathBuf,
+}
+
+/// Starts a pager. It waits for CRIU at `listener`, which has to listen at `lazy-pages.socket` of the restore's working directory
+/// and has no other holder any more. `job_file` is where the job is written, `log` what the pager's own log is appended to.
+///
+/// The handover has to be written before. It must have every process of the images, also those without lazy pages.
+///
+/// # Errors
+/// When it does not start in time. Then nothing is left of it.
+pub async fn start(
+    program: &Path,
+    job: &PagerJob,
+    job_file: &Path,
+    listener: UnixListener,
+    log: &Path,
+) -> Result<PagerProcess, Failure> {
+    let failed = |what: &str, error: io::Error| {
+        Failure::new(FailureCode::Internal, format!("{what}: {error}")).in_phase("restore")
+    };
+    let starting =
+        PagerStatus { holders: Vec::new(), container: job.container.clone(), state: PagerState::Starting };
+    let written = record::store(&job.status, &starting).and_then(|()| record::store(job_file, job));
+    written.map_err(|error| failed("the pager's job cannot be written", error))?;
+    let log_file = OpenOptions::new().create(true).append(true).open(log);
+    let log_file = log_file.map_err(|error| failed("the pager's log cannot be opened", error))?;
+    let mut command = Command::new(program);
+    command.arg(job_file).stdin(OwnedFd::from(listener)).stdout(Stdio::null()).stderr(log_file);
+    let child = command.spawn().map_err(|error| failed(&format!("{} cannot be started", program.display()), error))?;
+    // It has the listener, too.
+    drop(command);
+    started(child, job, log).await
+}
+
+async fn started(mut child: tokio::process::Child, job: &PagerJob, log: &Path) -> Result<PagerProcess, Failure> {
+    let begun = Instant::now();
+    loop {
+        let waits = status(&job.status).is_ok_and(|status| status.state != PagerState::Starting);
+        if let Some(pid) = child.id()
+            && waits
+        {
+            tokio::spawn(async move { child.wait().await });
+            return Ok(PagerProcess { pid, status: job.status.clone() });
+        }
+        if let Ok(Some(status)) = child.try_wait() {
+            let said = std::fs::read_to_string(log).unwrap_or_default();
+            let said = said.lines().last().unwrap_or("nothing").to_owned();
+            let message = format!("the pager ended at once ({status}); it said: {said}");
+            return Err(Failure::new(FailureCode::Internal, message).in_phase("restore"));
+        }
+        if begun.elapsed() > START_TIMEOUT {
+            let _gone_already = child.start_kill();
+            let message = "the pager does not begin to wait for the restore";
+            return Err(Failure::new(FailureCode::DeadlineExceeded, message).in_phase("restore"));
+        }
+        sleep(SOON).await;
+    }
+}
+
+/// What a pager said last.
+///
+/// # Errors
+/// When there is no such file, or it is damaged.
+pub fn status(path: &Path) -> io::Result<PagerStatus> {
+    record::load(path)?.ok_or_else(|| record::at(path, &io::ErrorKind::NotFound.into()))
+}
+
+/// Ends the pager of a restore that is given up, and what the restore has made of the container. Returns its last state.
+///
+/// # Errors
+/// When the restore is complete: its processes need the pager then. When it does not stop.
+pub async fn stop(path: &Path) -> Result<PagerState, Failure> {
+    let refused = |code, message: String| Err(Failure::new(code, message).in_phase("restore"));
+    let begun = Instant::now();
+    loop {
+        let status = match status(path) {
+            Ok(status) => status,
+            Err(error) => return refused(FailureCode::Internal, format!("the pager's status cannot be read: {error}")),
+        };
+        match status.state {
+            PagerState::Filling { .. } => {
+                let message = "the restored processes need their pager: end them instead".to_owned();
+                return refused(FailureCode::FailedPrecondition, message);
+            }
+            state if state.is_last() => return Ok(state),
+            _ if !is_held(&status) => return Ok(wait_filled(path).await),
+            _ => status.holders.first().copied().into_iter().for_each(terminate),
+        }
+        if begun.elapsed() > STOP_TIMEOUT {
+            return refused(FailureCode::DeadlineExceeded, "the pager does not stop".to_owned());
+        }
+        sleep(SOON).await;
+    }
+}
+
+fn terminate(holder: Holder) {
+    let Some(pid) = Pid::from_raw(holder.pid) else { return };
+    // The descriptor pins the process; the look at the start time after it makes sure that it is the right one.
+    if let Ok(descriptor) = pidfd_open(pid, PidfdFlags::empty())
+        && holder.is_alive()
+    {
+        let _gone_already = pidfd_send_signal(&descriptor, Signal::TERM);
+    }
+}
+
+fn is_held(status: &PagerStatus) -> bool {
+    status.holders.iter().any(|holder| holder.is_alive())
+}
+
+/// Waits until a pager has ended, and gives its last state. When no holder is left that could say one, the container's processes
+/// are ended and it is [`PagerState::Lost`], which is also noted in the file.
+pub async fn wait_filled(path: &Path) -> PagerState {
+    let begun = Instant::now();
+    loop {
+        match status(path) {
+            Ok(status) if status.state.is_last() => return status.state,
+            Ok(status) if is_held(&status) => {}
+            // Nobody has said yet who holds it.
+            Ok(status) if status.holders.is_empty() && begun.elapsed() < START_TIMEOUT => {}
+            Ok(seen) => {
+                // One holder may have started another, or have written its last word, between the two looks.
+                if status(path).is_ok_and(|now| now == seen) {
+                    return lose(path, seen).await;
+                }
+            }
+            Err(error) => return PagerState::Lost { message: format!("the pager's status cannot be read: {error}") },
+        }
+        sleep(TICK).await;
+    }
+}
+
+async fn lose(path: &Path, mut status: PagerStatus) -> PagerState {
+    let container = status.container.clone();
+    let ended = tokio::task::spawn_blocking(move || end_processes(&container)).await;
+    let mut message = "both holders of the container's memory were killed at once; its processes were ended".to_owned();
+    if let Err(error) = ended {
+        message = format!("both holders of the container's memory were killed, and ending its processes failed: {error}");
+    }
+    status.state = PagerState::Lost { message };
+    if let Err(error) = record::store(path, &status) {
+        tracing::error!(%error, "that a container's memory is lost cannot be written down");
+    }
+    status.state
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+    use crate::pager::messages::PagedContainer;
+
+    fn status_with(holders: Vec<Holder>, state: PagerState) -> PagerStatus {
+        let container = PagedContainer { root: "/nonexistent".into(), id: "none".to_owned(), cgroups: Vec::new() };
+        PagerStatus { holders, container, state }
+    }
+
+    fn dead() -> Holder {
+        let own = Holder::of_pid(std::process::id()).unwrap();
+        Holder { start_time: own.start_time + 1, ..own }
+    }
+
+    #[tokio::test]
+    async fn the_last_state_is_given_whoever_asks() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("status.json");
+        let done = PagerState::Done { pages: 7, faults: 1, fill_ms: 3 };
+        record::store(&path, &status_with(vec![dead()], done.clone())).unwrap();
+        assert_eq!(wait_filled(&path).await, done);
+        assert_eq!(stop(&path).await.unwrap(), done);
+    }
+
+    #[tokio::test]
+    async fn with_no_holder_left_the_container_is_ended_and_the_loss_is_said() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("status.json");
+        // A folder with the one file of a cgroup that is needed.
+        let mut task = Command::new("sleep").arg("60").spawn().unwrap();
+        std::fs::write(folder.path().join("cgroup.procs"), task.id().to_string()).unwrap();
+        let procs = folder.path().join("cgroup.procs");
+        let reaper = std::thread::spawn(move || {
+            let ended = task.wait().unwrap();
+            std::fs::write(procs, "").unwrap();
+            ended
+        });
+        let mut status = status_with(vec![dead(), dead()], PagerState::Filling { left_pages: 9 });
+        status.container.cgroups = vec![folder.path().to_owned()];
+        record::store(&path, &status).unwrap();
+        assert!(stop(&path).await.is_err(), "its processes run");
+        assert!(matches!(wait_filled(&path).await, PagerState::Lost { .. }));
+        assert!(!reaper.join().unwrap().success(), "it was not ended");
+        assert!(matches!(super::status(&path).unwrap().state, PagerState::Lost { .. }), "and it is not forgotten");
+    }
+}
