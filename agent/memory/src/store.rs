@@ -78,11 +78,7 @@ impl Store {
         Self::with_chunks(file, capacity(bytes), HashMap::new())
     }
 
-    pub(crate) fn with_chunks(
-        file: File,
-        capacity: usize,
-        chunks: HashMap<u64, Chunk>,
-    ) -> Result<Self, StoreError> {
+    pub(crate) fn with_chunks(file: File, capacity: usize, chunks: HashMap<u64, Chunk>) -> Result<Self, StoreError> {
         Ok(Self { memory: SparseMemory::of(file, length(capacity)?)?, chunks, capacity })
     }
 
