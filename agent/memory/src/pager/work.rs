@@ -211,7 +211,7 @@ impl<'a> Work<'a> {
                 self.second = second;
             }
             Err(error) => {
-                tracing::error!(%error, "there is no second holder: what is missing is lost if this one dies")
+                tracing::error!(%error, "there is no second holder: what is missing is lost if this one dies");
             }
         }
     }
