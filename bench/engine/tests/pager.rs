@@ -35,7 +35,10 @@ struct Processes {
 
 impl Processes {
     fn killed_by(victim: &mut Victim, killer: Killer) -> Self {
-        let cgroup = victim.cgroup().map(Path::to_owned).unwrap_or_else(|| victim.use_cgroup().unwrap());
+        let cgroup = match victim.cgroup() {
+            Some(cgroup) => cgroup.to_owned(),
+            None => victim.use_cgroup().unwrap(),
+        };
         let runtime = tokio::runtime::Runtime::new().unwrap();
         Self { killer, cgroup, status: PathBuf::new(), killing: None, ended: None, runtime }
     }
