@@ -101,7 +101,8 @@ impl Handover {
     pub fn remove(folder: &Path) -> Result<(), HandoverError> {
         for entry in fs::read_dir(folder).map_err(failed("list", folder))?.flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
-            if name == INDEX || name.starts_with("memory-") && name.ends_with(".store") {
+            let store = name.strip_prefix("memory-").and_then(|name| name.strip_suffix(".store"));
+            if name == INDEX || store.is_some() {
                 fs::remove_file(entry.path()).map_err(failed("remove", &entry.path()))?;
             }
         }
@@ -271,10 +272,13 @@ mod tests {
 
     fn fill(store: &mut Store, put: &[PageRange], zero: &[PageRange]) {
         for range in put {
-            let pages = range.single_pages().flat_map(|page| vec![(page.start / PAGE_SIZE % 251 + 1) as u8; PAGE]);
-            store.put(*range, &pages.collect::<Vec<u8>>()).unwrap();
+            let value = |page: PageRange| u8::try_from(page.start / PAGE_SIZE % 251 + 1).unwrap();
+            let pages: Vec<u8> = range.single_pages().flat_map(|page| vec![value(page); PAGE]).collect();
+            store.put(*range, &pages).unwrap();
         }
-        zero.iter().for_each(|range| store.put_zero(*range).unwrap());
+        for range in zero {
+            store.put_zero(*range).unwrap();
+        }
     }
 
     /// Every page of a store.

@@ -54,8 +54,7 @@ pub async fn start(
     let failed = |what: &str, error: io::Error| {
         Failure::new(FailureCode::Internal, format!("{what}: {error}")).in_phase("restore")
     };
-    let starting =
-        PagerStatus { holders: Vec::new(), container: job.container.clone(), state: PagerState::Starting };
+    let starting = PagerStatus { holders: Vec::new(), container: job.container.clone(), state: PagerState::Starting };
     let written = record::store(&job.status, &starting).and_then(|()| record::store(job_file, job));
     written.map_err(|error| failed("the pager's job cannot be written", error))?;
     let log_file = OpenOptions::new().create(true).append(true).open(log);
@@ -170,7 +169,8 @@ async fn lose(path: &Path, mut status: PagerStatus) -> PagerState {
     let ended = tokio::task::spawn_blocking(move || end_processes(&container)).await;
     let mut message = "both holders of the container's memory were killed at once; its processes were ended".to_owned();
     if let Err(error) = ended {
-        message = format!("both holders of the container's memory were killed, and ending its processes failed: {error}");
+        message =
+            format!("both holders of the container's memory were killed, and ending its processes failed: {error}");
     }
     status.state = PagerState::Lost { message };
     if let Err(error) = record::store(path, &status) {

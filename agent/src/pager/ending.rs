@@ -38,7 +38,9 @@ fn end_in_cgroups(directories: &[impl AsRef<Path>]) {
         for pid in left.into_iter().filter_map(Pid::from_raw) {
             let _gone_already = kill_process(pid, Signal::KILL);
         }
-        directories.iter().for_each(|directory| thaw(directory.as_ref()));
+        for directory in directories {
+            thaw(directory.as_ref());
+        }
         if !warned && begun.elapsed() > DEATH_WARNING {
             warned = true;
             tracing::error!("killed tasks do not die (uninterruptible I/O?); still waiting");

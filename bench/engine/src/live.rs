@@ -173,7 +173,8 @@ pub fn migrate_with(victim: &mut Victim, verify: bool, pager: &mut dyn Paging) -
     let socket = folder.join("restore/lazy-pages.socket");
     let listener = UnixListener::bind(&socket).map_err(file("listen at", &socket))?;
     migrated.pre_copy = begun.elapsed();
-    let restoring = Restoring { folder: &folder, cgroup: victim.cgroup(), listener: Some(listener), pager: &mut *pager, verify };
+    let restoring =
+        Restoring { folder: &folder, cgroup: victim.cgroup(), listener: Some(listener), pager: &mut *pager, verify };
     let pid = freeze_and_restore(victim.pid(), followed, restoring, &mut migrated)?;
     // Its copy runs: it is this that ends with the victim, however the rest goes.
     victim.moved(pid)?;

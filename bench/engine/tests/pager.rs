@@ -35,7 +35,10 @@ struct Processes {
 
 impl Processes {
     fn killed_by(victim: &mut Victim, killer: Killer) -> Self {
-        let cgroup = victim.cgroup().map(Path::to_owned).unwrap_or_else(|| victim.use_cgroup().unwrap());
+        let cgroup = match victim.cgroup() {
+            Some(cgroup) => cgroup.to_owned(),
+            None => victim.use_cgroup().unwrap(),
+        };
         let runtime = tokio::runtime::Runtime::new().unwrap();
         Self { killer, cgroup, status: PathBuf::new(), killing: None, ended: None, runtime }
     }
@@ -47,20 +50,12 @@ impl Paging for Processes {
             kept.iter().map(|(pid, kept)| (*pid, &kept.store, &kept.lazy)).collect();
         Handover::write(handover, &processes)?;
         let status = handover.join("status.json");
-        let container = PagedContainer {
-            root: "/nonexistent".into(),
-            id: "none".to_owned(),
-            cgroups: vec![self.cgroup.clone()],
-        };
-        let job = PagerJob {
-            migration: "test".to_owned(),
-            handover: handover.to_owned(),
-            status: status.clone(),
-            container,
-        };
+        let container =
+            PagedContainer { root: "/nonexistent".into(), id: "none".to_owned(), cgroups: vec![self.cgroup.clone()] };
+        let job =
+            PagerJob { migration: "test".to_owned(), handover: handover.to_owned(), status: status.clone(), container };
         let (program, log) = (built("podferry-pager")?, handover.join("pager.log"));
-        let started =
-            self.runtime.block_on(client::start(&program, &job, &handover.join("job.json"), listener, &log));
+        let started = self.runtime.block_on(client::start(&program, &job, &handover.join("job.json"), listener, &log));
         started.map_err(|failure| Error::Program { program: "pager", problem: failure.to_string() })?;
         let (killer, path) = (self.killer, status.clone());
         self.status = status;
@@ -153,9 +148,13 @@ fn kills_every_second(path: &Path) {
 }
 
 fn kills_both(path: &Path) {
-    // The second first: a first that is gone is replaced by it.
+    // At the same moment: whichever is left would start another.
     let status = until(path, runs);
-    status.holders.iter().rev().copied().for_each(kill);
+    assert_eq!(status.holders.len(), 2);
+    for holder in &status.holders {
+        kill_process(Pid::from_raw(holder.pid).unwrap(), Signal::STOP).unwrap();
+    }
+    status.holders.iter().copied().for_each(kill);
 }
 
 fn load(mib: u32) -> Victim {

@@ -28,18 +28,17 @@ pub(super) fn peek(criu: impl AsFd) -> io::Result<Heard> {
     let mut word = [0; WORD];
     let flags = RecvFlags::PEEK | RecvFlags::CMSG_CLOEXEC;
     let received = recvmsg(criu, &mut [IoSliceMut::new(&mut word)], &mut ancillary, flags)?;
-    if received.flags.contains(ReturnFlags::CTRUNC) {
-        return Err(io::Error::other("a descriptor did not come"));
-    }
+    let truncated = received.flags.contains(ReturnFlags::CTRUNC);
     let descriptor = ancillary.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
         _ => None,
     });
     match (received.bytes, descriptor) {
         (0, _) => Ok(Heard::End),
-        (_, Some(descriptor)) => Ok(Heard::Descriptor(descriptor)),
-        (WORD, None) => Ok(Heard::Word(i32::from_ne_bytes(word))),
-        (length, None) => Err(io::Error::other(format!("a word of {length} bytes"))),
+        // With a look, the kernel may also show the descriptor that comes behind.
+        (WORD, _) => Ok(Heard::Word(i32::from_ne_bytes(word))),
+        (1, Some(descriptor)) if !truncated => Ok(Heard::Descriptor(descriptor)),
+        (length, _) => Err(io::Error::other(format!("a word of {length} bytes"))),
     }
 }
 

@@ -136,6 +136,9 @@ pub struct Kept {
     pub lazy: PageRanges,
 }
 
+/// The pages of all processes of a restore, by their ids inside their namespace.
+pub type AllKept = HashMap<i32, Kept>;
+
 /// How far a pager is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
@@ -181,7 +184,7 @@ pub type Stop<'a> = Option<BorrowedFd<'a>>;
 /// process of the images, by its id inside its namespace; the slot is that of both holders.
 pub fn serve_first(
     listener: UnixListener,
-    kept: HashMap<i32, Kept>,
+    kept: AllKept,
     slot: Slot,
     stop: Stop<'_>,
     surroundings: &mut dyn Surroundings,
@@ -195,7 +198,7 @@ pub fn serve_first(
 /// When the first is there but cannot be understood. Then this process has no part in the matter any more.
 pub fn serve_second(
     link: OwnedFd,
-    kept: HashMap<i32, Kept>,
+    kept: AllKept,
     slot: Slot,
     stop: Stop<'_>,
     surroundings: &mut dyn Surroundings,
@@ -226,7 +229,7 @@ impl Pager {
     ///
     /// # Errors
     /// After an error the caller must end the processes: pages of theirs are missing, and zero from now on.
-    pub fn serve(listener: UnixListener, kept: HashMap<i32, Kept>, stop: Stop<'_>) -> Result<Paged, PagerError> {
+    pub fn serve(listener: UnixListener, kept: AllKept, stop: Stop<'_>) -> Result<Paged, PagerError> {
         let slot = Slot::alone().map_err(conversation("set up a slot"))?;
         serve_first(listener, kept, slot, stop, &mut Alone).outcome
     }

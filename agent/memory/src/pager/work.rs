@@ -210,7 +210,9 @@ impl<'a> Work<'a> {
                 self.alone = second.is_none();
                 self.second = second;
             }
-            Err(error) => tracing::error!(%error, "there is no second holder: what is missing is lost if this one dies"),
+            Err(error) => {
+                tracing::error!(%error, "there is no second holder: what is missing is lost if this one dies");
+            }
         }
     }
 
@@ -281,8 +283,7 @@ impl<'a> Work<'a> {
         }
         let mut flags = all.iter().map(|polled| !polled.revents().is_empty());
         let mut next = |there: bool| there && flags.next() == Some(true);
-        let (restore, stop, second_gone) =
-            (next(restore.is_some()), next(stop.is_some()), next(second.is_some()));
+        let (restore, stop, second_gone) = (next(restore.is_some()), next(stop.is_some()), next(second.is_some()));
         let tasks = holding.tasks.iter().zip(flags).filter(|(_, ready)| *ready).map(|(task, _)| task.number);
         Ok(Ready { tasks: tasks.collect(), restore, second_gone, stop })
     }
@@ -429,7 +430,9 @@ impl<'a> Work<'a> {
 
     /// Lays in the first kept pages of a range, and takes what was dealt with out of the pending ones.
     fn lay(&mut self, number: u32, range: PageRange, kept: u64) -> Result<Outcome> {
-        let Some(task) = self.holding.tasks.iter().find(|task| task.number == number) else { return Ok(Outcome::Ended) };
+        let Some(task) = self.holding.tasks.iter().find(|task| task.number == number) else {
+            return Ok(Outcome::Ended);
+        };
         let (pid, kept_range) = (task.pid, PageRange::new(kept, kept + range.length()));
         let contents = self.holding.kept.get(&pid).and_then(|process| process.store.contents(kept_range));
         let contents = contents.ok_or(PagerError::Missing { pid, address: kept })?;

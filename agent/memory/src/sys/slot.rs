@@ -55,12 +55,7 @@ impl Slot {
     }
 
     /// The next event of a task; `None` when there is none now. It stays open until [`Slot::close`].
-    pub(crate) fn read(
-        &self,
-        userfaultfd: BorrowedFd<'_>,
-        task: u32,
-        sequence: u64,
-    ) -> io::Result<Option<Event>> {
+    pub(crate) fn read(&self, userfaultfd: BorrowedFd<'_>, task: u32, sequence: u64) -> io::Result<Option<Event>> {
         self.words()[MESSAGE].store(0, Ordering::SeqCst);
         self.words()[SEQUENCE].store(sequence, Ordering::SeqCst);
         self.words()[TASK].store(u64::from(task) + 1, Ordering::SeqCst);
