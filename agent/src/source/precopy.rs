@@ -59,7 +59,7 @@ pub struct Round {
     pub duration: Duration,
     /// Pages written a second.
     pub dirty_rate: f64,
-    /// How long a freeze after it would be.
+    /// What the memory that is written meanwhile would add to the downtime.
     pub predicted: Duration,
 }
 
@@ -142,7 +142,7 @@ pub(super) struct Job {
 pub(super) struct Converged {
     /// Pages that were sent.
     pub(super) pages: u64,
-    /// How long the freeze will be.
+    /// What the memory that is left will add to the downtime.
     pub(super) predicted: Duration,
 }
 
@@ -184,12 +184,12 @@ impl Followers {
             let mut round = self.one_round(job, before).map_err(|error| job.failed("pre-copy", &error))?;
             let verdict = convergence.after_round(facts(&round));
             (pages, before) = (pages + round.pages, round.duration);
-            round.predicted = convergence.predicted();
+            round.predicted = convergence.predicted().saturating_sub(plan.fixed);
             tracing::debug!(number = self.round, ?round, ?verdict, "a round of pre-copy");
             // Who watches may have gone; whoever waits for the end has not.
             let _nobody_watches = job.events.blocking_send(FreezeEvent::Round(round));
             match verdict {
-                Verdict::Freeze { predicted } => return Ok(self.converged(job, pages, predicted)),
+                Verdict::Freeze { predicted } => return Ok(self.converged(job, pages, predicted.saturating_sub(plan.fixed))),
                 Verdict::GiveUp { why } => {
                     return Err(job.context.refusal(FailureCode::FailedPrecondition, why).in_phase("precopy"));
                 }

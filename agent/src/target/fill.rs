@@ -38,12 +38,14 @@ pub async fn wait(context: &Context, migration: MigrationId) -> Result<Filled, F
     }
     match client::wait_filled(&status).await {
         PagerState::Done { pages, faults, fill_ms } => Ok(Filled { pages, faults, fill_ms }),
-        PagerState::Lost { message } | PagerState::Failed { message } => {
+        PagerState::Lost { message } => {
             let failure = context.refusal(FailureCode::DataLoss, message).in_phase("fill");
             Err(failure.remedy("start the workload anew; the pager's log in the agent's state folder says more"))
         }
-        PagerState::Starting | PagerState::Waiting | PagerState::Serving | PagerState::Filling { .. } => {
-            Err(context.refusal(FailureCode::Internal, "the pager has not ended").in_phase("fill"))
+        // Of a container that runs none of these can be the last word.
+        state => {
+            let message = format!("the pager of a running container says {state:?}");
+            Err(context.refusal(FailureCode::Internal, message).in_phase("fill"))
         }
     }
 }
