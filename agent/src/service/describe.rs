@@ -73,6 +73,21 @@ impl Capabilities {
         })
     }
 
+    /// Why a container cannot be restored here with pages that come later; nothing while CRIU has not answered yet.
+    pub(crate) fn lazy_findings(&self) -> Option<Finding> {
+        let features = self.criu_features.get()?;
+        let lacks = |name: &&str| !features.contains(name);
+        let missing: Vec<&str> = ["uffd", "uffd-noncoop"].into_iter().filter(lacks).collect();
+        (!missing.is_empty()).then(|| Finding {
+            refuses: true,
+            kind: "lazy-pages".to_owned(),
+            pid: 0,
+            fd: -1,
+            message: format!("CRIU cannot lay in pages behind a running process here: it lacks {}", missing.join(", ")),
+            remedy: "migrate warm, or choose a target whose kernel has CONFIG_USERFAULTFD".to_owned(),
+        })
+    }
+
     /// Those of the start, and what may have changed since.
     fn complaints_now(&self, context: &Context) -> Vec<String> {
         let bridge = network::bridge_complaint(&context.config.network.bridge);
@@ -189,7 +204,8 @@ fn too_old(version: &str) -> Option<String> {
     is_old.then(|| format!("runc {version} is too old: {oldest_major}.{oldest_minor} or newer is needed"))
 }
 
-/// What the kernel has of what every migration needs, by name in alphabetical order, and a complaint for each that it lacks.
+/// What the kernel has of what migrations need, by name in alphabetical order, and a complaint for each that every migration needs
+/// and that it lacks.
 async fn kernel_features() -> (Vec<&'static str>, Vec<String>) {
     let tried = blocking(|| Ok((podferry_network::probe(), has_overlay()))).await;
     let (network, overlay) = match tried {
@@ -205,6 +221,11 @@ async fn kernel_features() -> (Vec<&'static str>, Vec<String>) {
             None => found.push(name),
             Some(why) => complaints.push(format!("the kernel lacks {name}: {why}")),
         }
+    }
+    // Without it live migrations are warm ones, and say so.
+    match podferry_memory::tracker::UserfaultfdTracker::try_kernel() {
+        Ok(()) => found.push("write_tracking"),
+        Err(error) => tracing::info!(%error, "this kernel does not follow writes asynchronously"),
     }
     found.sort_unstable();
     (found, complaints)
@@ -230,12 +251,14 @@ fn ask_for_features(criu: Criu) -> Arc<OnceLock<Vec<&'static str>>> {
     features
 }
 
-fn programs(context: &Context) -> [(&'static str, &Path); 3] {
+fn programs(context: &Context) -> [(&'static str, &Path); 5] {
     let tools = &context.config.tools;
     [
         ("podferry-hook", tools.hook.as_path()),
         ("podferry-stdio-keeper", tools.stdio_keeper.as_path()),
         ("podferry-dump-worker", tools.dump_worker.as_path()),
+        ("podferry-pager", tools.pager.as_path()),
+        ("libpodferry_criu_shim.so", tools.criu_shim.as_path()),
     ]
 }
 
@@ -277,7 +300,8 @@ mod tests {
     #[tokio::test]
     async fn this_kernel_has_what_migrations_need() {
         let (found, complaints) = kernel_features().await;
-        assert_eq!(found, ["bridge", "link_cut", "overlay", "tcp_repair", "veth"], "{complaints:?}");
+        let all = ["bridge", "link_cut", "overlay", "tcp_repair", "veth", "write_tracking"];
+        assert_eq!(found, all, "{complaints:?}");
         assert_eq!(complaints, Vec::<String>::new());
     }
 }

@@ -263,9 +263,11 @@ impl AgentService for Agent {
         self.only_coordinator(&request)?;
         let request = request.into_inner();
         self.parts.tidied(&request.workload).await;
+        let live = request.strategy() == v1::Strategy::Live;
         let wish = preflight::Wish::from(request);
         let mut findings = preflight::target(&self.context, &wish).await?;
         findings.extend(self.capabilities.findings());
+        findings.extend(self.capabilities.lazy_findings().filter(|_| live));
         Ok(Response::new(v1::PreflightTargetResponse { findings }))
     }
 

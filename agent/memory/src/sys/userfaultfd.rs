@@ -3,6 +3,8 @@
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 
+use rustix::mm::UserfaultfdFlags;
+
 use crate::range::PageRange;
 
 /// `UFFD_API`.
@@ -44,6 +46,12 @@ const MODE_WP: u64 = 1 << 1;
 
 nix::ioctl_readwrite!(uffdio_api, 0xaa, 0x3f, Handshake);
 nix::ioctl_readwrite!(uffdio_register, 0xaa, 0x00, Registration);
+
+/// Makes one for this process's own memory.
+pub(crate) fn own() -> io::Result<OwnedFd> {
+    // SAFETY: nothing is registered with it, so no page of this process depends on anybody who answers.
+    Ok(unsafe { rustix::mm::userfaultfd(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK) }?)
+}
 
 /// Opens the conversation: the kernel refuses with `EINVAL` when it lacks one of the features.
 pub(crate) fn handshake(userfaultfd: BorrowedFd<'_>, features: u64) -> io::Result<()> {

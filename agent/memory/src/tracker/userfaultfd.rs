@@ -42,19 +42,29 @@ pub struct UserfaultfdTracker {
     empty: u64,
 }
 
+/// What is asked of the kernel.
+const FEATURES: u64 = feature::WP_ASYNC
+    | feature::WP_UNPOPULATED
+    | feature::WP_HUGETLBFS_SHMEM
+    | feature::PAGEFAULT_FLAG_WP
+    | feature::EVENT_REMAP;
+
 /// The last page a mapping could have. Between it and the stack the kernel leaves room.
 const UNUSED: PageRange = PageRange::new(HIGHEST - PAGE_SIZE, HIGHEST);
 
 impl UserfaultfdTracker {
+    /// Whether this kernel can do it at all: tried out on this process, of which nothing is followed.
+    ///
+    /// # Errors
+    /// What the kernel says: `EINVAL` before Linux 6.7 or without `CONFIG_PTE_MARKER_UFFD_WP`.
+    pub fn try_kernel() -> io::Result<()> {
+        userfaultfd::handshake(userfaultfd::own()?.as_fd(), FEATURES)
+    }
+
     /// Begins to follow a process, one thread of which stands still for some 100 µs.
     pub fn attach(process: Pid) -> Result<Self, TrackError> {
         let Injected { userfaultfd, .. } = inject::userfaultfd(process)?;
-        let features = feature::WP_ASYNC
-            | feature::WP_UNPOPULATED
-            | feature::WP_HUGETLBFS_SHMEM
-            | feature::PAGEFAULT_FLAG_WP
-            | feature::EVENT_REMAP;
-        userfaultfd::handshake(userfaultfd.as_fd(), features)
+        userfaultfd::handshake(userfaultfd.as_fd(), FEATURES)
             .map_err(|source| TrackError::NoAsynchronousProtection { process, source })?;
         let pagemap = Pagemap::of(process).map_err(TrackError::of_file(process, "pagemap"))?;
         let empty = pagemap.empty_categories();
