@@ -31,7 +31,7 @@ main() {
     [[ ${1:-} != --install ]] || return 0
 
     local check failed=()
-    for check in check_format check_clippy check_scripts check_deny; do
+    for check in check_format check_clippy check_fuzz check_scripts check_deny; do
         log "$check"
         "$check" || failed+=("\"$check\"")
     done
@@ -41,6 +41,7 @@ main() {
 
 check_format() { cargo fmt --all --check; }
 check_clippy() { cargo clippy --workspace --all-targets --locked -- -D warnings; }
+check_fuzz() { cargo check --manifest-path fuzz/Cargo.toml --locked --target-dir target; }
 check_deny() { "$DENY" --locked check bans licenses sources; }
 
 check_scripts() {
