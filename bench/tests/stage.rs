@@ -1,5 +1,6 @@
 //! The demo's workloads in real containers of a local cluster, and its clients on the client side. Without agents: what
 //! is tested is the stage, not the migration.
+#![expect(clippy::unwrap_used, reason = "helpers of tests: a panic is how they fail")]
 
 use std::{
     process::{Command, Stdio},

@@ -189,7 +189,9 @@ impl Followers {
             // Who watches may have gone; whoever waits for the end has not.
             let _nobody_watches = job.events.blocking_send(FreezeEvent::Round(round));
             match verdict {
-                Verdict::Freeze { predicted } => return Ok(self.converged(job, pages, predicted.saturating_sub(plan.fixed))),
+                Verdict::Freeze { predicted } => {
+                    return Ok(self.converged(job, pages, predicted.saturating_sub(plan.fixed)));
+                }
                 Verdict::GiveUp { why } => {
                     return Err(job.context.refusal(FailureCode::FailedPrecondition, why).in_phase("precopy"));
                 }
