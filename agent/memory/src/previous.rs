@@ -70,6 +70,8 @@ pub struct PreviousPages {
     round: u32,
     /// A page found no room since the round began.
     full: bool,
+    /// No round follows.
+    last: bool,
 }
 
 #[derive(Debug)]
@@ -82,7 +84,7 @@ struct Sent {
 impl PreviousPages {
     /// None yet, and before the first round.
     pub fn new(budget: Budget) -> Self {
-        Self { pages: HashMap::new(), budget, round: 0, full: false }
+        Self { pages: HashMap::new(), budget, round: 0, full: false, last: false }
     }
 
     /// A round begins.
@@ -94,6 +96,12 @@ impl PreviousPages {
         }
     }
 
+    /// The last round begins: pages that are sent in it are not kept, which would take time while the process stands still.
+    pub fn begin_last_round(&mut self) {
+        self.begin_round();
+        self.last = true;
+    }
+
     /// What was sent last of the page at an address.
     pub fn get(&self, address: u64) -> Option<&[u8; PAGE]> {
         self.pages.get(&address).map(|sent| &*sent.contents)
@@ -102,7 +110,9 @@ impl PreviousPages {
     /// The page at an address is sent with these contents. They are kept if it was kept before, or if there is room and this is not
     /// the first round.
     pub fn sent(&mut self, address: u64, contents: &[u8; PAGE]) {
-        if let Some(sent) = self.pages.get_mut(&address) {
+        if self.last {
+            self.forget_one(address);
+        } else if let Some(sent) = self.pages.get_mut(&address) {
             *sent.contents = *contents;
             sent.round = self.round;
         } else if self.round > 1 && self.has_room() {
@@ -119,9 +129,13 @@ impl PreviousPages {
     /// Forgets pages of which it is not certain what the other side has.
     pub fn forget(&mut self, ranges: &PageRanges) {
         for page in ranges.iter().flat_map(|range| range.single_pages()) {
-            if self.pages.remove(&page.start).is_some() {
-                self.budget.give(1);
-            }
+            self.forget_one(page.start);
+        }
+    }
+
+    fn forget_one(&mut self, address: u64) {
+        if self.pages.remove(&address).is_some() {
+            self.budget.give(1);
         }
     }
 
@@ -187,6 +201,19 @@ mod tests {
         previous.sent(0, &page(2));
         drop(previous);
         assert_eq!(left(&budget), 3);
+    }
+
+    #[test]
+    fn the_last_round_uses_what_is_kept_and_keeps_nothing() {
+        let mut previous = PreviousPages::new(Budget::new(1 << 20));
+        (0..2).for_each(|_| previous.begin_round());
+        previous.sent(ADDRESS, &page(1));
+        previous.begin_last_round();
+        assert_eq!(previous.get(ADDRESS), Some(&page(1)));
+        for address in [ADDRESS, 0] {
+            previous.sent(address, &page(2));
+            assert_eq!(previous.get(address), None);
+        }
     }
 
     #[test]

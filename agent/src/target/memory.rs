@@ -13,7 +13,8 @@ use podferry_memory::PAGE_SIZE;
 use podferry_memory::handover::{Handover, HandoverError};
 use podferry_memory::range::{PageRange, PageRanges};
 use podferry_memory::store::{Store, StoreError};
-use podferry_transfer::PageRun;
+use podferry_transfer::delta::Page;
+use podferry_transfer::{ApplyError, Deltas, PageRun};
 
 /// The most bytes of addresses that a process may have pages in, each 2 MiB counting whole. Only what comes takes memory.
 const MOST_ADDRESSES: u64 = 256 << 30;
@@ -30,6 +31,14 @@ pub(crate) enum MemoryError {
     /// It cannot be kept.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Changes came that do not go with what is kept.
+    #[error("memory of process {process} cannot be changed: {source}")]
+    Changes {
+        /// The process, by its id inside the container.
+        process: u32,
+        /// Why.
+        source: ApplyError,
+    },
     /// It cannot be left to the pager.
     #[error(transparent)]
     Handover(#[from] HandoverError),
@@ -105,6 +114,17 @@ impl ArrivingMemory {
             index = end;
         }
         Ok(())
+    }
+
+    /// Changes pages of a process that are kept.
+    pub(crate) fn change(&mut self, process: u32, deltas: &Deltas) -> Result<(), MemoryError> {
+        let Some(store) = self.stores.get(&process) else { return Err(MemoryError::NoProcess { process }) };
+        let previous = |vaddr, page: &mut Page| {
+            let kept = store.run(PageRange::new(vaddr, vaddr + PAGE_SIZE));
+            kept.inspect(|kept| page.copy_from_slice(kept)).is_some()
+        };
+        let changed = deltas.apply(previous).map_err(|source| MemoryError::Changes { process, source })?;
+        changed.runs().try_for_each(|run| self.keep(process, &run))
     }
 
     /// Takes a list of the pages that a process has in the end.
