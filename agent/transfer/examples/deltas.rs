@@ -36,8 +36,24 @@ impl Noise {
     }
 }
 
-/// What happens to a page between two rounds.
+/// What is in a page at first, and what happens to it between two rounds.
 type Write = fn(&mut Page, &mut Noise);
+
+/// 512 numbers below a million.
+fn numbers(page: &mut Page, noise: &mut Noise) {
+    page.chunks_mut(8).for_each(|word| word.copy_from_slice(&(noise.next() % 1_000_000).to_le_bytes()));
+}
+
+/// Twenty records of text.
+fn records(page: &mut Page, noise: &mut Noise) {
+    (0..20).for_each(|place| put_record(page, place, noise));
+}
+
+fn put_record(page: &mut Page, place: usize, noise: &mut Noise) {
+    let (id, seen) = (noise.next(), noise.next());
+    let text = format!("{{\"user\":{id:016x},\"name\":\"somebody\",\"city\":\"somewhere\",\"seen\":{seen:016x}}}");
+    page[place * 200..][..200].iter_mut().zip(text.bytes().cycle()).for_each(|(byte, new)| *byte = new);
+}
 
 /// A counter somewhere goes up.
 fn counter(page: &mut Page, noise: &mut Noise) {
@@ -54,9 +70,7 @@ fn counters(page: &mut Page, noise: &mut Noise) {
 
 /// A record of 200 bytes of text is written anew.
 fn record(page: &mut Page, noise: &mut Noise) {
-    let text = format!("{{\"user\":{:016x},\"name\":\"somebody\",\"seen\":{:016x},", noise.next(), noise.next());
-    let at = noise.below(4096 - 200);
-    page[at..at + 200].iter_mut().zip(text.bytes().cycle()).for_each(|(byte, new)| *byte = new);
+    put_record(page, noise.below(20), noise);
 }
 
 /// A quarter of the page, in one piece, is replaced by what nothing packs.
@@ -70,12 +84,12 @@ fn everything(page: &mut Page, noise: &mut Noise) {
     noise.fill(page);
 }
 
-const WRITES: [(&str, Write); 5] = [
-    ("one counter", counter),
-    ("eight counters", counters),
-    ("a record of 200 bytes", record),
-    ("1 KiB of noise", quarter),
-    ("everything", everything),
+const WRITES: [(&str, Write, Write); 5] = [
+    ("one counter of 512", numbers, counter),
+    ("eight counters of 512", numbers, counters),
+    ("one record of twenty", records, record),
+    ("1 KiB of noise", everything, quarter),
+    ("everything, noise", everything, everything),
 ];
 
 /// The delta of each page; none for those that are sent whole.
@@ -96,6 +110,29 @@ fn gibs(bytes: usize, time: Duration) -> f64 {
     bytes as f64 / time.as_secs_f64() / f64::from(1 << 30)
 }
 
+/// The deltas with the words as they are now, instead of what has changed in them: what was decided against.
+fn literal(now: &[Page], deltas: &[u8], ends: &[Option<usize>]) -> Vec<u8> {
+    let mut literal = deltas.to_vec();
+    let number = |at: &mut usize| {
+        let low = usize::from(deltas[*at]);
+        let long = low >= 0x80;
+        let number = if long { low - 0x80 + usize::from(deltas[*at + 1]) * 0x80 } else { low };
+        *at += 1 + usize::from(long);
+        number
+    };
+    let mut at = 0;
+    for (page, end) in now.iter().zip(ends) {
+        let (end, mut word) = (end.unwrap_or(at), 0);
+        while at < end {
+            word += number(&mut at);
+            let count = number(&mut at);
+            literal[at..at + count * 8].copy_from_slice(&page[word * 8..][..count * 8]);
+            (at, word) = (at + count * 8, word + count);
+        }
+    }
+    literal
+}
+
 /// Bytes of whole pages and deltas after packing, frame by frame, and how long that took.
 fn pack(now: &[Page], deltas: &[u8], ends: &[Option<usize>]) -> (usize, Duration) {
     let mut packer = Packer::new(Pool::new(2)).expect("memory for zstd");
@@ -114,10 +151,10 @@ fn pack(now: &[Page], deltas: &[u8], ends: &[Option<usize>]) -> (usize, Duration
     (length, took)
 }
 
-fn measure(name: &str, write: Write) {
+fn measure(name: &str, first: Write, write: Write) {
     let mut noise = Noise(0x9e37_79b9_7f4a_7c15);
     let mut previous = vec![[0; 4096]; PAGES];
-    previous.iter_mut().for_each(|page| noise.fill(page));
+    previous.iter_mut().for_each(|page| first(page, &mut noise));
     let mut now = previous.clone();
     now.iter_mut().for_each(|page| write(page, &mut noise));
     let (mut deltas, mut ends) = (Vec::with_capacity(PAGES * 2048), Vec::with_capacity(PAGES));
@@ -143,10 +180,12 @@ fn measure(name: &str, write: Write) {
     let whole = ends.iter().filter(|end| end.is_none()).count();
     let length = deltas.len() + whole * 4096;
     let (packed, took) = pack(&now, &deltas, &ends);
+    let (other, _) = pack(&now, &literal(&now, &deltas, &ends), &ends);
     println!(
-        "| {name} | {} | {} | {} | {:.1} | {:.1} | {:.1} |",
+        "| {name} | {} | {} | {} | {} | {:.1} | {:.1} | {:.1} |",
         length / PAGES,
         packed / PAGES,
+        other / PAGES,
         whole * 100 / PAGES,
         gibs(raw, median(encoding.clone())),
         gibs(raw, median(applying)),
@@ -155,7 +194,9 @@ fn measure(name: &str, write: Write) {
 }
 
 fn main() {
-    println!("| written | bytes a page | with zstd -1 | % sent whole | made, GiB/s | applied | made and packed |");
-    println!("|---|---|---|---|---|---|---|");
-    WRITES.iter().for_each(|(name, write)| measure(name, *write));
+    println!(
+        "| written | bytes a page | with zstd -1 | literal | % sent whole | made, GiB/s | applied | made and packed |"
+    );
+    println!("|---|---:|---:|---:|---:|---:|---:|---:|");
+    WRITES.iter().for_each(|(name, first, write)| measure(name, *first, *write));
 }
