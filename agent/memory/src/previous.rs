@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::PAGE_SIZE;
-use crate::range::PageRanges;
+use crate::range::{PageRange, PageRanges};
 
 #[expect(clippy::cast_possible_truncation, reason = "4096")]
 const PAGE: usize = PAGE_SIZE as usize;
@@ -128,7 +128,7 @@ impl PreviousPages {
 
     /// Forgets pages of which it is not certain what the other side has.
     pub fn forget(&mut self, ranges: &PageRanges) {
-        for page in ranges.iter().flat_map(|range| range.single_pages()) {
+        for page in ranges.iter().flat_map(PageRange::single_pages) {
             self.forget_one(page.start);
         }
     }
@@ -162,7 +162,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::range::PageRange;
 
     const ADDRESS: u64 = 0x7000;
 

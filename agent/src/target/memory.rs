@@ -313,9 +313,12 @@ mod tests {
         let before = [[1; PAGE], [2; PAGE]];
         let mut memory = arriving(&folder, &before);
         let changes = |address, previous: &Page| {
-            let (mut changes, mut now) = (Changes::default(), *previous);
-            now[0] = 77;
-            assert!(changes.add(0x1000, &before[0], &now) && changes.add(address, previous, &now));
+            let mut changes = Changes::default();
+            for (address, previous) in [(0x1000, &before[0]), (address, previous)] {
+                let mut now = *previous;
+                now[0] = 77;
+                assert!(changes.add(address, previous, &now));
+            }
             arrived(changes)
         };
         let missing = memory.change(7, &changes(0x3000, &before[1]));

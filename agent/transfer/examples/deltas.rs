@@ -154,13 +154,18 @@ fn pack(now: &[Page], deltas: &[u8], ends: &[Option<usize>]) -> (usize, Duration
 fn measure(name: &str, first: Write, write: Write) {
     let mut noise = Noise(0x9e37_79b9_7f4a_7c15);
     let mut previous = vec![[0; 4096]; PAGES];
-    previous.iter_mut().for_each(|page| first(page, &mut noise));
+    for page in &mut previous {
+        first(page, &mut noise);
+    }
     let mut now = previous.clone();
-    now.iter_mut().for_each(|page| write(page, &mut noise));
+    for page in &mut now {
+        write(page, &mut noise);
+    }
     let (mut deltas, mut ends) = (Vec::with_capacity(PAGES * 2048), Vec::with_capacity(PAGES));
     let (mut encoding, mut applying) = (Vec::new(), Vec::new());
     for _ in 0..RUNS {
-        (deltas.clear(), ends.clear());
+        deltas.clear();
+        ends.clear();
         let begun = Instant::now();
         encode(black_box(&previous), black_box(&now), &mut deltas, &mut ends);
         encoding.push(begun.elapsed());
@@ -173,8 +178,7 @@ fn measure(name: &str, first: Write, write: Write) {
             start = end;
         }
         applying.push(begun.elapsed());
-        let applied = pages.iter().zip(&ends).filter(|(_, end)| end.is_some());
-        assert!(applied.zip(now.iter().zip(&ends).filter(|(_, end)| end.is_some())).all(|(one, other)| one == other));
+        assert!(pages.iter().zip(&now).zip(&ends).all(|((page, now), end)| end.is_none() || page == now));
     }
     let raw = PAGES * 4096;
     let whole = ends.iter().filter(|end| end.is_none()).count();
@@ -198,5 +202,7 @@ fn main() {
         "| written | bytes a page | with zstd -1 | literal | % sent whole | made, GiB/s | applied | made and packed |"
     );
     println!("|---|---:|---:|---:|---:|---:|---:|---:|");
-    WRITES.iter().for_each(|(name, first, write)| measure(name, *first, *write));
+    for (name, first, write) in WRITES {
+        measure(name, first, write);
+    }
 }
