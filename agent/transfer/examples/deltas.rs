@@ -192,7 +192,8 @@ fn measure(name: &str, first: Write, write: Write) {
         other / PAGES,
         whole * 100 / PAGES,
         gibs(raw, median(encoding.clone())),
-        gibs(raw, median(applying)),
+        // Nothing is applied where all is sent whole.
+        if whole == PAGES { 0.0 } else { gibs(raw, median(applying)) },
         gibs(raw, median(encoding) + took),
     );
 }
