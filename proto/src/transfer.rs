@@ -24,7 +24,7 @@
 //!
 //! ```text
 //!   Open 1 {memory of process 7, round 1} · Pages 1 … · Close 1 ───▶ keeps the pages, by address
-//!   Open 2 {memory of process 7, round 2} · Pages 2 … · Close 2 ───▶ replaces what it has
+//!   Open 2 {memory of process 7, round 2} · Pages 2 · Deltas 2 … · Close 2 ▶ replaces or changes what it has
 //!   (freeze) memory of the last round, CRIU's pages and images, layer ▶
 //!   Open 9 {existing of process 7} · Data 9 … · Close 9 ───────────▶ forgets what is in no range; nothing of the rest may be missing
 //! ```
@@ -57,7 +57,7 @@
 //!
 //! ```text
 //! checksum = XXH3-64( head ‖ XXH3-64(payload) as 8 bytes little endian )
-//! digest   = XXH3-64( XXH3-64(payload) as 8 bytes little endian, of every data and pages frame of the object, in order )
+//! digest   = XXH3-64( XXH3-64(payload) as 8 bytes little endian, of every frame between the object's Open and Close, in order )
 //! ```
 //!
 //! both with seed 0. TLS already keeps strangers from changing a byte; the sums find what breaks inside the two agents, and
@@ -67,6 +67,24 @@
 //! are all zeros are only marked in `zero_pages` and the raw bytes are the others, in order. A run that is `absent` has
 //! neither, and any count. `Scattered` is several such runs in one frame, at most 256 pages together; only memory objects have
 //! them.
+//!
+//! # Deltas
+//!
+//! `Deltas` is for pages of a memory object that came before, in this object or an earlier one of the same process, and of which
+//! little has changed: at most 256 pages a frame, each with a delta of at most 2048 bytes, against what came last of it. The 4096
+//! bytes of a page are 512 words of 8 bytes; a delta is any number of stretches:
+//!
+//! ```text
+//! stretch = varint: unchanged words, at least 1 but for the first stretch
+//!         ‖ varint: changed words that follow them, at least 1
+//!         ‖ those words, 8 bytes each: what they were XOR what they are now, so none is zero
+//! ```
+//!
+//! Nothing of it reaches past the page's end, and all varints here are the shortest; words behind the last stretch are unchanged,
+//! and a page that is as it was has the delta of 0 bytes. So each change has one encoding. The receiver refuses all others before
+//! it looks at a page. It fails the transfer when it lacks one of the pages, and when `digest` is not that of what the pages
+//! hold once the deltas are applied: then the two sides disagree about what was sent before. The page's length counts, not the
+//! delta's, in `Close` and `End`.
 //!
 //! # Limits
 //!

@@ -18,6 +18,7 @@ pub mod maps;
 mod moves;
 pub mod pager;
 mod pending;
+pub mod previous;
 pub mod range;
 pub mod store;
 mod sys;

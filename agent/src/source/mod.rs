@@ -10,6 +10,7 @@
 //! The tasks belong to the [dump worker](crate::worker), which undoes an unsealed part by itself. What is here moves what
 //! CRIU writes, and when the worker was killed does what it would have done, from its record.
 
+mod batch;
 mod pages;
 mod precopy;
 mod sweep;

@@ -22,14 +22,16 @@ use podferry_memory::convergence::{Convergence, Plan, RoundFacts, Verdict};
 use podferry_memory::copier::Copier;
 use podferry_memory::hide;
 use podferry_memory::maps::{self, MovedError};
-use podferry_memory::range::{PageRange, PageRanges};
+use podferry_memory::previous::{Budget, PreviousPages};
+use podferry_memory::range::PageRanges;
 use podferry_memory::tracker::{self, NotFollowed, TrackError, WriteTracker};
 use podferry_runtime::{Container, Member};
-use podferry_transfer::{Object, ObjectWriter, Place, Pool, Sender, TransferError};
+use podferry_transfer::{Object, ObjectWriter, Pool, Sender, TransferError};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::FreezeEvent;
+use super::batch::Parted;
 use crate::context::Context;
 
 /// Bytes that are read and sent at a time: one frame of the transfer.
@@ -156,6 +158,8 @@ pub(super) struct Followers {
     /// What a person should know.
     notes: BTreeSet<String>,
     round: u32,
+    /// How much of what was sent may be kept, of all processes together.
+    budget: Budget,
 }
 
 /// A process that is followed.
@@ -164,6 +168,8 @@ struct Followed {
     member: Member,
     tracker: Box<dyn WriteTracker + Send>,
     copier: Copier,
+    /// What the target has of pages that may be sent again.
+    previous: PreviousPages,
     /// What CRIU does not see.
     hidden: PageRanges,
 }
@@ -221,7 +227,7 @@ impl Followers {
             if known || self.left.contains(&member) {
                 continue;
             }
-            match Followed::new(member) {
+            match Followed::new(member, &self.budget) {
                 Ok(followed) => self.followed.push(followed),
                 Err(error) => self.leave(member, &error),
             }
@@ -324,10 +330,11 @@ fn failed(context: &Context, what: &str, error: &(dyn std::error::Error + 'stati
 }
 
 impl Followed {
-    fn new(member: Member) -> Result<Self, NotFollowed> {
+    fn new(member: Member, budget: &Budget) -> Result<Self, NotFollowed> {
         let pid = Pid::from_raw(member.pid);
         let tracker = tracker::attach(pid)?;
-        Ok(Self { member, tracker, copier: Copier::new(pid, BATCH), hidden: PageRanges::new() })
+        let (copier, previous) = (Copier::new(pid, BATCH), PreviousPages::new(budget.clone()));
+        Ok(Self { member, tracker, copier, previous, hidden: PageRanges::new() })
     }
 
     fn pid(&self) -> Pid {
@@ -340,6 +347,7 @@ impl Followed {
 
     fn round(&mut self, number: u32, way: &Way) -> Result<u64, SendError> {
         let written = self.tracker.round()?;
+        self.previous.begin_round();
         self.send(&written, number, way)
     }
 
@@ -349,16 +357,17 @@ impl Followed {
         }
         let (mut writer, pool) = way.open(&Object::Memory { process: self.process(), round })?;
         let pid = self.member.pid;
+        let previous = &mut self.previous;
         let copied = self.copier.read::<SendError>(pages, |batch| {
-            let place = |range: &PageRange| Place { vaddr: range.start, count: range.pages() };
-            let places: Vec<Place> = batch.ranges.iter().map(place).collect();
-            let mut buffer = pool.take(batch.contents.len());
-            buffer.copy_from_slice(batch.contents);
             if way.cancelled.is_cancelled() {
                 return Err(SendError::Aborted);
             }
-            Ok(writer.scattered_blocking(&places, pool.share(buffer))?)
+            Ok(Parted::of(&batch, previous, pool.take(0)).send(&mut writer, &pool)?)
         });
+        if copied.is_err() {
+            // Of a part it is not certain that it arrives.
+            self.previous.clear();
+        }
         let copied = copied.map_err(|error| match error {
             SendError::Read { source, .. } => SendError::Read { pid, source },
             other => other,
@@ -366,6 +375,7 @@ impl Followed {
         // Also after an error: the object has to be closed for the transfer to go on without this process.
         writer.close_blocking()?;
         let copied = copied?;
+        self.previous.forget(&copied.vanished);
         self.tracker.tell_again(&copied.vanished);
         Ok(copied.pages)
     }
@@ -373,6 +383,7 @@ impl Followed {
     fn last_round(&mut self, number: u32, way: &Way) -> Result<u64, SendError> {
         let moved = maps::moved(self.pid(), &self.hidden)?;
         let frozen = self.tracker.frozen(&moved)?;
+        self.previous.begin_last_round();
         let pages = self.send(&frozen.written, number, way)?;
         self.send_existing(&frozen.existing, way)?;
         Ok(pages)

@@ -20,7 +20,7 @@ use podferry_common::identity::Peer;
 use podferry_common::tls::PeerInfo;
 use podferry_criu::{PageSetWriter, Run, page_flags};
 use podferry_filesystem::Limits;
-use podferry_transfer::{Authorize, Introduction, Object, Owner, PageRun, Sink};
+use podferry_transfer::{Authorize, Deltas, Introduction, Object, Owner, PageRun, Sink};
 use tokio::sync::watch;
 
 use super::memory::{ArrivingMemory, List};
@@ -212,6 +212,13 @@ impl Sink for Receiving {
             Some(Place::Memory(_)) if run.absent => Err(failed(io::Error::other("memory without contents"))),
             Some(Place::Memory(process)) => open.memory.keep(*process, &run).map_err(failed),
             _ => Err(failed(io::Error::other("pages for what takes none"))),
+        })
+    }
+
+    fn deltas(&mut self, deltas: Deltas) -> Result<(), Failure> {
+        self.inbox.with_open(|open| match open.places.get(&deltas.object()) {
+            Some(Place::Memory(process)) => open.memory.change(*process, &deltas).map_err(failed),
+            _ => Err(failed(io::Error::other("changes of pages for what keeps none"))),
         })
     }
 

@@ -13,7 +13,8 @@ use podferry_memory::PAGE_SIZE;
 use podferry_memory::handover::{Handover, HandoverError};
 use podferry_memory::range::{PageRange, PageRanges};
 use podferry_memory::store::{Store, StoreError};
-use podferry_transfer::PageRun;
+use podferry_transfer::delta::Page;
+use podferry_transfer::{ApplyError, Deltas, PageRun};
 
 /// The most bytes of addresses that a process may have pages in, each 2 MiB counting whole. Only what comes takes memory.
 const MOST_ADDRESSES: u64 = 256 << 30;
@@ -30,6 +31,14 @@ pub(crate) enum MemoryError {
     /// It cannot be kept.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Changes came that do not go with what is kept.
+    #[error("memory of process {process} cannot be changed: {source}")]
+    Changes {
+        /// The process, by its id inside the container.
+        process: u32,
+        /// Why.
+        source: ApplyError,
+    },
     /// It cannot be left to the pager.
     #[error(transparent)]
     Handover(#[from] HandoverError),
@@ -105,6 +114,17 @@ impl ArrivingMemory {
             index = end;
         }
         Ok(())
+    }
+
+    /// Changes pages of a process that are kept.
+    pub(crate) fn change(&mut self, process: u32, deltas: &Deltas) -> Result<(), MemoryError> {
+        let Some(store) = self.stores.get(&process) else { return Err(MemoryError::NoProcess { process }) };
+        let previous = |vaddr, page: &mut Page| {
+            let kept = store.run(PageRange::new(vaddr, vaddr + PAGE_SIZE));
+            kept.inspect(|kept| page.copy_from_slice(kept)).is_some()
+        };
+        let changed = deltas.apply(previous).map_err(|source| MemoryError::Changes { process, source })?;
+        changed.runs().try_for_each(|run| self.keep(process, &run))
     }
 
     /// Takes a list of the pages that a process has in the end.
@@ -219,6 +239,7 @@ impl From<MemoryError> for io::Error {
 
 #[cfg(test)]
 mod tests {
+    use podferry_transfer::{Changes, ZeroMap, is_zero};
     use proptest::prelude::*;
 
     use super::*;
@@ -241,6 +262,72 @@ mod tests {
             assert!(parse(&list(ranges)).is_err(), "{ranges:?}");
         }
         assert!(parse(&[0; 15]).is_err());
+    }
+
+    const PAGE: usize = 4096;
+
+    /// Memory of process 7 that has these pages, from address 0x1000 on.
+    fn arriving(folder: &tempfile::TempDir, pages: &[Page]) -> ArrivingMemory {
+        let mut memory = ArrivingMemory::new(folder.path().to_owned());
+        memory.open(7).unwrap();
+        let (bytes, count) = (pages.concat(), pages.len() as u64);
+        let (zero, full) = (ZeroMap::find(&bytes), pages.iter().filter(|page| !is_zero(&page[..])));
+        let bytes = full.flatten().copied().collect();
+        let run = PageRun { object: 1, vaddr: 0x1000, count, flags: 0, zero, bytes, absent: false };
+        memory.keep(7, &run).unwrap();
+        memory
+    }
+
+    fn kept(memory: &ArrivingMemory, index: usize) -> &[u8] {
+        let start = (index as u64 + 1) * PAGE_SIZE;
+        memory.stores[&7].run(PageRange::new(start, start + PAGE_SIZE)).unwrap()
+    }
+
+    fn arrived(changes: Changes) -> Deltas {
+        Deltas::arrived(1, changes).unwrap()
+    }
+
+    #[test]
+    fn changes_make_of_kept_pages_what_the_source_has() {
+        let folder = tempfile::tempdir().unwrap();
+        let before = [[1; PAGE], [0; PAGE], [3; PAGE], [4; PAGE]];
+        let mut memory = arriving(&folder, &before);
+        let mut now = before;
+        now[0][100] = 7;
+        // A zero page that is not any more, one that becomes zero but for what a delta can say, one that stays.
+        now[1][PAGE - 1] = 9;
+        now[3][8..16].fill(0);
+        let mut changes = Changes::default();
+        for (index, (before, now)) in before.iter().zip(&now).enumerate() {
+            assert!(changes.add((index as u64 + 1) * PAGE_SIZE, before, now));
+        }
+        memory.change(7, &arrived(changes)).unwrap();
+        for (index, now) in now.iter().enumerate() {
+            assert!(kept(&memory, index) == now, "page {index}");
+        }
+    }
+
+    #[test]
+    fn changes_of_pages_that_are_not_kept_are_refused_and_change_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let before = [[1; PAGE], [2; PAGE]];
+        let mut memory = arriving(&folder, &before);
+        let changes = |address, previous: &Page| {
+            let mut changes = Changes::default();
+            for (address, previous) in [(0x1000, &before[0]), (address, previous)] {
+                let mut now = *previous;
+                now[0] = 77;
+                assert!(changes.add(address, previous, &now));
+            }
+            arrived(changes)
+        };
+        let missing = memory.change(7, &changes(0x3000, &before[1]));
+        let source = ApplyError::Missing { vaddr: 0x3000 };
+        assert!(matches!(missing, Err(MemoryError::Changes { process: 7, source: found }) if found == source));
+        let other = memory.change(7, &changes(0x2000, &[3; PAGE]));
+        assert!(matches!(other, Err(MemoryError::Changes { source: ApplyError::Digest { .. }, .. })), "{other:?}");
+        assert!(matches!(memory.change(8, &changes(0x2000, &before[1])), Err(MemoryError::NoProcess { process: 8 })));
+        assert!((0..2).all(|index| kept(&memory, index) == before[index]));
     }
 
     proptest! {

@@ -196,7 +196,7 @@ impl Encoder {
         let payload_sum = sum(&frame.payload);
         let object = frame.head.object;
         match &mut frame.head.kind {
-            Some(Kind::Data(_) | Kind::Pages(_) | Kind::Scattered(_)) => {
+            Some(Kind::Data(_) | Kind::Pages(_) | Kind::Scattered(_) | Kind::Deltas(_)) => {
                 self.digests.entry(object).or_default().write(&payload_sum.to_le_bytes());
             }
             Some(Kind::Close(close)) => close.digest = self.digests.remove(&object).unwrap_or_default().finish(),
@@ -258,7 +258,7 @@ impl Received {
             Err(_) => return Err(FrameError::UnknownCompression { method: head.compression }),
         };
         let kind = head.kind.ok_or(FrameError::UnknownKind)?;
-        if !matches!(kind, Kind::Data(_) | Kind::Pages(_) | Kind::Scattered(_)) {
+        if !matches!(kind, Kind::Data(_) | Kind::Pages(_) | Kind::Scattered(_) | Kind::Deltas(_)) {
             exactly("a payload where none belongs", raw_length, 0)?;
         }
         Ok(Self { sequence: head.sequence, object: head.object, kind, raw_length, packed, payload, payload_sum })

@@ -8,6 +8,8 @@
 
 pub mod compression;
 mod connection;
+pub mod delta;
+mod deltas;
 mod error;
 pub mod frame;
 pub mod limits;
@@ -23,11 +25,12 @@ mod tuner;
 mod zero;
 
 pub use connection::{IncomingConnection, fast};
+pub use deltas::{ApplyError, Changes, Deltas};
 pub use error::TransferError;
 pub use object::{InvalidObject, Object, Owner};
 pub use pool::Pool;
 pub use receiver::{Authorize, Sink, TransferServer, tune};
 pub use scatter::Place;
 pub use sender::{Compression, Introduction, ObjectWriter, Options, Sender, SenderStats};
-pub use session::PageRun;
+pub use session::{PageRun, Scattered};
 pub use zero::{ZeroMap, is_zero};

@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 pub use service::{TransferServer, tune};
 
 use crate::compression::Unpacker;
+use crate::deltas::Deltas;
 use crate::frame::{FrameError, Received};
 use crate::object::Object;
 use crate::pool::Pool;
@@ -58,6 +59,15 @@ pub trait Sink: Send + 'static {
     /// # Errors
     /// End the transfer, and the sender is told.
     fn pages(&mut self, run: PageRun) -> Result<(), Failure>;
+
+    /// Changes of pages that came before. A store that keeps pages applies them to those ([`Deltas::apply`]); any other refuses them.
+    ///
+    /// # Errors
+    /// End the transfer, and the sender is told.
+    fn deltas(&mut self, deltas: Deltas) -> Result<(), Failure> {
+        let message = format!("changes of pages came for object {}, and this store keeps no pages", deltas.object());
+        Err(Failure::new(FailureCode::InvalidArgument, message))
+    }
 
     /// An object is complete: its length in bytes and its digest are what the sender says.
     ///
@@ -123,6 +133,7 @@ impl Receiving {
                 Event::Open { id, object } => sink.open(id, &object)?,
                 Event::Data { id, offset, bytes } => sink.data(id, offset, bytes)?,
                 Event::Pages(run) => sink.pages(run)?,
+                Event::Deltas(deltas) => sink.deltas(deltas)?,
                 Event::Scattered(scattered) => scattered.runs().try_for_each(|run| sink.pages(run))?,
                 Event::Close { id, length, digest } => sink.close(id, length, digest)?,
                 Event::End { length } => return self.nothing_follows().map(|()| Complete { length }),

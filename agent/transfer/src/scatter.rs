@@ -20,6 +20,13 @@ pub struct Place {
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
+impl Place {
+    /// The first address behind it.
+    pub fn end(&self) -> u64 {
+        self.vaddr + self.count * PAGE
+    }
+}
+
 /// The runs as they are sent. They must ascend and not overlap.
 pub(crate) fn encode(places: &[Place]) -> Bytes {
     let mut wire = Vec::with_capacity(places.len() * 4);

@@ -5,15 +5,18 @@ use std::hash::Hasher as _;
 
 use bytes::Bytes;
 use podferry_proto::v1::transfer_request::Kind;
-use podferry_proto::v1::{TransferBegin, TransferClose, TransferEnd, TransferOpen, TransferPages, TransferScattered};
+use podferry_proto::v1::{
+    TransferBegin, TransferClose, TransferDeltas, TransferEnd, TransferOpen, TransferPages, TransferScattered,
+};
 use twox_hash::XxHash3_64;
 
 use crate::compression::Unpacker;
+use crate::deltas::Deltas;
 use crate::frame::{FrameError, Received};
 use crate::limits::{MAX_OBJECTS, MAX_OPEN, MAX_REASON_LENGTH, PAGE_SIZE};
 use crate::object::Object;
 use crate::scatter::{self, Place};
-use crate::zero::ZeroMap;
+use crate::zero::{self, ZeroMap};
 
 /// A run of pages of one object.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,6 +47,17 @@ pub struct Scattered {
 }
 
 impl Scattered {
+    /// All of these pages, zero ones included.
+    pub(crate) fn of(object: u32, places: Vec<Place>, pages: Vec<u8>) -> Self {
+        let zero = ZeroMap::find(&pages);
+        if zero.count() == 0 {
+            return Self { object, places, zero, bytes: Bytes::from(pages) };
+        }
+        let mut full = vec![0; pages.len() - zero.count() * PAGE_SIZE];
+        zero::gather(&pages, &zero, &mut full);
+        Self { object, places, zero, bytes: Bytes::from(full) }
+    }
+
     /// The runs, one by one.
     pub fn runs(mut self) -> impl Iterator<Item = PageRun> {
         let (object, zero, mut first) = (self.object, self.zero, 0);
@@ -83,6 +97,8 @@ pub enum Event {
     Pages(PageRun),
     /// Pages that lie apart.
     Scattered(Scattered),
+    /// Changes of pages that came before.
+    Deltas(Deltas),
     /// An object is complete, and is what was sent.
     Close {
         /// Its number.
@@ -106,7 +122,7 @@ pub enum Event {
 
 struct Open {
     pages: bool,
-    /// Whether its pages may lie apart.
+    /// Whether its pages may lie apart, and come as deltas.
     memory: bool,
     length: u64,
     digest: XxHash3_64,
@@ -163,6 +179,7 @@ impl Session {
             Kind::Data(data) => self.data(frame, data.offset),
             Kind::Pages(pages) => self.pages(frame, pages),
             Kind::Scattered(scattered) => self.scattered(frame, scattered),
+            Kind::Deltas(deltas) => self.deltas(frame, deltas),
             Kind::Close(close) => self.close(frame.object, *close),
             Kind::End(end) => self.end(*end),
             Kind::Abort(abort) => {
@@ -216,10 +233,7 @@ impl Session {
     }
 
     fn scattered(&mut self, frame: &Received, scattered: &TransferScattered) -> Result<Event, FrameError> {
-        let object = find(&mut self.open, "Scattered", frame.object, true)?;
-        if !object.memory {
-            return Err(FrameError::Object { what: "Scattered", object: frame.object, state: "of another sort" });
-        }
+        let object = find_memory(&mut self.open, "Scattered", frame.object)?;
         let most = (crate::limits::MAX_RAW_LENGTH / PAGE_SIZE) as u64;
         let places = scatter::decode(&scattered.runs, most).filter(|places| !places.is_empty());
         let places = places.ok_or(FrameError::NotCanonical)?;
@@ -236,6 +250,18 @@ impl Session {
         let bytes = self.unpacker.unpack(frame)?;
         object.add(frame, (count * PAGE_SIZE) as u64)?;
         Ok(Event::Scattered(Scattered { object: frame.object, places, zero, bytes }))
+    }
+
+    fn deltas(&mut self, frame: &Received, said: &TransferDeltas) -> Result<Event, FrameError> {
+        let object = find_memory(&mut self.open, "Deltas", frame.object)?;
+        let (deltas, length) = Deltas::announced(frame.object, said)?;
+        if frame.raw_length != length {
+            let (found, expected) = (frame.raw_length as u64, length as u64);
+            return Err(FrameError::Length { what: "raw bytes", length: found, expected });
+        }
+        let deltas = deltas.with(self.unpacker.unpack(frame)?)?;
+        object.add(frame, deltas.length())?;
+        Ok(Event::Deltas(deltas))
     }
 
     fn close(&mut self, id: u32, said: TransferClose) -> Result<Event, FrameError> {
@@ -278,6 +304,12 @@ fn find<'a>(
     let refuse = |state| FrameError::Object { what, object: id, state };
     let object = open.get_mut(&id).ok_or_else(|| refuse("not open"))?;
     if object.pages == pages { Ok(object) } else { Err(refuse("of another sort")) }
+}
+
+/// As [`find`], of memory of a running process.
+fn find_memory<'a>(open: &'a mut HashMap<u32, Open>, what: &'static str, id: u32) -> Result<&'a mut Open, FrameError> {
+    let object = find(open, what, id, true)?;
+    if object.memory { Ok(object) } else { Err(FrameError::Object { what, object: id, state: "of another sort" }) }
 }
 
 /// Bytes of a run of pages, if there can be such a run.

@@ -15,6 +15,14 @@ pub fn is_zero(page: &[u8]) -> bool {
     strides.iter().all(|stride| zero(stride)) && zero(rest)
 }
 
+/// The pages that are not zero, one after the other, written to where `room` has as many bytes.
+pub(crate) fn gather(pages: &[u8], zero: &ZeroMap, room: &mut [u8]) {
+    let full = pages.chunks_exact(PAGE_SIZE).enumerate().filter(|(page, _)| !zero.is_zero(*page));
+    for (to, (_, from)) in room.chunks_exact_mut(PAGE_SIZE).zip(full) {
+        to.copy_from_slice(from);
+    }
+}
+
 /// Which pages of a run are zero: bit n of byte n / 8, lowest bit first. Empty when none is.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ZeroMap(Bytes);

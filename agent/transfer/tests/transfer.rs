@@ -13,7 +13,7 @@ use podferry_common::identity::Peer;
 use podferry_common::tls::TlsError;
 use podferry_proto::Version;
 use podferry_transfer::compression::Level;
-use podferry_transfer::{Compression, Object, Options, Owner, Place, Sender, TransferError};
+use podferry_transfer::{Changes, Compression, Object, Options, Owner, Place, Sender, SenderStats, TransferError};
 use support::{Call, Cluster, agent, noise};
 
 const PAGE: usize = 4096;
@@ -491,4 +491,106 @@ async fn pages_of_another_sort_do_not_lie_apart() {
     let mut writer = sender.open(&memory(1)).await.unwrap();
     let refused = writer.scattered(&[Place { vaddr: 0x1000, count: 1 }], Bytes::from(noise(PAGE, 1))).await;
     assert!(matches!(refused, Err(TransferError::NoPages { .. })), "{refused:?}");
+}
+
+/// The pages at these addresses, one byte of each of which becomes `new`, in `pages`.
+fn write_one_byte(pages: &mut [u8], vaddr: u64, touched: &[usize], new: u8) -> Changes {
+    let mut changes = Changes::default();
+    for index in touched {
+        let page: &mut [u8; PAGE] = (&mut pages[index * PAGE..][..PAGE]).try_into().unwrap();
+        let previous = *page;
+        page[index % PAGE] = new;
+        assert!(changes.add(vaddr + (index * PAGE) as u64, &previous, page));
+    }
+    changes
+}
+
+/// Sends pages in one round, and in the next what has changed in some of them; none for nothing, not even a frame.
+async fn send_two_rounds(cluster: &Cluster, options: Options, pages: &[u8], changes: Option<Changes>) -> SenderStats {
+    let sender = connect(cluster, options).await.unwrap();
+    let mut first = sender.open(&Object::Memory { process: 7, round: 1 }).await.unwrap();
+    let count = (pages.len() / PAGE) as u64;
+    first.scattered(&[Place { vaddr: 0x10_0000, count }], Bytes::copy_from_slice(pages)).await.unwrap();
+    first.close().await.unwrap();
+    let mut second = sender.open(&Object::Memory { process: 7, round: 2 }).await.unwrap();
+    if let Some(changes) = changes {
+        second.deltas(changes).await.unwrap();
+    }
+    second.close().await.unwrap();
+    sender.finish().await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_page_that_changed_by_eight_bytes_costs_less_than_a_hundred_on_the_wire() {
+    let options = Options { compression: Compression::Off, ..Options::default() };
+    let before = mixed(40);
+    let mut wire = Vec::new();
+    for touched in [None, Some(&[17][..]), Some(&[0, 1, 2, 5, 6, 20, 39])] {
+        let cluster = Cluster::new().await;
+        cluster.store.takes_deltas.store(true, Ordering::Relaxed);
+        let mut pages = before.clone();
+        let changes = touched.map(|touched| write_one_byte(&mut pages, 0x10_0000, touched, 0xaa));
+        let count = touched.map_or(0, <[_]>::len);
+        let stats = send_two_rounds(&cluster, options.clone(), &before, changes).await;
+        assert_eq!(stats.raw_bytes, ((40 + count) * PAGE) as u64, "changed pages count whole");
+        assert!(cluster.store.calls().contains(&Call::Close(2, (count * PAGE) as u64)));
+        let kept = cluster.store.pages.lock().unwrap();
+        for (index, page) in pages.chunks(PAGE).enumerate() {
+            assert!(kept[&(0x10_0000 + (index * PAGE) as u64)] == page, "page {index} after changes of {touched:?}");
+        }
+        wire.push(stats.wire_bytes);
+    }
+    let costs: Vec<u64> = wire[1..].iter().map(|bytes| bytes - wire[0]).collect();
+    println!("bytes on the wire: {} for one page, {} for seven", costs[0], costs[1]);
+    assert!(costs[0] < 100 && costs[1] - costs[0] < 6 * 20, "{costs:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_changed_pages_are_packed_like_others() {
+    let cluster = Cluster::new().await;
+    cluster.store.takes_deltas.store(true, Ordering::Relaxed);
+    let before = noise(256 * PAGE, 5);
+    let mut pages = before.clone();
+    let changes = write_one_byte(&mut pages, 0x10_0000, &(0..256).collect::<Vec<_>>(), 0xaa);
+    let options = Options { compression: Compression::Fixed(Level::Fast), ..Options::default() };
+    let stats = send_two_rounds(&cluster, options, &before, Some(changes)).await;
+    assert!(stats.wire_bytes < before.len() as u64 + 256 * 10, "{stats:?}");
+    let kept = cluster.store.pages.lock().unwrap();
+    assert!(pages.chunks(PAGE).enumerate().all(|(index, page)| kept[&(0x10_0000 + (index * PAGE) as u64)] == page));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_of_what_the_other_side_does_not_have_fail_the_transfer() {
+    let before = noise(4 * PAGE, 5);
+    // A page that never came; one that is another at the sender; a store that keeps no pages.
+    for (vaddr, spoiled, takes, why) in [
+        (0x20_0000, false, true, "did not come before"),
+        (0x10_0000, true, true, "do not fit what came before"),
+        (0x10_0000, false, false, "keeps no pages"),
+    ] {
+        let cluster = Cluster::new().await;
+        cluster.store.takes_deltas.store(takes, Ordering::Relaxed);
+        let mut pages = before.clone();
+        pages[2 * PAGE + 77] ^= u8::from(spoiled);
+        let changes = write_one_byte(&mut pages, vaddr, &[1, 2], 0xaa);
+        let sender = connect(&cluster, Options::default()).await.unwrap();
+        let mut writer = sender.open(&Object::Memory { process: 7, round: 1 }).await.unwrap();
+        let places = [Place { vaddr: 0x10_0000, count: 4 }];
+        writer.scattered(&places, Bytes::copy_from_slice(&before)).await.unwrap();
+        writer.deltas(changes).await.unwrap();
+        let TransferError::Refused(failure) = sender.failed().await else { panic!("not refused") };
+        assert!(failure.message.contains(why), "{failure}");
+        assert!(matches!(cluster.store.end(), Call::Abort(_)));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_memory_of_a_running_process_has_changes() {
+    let cluster = Cluster::new().await;
+    let sender = connect(&cluster, Options::default()).await.unwrap();
+    let changes = || write_one_byte(&mut noise(PAGE, 1), 0x1000, &[0], 0xaa);
+    let mut pages = sender.open(&memory(1)).await.unwrap();
+    assert!(matches!(pages.deltas(changes()).await, Err(TransferError::NoPages { .. })));
+    let mut running = sender.open(&Object::Memory { process: 7, round: 1 }).await.unwrap();
+    assert!(matches!(running.deltas(Changes::default()).await, Err(TransferError::NoPages { .. })));
 }

@@ -1,5 +1,6 @@
 use podferry_proto::v1::{
-    PagesObject, TransferClose, TransferData, TransferEnd, TransferOpen, TransferPages, pages_object, transfer_open,
+    PagesObject, TransferClose, TransferData, TransferDeltas, TransferEnd, TransferOpen, TransferPages, pages_object,
+    transfer_open,
 };
 use proptest::prelude::*;
 
@@ -12,6 +13,10 @@ fn kind() -> impl Strategy<Value = Kind> {
         (any::<u64>(), any::<u64>(), any::<u32>(), any::<bool>(), proptest::collection::vec(any::<u8>(), 0..32))
             .prop_map(|(vaddr, count, flags, absent, zero)| {
                 Kind::Pages(TransferPages { vaddr, count, flags, zero_pages: zero.into(), absent })
+            }),
+        (proptest::collection::vec(any::<u8>(), 0..32), proptest::collection::vec(any::<u8>(), 0..32), any::<u64>())
+            .prop_map(|(runs, lengths, digest)| {
+                Kind::Deltas(TransferDeltas { runs: runs.into(), lengths: lengths.into(), digest })
             }),
     ]
 }

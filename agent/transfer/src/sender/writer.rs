@@ -11,12 +11,13 @@ use tokio::sync::mpsc;
 
 use super::{Compression, Shared};
 use crate::compression::{Level, Packer};
+use crate::deltas::Changes;
 use crate::error::TransferError;
 use crate::frame::Frame;
 use crate::limits::{FRAME_LENGTH, PAGE_SIZE};
 use crate::object::Object;
 use crate::scatter::{self, Place};
-use crate::zero::ZeroMap;
+use crate::zero::{self, ZeroMap};
 
 /// Bytes of a payload that levels are measured on.
 const SAMPLE_LENGTH: usize = 64 << 10;
@@ -85,6 +86,17 @@ impl ObjectWriter {
         self.send(Kind::Scattered(kind), length, zero_bytes, full).await
     }
 
+    /// Pages of a memory object as what has changed in them since they were sent last, in this object or an earlier one of the same
+    /// process. The receiver compares what they come to; when that is not what it is here, the transfer fails.
+    pub async fn deltas(&mut self, changes: Changes) -> Result<(), TransferError> {
+        let length = changes.pages() * PAGE_SIZE;
+        let vaddr = changes.places().first().map_or(0, |place| place.vaddr);
+        let fits = matches!(self.object, Object::Memory { .. }) && !changes.is_empty();
+        self.check_pages(fits, vaddr, 0, length)?;
+        let (kind, deltas) = changes.into_wire();
+        self.send(Kind::Deltas(kind), length, 0, deltas).await
+    }
+
     /// A run of `count` pages without contents: they are elsewhere, and `flags` say where.
     pub async fn absent_pages(&mut self, vaddr: u64, flags: u32, count: u64) -> Result<(), TransferError> {
         let length = count.checked_mul(PAGE_SIZE as u64);
@@ -116,6 +128,12 @@ impl ObjectWriter {
     pub fn scattered_blocking(&mut self, places: &[Place], bytes: Bytes) -> Result<(), TransferError> {
         let runtime = self.shared.runtime.clone();
         runtime.block_on(self.scattered(places, bytes))
+    }
+
+    /// As [`ObjectWriter::deltas`].
+    pub fn deltas_blocking(&mut self, changes: Changes) -> Result<(), TransferError> {
+        let runtime = self.shared.runtime.clone();
+        runtime.block_on(self.deltas(changes))
     }
 
     /// As [`ObjectWriter::absent_pages`].
@@ -150,10 +168,7 @@ impl ObjectWriter {
             return Bytes::new();
         }
         let mut buffer = self.shared.pool.take(full);
-        let pages = run.chunks_exact(PAGE_SIZE).enumerate().filter(|(page, _)| !zero.is_zero(*page));
-        for (to, (_, from)) in buffer.chunks_exact_mut(PAGE_SIZE).zip(pages) {
-            to.copy_from_slice(from);
-        }
+        zero::gather(run, zero, &mut buffer);
         self.shared.pool.share(buffer)
     }
 

@@ -212,3 +212,73 @@ fn scattered_pages_that_cannot_be_are_refused() {
     let found = send(&mut session, scattered(&[place], vec![], 2));
     assert!(matches!(found, Err(FrameError::Object { what: "Scattered", .. })), "{found:?}");
 }
+
+fn deltas(places: &[Place], lengths: &[u8], payload: &[u8]) -> Frame {
+    let lengths = Bytes::copy_from_slice(lengths);
+    loaded(3, Kind::Deltas(TransferDeltas { runs: scatter::encode(places), lengths, digest: 0 }), payload.to_vec())
+}
+
+/// The second word changes.
+const DELTA: [u8; 10] = [1, 1, 5, 0, 0, 0, 0, 0, 0, 9];
+
+fn with_memory() -> Session {
+    let mut session = opened();
+    send(&mut session, open(3, &Object::Memory { process: 1, round: 1 })).unwrap();
+    session
+}
+
+#[test]
+fn deltas_count_as_the_pages_that_they_are_of() {
+    let mut session = with_memory();
+    let places = [Place { vaddr: 0x3000, count: 2 }, Place { vaddr: 0x9000, count: 1 }];
+    let frame = deltas(&places, &[10, 0, 10], &[DELTA, DELTA].concat());
+    let Event::Deltas(event) = send(&mut session, frame).unwrap() else { panic!("none") };
+    assert_eq!((event.object(), event.length()), (3, 3 * PAGE_SIZE as u64));
+    // Pages that are as they were have nothing in the payload.
+    assert!(matches!(send(&mut session, deltas(&places[..1], &[0, 0], &[])), Ok(Event::Deltas(_))));
+    let close = Frame::bare(3, Kind::Close(TransferClose { length: 0, digest: 0 }));
+    let length = 5 * PAGE_SIZE as u64;
+    assert!(matches!(send(&mut session, close), Err(FrameError::Total { found, .. }) if found == length));
+}
+
+#[test]
+fn deltas_that_cannot_be_are_refused() {
+    let place = Place { vaddr: 0x3000, count: 1 };
+    let long = [DELTA[..2].to_vec(), vec![1; 8 * 255 + 8]].concat();
+    let refused = [
+        ("no page", deltas(&[], &[], &[])),
+        ("no length", deltas(&[place], &[], &[])),
+        ("a length too many", deltas(&[place], &[10, 0], &DELTA)),
+        ("a length in two bytes", deltas(&[place], &[0x8a, 0], &DELTA)),
+        ("half a length", deltas(&[place], &[0x8a], &DELTA)),
+        ("a length of more than is sent", deltas(&[place], &[11], &DELTA)),
+        ("a length of less", deltas(&[place], &[9], &DELTA)),
+        ("too long a delta", deltas(&[place], &[0x82, 0x10], &long)),
+        ("too many pages", deltas(&[Place { count: 257, ..place }], &[0; 257], &[])),
+        ("what is no delta", deltas(&[place], &[10], &[0; 10])),
+        ("one page's delta in the next one's", deltas(&[Place { count: 2, ..place }], &[9, 1], &DELTA)),
+    ];
+    for (what, frame) in refused {
+        assert!(send(&mut with_memory(), frame).is_err(), "{what}");
+    }
+    assert!(send(&mut with_memory(), deltas(&[place], &[10], &DELTA)).is_ok());
+    for object in [Object::Pages { owner: Owner::Process(2), id: 2 }, file("b")] {
+        let mut session = opened();
+        send(&mut session, open(3, &object)).unwrap();
+        let found = send(&mut session, deltas(&[place], &[10], &DELTA));
+        assert!(matches!(found, Err(FrameError::Object { what: "Deltas", .. })), "{found:?}");
+    }
+    let closed = send(&mut opened(), deltas(&[place], &[10], &DELTA));
+    assert!(matches!(closed, Err(FrameError::Object { state: "not open", .. })), "{closed:?}");
+}
+
+#[test]
+fn packed_deltas_are_looked_at_too() {
+    let places = [Place { vaddr: 0x3000, count: 100 }];
+    for (payload, fits) in [(DELTA.repeat(100), true), ([DELTA.repeat(99), vec![0; 10]].concat(), false)] {
+        let packed = Bytes::from(zstd::bulk::compress(&payload, 1).unwrap());
+        let kind = TransferDeltas { runs: scatter::encode(&places), lengths: vec![10; 100].into(), digest: 0 };
+        let frame = Frame::with_payload(3, Kind::Deltas(kind), TransferCompression::Zstd, 1000, packed);
+        assert_eq!(send(&mut with_memory(), frame).is_ok(), fits);
+    }
+}

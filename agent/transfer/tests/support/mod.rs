@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "only tests use it")]
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -12,7 +13,8 @@ use podferry_common::identity::{Identity, IdentityFiles, LocalCa, Peer};
 use podferry_common::tls::{Incoming, PeerInfo};
 use podferry_common::{Failure, FailureCode, MigrationId};
 use podferry_proto::Version;
-use podferry_transfer::{Authorize, Introduction, Object, PageRun, Sink, TransferServer, fast, tune};
+use podferry_transfer::delta::Page;
+use podferry_transfer::{Authorize, Deltas, Introduction, Object, PageRun, Sink, TransferServer, fast, tune};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -39,6 +41,10 @@ pub(crate) struct Store {
     pub(crate) full: AtomicBool,
     pub(crate) panics: AtomicBool,
     pub(crate) keep_bytes: AtomicBool,
+    /// While set, the sink takes changes of pages that it has.
+    pub(crate) takes_deltas: AtomicBool,
+    /// What pages hold, by address.
+    pub(crate) pages: Mutex<HashMap<u64, Page>>,
     pub(crate) expected: Mutex<Option<MigrationId>>,
 }
 
@@ -62,6 +68,15 @@ impl Store {
                 _ => panic!("it ended more than once: {ends:?}"),
             }
             std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn keep(&self, run: &PageRun) {
+        let mut full = run.bytes.chunks_exact(4096);
+        for index in (0..run.count).filter(|_| !run.absent) {
+            let zero = run.zero.is_zero(usize::try_from(index).unwrap());
+            let contents = if zero { [0; 4096] } else { full.next().unwrap().try_into().unwrap() };
+            self.pages.lock().unwrap().insert(run.vaddr + index * 4096, contents);
         }
     }
 
@@ -101,9 +116,22 @@ impl Sink for StoreSink {
     fn pages(&mut self, run: PageRun) -> Result<(), Failure> {
         self.0.take(run.bytes.len())?;
         if self.0.keep_bytes.load(Ordering::Relaxed) {
+            self.0.keep(&run);
             self.0.note(Call::Pages(run));
         }
         Ok(())
+    }
+
+    fn deltas(&mut self, deltas: Deltas) -> Result<(), Failure> {
+        if !self.0.takes_deltas.load(Ordering::Relaxed) {
+            return Refusing.deltas(deltas);
+        }
+        let changed = deltas.apply(|vaddr, page| {
+            let pages = self.0.pages.lock().unwrap();
+            pages.get(&vaddr).inspect(|kept| page.copy_from_slice(&kept[..])).is_some()
+        });
+        let changed = changed.map_err(|error| Failure::from_error(FailureCode::Internal, &error))?;
+        changed.runs().try_for_each(|run| self.pages(run))
     }
 
     fn close(&mut self, id: u32, length: u64, _digest: u64) -> Result<(), Failure> {
@@ -119,6 +147,33 @@ impl Sink for StoreSink {
     fn abort(self: Box<Self>, reason: &Failure) {
         self.0.note(Call::Abort(reason.message.clone()));
     }
+}
+
+/// A sink without a way of its own to take changes.
+struct Refusing;
+
+impl Sink for Refusing {
+    fn open(&mut self, _: u32, _: &Object) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    fn data(&mut self, _: u32, _: u64, _: Bytes) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    fn pages(&mut self, _: PageRun) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    fn close(&mut self, _: u32, _: u64, _: u64) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    fn end(self: Box<Self>) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    fn abort(self: Box<Self>, _: &Failure) {}
 }
 
 pub(crate) struct Gate(Arc<Store>);
