@@ -3,10 +3,15 @@
 
 mod support;
 
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
 use podferry_local::FIRST_CONTAINER_ADDRESS;
 use serde_json::Value;
 use support::counter::{Counter, digest};
-use support::{NODES, Stage, redis, redis_address};
+use support::{Line, NODES, Stage, redis, redis_address};
 
 /// As `--strategy live`; a budget that two shared cores keep.
 const LIVE: [&str; 4] = ["--strategy", "live", "--downtime-budget", "1000"];
@@ -67,6 +72,24 @@ fn a_container_that_moved_live_moves_warm_and_live_again() {
     counter.stop();
 }
 
+/// A connection that overwrites values of 4000 bytes with ever new noise until it is told to stop.
+fn write_noise(mut line: Line, stop: &AtomicBool) {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    for key in (0..1500).cycle() {
+        let mut value = String::with_capacity(4000);
+        while value.len() < 4000 {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            write!(value, "{state:016x}").unwrap();
+        }
+        assert_eq!(line.ask(&format!("SET noise:{key} {value}")), "+OK");
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+    }
+}
+
 #[test]
 fn memory_that_is_written_faster_than_it_is_sent_is_refused_before_the_freeze() {
     let stage = Stage::up(&["redis"]);
@@ -75,16 +98,21 @@ fn memory_that_is_written_faster_than_it_is_sent_is_refused_before_the_freeze() 
     assert_eq!(line.ask("DEBUG POPULATE 20000 key 1000"), "+OK");
     assert_eq!(line.ask("SET counter 0"), "+OK");
     let counter = Counter::start(line);
-    // One connection that counts writes to some pages all the time; over so slow a link they take longer than the budget.
-    let narrow = ["--strategy", "live", "--downtime-budget", "1", "--bandwidth-limit", "4194304", "--no-compression"];
+    let (noise, stop) = (stage.connect(redis_address()), Arc::new(AtomicBool::new(false)));
+    let told = Arc::clone(&stop);
+    let writing = thread::spawn(move || write_noise(noise, &told));
+    // 6 MB of noise are written anew all the time: over this link they take a second and a half.
+    let narrow = ["--strategy", "live", "--downtime-budget", "100", "--bandwidth-limit", "4M", "--no-compression"];
     let before = counter.between(|_, counted| counted);
     let record = stage.try_migrate_with("redis", NODES[1], &narrow).unwrap();
     assert_eq!(record["phase"], "failed", "{record:#}");
     let reason = record["reason"].as_str().unwrap();
-    assert!(reason.contains("budget") && reason.contains("precopy"), "{record:#}");
+    assert!(reason.contains("--downtime-budget") && reason.contains("precopy"), "{record:#}");
     assert!(number(&record, "/downtime_ms") == 0.0, "{record:#}");
     assert_eq!(stage.places("redis"), [NODES[0]]);
     assert!(counter.between(|_, counted| counted) > before);
+    stop.store(true, Ordering::Relaxed);
+    writing.join().unwrap();
     // The same container moves when it may.
     stage.migrate_with("redis", NODES[1], &LIVE);
     let (_, longest) = counter.stop();
