@@ -4,7 +4,7 @@
 //! process    runs ─────────────────────────────────▶│ frozen ···················│ runs ───────▶
 //! tracker    attach, round 1, round 2, … round n    │ last round
 //! copier             └ copy   └ copy     └ copy     │   └ copy
-//! CRIU                                      starts ─│ dump, blind to what moved │ restore
+//! CRIU                            starts, waits ·· ─│ dump, blind to what moved │ restore, started before
 //! pager                                             │                           │ serves, fills
 //! ```
 
@@ -32,12 +32,17 @@ use podferry_memory::tracker::{self, WriteTracker};
 
 use crate::error::{Error, Result, file};
 use crate::pages::Images;
+use crate::restored::Waiting;
+use crate::tools;
 use crate::tree::{self, Member};
 use crate::victim::Victim;
-use crate::{restored, tools};
 
 /// The number under which CRIU inherits the page socket.
 const PAGE_FD: i32 = 4;
+/// What CRIU is not to see, in a migration's folder.
+const HIDDEN: &str = "work/hidden";
+/// What CRIU need not ask the kernel, in a migration's folder.
+const MAPPED: &str = "work/mapped";
 /// Bytes that are read at a time.
 const BATCH: usize = 1 << 20;
 /// How often it is looked whether all tasks stand still.
@@ -136,9 +141,7 @@ pub fn migrate(victim: &mut Victim, verify: bool) -> Result<Migrated> {
     let folder = victim.next_folder()?;
     let mut migrated = Migrated::default();
     let begun = Instant::now();
-    let mut followed = pre_copy(victim.pid(), &mut migrated)?;
-    let hidden = folder.join("work/hidden");
-    write_hidden(&mut followed, &hidden)?;
+    let followed = pre_copy(victim.pid(), &mut migrated)?;
     let socket = folder.join("restore/lazy-pages.socket");
     let listener = UnixListener::bind(&socket).map_err(file("listen at", &socket))?;
     migrated.pre_copy = begun.elapsed();
@@ -150,14 +153,7 @@ pub fn migrate(victim: &mut Victim, verify: bool) -> Result<Migrated> {
 fn pre_copy(root: Pid, migrated: &mut Migrated) -> Result<Vec<Followed>> {
     let mut followed: Vec<Followed> = Vec::new();
     for _ in 0..MOST_ROUNDS {
-        followed.retain(|process| !tree::is_zombie(process.member.host));
-        for member in tree::members(root) {
-            let known = followed.iter().any(|process| process.member == member);
-            if !known && !tree::is_zombie(member.host) {
-                // One that ends meanwhile needs no tracker, and one that cannot be followed is left to CRIU.
-                followed.extend(Followed::new(member).ok());
-            }
-        }
+        follow_new_ones(root, &mut followed);
         let Some(pages) = round(&mut followed)? else { continue };
         migrated.rounds.push(pages);
         if pages < FEW_PAGES {
@@ -165,6 +161,17 @@ fn pre_copy(root: Pid, migrated: &mut Migrated) -> Result<Vec<Followed>> {
         }
     }
     Ok(followed)
+}
+
+fn follow_new_ones(root: Pid, followed: &mut Vec<Followed>) {
+    followed.retain(|process| !tree::is_zombie(process.member.host));
+    for member in tree::members(root) {
+        let known = followed.iter().any(|process| process.member == member);
+        if !known && !tree::is_zombie(member.host) {
+            // One that ends meanwhile needs no tracker, and one that cannot be followed is left to CRIU.
+            followed.extend(Followed::new(member).ok());
+        }
+    }
 }
 
 /// A round of all processes: gives the pages of all. `None` when one cannot be followed any more: in the next round it is followed
@@ -184,14 +191,17 @@ fn round(followed: &mut Vec<Followed>) -> Result<Option<u64>> {
     Ok(pages)
 }
 
-/// Tells the shim what to hide: what can be moved now.
-fn write_hidden(followed: &mut [Followed], path: &Path) -> Result<()> {
+/// Tells the shim what to hide, which is what can be moved now, and what the mappings are.
+fn write_hidden(followed: &mut [Followed], hidden: &Path, mapped: &Path) -> Result<()> {
     for process in &mut *followed {
         process.hidden = maps::followable(process.member.host)?;
     }
     let ranges =
         followed.iter().flat_map(|process| process.hidden.iter().map(|range| (process.member.host.as_raw(), range)));
-    fs::write(path, hide::describe(ranges)).map_err(file("write", path))
+    fs::write(hidden, hide::describe(ranges)).map_err(file("write", hidden))?;
+    // Last, so that as little as possible changes before the freeze. CRIU asks the kernel about those that are not in it.
+    let mappings: String = followed.iter().filter_map(|process| hide::mappings(process.member.host).ok()).collect();
+    fs::write(mapped, mappings).map_err(file("write", mapped))
 }
 
 /// The freeze: CRIU's dump, and from its last callback the restore, so that the source is whole until its copy runs.
@@ -222,14 +232,17 @@ fn freeze_and_restore(
     let pages = thread::spawn(move || page_stream::receive(ours, &mut sink).map(|_| sink));
     let environment = [
         ("LD_PRELOAD".into(), tools::shim()?.into_os_string()),
-        (hide::HIDE_VARIABLE.into(), folder.join("work/hidden").into_os_string()),
+        (hide::HIDE_VARIABLE.into(), folder.join(HIDDEN).into_os_string()),
+        (hide::MAPPINGS_VARIABLE.into(), folder.join(MAPPED).into_os_string()),
     ];
     let inherit = vec![FdMapping { parent_fd: OwnedFd::from(theirs), child_fd: PAGE_FD }];
     let session = Session::start_with(&tools::criu()?, inherit, environment)?;
-    let last = LastRound::begin(root, followed);
     let mut freeze = Freeze {
+        root,
         folder,
-        last,
+        followed,
+        last: None,
+        waiting: Some(Waiting::start(folder)?),
         pages: Some(pages),
         listener: Some(listener),
         pager: None,
@@ -238,9 +251,12 @@ fn freeze_and_restore(
         migrated,
     };
     let options = request.options(images.as_fd(), work.as_fd(), PAGE_FD);
-    let dumped = session.dump(options, &CriuLog::of_dump(&request.work_dir), |notification| {
-        if notification.name == "post-dump" { freeze.restore() } else { Verdict::Proceed }
-    });
+    let dumped =
+        session.dump(options, &CriuLog::of_dump(&request.work_dir), |notification| match notification.name.as_str() {
+            "pre-dump" => freeze.prepare(),
+            "post-dump" => freeze.restore(),
+            _ => Verdict::Proceed,
+        });
     let (outcome, pager) = (freeze.outcome.take(), freeze.pager.take());
     drop(freeze);
     let pid = match (outcome, dumped) {
@@ -309,8 +325,11 @@ fn last_rounds(followed: Vec<Followed>) -> Last {
 }
 
 struct Freeze<'a> {
+    root: Pid,
     folder: &'a Path,
-    last: LastRound,
+    followed: Vec<Followed>,
+    last: Option<LastRound>,
+    waiting: Option<Waiting>,
     pages: Option<JoinHandle<Result<Images, podferry_criu::CriuError>>>,
     listener: Option<UnixListener>,
     pager: Option<JoinHandle<Result<Paged, PagerError>>>,
@@ -320,6 +339,30 @@ struct Freeze<'a> {
 }
 
 impl Freeze<'_> {
+    /// CRIU has started and stops the tasks next: what takes no longer than a round is brought up to date.
+    fn prepare(&mut self) -> Verdict {
+        match self.try_prepare() {
+            Ok(()) => Verdict::Proceed,
+            Err(error) => {
+                self.outcome = Some(Err(error));
+                Verdict::GiveUp
+            }
+        }
+    }
+
+    fn try_prepare(&mut self) -> Result<()> {
+        if let Some(waiting) = &mut self.waiting {
+            waiting.wait()?;
+        }
+        let mut followed = std::mem::take(&mut self.followed);
+        follow_new_ones(self.root, &mut followed);
+        // One that cannot be followed any more is CRIU's from now on.
+        self.migrated.rounds.extend(round(&mut followed)?);
+        write_hidden(&mut followed, &self.folder.join(HIDDEN), &self.folder.join(MAPPED))?;
+        self.last = Some(LastRound::begin(self.root, followed));
+        Ok(())
+    }
+
     fn restore(&mut self) -> Verdict {
         let outcome = self.try_restore();
         let verdict = if outcome.is_ok() { Verdict::Proceed } else { Verdict::GiveUp };
@@ -329,7 +372,7 @@ impl Freeze<'_> {
 
     fn try_restore(&mut self) -> Result<Pid> {
         let missing = || Error::Program { program: "criu", problem: "it dumped without a freeze".to_owned() };
-        let LastPages { processes, written, frozen, took } = self.last.finish()?;
+        let LastPages { processes, written, frozen, took } = self.last.as_mut().ok_or_else(missing)?.finish()?;
         self.migrated.last_round = took;
         self.migrated.rounds.push(written);
         let images = join(self.pages.take().ok_or_else(missing)?)?;
@@ -357,7 +400,7 @@ impl Freeze<'_> {
         let listener = self.listener.take().ok_or_else(missing)?;
         self.pager = Some(thread::spawn(move || Pager::serve(&listener, kept)));
         let since = Instant::now();
-        let pid = restored::restore(self.folder, true)?;
+        let pid = self.waiting.take().ok_or_else(missing)?.finish()?;
         self.migrated.restore = since.elapsed();
         // Dropped beside the restored process's first steps, by the thread that has nothing else to do.
         thread::spawn(move || drop(trackers));

@@ -31,6 +31,6 @@ pub fn migrate(victim: &mut Victim) -> Result<()> {
         let failure = CriuLog::of_dump(&folder.join("work")).failure_or(&status.to_string());
         return Err(Error::Program { program: "criu dump", problem: failure.to_string() });
     }
-    let pid = restored::restore(&folder, false)?;
+    let pid = restored::restore(&folder)?;
     victim.moved(pid, &folder)
 }
