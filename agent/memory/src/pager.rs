@@ -104,6 +104,11 @@ const PIECE: u64 = 512 * 1024;
 const AROUND_FAULT: u64 = 64 * 1024;
 /// CRIU's `LAZY_PAGES_RESTORE_FINISHED`.
 const RESTORE_FINISHED: u32 = 0x5253_5446;
+/// From what CRIU calls the completion of the restore until pages are laid in that nobody waits for: the processes have yet to
+/// leave CRIU's code and change mappings for that, and who lays in pages holds them up.
+const GRACE: Duration = Duration::from_millis(30);
+/// How long to wait for events in that time.
+const MOMENT: Timespec = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
 /// How long to wait for events when there is nothing to lay in.
 const IDLE: Timespec = Timespec { tv_sec: 0, tv_nsec: 50_000_000 };
 
@@ -139,6 +144,9 @@ impl Pager {
         let (criu, _) = listener.accept().map_err(conversation("accept its connection"))?;
         pager.serve_restore(&criu)?;
         let since = Instant::now();
+        while since.elapsed() < GRACE {
+            pager.serve_events(None, Some(&MOMENT))?;
+        }
         while pager.fill_one_piece()? {
             pager.serve_events(None, Some(&Timespec::default()))?;
         }

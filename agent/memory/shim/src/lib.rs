@@ -150,10 +150,9 @@ mod interposed {
         mode: libc::mode_t,
     ) -> libc::c_int {
         // SAFETY: the caller passes a string that ends with a zero and does not change meanwhile; null is looked for before.
-        if !path.is_null() && unsafe { CStr::from_ptr(path) } == c"smaps" {
-            if let Some(answer) = smaps::answer(folder) {
-                return answer.into_raw_fd();
-            }
+        let is_smaps = !path.is_null() && unsafe { CStr::from_ptr(path) } == c"smaps";
+        if let Some(answer) = is_smaps.then(|| smaps::answer(folder)).flatten() {
+            return answer.into_raw_fd();
         }
         // SAFETY: what the caller wanted of openat(2), passed on unchanged; sets `errno` as it does.
         let result = unsafe { libc::syscall(libc::SYS_openat, folder, path, flags, mode) };
