@@ -7,11 +7,13 @@
 //!   fail, never killed.
 //! - [`page_stream::receive`] takes the memory pages from CRIU's page-server client, so that they need not be written
 //!   anywhere on the source; [`PageSetWriter`] lays them down on the target as the images that `criu restore` reads.
+//! - [`ImageGate`] lets a restore be started before its images are there.
 //! - [`CriuLog`] finds the line that says why CRIU failed, and what to do about it.
 //! - [`Criu::probe`] says which CRIU this is and what the kernel lacks for it, [`Criu::features`] what both can do together.
 
 mod dump;
 mod error;
+mod gate;
 mod log;
 mod page_set;
 pub mod page_stream;
@@ -20,6 +22,7 @@ mod session;
 
 pub use dump::{CgroupsMode, DumpRequest, GHOST_LIMIT};
 pub use error::CriuError;
+pub use gate::ImageGate;
 pub use log::{CriuFailure, CriuLog};
 pub use page_set::PageSetWriter;
 pub use page_stream::{Owner, PageSink, Run};

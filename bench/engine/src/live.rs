@@ -4,7 +4,7 @@
 //! process    runs ─────────────────────────────────▶│ frozen ···················│ runs ───────▶
 //! tracker    attach, round 1, round 2, … round n    │ last round
 //! copier             └ copy   └ copy     └ copy     │   └ copy
-//! CRIU                                      starts ─│ dump, blind to what moved │ restore
+//! CRIU                            starts, waits ·· ─│ dump, blind to what moved │ restore, started before
 //! pager                                             │                           │ serves, fills
 //! ```
 
@@ -34,12 +34,17 @@ use podferry_memory::tracker::{self, WriteTracker};
 
 use crate::error::{Error, Result, file};
 use crate::pages::Images;
+use crate::restored::Waiting;
+use crate::tools;
 use crate::tree::{self, Member};
 use crate::victim::Victim;
-use crate::{restored, tools};
 
 /// The number under which CRIU inherits the page socket.
 const PAGE_FD: i32 = 4;
+/// What CRIU is not to see, in a migration's folder.
+const HIDDEN: &str = "work/hidden";
+/// What CRIU need not ask the kernel, in a migration's folder.
+const MAPPED: &str = "work/mapped";
 /// Bytes that are read at a time.
 const BATCH: usize = 1 << 20;
 /// How often it is looked whether all tasks stand still.
@@ -167,9 +172,7 @@ pub fn migrate_with(victim: &mut Victim, verify: bool, pager: &mut dyn Paging) -
     let folder = victim.next_folder()?;
     let mut migrated = Migrated::default();
     let begun = Instant::now();
-    let mut followed = pre_copy(victim.pid(), &folder.join("handover"), &mut migrated)?;
-    let hidden = folder.join("work/hidden");
-    write_hidden(&mut followed, &hidden)?;
+    let followed = pre_copy(victim.pid(), &folder.join("handover"), &mut migrated)?;
     let socket = folder.join("restore/lazy-pages.socket");
     let listener = UnixListener::bind(&socket).map_err(file("listen at", &socket))?;
     migrated.pre_copy = begun.elapsed();
@@ -186,14 +189,7 @@ pub fn migrate_with(victim: &mut Victim, verify: bool, pager: &mut dyn Paging) -
 fn pre_copy(root: Pid, handover: &Path, migrated: &mut Migrated) -> Result<Vec<Followed>> {
     let mut followed: Vec<Followed> = Vec::new();
     for _ in 0..MOST_ROUNDS {
-        followed.retain(|process| !tree::is_zombie(process.member.host));
-        for member in tree::members(root) {
-            let known = followed.iter().any(|process| process.member == member);
-            if !known && !tree::is_zombie(member.host) {
-                // One that ends meanwhile needs no tracker, and one that cannot be followed is left to CRIU.
-                followed.extend(Followed::new(member, handover).ok());
-            }
-        }
+        follow_new_ones(root, handover, &mut followed);
         let Some(pages) = round(&mut followed)? else { continue };
         migrated.rounds.push(pages);
         if pages < FEW_PAGES {
@@ -201,6 +197,17 @@ fn pre_copy(root: Pid, handover: &Path, migrated: &mut Migrated) -> Result<Vec<F
         }
     }
     Ok(followed)
+}
+
+fn follow_new_ones(root: Pid, handover: &Path, followed: &mut Vec<Followed>) {
+    followed.retain(|process| !tree::is_zombie(process.member.host));
+    for member in tree::members(root) {
+        let known = followed.iter().any(|process| process.member == member);
+        if !known && !tree::is_zombie(member.host) {
+            // One that ends meanwhile needs no tracker, and one that cannot be followed is left to CRIU.
+            followed.extend(Followed::new(member, handover).ok());
+        }
+    }
 }
 
 /// A round of all processes: gives the pages of all. `None` when one cannot be followed any more: in the next round it is followed
@@ -220,14 +227,17 @@ fn round(followed: &mut Vec<Followed>) -> Result<Option<u64>> {
     Ok(pages)
 }
 
-/// Tells the shim what to hide: what can be moved now.
-fn write_hidden(followed: &mut [Followed], path: &Path) -> Result<()> {
+/// Tells the shim what to hide, which is what can be moved now, and what the mappings are.
+fn write_hidden(followed: &mut [Followed], hidden: &Path, mapped: &Path) -> Result<()> {
     for process in &mut *followed {
         process.hidden = maps::followable(process.member.host)?;
     }
     let ranges =
         followed.iter().flat_map(|process| process.hidden.iter().map(|range| (process.member.host.as_raw(), range)));
-    fs::write(path, hide::describe(ranges)).map_err(file("write", path))
+    fs::write(hidden, hide::describe(ranges)).map_err(file("write", hidden))?;
+    // Last, so that as little as possible changes before the freeze. CRIU asks the kernel about those that are not in it.
+    let mappings: String = followed.iter().filter_map(|process| hide::mappings(process.member.host).ok()).collect();
+    fs::write(mapped, mappings).map_err(file("write", mapped))
 }
 
 /// How the copy is made.
@@ -246,7 +256,7 @@ fn freeze_and_restore<'a>(
     restoring: Restoring<'a>,
     migrated: &'a mut Migrated,
 ) -> Result<Pid> {
-    let folder = restoring.folder;
+    let (folder, restoring_cgroup) = (restoring.folder, restoring.cgroup);
     let request = DumpRequest {
         pid: root.as_raw(),
         images_dir: folder.join("images"),
@@ -266,17 +276,31 @@ fn freeze_and_restore<'a>(
     let pages = thread::spawn(move || page_stream::receive(ours, &mut sink).map(|_| sink));
     let environment = [
         ("LD_PRELOAD".into(), tools::shim()?.into_os_string()),
-        (hide::HIDE_VARIABLE.into(), folder.join("work/hidden").into_os_string()),
+        (hide::HIDE_VARIABLE.into(), folder.join(HIDDEN).into_os_string()),
+        (hide::MAPPINGS_VARIABLE.into(), folder.join(MAPPED).into_os_string()),
     ];
     let inherit = vec![FdMapping { parent_fd: OwnedFd::from(theirs), child_fd: PAGE_FD }];
     let session = Session::start_with(&tools::criu()?, inherit, environment)?;
-    let last = LastRound::begin(root, followed);
-    let mut freeze = Freeze { root, restoring, last, pages: Some(pages), outcome: None, migrated };
+    let mut freeze = Freeze {
+        root,
+        restoring,
+        followed,
+        last: None,
+        waiting: Some(Waiting::start(folder, restoring_cgroup)?),
+        trackers: Vec::new(),
+        pages: Some(pages),
+        outcome: None,
+        migrated,
+    };
     let options = request.options(images.as_fd(), work.as_fd(), PAGE_FD);
-    let dumped = session.dump(options, &CriuLog::of_dump(&request.work_dir), |notification| {
-        if notification.name == "post-dump" { freeze.restore() } else { Verdict::Proceed }
-    });
+    let dumped =
+        session.dump(options, &CriuLog::of_dump(&request.work_dir), |notification| match notification.name.as_str() {
+            "pre-dump" => freeze.prepare(),
+            "post-dump" => freeze.restore(),
+            _ => Verdict::Proceed,
+        });
     let outcome = freeze.outcome.take();
+    drop(freeze);
     match (outcome, dumped) {
         (Some(Err(error)), _) => Err(error),
         (_, Err(error)) => Err(error.into()),
@@ -342,13 +366,43 @@ fn last_rounds(followed: Vec<Followed>) -> Last {
 struct Freeze<'a> {
     root: Pid,
     restoring: Restoring<'a>,
-    last: LastRound,
+    followed: Vec<Followed>,
+    last: Option<LastRound>,
+    waiting: Option<Waiting>,
+    /// They stay until the source is gone: then nothing has to be done for its pages any more when they are closed, which takes 30 ms
+    /// for each GiB otherwise.
+    trackers: Vec<Box<dyn WriteTracker + Send>>,
     pages: Option<JoinHandle<Result<Images, podferry_criu::CriuError>>>,
     outcome: Option<Result<Pid>>,
     migrated: &'a mut Migrated,
 }
 
 impl Freeze<'_> {
+    /// CRIU has started and stops the tasks next: what takes no longer than a round is brought up to date.
+    fn prepare(&mut self) -> Verdict {
+        match self.try_prepare() {
+            Ok(()) => Verdict::Proceed,
+            Err(error) => {
+                self.outcome = Some(Err(error));
+                Verdict::GiveUp
+            }
+        }
+    }
+
+    fn try_prepare(&mut self) -> Result<()> {
+        if let Some(waiting) = &mut self.waiting {
+            waiting.wait()?;
+        }
+        let mut followed = std::mem::take(&mut self.followed);
+        let folder = self.restoring.folder;
+        follow_new_ones(self.root, &folder.join("handover"), &mut followed);
+        // One that cannot be followed any more is CRIU's from now on.
+        self.migrated.rounds.extend(round(&mut followed)?);
+        write_hidden(&mut followed, &folder.join(HIDDEN), &folder.join(MAPPED))?;
+        self.last = Some(LastRound::begin(self.root, followed));
+        Ok(())
+    }
+
     fn restore(&mut self) -> Verdict {
         let outcome = self.try_restore();
         let verdict = if outcome.is_ok() { Verdict::Proceed } else { Verdict::GiveUp };
@@ -358,7 +412,7 @@ impl Freeze<'_> {
 
     fn try_restore(&mut self) -> Result<Pid> {
         let missing = || Error::Program { program: "criu", problem: "it dumped without a freeze".to_owned() };
-        let LastPages { processes, written, frozen, took } = self.last.finish()?;
+        let LastPages { processes, written, frozen, took } = self.last.as_mut().ok_or_else(missing)?.finish()?;
         self.migrated.last_round = took;
         self.migrated.rounds.push(written);
         let images = join(self.pages.take().ok_or_else(missing)?)?;
@@ -366,8 +420,6 @@ impl Freeze<'_> {
         let mut lazy = images.finish(&lazy)?;
         self.migrated.dump = frozen.map_or(Duration::ZERO, |frozen| frozen.elapsed());
         let mut kept = HashMap::new();
-        // The trackers stay until the process is gone: closing them takes time.
-        let mut trackers = Vec::new();
         for (process, _) in processes {
             let lazy = lazy.remove(&process.member.inner).unwrap_or_default();
             let lost = process.store.missing(&lazy);
@@ -381,7 +433,7 @@ impl Freeze<'_> {
                 }
             }
             kept.insert(process.member.inner, Kept { store: process.store, lazy });
-            trackers.push(process.tracker);
+            self.trackers.push(process.tracker);
         }
         let handover = self.restoring.folder.join("handover");
         // CRIU asks for the memory of all processes, also of those that it dumped itself.
@@ -394,10 +446,8 @@ impl Freeze<'_> {
         let listener = self.restoring.listener.take().ok_or_else(missing)?;
         self.restoring.pager.begin(listener, kept, &handover)?;
         let since = Instant::now();
-        let pid = restored::restore(self.restoring.folder, true, self.restoring.cgroup)?;
+        let pid = self.waiting.take().ok_or_else(missing)?.finish()?;
         self.migrated.restore = since.elapsed();
-        // Dropped beside the restored process's first steps, by the thread that has nothing else to do.
-        thread::spawn(move || drop(trackers));
         Ok(pid)
     }
 }

@@ -32,7 +32,7 @@ pub fn migrate(victim: &mut Victim) -> Result<()> {
         let failure = CriuLog::of_dump(&folder.join("work")).failure_or(&status.to_string());
         return Err(Error::Program { program: "criu dump", problem: failure.to_string() });
     }
-    let pid = restored::restore(&folder, false, victim.cgroup())?;
+    let pid = restored::restore(&folder, victim.cgroup())?;
     victim.moved(pid)?;
     fs::remove_dir_all(&folder).map_err(file("remove", &folder))
 }

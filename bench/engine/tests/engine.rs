@@ -3,15 +3,17 @@
 #![expect(clippy::unwrap_used, reason = "a panic is the report")]
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use podferry_engine_bench::error::Error;
-use podferry_engine_bench::live;
 use podferry_engine_bench::observer::Observer;
+use podferry_engine_bench::restored::Waiting;
 use podferry_engine_bench::tools::built;
-use podferry_engine_bench::tree;
 use podferry_engine_bench::victim::Victim;
+use podferry_engine_bench::{live, tools, tree};
+use podferry_memory::hide;
 
 /// cargo builds only this package's own programs for its tests.
 fn other(name: &'static str) -> PathBuf {
@@ -71,6 +73,64 @@ fn what_is_written_while_it_is_copied_arrives() {
         assert!(migrated.rounds[0] >= 128 * 256 && migrated.paged.pages >= 128 * 256, "{migrated:?}");
         victim.check().unwrap();
     }
+}
+
+#[test]
+fn a_restore_that_waits_and_is_given_up_ends_and_leaves_nothing() {
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    fs::create_dir(folder.path().join("restore")).unwrap();
+    // Given up at any moment: before CRIU has come to its images, while it comes, and while it waits.
+    for moment in [0, 10, 20, 30, 40] {
+        let waiting = Waiting::start(folder.path(), None).unwrap();
+        std::thread::sleep(Duration::from_millis(moment));
+        drop(waiting);
+        assert_eq!(fs::read_dir(folder.path().join("target")).unwrap().count(), 0, "after {moment} ms");
+    }
+    let mut waiting = Waiting::start(folder.path(), None).unwrap();
+    waiting.wait().unwrap();
+    drop(waiting);
+    assert_eq!(fs::read_dir(folder.path().join("target")).unwrap().count(), 0);
+    assert!(!folder.path().join("restore/pid").exists());
+}
+
+#[test]
+fn criu_is_told_of_mappings_what_is_known_as_long_as_they_are_as_they_were() {
+    let mut victim = load(32, 10);
+    let text = hide::mappings(victim.pid()).unwrap();
+    // A flag that not all of them have: by it the shim's answer is told from the kernel's.
+    let marked = text.replace("VmFlags: ", "VmFlags: nr ");
+    let other = marked.replacen("rw-p", "rwxp", 1);
+    let stranger = marked.replacen(&format!("process {}", victim.pid()), "process 1", 1);
+    for (mappings, answered) in [(marked, true), (other, false), (stranger, false)] {
+        let folder = victim.next_folder().unwrap();
+        fs::write(folder.join("work/mapped"), &mappings).unwrap();
+        let flags = dumped_flags(&victim, &folder);
+        assert!(flags.len() > 10, "{flags:?}");
+        assert_eq!(flags.iter().all(|flags| flags & 0x4000 != 0), answered, "{flags:x?}");
+    }
+    victim.check().unwrap();
+}
+
+/// Dumps with the shim and the file of mappings in the folder, and lets the process run on. Gives what CRIU noted as the flags of
+/// each mapping (mmap(2)).
+fn dumped_flags(victim: &Victim, folder: &Path) -> Vec<u64> {
+    let dumped = Command::new(tools::criu().unwrap())
+        .args(["dump", "--leave-running", "--manage-cgroups=ignore", "--network-lock", "skip", "-v4"])
+        .args(["--log-file", "dump.log", "--tree", &victim.pid().to_string()])
+        .arg("--images-dir")
+        .arg(folder.join("images"))
+        .arg("--work-dir")
+        .arg(folder.join("work"))
+        .env("LD_PRELOAD", tools::shim().unwrap())
+        .env(hide::MAPPINGS_VARIABLE, folder.join("work/mapped"))
+        .output()
+        .unwrap();
+    let log = fs::read(folder.join("work/dump.log")).unwrap();
+    let log = String::from_utf8_lossy(&log);
+    assert!(dumped.status.success(), "{log}");
+    let of_mappings = log.lines().filter(|line| line.contains(" prot ") && line.contains(" fdflags "));
+    let flags = of_mappings.filter_map(|line| line.split(" flags 0x").nth(1)?.split(' ').next());
+    flags.map(|flags| u64::from_str_radix(flags, 16).unwrap()).collect()
 }
 
 #[test]

@@ -7,7 +7,11 @@
 //! what was left out.
 //!
 //! The file has a line for each range: the process id that CRIU sees, the first address and the first one behind, these two in
-//! hexadecimal.
+//! hexadecimal. It is read when CRIU first asks for another process, so that it may be written after CRIU has started.
+//!
+//! It also stands in for `openat`, to answer `/proc/PID/smaps`: see [`smaps`].
+
+mod smaps;
 
 use std::collections::HashMap;
 use std::sync::OnceLock;
@@ -60,11 +64,12 @@ fn visible((start, end): Range, hidden: &[Range]) -> Vec<Range> {
     left
 }
 
-/// The process whose `/proc/PID/pagemap` a descriptor is.
+/// The process whose `/proc/PID/pagemap` a descriptor is; `None` for CRIU's own, at which it tries the kernel out.
 fn process_of(fd: libc::c_int) -> Option<i32> {
     let path = std::fs::read_link(format!("/proc/self/fd/{fd}")).ok()?;
     let folder = path.to_str()?.strip_suffix("/pagemap")?;
-    folder.rsplit('/').next()?.parse().ok()
+    let process = folder.rsplit('/').next()?.parse().ok();
+    process.filter(|process| u32::try_from(*process) != Ok(std::process::id()))
 }
 
 /// `PAGE_IS_GUARD`.
@@ -77,9 +82,12 @@ fn asks_for_guards(masks: &[u64; 4]) -> bool {
     with & GUARD != 0 && inverted & GUARD == 0
 }
 
-#[expect(unsafe_code, reason = "a function of the C library, with its arguments' types, called by C")]
+#[expect(unsafe_code, reason = "functions of the C library, with their arguments' types, called by C")]
 mod interposed {
-    use super::{Range, asks_for_guards, hidden, process_of, visible};
+    use std::ffi::CStr;
+    use std::os::fd::IntoRawFd as _;
+
+    use super::{Range, asks_for_guards, hidden, process_of, smaps, visible};
 
     /// `_IOWR('f', 16, struct pm_scan_arg)`.
     const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
@@ -115,7 +123,7 @@ mod interposed {
     /// As ioctl(2): `argument` must be what the request takes.
     #[unsafe(no_mangle)]
     unsafe extern "C" fn ioctl(fd: libc::c_int, request: libc::c_ulong, argument: *mut libc::c_void) -> libc::c_int {
-        if request != PAGEMAP_SCAN || hidden().is_empty() {
+        if request != PAGEMAP_SCAN {
             return real(fd, request, argument);
         }
         let Some(ranges) = process_of(fd).and_then(|pid| hidden().get(&pid)) else {
@@ -127,6 +135,52 @@ mod interposed {
             return real(fd, request, argument);
         }
         scan_around(fd, scan, ranges)
+    }
+
+    /// In place of the C library's `openat`. That one is variadic; its only optional argument is passed like a fourth named one, and
+    /// the kernel does not look at it when there is none.
+    ///
+    /// # Safety
+    /// As openat(2): `path` must be a string that ends with a zero.
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn openat(
+        folder: libc::c_int,
+        path: *const libc::c_char,
+        flags: libc::c_int,
+        mode: libc::mode_t,
+    ) -> libc::c_int {
+        // SAFETY: the caller passes a string that ends with a zero and does not change meanwhile; null is looked for before.
+        let is_smaps = !path.is_null() && unsafe { CStr::from_ptr(path) } == c"smaps";
+        if let Some(answer) = is_smaps.then(|| smaps::answer(folder)).flatten() {
+            return answer.into_raw_fd();
+        }
+        // SAFETY: what the caller wanted of openat(2), passed on unchanged; sets `errno` as it does.
+        let result = unsafe { libc::syscall(libc::SYS_openat, folder, path, flags, mode) };
+        libc::c_int::try_from(result).unwrap_or(-1)
+    }
+
+    /// In place of the C library's other name for `openat`, which CRIU uses.
+    ///
+    /// # Safety
+    /// As [`openat`].
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn openat64(
+        folder: libc::c_int,
+        path: *const libc::c_char,
+        flags: libc::c_int,
+        mode: libc::mode_t,
+    ) -> libc::c_int {
+        // SAFETY: the same function with the same conditions.
+        unsafe { openat(folder, path, flags, mode) }
+    }
+
+    /// A file in memory; `None` when there can be none.
+    pub(super) fn memory_file() -> Option<std::fs::File> {
+        // SAFETY: takes a string that ends with a zero, and gives a descriptor that nobody else has, or -1.
+        unsafe {
+            let fd = libc::memfd_create(c"smaps".as_ptr(), libc::MFD_CLOEXEC);
+            (fd >= 0).then(|| std::os::fd::FromRawFd::from_raw_fd(fd))
+        }
     }
 
     /// Scans the pieces between the hidden ranges one after the other, as if they were one.

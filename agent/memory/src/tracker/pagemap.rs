@@ -2,13 +2,15 @@
 
 use std::fs::File;
 use std::io;
+use std::num::NonZero;
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::FileExt as _;
+use std::thread;
 
 use nix::unistd::Pid;
 
 use crate::PAGE_SIZE;
-use crate::range::PageRange;
+use crate::range::{PageRange, PageRanges};
 use crate::sys::pagemap::{self, Query, Region, category};
 
 /// The lowest address that a mapping may have on all kernels (`vm.mmap_min_addr`).
@@ -20,6 +22,13 @@ pub(super) const HIGHEST: u64 = (1 << 47) - PAGE_SIZE;
 const REGIONS: usize = 8192;
 /// Entries that are read at a time: 512 KiB, of 256 MiB of addresses.
 const ENTRIES: u64 = 64 * 1024;
+
+/// What a thread looks at, at least, where several share a scan: 7 ms. CRIU's dump, which runs beside, takes longer.
+pub(super) const SHARE: u64 = 1 << 30;
+/// Shares end where page tables do, so that no two threads want the same.
+const TABLE: u64 = 2 << 20;
+/// More threads than this are not needed: they look at 8 GiB in 7 ms.
+const MOST_THREADS: usize = 8;
 
 /// The pages of a process.
 #[derive(Debug)]
@@ -101,6 +110,62 @@ fn open(process: Pid) -> io::Result<File> {
     File::open(format!("/proc/{process}/pagemap"))
 }
 
+/// Looks at ranges of a process with as many threads as there are processors, each with at least so many bytes. Gives what was
+/// found, ascending.
+///
+/// For a process that stands still: one that changes its mappings may come between two threads.
+pub(super) fn scan_together(
+    process: Pid,
+    ranges: &PageRanges,
+    query: Query,
+    least: u64,
+) -> Result<Vec<Region>, (PageRange, io::Error)> {
+    let threads = thread::available_parallelism().map_or(1, NonZero::get).min(MOST_THREADS);
+    let shares = shares(ranges, threads, least);
+    if let [share] = shares.as_slice() {
+        return scan_share(process, share, query);
+    }
+    let found: Vec<_> = thread::scope(|scope| {
+        let scans: Vec<_> = shares.iter().map(|share| scope.spawn(|| scan_share(process, share, query))).collect();
+        scans.into_iter().map(|scan| scan.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    });
+    Ok(found.into_iter().collect::<Result<Vec<_>, _>>()?.concat())
+}
+
+fn scan_share(process: Pid, ranges: &[PageRange], query: Query) -> Result<Vec<Region>, (PageRange, io::Error)> {
+    let Some(first) = ranges.first() else { return Ok(Vec::new()) };
+    let mut pagemap = Pagemap::of(process).map_err(|source| (*first, source))?;
+    let mut found = Vec::new();
+    for range in ranges {
+        pagemap.scan(*range, query, &mut |region| found.push(*region)).map_err(|source| (*range, source))?;
+    }
+    Ok(found)
+}
+
+/// Cuts ranges into shares of about the same size, ascending, for so many threads; not into smaller ones than it is worth.
+fn shares(ranges: &PageRanges, threads: usize, least: u64) -> Vec<Vec<PageRange>> {
+    let all: u64 = ranges.iter().map(PageRange::length).sum();
+    let share = all.div_ceil(u64::try_from(threads).unwrap_or(1)).max(least);
+    let mut shares = vec![Vec::new()];
+    let mut room = share;
+    for mut range in ranges {
+        while range.length() > room {
+            let cut = (range.start + room).next_multiple_of(TABLE).min(range.end);
+            if cut > range.start {
+                shares.last_mut().into_iter().for_each(|share| share.push(PageRange::new(range.start, cut)));
+                range = PageRange::new(cut, range.end);
+            }
+            shares.push(Vec::new());
+            room = share;
+        }
+        room -= range.length();
+        if !range.is_empty() {
+            shares.last_mut().into_iter().for_each(|share| share.push(range));
+        }
+    }
+    shares
+}
+
 /// Bits of an entry (`Documentation/admin-guide/mm/pagemap.rst`).
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
@@ -145,6 +210,36 @@ mod tests {
             |first: u64, behind: u64| PageRange::new(0x1_0000 + first * PAGE_SIZE, 0x1_0000 + behind * PAGE_SIZE);
         let expected = [(page(1, 3), false), (page(3, 4), true), (page(5, 6), true), (page(7, 8), true)];
         assert_eq!(runs(0x1_0000, entries.into_iter()), expected);
+    }
+
+    const LEAST: u64 = 4 << 20;
+
+    #[test]
+    fn shares_are_all_there_is_once_and_in_order() {
+        let ranges: PageRanges =
+            [(0x1000, 0x3000), (0x10_0000, 0x10_0000 + 5 * LEAST), (0x10_0000_0000, 0x10_0000_0000 + LEAST)]
+                .into_iter()
+                .map(|(start, end)| PageRange::new(start, end))
+                .collect();
+        for threads in [1, 2, 3, 8, 100] {
+            let shares = shares(&ranges, threads, LEAST);
+            assert!(shares.len() <= threads && (threads < 2 || shares.len() > 1), "{threads}: {shares:?}");
+            assert!(shares.concat().windows(2).all(|two| two[0].end <= two[1].start), "{shares:?}");
+            assert_eq!(shares.concat().into_iter().collect::<PageRanges>(), ranges);
+        }
+        assert_eq!(shares(&PageRanges::new(), 4, LEAST), [vec![]]);
+    }
+
+    #[test]
+    fn many_threads_find_what_one_does() {
+        let memory = vec![1_u8; 3 * usize::try_from(LEAST).unwrap()];
+        let start = (memory.as_ptr() as u64).next_multiple_of(PAGE_SIZE);
+        let range = PageRange::new(start, start + 3 * LEAST - PAGE_SIZE);
+        let any_of = category::PRESENT | category::SWAPPED;
+        let query = Query { with: 0, without: 0, any_of, tell: any_of, protect: false };
+        let found = scan_together(Pid::this(), &[range].into_iter().collect(), query, LEAST).unwrap();
+        assert_eq!(found.iter().map(Region::range).collect::<PageRanges>().as_slice(), [range]);
+        assert!(scan_together(Pid::this(), &PageRanges::new(), query, LEAST).unwrap().is_empty());
     }
 
     #[test]

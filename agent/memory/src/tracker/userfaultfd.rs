@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use nix::unistd::Pid;
 
-use super::pagemap::{HIGHEST, LOWEST, Pagemap};
+use super::pagemap::{self, HIGHEST, LOWEST, Pagemap};
 use super::{Choice, Frozen, TrackError, WriteTracker, refuse_hazards};
 use crate::PAGE_SIZE;
 use crate::inject::{self, Injected};
@@ -249,7 +249,6 @@ impl WriteTracker for UserfaultfdTracker {
     }
 
     fn frozen(&mut self, ranges: &PageRanges) -> Result<Frozen, TrackError> {
-        self.pagemap.reopen().map_err(TrackError::of_file(self.process, "pagemap"))?;
         let query = Query {
             with: 0,
             without: self.empty,
@@ -257,15 +256,14 @@ impl WriteTracker for UserfaultfdTracker {
             tell: category::WRITTEN | category::PRESENT,
             protect: false,
         };
+        let regions = pagemap::scan_together(self.process, ranges, query, pagemap::SHARE);
+        let regions = regions.map_err(|(range, source)| self.scan_error(range, source))?;
         let mut frozen = Frozen::default();
-        for range in ranges {
-            let scanned = self.pagemap.scan(range, query, &mut |region| {
-                frozen.existing.push(region.range());
-                if region.is(category::WRITTEN) {
-                    frozen.written.push(region.range());
-                }
-            });
-            scanned.map_err(|source| self.scan_error(range, source))?;
+        for region in &regions {
+            frozen.existing.push(region.range());
+            if region.is(category::WRITTEN) {
+                frozen.written.push(region.range());
+            }
         }
         let owed = self.take_owed();
         for range in &owed.intersection(&frozen.existing) {
