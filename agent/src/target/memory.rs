@@ -197,7 +197,7 @@ fn parse(list: &[u8]) -> Result<PageRanges, &'static str> {
     let (mut parsed, mut cursor) = (PageRanges::new(), None);
     for range in ranges {
         let (start, end) = range.split_at(RANGE / 2);
-        let number = |bytes: &[u8]| bytes.try_into().map(u64::from_le_bytes).unwrap_or(u64::MAX);
+        let number = |bytes: &[u8]| bytes.try_into().map_or(u64::MAX, u64::from_le_bytes);
         let (start, end) = (number(start), number(end));
         if !start.is_multiple_of(PAGE_SIZE) || !end.is_multiple_of(PAGE_SIZE) || end > END_OF_ADDRESSES {
             return Err("an address of no page");

@@ -34,6 +34,8 @@ fn context(folder: &Path) -> Context {
             hook: nowhere(),
             stdio_keeper: nowhere(),
             dump_worker: nowhere(),
+            criu_shim: nowhere(),
+            pager: nowhere(),
         },
         runtime: Runtime {
             roots: vec![folder.join("runc")],
