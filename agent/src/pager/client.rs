@@ -118,14 +118,34 @@ pub async fn stop(path: &Path) -> Result<PagerState, Failure> {
                 return refused(FailureCode::FailedPrecondition, message);
             }
             state if state.is_last() => return Ok(state),
+            // It may be about to say who holds it, and would then wait for a restore that never comes.
+            _ if status.holders.is_empty() && begun.elapsed() < START_TIMEOUT => {}
             _ if !is_held(&status) => return Ok(wait_filled(path).await),
             _ => status.holders.first().copied().into_iter().for_each(terminate),
         }
-        if begun.elapsed() > STOP_TIMEOUT {
+        if begun.elapsed() > START_TIMEOUT + STOP_TIMEOUT {
             return refused(FailureCode::DeadlineExceeded, "the pager does not stop".to_owned());
         }
         sleep(SOON).await;
     }
+}
+
+/// Whether a pager that was started serves a restore, or what was restored. One without a last word whose holders were all killed
+/// does not: what is missing reads as zeros then.
+pub fn serves(path: &Path) -> bool {
+    let look = || status(path).ok().map(|status| (is_held(&status) && !status.state.is_last(), status));
+    let Some((serves, seen)) = look() else { return false };
+    // One holder may have started another between reading the file and looking for those it names.
+    serves || look().is_some_and(|(serves, now)| serves || now != seen)
+}
+
+/// Notes that a container is lost whose pager has seen no harm: it was ended for another reason, and its pages are given up.
+///
+/// # Errors
+/// When the file cannot be read or written.
+pub fn note_lost(path: &Path, message: &str) -> io::Result<()> {
+    let status = status(path)?;
+    record::store(path, &PagerStatus { state: PagerState::Lost { message: message.to_owned() }, ..status })
 }
 
 fn terminate(holder: Holder) {

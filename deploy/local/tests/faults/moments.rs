@@ -92,6 +92,10 @@ fn aim(stage: &mut Stage, begun: Begun, moment: Moment) -> Result<Halted, String
     }
     let id = begun.id();
     let stopped = Stopped::default();
+    if stage.strategy == Strategy::Live && (Dump..=Released).contains(&moment) {
+        // In pre-copy whoever begins to follow a process stops it, too, for an instant.
+        begun.wait_phase("freeze");
+    }
     let next = match moment {
         Preflight => {
             stopped.stop(coordinator(stage));
@@ -119,10 +123,6 @@ fn aim(stage: &mut Stage, begun: Begun, moment: Moment) -> Result<Halted, String
             "phase=commit"
         }
         Held | Sealed | Committed | Released => {
-            if stage.strategy == Strategy::Live {
-                // Live asks for the restore only now.
-                begun.wait_phase("freeze");
-            }
             wait_every(Duration::from_micros(200), "the tasks to be stopped", || stage.is_stopped().then_some(()));
             stopped.stop(coordinator(stage));
             "phase=commit"
