@@ -21,6 +21,7 @@ use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use podferry_common::MigrationId;
@@ -105,6 +106,7 @@ pub struct TargetPart {
     restore: Arc<Mutex<Option<RunningRestore>>>,
     /// Bringing the layer to the disk, which goes on while the container is restored.
     syncing: Mutex<Option<JoinHandle<podferry_filesystem::Result<()>>>>,
+    restoring: AtomicBool,
     cancelled: CancellationToken,
 }
 
@@ -167,6 +169,7 @@ impl TargetPart {
             inbox: Some(inbox),
             restore: Arc::default(),
             syncing: Mutex::default(),
+            restoring: AtomicBool::new(false),
             cancelled: CancellationToken::new(),
         })
     }
@@ -196,6 +199,7 @@ impl TargetPart {
             ledger,
             restore: Arc::default(),
             syncing: Mutex::default(),
+            restoring: AtomicBool::new(false),
             cancelled: CancellationToken::new(),
         })
     }
@@ -205,6 +209,7 @@ impl TargetPart {
     /// # Errors
     /// When the transfer breaks, the restore fails, the part is aborted, or `deadline` passes.
     pub async fn restore(&self, deadline: SystemTime) -> Result<f64, Failure> {
+        self.restoring.store(true, Ordering::Relaxed);
         let patience = deadline.duration_since(SystemTime::now()).unwrap_or_default();
         let work = async {
             self.arrived().await?;
@@ -285,7 +290,7 @@ impl TargetPart {
     /// Fails when pages come later and nobody has them any more.
     fn check_pager(&self) -> Result<(), Failure> {
         let file = self.dirs.pager_status();
-        if !file.is_file() || pager::client::serves(&file) {
+        if !file.is_file() || pager::client::is_well(&file) {
             return Ok(());
         }
         Err(self.refused(FailureCode::Aborted, "both holders of the container's memory were killed", "restore"))
@@ -634,6 +639,11 @@ impl TargetPart {
     /// Whether the container is held.
     pub fn is_held(&self) -> bool {
         self.hook.hold().pid().is_some()
+    }
+
+    /// Whether the coordinator has asked for the restore.
+    pub fn is_restoring(&self) -> bool {
+        self.restoring.load(Ordering::Relaxed)
     }
 
     fn pid_file(&self) -> PathBuf {
