@@ -118,14 +118,44 @@ pub async fn stop(path: &Path) -> Result<PagerState, Failure> {
                 return refused(FailureCode::FailedPrecondition, message);
             }
             state if state.is_last() => return Ok(state),
+            // It may be about to say who holds it, and would then wait for a restore that never comes.
+            _ if status.holders.is_empty() && begun.elapsed() < START_TIMEOUT => {}
             _ if !is_held(&status) => return Ok(wait_filled(path).await),
             _ => status.holders.first().copied().into_iter().for_each(terminate),
         }
-        if begun.elapsed() > STOP_TIMEOUT {
+        if begun.elapsed() > START_TIMEOUT + STOP_TIMEOUT {
             return refused(FailureCode::DeadlineExceeded, "the pager does not stop".to_owned());
         }
         sleep(SOON).await;
     }
+}
+
+/// Whether nothing is lost of the memory that was left to a pager: it serves, or all is in place. One without a last word whose
+/// holders were all killed does not serve: what is missing reads as zeros then.
+pub fn is_well(path: &Path) -> bool {
+    let look = || status(path).ok();
+    let Some(seen) = look() else { return false };
+    // One holder may have started another, or ended well, between reading the file and looking for those it names.
+    status_is_well(&seen) || look().is_some_and(|now| now != seen || status_is_well(&now))
+}
+
+fn status_is_well(status: &PagerStatus) -> bool {
+    match status.state {
+        PagerState::Done { .. } => true,
+        PagerState::Failed { .. } | PagerState::Lost { .. } => false,
+        PagerState::Starting | PagerState::Waiting | PagerState::Serving | PagerState::Filling { .. } => {
+            is_held(status)
+        }
+    }
+}
+
+/// Notes that a container is lost whose pager has seen no harm: it was ended for another reason, and its pages are given up.
+///
+/// # Errors
+/// When the file cannot be read or written.
+pub fn note_lost(path: &Path, message: &str) -> io::Result<()> {
+    let status = status(path)?;
+    record::store(path, &PagerStatus { state: PagerState::Lost { message: message.to_owned() }, ..status })
 }
 
 fn terminate(holder: Holder) {
@@ -204,6 +234,48 @@ mod tests {
         record::store(&path, &status_with(vec![dead()], done.clone())).unwrap();
         assert_eq!(wait_filled(&path).await, done);
         assert_eq!(stop(&path).await.unwrap(), done);
+    }
+
+    #[tokio::test]
+    async fn a_pager_that_has_not_said_yet_who_holds_it_is_stopped_when_it_has() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("status.json");
+        record::store(&path, &status_with(Vec::new(), PagerState::Starting)).unwrap();
+        let (sender, pager) = tokio::sync::oneshot::channel();
+        let says_late = path.clone();
+        tokio::spawn(async move {
+            sleep(Duration::from_millis(100)).await;
+            let mut pager = Command::new("sleep").arg("60").spawn().unwrap();
+            let holder = Holder::of_pid(pager.id()).unwrap();
+            record::store(&says_late, &status_with(vec![holder], PagerState::Waiting)).unwrap();
+            let ended = tokio::task::spawn_blocking(move || pager.wait()).await.unwrap().unwrap();
+            record::store(&says_late, &status_with(vec![holder], PagerState::Failed { message: String::new() }))
+                .unwrap();
+            sender.send(ended).unwrap();
+        });
+        let stopped = tokio::time::timeout(START_TIMEOUT, stop(&path)).await;
+        stopped.expect("nobody told it to stop").unwrap();
+        assert!(!pager.await.unwrap().success());
+    }
+
+    #[test]
+    fn a_pager_that_has_filled_or_is_held_is_well_and_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("status.json");
+        assert!(!is_well(&path));
+        let own = Holder::of_pid(std::process::id()).unwrap();
+        for (holders, state, wanted) in [
+            (vec![dead(), own], PagerState::Serving, true),
+            (vec![dead(), dead()], PagerState::Serving, false),
+            (vec![dead(), dead()], PagerState::Filling { left_pages: 1 }, false),
+            (vec![dead(), dead()], PagerState::Done { pages: 1, faults: 0, fill_ms: 1 }, true),
+            (vec![own], PagerState::Failed { message: String::new() }, false),
+        ] {
+            record::store(&path, &status_with(holders, state)).unwrap();
+            assert_eq!(is_well(&path), wanted);
+        }
+        note_lost(&path, "why").unwrap();
+        assert_eq!(status(&path).unwrap().state, PagerState::Lost { message: "why".to_owned() });
     }
 
     #[tokio::test]

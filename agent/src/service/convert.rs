@@ -150,6 +150,7 @@ pub(crate) fn ended(standing: Standing) -> PartState {
 pub(crate) fn source_state(part: &SourcePart) -> PartState {
     match part.standing() {
         Standing::Open if part.is_frozen() => PartState::Frozen,
+        Standing::Open if part.is_pre_copying() => PartState::Precopying,
         Standing::Open => PartState::Freezing,
         Standing::Sealed => PartState::Sealed,
         last => ended(last),
@@ -160,6 +161,7 @@ pub(crate) fn source_state(part: &SourcePart) -> PartState {
 pub(crate) fn target_state(part: &TargetPart) -> PartState {
     match part.standing() {
         Standing::Open if part.is_held() => PartState::Held,
+        Standing::Open if part.is_restoring() => PartState::Restoring,
         Standing::Open => PartState::Prepared,
         Standing::Sealed => PartState::Sealed,
         last => ended(last),

@@ -16,6 +16,7 @@ mod precopy;
 mod sweep;
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -140,6 +141,7 @@ pub struct SourcePart {
     /// Whose writes are followed. Locked while anybody reads their memory or starts the worker: an abort waits for that.
     followers: Arc<Mutex<Followers>>,
     ledger: Ledger,
+    pre_copying: AtomicBool,
     /// Ends a dump and transfer that go on: a stalled link must not keep the tasks frozen.
     cancelled: CancellationToken,
 }
@@ -213,6 +215,7 @@ impl SourcePart {
             worker: Arc::default(),
             followers: Arc::default(),
             ledger,
+            pre_copying: AtomicBool::new(false),
             cancelled: CancellationToken::new(),
         }
     }
@@ -250,9 +253,13 @@ impl SourcePart {
         let work = async {
             let followers = Arc::clone(&self.followers).lock_owned().await;
             let (followers, converged) = match order.pre_copy {
-                Some(wish) => self.pre_copy(order, wish, &sender, events, followers).await?,
+                Some(wish) => {
+                    self.pre_copying.store(true, Ordering::Relaxed);
+                    self.pre_copy(order, wish, &sender, events, followers).await?
+                }
                 None => (followers, None),
             };
+            self.pre_copying.store(false, Ordering::Relaxed);
             let dump = self.start_dump(order, &sender, converged, followers).await?;
             self.dump_and_send(order, dump, sender, events).await
         };
@@ -619,6 +626,11 @@ impl SourcePart {
     pub fn is_frozen(&self) -> bool {
         let view = self.worker.get().map(Worker::view);
         matches!(view, Some(View::Stage(Stage::Frozen | Stage::Dumped | Stage::Sealed)))
+    }
+
+    /// Whether memory is sent while the tasks run.
+    pub fn is_pre_copying(&self) -> bool {
+        self.pre_copying.load(Ordering::Relaxed)
     }
 
     /// Waits until the worker has ended.

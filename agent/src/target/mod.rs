@@ -21,6 +21,7 @@ use std::fs;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use podferry_common::MigrationId;
@@ -37,7 +38,7 @@ use tokio_util::sync::CancellationToken;
 use crate::context::{Context, blocking};
 use crate::journal::{Ledger, PartDirs, PartRecord, Role, Standing};
 use crate::pager;
-use crate::pager::messages::{PagedContainer, PagerJob};
+use crate::pager::messages::{PagedContainer, PagerJob, PagerState};
 use crate::parts::Authority;
 use bundle::Bundle;
 use hook::{Hold, HookKeeper};
@@ -105,6 +106,7 @@ pub struct TargetPart {
     restore: Arc<Mutex<Option<RunningRestore>>>,
     /// Bringing the layer to the disk, which goes on while the container is restored.
     syncing: Mutex<Option<JoinHandle<podferry_filesystem::Result<()>>>>,
+    restoring: AtomicBool,
     cancelled: CancellationToken,
 }
 
@@ -167,6 +169,7 @@ impl TargetPart {
             inbox: Some(inbox),
             restore: Arc::default(),
             syncing: Mutex::default(),
+            restoring: AtomicBool::new(false),
             cancelled: CancellationToken::new(),
         })
     }
@@ -196,6 +199,7 @@ impl TargetPart {
             ledger,
             restore: Arc::default(),
             syncing: Mutex::default(),
+            restoring: AtomicBool::new(false),
             cancelled: CancellationToken::new(),
         })
     }
@@ -205,6 +209,7 @@ impl TargetPart {
     /// # Errors
     /// When the transfer breaks, the restore fails, the part is aborted, or `deadline` passes.
     pub async fn restore(&self, deadline: SystemTime) -> Result<f64, Failure> {
+        self.restoring.store(true, Ordering::Relaxed);
         let patience = deadline.duration_since(SystemTime::now()).unwrap_or_default();
         let work = async {
             self.arrived().await?;
@@ -243,7 +248,6 @@ impl TargetPart {
     }
 
     async fn start_restore(&self) -> Result<(), Failure> {
-        let lazy = self.start_pager().await?;
         let mut running = Arc::clone(&self.restore).lock_owned().await;
         if running.is_some() {
             return Err(self.refused(FailureCode::FailedPrecondition, "this migration is being restored", "restore"));
@@ -253,55 +257,43 @@ impl TargetPart {
         let dirs = self.dirs.clone();
         let order = (self.workload.clone(), self.migration, self.keep_connections);
         let cancelled = self.cancelled.clone();
-        // This future may be dropped while runc starts. The lock goes along, so that an abort waits for what was started.
-        blocking(move || {
+        // This future may be dropped while pager and runc start. The lock goes along, so that an abort waits for what was started.
+        let starting = tokio::spawn(async move {
             if cancelled.is_cancelled() {
                 return Err(context.refusal(FailureCode::Aborted, "the migration was aborted").in_phase("restore"));
             }
-            *running = Some(restore_from(&context, &bundle, &dirs, &order, lazy)?);
-            Ok(())
-        })
-        .await
+            let lazy = start_pager(&context, &bundle, &dirs, &order).await?;
+            blocking(move || {
+                *running = Some(restore_from(&context, &bundle, &dirs, &order, lazy)?);
+                Ok(())
+            })
+            .await
+        });
+        let what = "the task that starts a restore ended";
+        starting.await.map_err(|error| self.context.failure(FailureCode::Internal, what, &error))?
     }
 
-    /// Starts whoever serves the pages that come later, when there are some. Says whether there are.
-    async fn start_pager(&self) -> Result<bool, Failure> {
-        if !Handover::is_there(&self.dirs.images) {
-            return Ok(false);
+    /// Ends the pager of a restore that came to nothing, of which no process is left. Gives its last state if there is one.
+    async fn stop_pager(&self) -> Result<Option<PagerState>, Failure> {
+        let file = self.dirs.pager_status();
+        if !file.is_file() {
+            return Ok(None);
         }
-        let context = &self.context;
-        let cgroups = podferry_runtime::cgroups_of_bundle(&self.bundle.dir, &self.workload).map_err(|error| {
-            let what = "the cgroup of the container that is restored cannot be named";
-            context.failure(FailureCode::Internal, what, &error).in_phase("restore")
-        })?;
-        let job = PagerJob {
-            migration: self.migration.to_string(),
-            handover: self.dirs.images.clone(),
-            status: self.dirs.pager_status(),
-            container: PagedContainer {
-                root: context.config.runc_root().to_owned(),
-                id: self.workload.clone(),
-                cgroups: cgroups.dirs().into_iter().map(Path::to_owned).collect(),
-            },
-        };
-        let socket = self.dirs.work.join(LAZY_SOCKET);
-        // That of an earlier restore.
-        let _none = fs::remove_file(&socket);
-        let listener = UnixListener::bind(&socket).map_err(|error| io_failed(context, &error))?;
-        let job_file = self.dirs.state.join("pager-job.json");
-        let log = self.dirs.state.join("pager.log");
-        let started = pager::client::start(&context.config.tools.pager, &job, &job_file, listener, &log).await;
-        started.map_err(|failure| failure.on(context.config.node.as_str()))?;
-        Ok(true)
+        // One whose processes ran sees by itself that they have ended.
+        let filling =
+            pager::client::status(&file).is_ok_and(|status| matches!(status.state, PagerState::Filling { .. }));
+        let stopped =
+            if filling { Ok(pager::client::wait_filled(&file).await) } else { pager::client::stop(&file).await };
+        stopped.map(Some).map_err(|failure| failure.on(self.context.config.node.as_str()))
     }
 
-    /// Ends the pager of a restore that came to nothing.
-    async fn stop_pager(&self) -> Result<(), Failure> {
-        let status = self.dirs.pager_status();
-        if !status.is_file() {
+    /// Fails when pages come later and nobody has them any more.
+    fn check_pager(&self) -> Result<(), Failure> {
+        let file = self.dirs.pager_status();
+        if !file.is_file() || pager::client::is_well(&file) {
             return Ok(());
         }
-        pager::client::stop(&status).await.map(drop).map_err(|failure| failure.on(self.context.config.node.as_str()))
+        Err(self.refused(FailureCode::Aborted, "both holders of the container's memory were killed", "restore"))
     }
 
     async fn until_held(&self) -> Result<(), Failure> {
@@ -356,6 +348,7 @@ impl TargetPart {
         self.synced().await?;
         // A dead restore could be done again after the commit, but before it the source is the safer copy.
         self.check_restore().await?;
+        self.check_pager()?;
         let told = self.hook.tell("seal").await;
         let sealed = self.hook.until(HOOK_TIMEOUT, |hold| !matches!(hold, Hold::Held { .. })).await;
         if told.is_err() || !matches!(sealed, Hold::Sealed { .. }) {
@@ -399,6 +392,11 @@ impl TargetPart {
             };
             tracing::error!(migration = %self.migration, failure = %died, "a committed restore died; restoring again");
             self.part_link(record)?;
+            self.clean_restore(self.patience()).await?;
+            if self.has_given_pages_up(record.going).await? {
+                tracing::error!(migration = %self.migration, "it had run: its memory is lost");
+                return Ok(());
+            }
             self.note(record, |record| record.going = false)?;
             self.restore_again(record).await?;
         }
@@ -414,16 +412,31 @@ impl TargetPart {
             if hold.pid().is_none() {
                 return Ok(Gone::Died(self.refused(FailureCode::Internal, "the held container is gone", "resume")));
             }
-            if let Err(failure) = self.check_restore().await {
+            if let Err(failure) = self.check_held().await {
                 return Ok(Gone::Died(failure));
             }
             self.note(record, |record| record.going = true)?;
             self.go(record).await?;
         } else if self.hook.until(Duration::ZERO, |_| true).await.pid().is_some() {
             // An earlier agent died, or could not join the link, between its note and its word.
+            if let Err(failure) = self.check_held().await {
+                self.note(record, |record| record.going = false)?;
+                return Ok(Gone::Died(failure));
+            }
             self.go(record).await?;
         }
         self.until_running().await
+    }
+
+    /// Fails when what is held must not run: its restore has died, or its pagers, and it would read zeros. It is given up then.
+    async fn check_held(&self) -> Result<(), Failure> {
+        self.check_restore().await?;
+        let checked = self.check_pager();
+        if checked.is_err() {
+            // Nobody else tells it, and its restore waits for a word.
+            let _gone_already = self.hook.tell("abort").await;
+        }
+        checked
     }
 
     /// Joins the link, then says the word: a container that runs without its link can only lose connections.
@@ -442,9 +455,22 @@ impl TargetPart {
         }
     }
 
+    /// Whether a restore of which nothing is left cannot be done again, because its processes ran, or may have, and their pages were
+    /// given up. That is then noted, for whoever asks how the filling goes.
+    async fn has_given_pages_up(&self, may_have_run: bool) -> Result<bool, Failure> {
+        match self.stop_pager().await? {
+            Some(PagerState::Done { .. }) => {
+                let message = "the container's restore failed when its processes ran already; they were ended";
+                pager::client::note_lost(&self.dirs.pager_status(), message)
+                    .map_err(|error| io_failed(&self.context, &error))?;
+                Ok(true)
+            }
+            Some(PagerState::Lost { .. }) => Ok(may_have_run),
+            _ => Ok(false),
+        }
+    }
+
     async fn restore_again(&self, record: &PartRecord) -> Result<(), Failure> {
-        self.clean_restore(self.patience()).await?;
-        self.stop_pager().await?;
         // Sockets of the dead copy may linger in its network namespace, and the next one needs their addresses.
         remove_network(&self.context, record).await?;
         make_network(&self.context, record).await?;
@@ -470,9 +496,15 @@ impl TargetPart {
                     }
                     return Ok(Gone::Running);
                 }
-                Ok(false) => tokio::time::sleep(Duration::from_micros(500)).await,
+                Ok(false) => {}
                 Err(failure) => return Ok(Gone::Died(failure)),
             }
+            if let Err(failure) = self.check_pager() {
+                // This ends its processes.
+                pager::client::wait_filled(&self.dirs.pager_status()).await;
+                return Ok(Gone::Died(failure));
+            }
+            tokio::time::sleep(Duration::from_micros(500)).await;
         }
         Err(self.refused(FailureCode::DeadlineExceeded, "runc does not end its restore", "resume"))
     }
@@ -609,6 +641,11 @@ impl TargetPart {
         self.hook.hold().pid().is_some()
     }
 
+    /// Whether the coordinator has asked for the restore.
+    pub fn is_restoring(&self) -> bool {
+        self.restoring.load(Ordering::Relaxed)
+    }
+
     fn pid_file(&self) -> PathBuf {
         self.dirs.run.join("pid")
     }
@@ -630,6 +667,41 @@ impl TargetPart {
         let message = format!("cannot {what} a target that is {standing:?}");
         self.context.refusal(FailureCode::FailedPrecondition, message)
     }
+}
+
+/// Starts whoever serves the pages that come later, when there are some. Says whether there are.
+async fn start_pager(
+    context: &Context,
+    bundle: &Bundle,
+    dirs: &PartDirs,
+    (workload, migration, _): &(String, MigrationId, bool),
+) -> Result<bool, Failure> {
+    if !Handover::is_there(&dirs.images) {
+        return Ok(false);
+    }
+    let cgroups = podferry_runtime::cgroups_of_bundle(&bundle.dir, workload).map_err(|error| {
+        let what = "the cgroup of the container that is restored cannot be named";
+        context.failure(FailureCode::Internal, what, &error).in_phase("restore")
+    })?;
+    let job = PagerJob {
+        migration: migration.to_string(),
+        handover: dirs.images.clone(),
+        status: dirs.pager_status(),
+        container: PagedContainer {
+            root: context.config.runc_root().to_owned(),
+            id: workload.clone(),
+            cgroups: cgroups.dirs().into_iter().map(Path::to_owned).collect(),
+        },
+    };
+    let socket = dirs.work.join(LAZY_SOCKET);
+    // That of an earlier restore.
+    let _none = fs::remove_file(&socket);
+    let listener = UnixListener::bind(&socket).map_err(|error| io_failed(context, &error))?;
+    let job_file = dirs.state.join("pager-job.json");
+    let log = dirs.state.join("pager.log");
+    let started = pager::client::start(&context.config.tools.pager, &job, &job_file, listener, &log).await;
+    started.map_err(|failure| failure.on(context.config.node.as_str()))?;
+    Ok(true)
 }
 
 /// Starts `runc restore`; blocks.

@@ -16,6 +16,9 @@ use support::{Line, NODES, Stage};
 
 /// What `chroot` fails with in the container: an error that it has in no other way.
 const FILTERED: u32 = 117;
+const WARM: &[&str] = &["--strategy", "warm"];
+/// With a budget that two shared cores keep.
+const LIVE: &[&str] = &["--strategy", "live", "--downtime-budget", "1000"];
 /// The kind that CRIU 4.2.1 does not dump: a watch on a file of an overlay.
 const INOTIFY: &str = "inotify";
 /// All others, as the program names them.
@@ -120,8 +123,9 @@ fn every_kind_of_object_goes_there_and_back() {
     let stage = Stage::up(&["kinds"]);
     let mut line = start(&stage, INOTIFY);
     assert_all_ok(&mut line, "before the first migration", &[]);
-    for (target, hop) in [(NODES[1], "there"), (NODES[0], "back")] {
-        stage.migrate("kinds", target);
+    let hops = [(WARM, 1, "there"), (WARM, 0, "back"), (LIVE, 1, "there, live"), (LIVE, 0, "back, live")];
+    for (strategy, target, hop) in hops {
+        stage.migrate_with("kinds", NODES[target], strategy);
         // Twice: the first look takes up what was under way, the second what was written after the migration.
         assert_all_ok(&mut line, hop, &[]);
         assert_all_ok(&mut line, hop, &[]);

@@ -6,6 +6,7 @@
 
 pub mod client;
 pub mod leftovers;
+pub mod moments;
 pub mod processes;
 pub mod sampler;
 pub mod stage;
@@ -36,7 +37,7 @@ pub fn options(folder: impl Into<PathBuf>) -> Options {
     static BUILT: Once = Once::new();
     let options = Options::new(folder);
     BUILT.call_once(|| {
-        let wanted = ["podferry", "podferry-agent", "podferry-coordinator", "podferry-dump-worker", "podferry-hook"];
+        let wanted = ["podferry", "podferry-agent", "podferry-coordinator", "podferry-dump-worker", "podferry-pager"];
         if wanted.iter().all(|name| options.binaries.join(name).exists()) {
             return;
         }

@@ -47,6 +47,15 @@ pub fn criu_of_dump(node: &Node) -> Option<ProcessId> {
     find(|pid, words| words.iter().any(|word| word == "swrk") && parent(pid) == Some(worker))
 }
 
+/// Both pagers of a node: the one that works, and the one that takes over from it.
+pub fn pagers(node: &Node) -> (Option<ProcessId>, Option<ProcessId>) {
+    let state = node.agent_state();
+    let is_pager = |words: &[String]| words[0].ends_with("podferry-pager") && mentions(words, &state);
+    let is_second = |words: &[String]| words.iter().any(|word| word == "second");
+    let first = find(|_, words| is_pager(words) && !is_second(words));
+    (first, find(|_, words| is_pager(words) && is_second(words)))
+}
+
 /// `runc restore` on a node.
 pub fn runc_restore(node: &Node) -> Option<ProcessId> {
     let bundles = node.bundles();

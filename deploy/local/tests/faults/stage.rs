@@ -25,12 +25,30 @@ pub const NODES: [&str; 2] = ["node-a", "node-b"];
 /// A link on which the workload takes seconds.
 const SLOW: &str = "16mbit";
 
+/// How a stage migrates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Strategy {
+    Warm,
+    Live,
+}
+
+impl Strategy {
+    /// For the command line; with a budget that two shared cores keep.
+    pub fn words(self) -> &'static [&'static str] {
+        match self {
+            Self::Warm => &["--strategy", "warm"],
+            Self::Live => &["--strategy", "live", "--downtime-budget", "1000"],
+        }
+    }
+}
+
 /// Everything a test of faults needs. What was stopped runs on before the cluster goes down.
 pub struct Stage {
     pub counting: Option<Counting>,
     pub sampler: Sampler,
     /// On which of [`NODES`] the workload is.
     pub at: usize,
+    pub strategy: Strategy,
     /// What there is when the workload is on the one node, and on the other.
     clean: [Inventory; 2],
     pub cluster: LocalCluster,
@@ -40,7 +58,13 @@ pub struct Stage {
 impl Stage {
     /// Brings it up, and moves the workload once there and back, so that all that is made only once is there.
     pub fn up(mib: usize) -> Self {
+        Self::up_with(mib, Strategy::Warm)
+    }
+
+    /// The same for another strategy.
+    pub fn up_with(mib: usize, strategy: Strategy) -> Self {
         let mut stage = Self::up_unmoved(mib);
+        stage.strategy = strategy;
         stage.migrate();
         stage.migrate();
         stage.take_stock();
@@ -62,7 +86,7 @@ impl Stage {
         Redis::connect(cluster.client(), FIRST_CONTAINER_ADDRESS).fill(mib);
         let counting = Some(Counting::start(cluster.client(), FIRST_CONTAINER_ADDRESS));
         let sampler = Sampler::start(cluster.nodes(), NAME, PROGRAM);
-        Self { counting, sampler, at: 0, clean: Default::default(), cluster, folder }
+        Self { counting, sampler, at: 0, strategy: Strategy::Warm, clean: Default::default(), cluster, folder }
     }
 
     pub fn source(&self) -> Node {
@@ -79,9 +103,12 @@ impl Stage {
 
     /// Moves the workload to the other node, which has to succeed.
     pub fn migrate(&mut self) {
-        let target = NODES[1 - self.at];
-        let output = self.podferry(&["migrate", NAME, "--to", target, "--wait", "--output", "json"]);
+        let words = ["migrate", NAME, "--to", NODES[1 - self.at], "--wait", "--output", "json"];
+        let output = self.podferry(&[&words, self.strategy.words()].concat());
         assert!(output.status.success(), "{}{}\n{}", output.stdout, output.stderr, self.logs());
+        if self.strategy == Strategy::Live {
+            assert_pre_copied(&output.stdout);
+        }
         self.at = 1 - self.at;
     }
 
@@ -89,7 +116,7 @@ impl Stage {
     pub fn begin(&self) -> Begun {
         let log = LogTail::of(self.cluster.coordinator().log().to_owned());
         let mut command = self.cluster.podferry_command();
-        command.args(["migrate", NAME, "--to", NODES[1 - self.at], "--wait"]);
+        command.args(["migrate", NAME, "--to", NODES[1 - self.at], "--wait"]).args(self.strategy.words());
         command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
         command.stderr(std::process::Stdio::null());
         let asking = self.cluster.client().spawn_command(command).unwrap();
@@ -304,6 +331,22 @@ impl Drop for Stopped {
 /// The process of an agent.
 pub fn agent(node: &Node) -> ProcessId {
     node.agent_pid().and_then(ProcessId::of).unwrap()
+}
+
+/// Most of the memory went before the freeze: the processes were followed.
+fn assert_pre_copied(record: &str) {
+    let record: Value = serde_json::from_str(record).unwrap();
+    let pages = |round: &Value| round["pages"].as_u64().unwrap_or_default();
+    let rounds: Vec<u64> = record["rounds"].as_array().into_iter().flatten().map(pages).collect();
+    let last = rounds.last().copied().unwrap_or_default();
+    assert!(rounds.len() >= 2 && rounds[0] > 1000 && last * 2 < rounds[0], "{record:#}");
+}
+
+/// How far the pager of a node's part is, by its own record; empty without one.
+pub fn pager_state(node: &Node, id: &str) -> String {
+    let text = fs::read_to_string(node.agent_state().join("parts").join(id).join("pager.json")).unwrap_or_default();
+    let status: Value = serde_json::from_str(&text).unwrap_or_default();
+    status["state"]["state"].as_str().unwrap_or_default().to_owned()
 }
 
 /// How far a node's part of a migration is, by the agent's own record.

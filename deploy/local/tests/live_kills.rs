@@ -1,0 +1,153 @@
+//! Whatever is killed in whatever phase of a live migration: one copy runs, its clients notice nothing, nothing is left.
+
+#![allow(clippy::unwrap_used, reason = "a helper that fails has to fail its test")]
+
+mod faults;
+
+use std::time::{Duration, Instant};
+
+use faults::moments::{MEMORY, Moment, Victim, halt_at, kill, start_again};
+use faults::stage::{NAME, NODES, PROGRAM, Stage, Strategy};
+use faults::{processes, sampler, serial, wait_for};
+
+/// How it ends. Before the parts are sealed it is undone, after the commit it is completed. Two pagers are there so that one
+/// may die.
+fn allowed(moment: Moment, victim: Victim) -> &'static [&'static str] {
+    match (moment, victim) {
+        (_, Victim::FirstPager | Victim::SecondPager)
+        | (Moment::Committed | Moment::Released, _)
+        | (Moment::Sealed, Victim::BothPagers) => &["succeeded"],
+        (Moment::Fill, Victim::BothPagers) | (Moment::Sealed, Victim::Coordinator) => &["failed"],
+        (Moment::Fill, _) => &["succeeded"],
+        // runc outlives its CRIU for a while. A restore that is found dead after the commit is done again.
+        (Moment::Sealed, _) | (Moment::Held, Victim::CriuOfRestore) => &["succeeded", "failed"],
+        _ => &["failed"],
+    }
+}
+
+fn case(stage: &mut Stage, moment: Moment, victim: Victim) {
+    let what = format!("{victim:?} killed at {moment:?}");
+    let begun = Instant::now();
+    let halted = halt_at(stage, moment);
+    // The directions of tc are by node, and the workload may move.
+    let slowed = stage.target();
+    kill(stage, victim);
+    if moment == Moment::Fill {
+        // Whoever is started finds pages that are still missing.
+        start_again(stage, victim);
+        halted.stopped.all_go_on();
+    } else {
+        halted.stopped.all_go_on();
+        start_again(stage, victim);
+    }
+    if halted.slow {
+        stage.speed_up(&slowed);
+    }
+    let (phase, reason) = stage.ended(&halted.id);
+    eprintln!("{what}: {phase} {reason}");
+    assert!(allowed(moment, victim).contains(&phase.as_str()), "{what}: {phase}: {reason}\n{}", stage.logs());
+    // A CRIU that is killed while it holds tasks leaves their sockets as they are just then.
+    if victim == Victim::CriuOfDump && phase == "failed" {
+        stage.assert_one_copy(&what);
+        stage.reconnect();
+    }
+    stage.assert_sound(&what);
+    stage.migrate();
+    stage.counting.as_ref().unwrap().assert_alive(&format!("after the migration that followed {what}"));
+    eprintln!("--- {what}: {:.1} s", begun.elapsed().as_secs_f64());
+}
+
+fn cases(victims: &[Victim], moments: &[Moment]) {
+    let _one_at_a_time = serial();
+    let mut stage = Stage::up_with(MEMORY, Strategy::Live);
+    for victim in victims {
+        for moment in moments {
+            case(&mut stage, *moment, *victim);
+        }
+    }
+    stage.assert_sound("in the end");
+    assert!(stage.sampler.looks() > 50, "the sampler has hardly looked");
+}
+
+const ALL: [Moment; 7] =
+    [Moment::PreCopy, Moment::Dump, Moment::Held, Moment::Sealed, Moment::Committed, Moment::Released, Moment::Fill];
+
+#[test]
+fn the_sources_agent_may_be_killed_in_a_live_migration() {
+    cases(&[Victim::SourceAgent], &ALL);
+}
+
+#[test]
+fn the_targets_agent_may_be_killed_in_a_live_migration() {
+    cases(&[Victim::TargetAgent], &ALL);
+}
+
+#[test]
+fn the_coordinator_may_be_killed_in_a_live_migration() {
+    cases(&[Victim::Coordinator], &ALL);
+}
+
+/// While there are any: from the dump until the source is dead.
+#[test]
+fn the_dump_worker_and_its_criu_may_be_killed_in_a_live_migration() {
+    cases(&[Victim::DumpWorker, Victim::CriuOfDump], &ALL[1..5]);
+}
+
+/// While there are any: from the restore until the target runs.
+#[test]
+fn the_restore_may_be_killed_in_a_live_migration() {
+    cases(&[Victim::RuncRestore, Victim::CriuOfRestore], &ALL[2..6]);
+}
+
+#[test]
+fn each_of_the_pagers_may_be_killed() {
+    cases(&[Victim::FirstPager, Victim::SecondPager], &[Moment::Held, Moment::Released, Moment::Fill]);
+}
+
+/// Before the container runs they cost a restore. Behind that its memory is gone: it is ended, and that is said.
+#[test]
+fn both_pagers_may_be_killed_and_nobody_reads_zeros() {
+    let _one_at_a_time = serial();
+    let mut stage = Stage::up_with(MEMORY, Strategy::Live);
+    for moment in [Moment::Held, Moment::Sealed, Moment::Committed, Moment::Released] {
+        case(&mut stage, moment, Victim::BothPagers);
+    }
+    let halted = halt_at(&mut stage, Moment::Fill);
+    let target = stage.target();
+    kill(&stage, Victim::BothPagers);
+    halted.stopped.all_go_on();
+    let (phase, reason) = stage.ended(&halted.id);
+    assert!(phase == "failed" && reason.contains("memory"), "{phase}: {reason}\n{}", stage.logs());
+    eprintln!("{reason}");
+    for name in NODES {
+        let node = stage.cluster.node(name).unwrap();
+        assert_eq!(sampler::running(&node, NAME, PROGRAM), Vec::<u32>::new(), "on {name}");
+        assert_eq!(processes::of_container(&node, NAME), Vec::<u32>::new(), "on {name}");
+    }
+    assert_eq!(stage.sampler.doubles(), Vec::<String>::new());
+    let images = target.on_machine(&target.images());
+    wait_for("its memory to be removed", || std::fs::read_dir(&images).unwrap().next().is_none().then_some(()));
+    assert_eq!(processes::pagers(&target), (None, None));
+}
+
+#[test]
+fn a_cancel_in_pre_copy_costs_the_workload_nothing() {
+    let _one_at_a_time = serial();
+    let mut stage = Stage::up_with(MEMORY, Strategy::Live);
+    for again in ["once", "twice"] {
+        let halted = halt_at(&mut stage, Moment::PreCopy);
+        let slowed = stage.target();
+        let begun = Instant::now();
+        let output = stage.podferry(&["cancel", &halted.id]);
+        assert!(output.status.success(), "{}{}", output.stdout, output.stderr);
+        let (phase, reason) = stage.ended(&halted.id);
+        assert_eq!(phase, "cancelled", "{reason}\n{}", stage.logs());
+        assert!(begun.elapsed() < Duration::from_secs(15), "it took {:?}", begun.elapsed());
+        // At once, while the link is still slow: what was on its way is not waited for.
+        stage.counting.as_ref().unwrap().assert_alive("right after the cancel");
+        stage.speed_up(&slowed);
+        stage.assert_sound(&format!("cancelled {again}"));
+        stage.migrate();
+        stage.counting.as_ref().unwrap().assert_alive("after the migration that followed the cancel");
+    }
+}
