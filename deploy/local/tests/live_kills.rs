@@ -15,10 +15,9 @@ use faults::{processes, sampler, serial, wait_for};
 fn allowed(moment: Moment, victim: Victim) -> &'static [&'static str] {
     match (moment, victim) {
         (_, Victim::FirstPager | Victim::SecondPager)
-        | (Moment::Committed | Moment::Released, _)
+        | (Moment::Committed | Moment::Released | Moment::Fill, _)
         | (Moment::Sealed, Victim::BothPagers) => &["succeeded"],
-        (Moment::Fill, Victim::BothPagers) | (Moment::Sealed, Victim::Coordinator) => &["failed"],
-        (Moment::Fill, _) => &["succeeded"],
+        (Moment::Sealed, Victim::Coordinator) => &["failed"],
         // runc outlives its CRIU for a while. A restore that is found dead after the commit is done again.
         (Moment::Sealed, _) | (Moment::Held, Victim::CriuOfRestore) => &["succeeded", "failed"],
         _ => &["failed"],
@@ -57,11 +56,11 @@ fn case(stage: &mut Stage, moment: Moment, victim: Victim) {
     eprintln!("--- {what}: {:.1} s", begun.elapsed().as_secs_f64());
 }
 
-fn cases(victims: &[Victim], moments: &[Moment]) {
+fn cases(cases: &[(Victim, &[Moment])]) {
     let _one_at_a_time = serial();
     let mut stage = Stage::up_with(MEMORY, Strategy::Live);
-    for victim in victims {
-        for moment in moments {
+    for (victim, moments) in cases {
+        for moment in *moments {
             case(&mut stage, *moment, *victim);
         }
     }
@@ -74,34 +73,35 @@ const ALL: [Moment; 7] =
 
 #[test]
 fn the_sources_agent_may_be_killed_in_a_live_migration() {
-    cases(&[Victim::SourceAgent], &ALL);
+    cases(&[(Victim::SourceAgent, &ALL)]);
 }
 
 #[test]
 fn the_targets_agent_may_be_killed_in_a_live_migration() {
-    cases(&[Victim::TargetAgent], &ALL);
+    cases(&[(Victim::TargetAgent, &ALL)]);
 }
 
 #[test]
 fn the_coordinator_may_be_killed_in_a_live_migration() {
-    cases(&[Victim::Coordinator], &ALL);
+    cases(&[(Victim::Coordinator, &ALL)]);
 }
 
-/// While there are any: from the dump until the source is dead.
+/// While there are any; what warm migrations show as well is left to those.
 #[test]
-fn the_dump_worker_and_its_criu_may_be_killed_in_a_live_migration() {
-    cases(&[Victim::DumpWorker, Victim::CriuOfDump], &ALL[1..5]);
-}
-
-/// While there are any: from the restore until the target runs.
-#[test]
-fn the_restore_may_be_killed_in_a_live_migration() {
-    cases(&[Victim::RuncRestore, Victim::CriuOfRestore], &ALL[2..6]);
+fn whoever_dumps_and_restores_may_be_killed_in_a_live_migration() {
+    use Moment::{Committed, Dump, Held, Released, Sealed};
+    cases(&[
+        (Victim::DumpWorker, &[Dump, Held, Committed]),
+        (Victim::CriuOfDump, &[Dump, Sealed]),
+        (Victim::RuncRestore, &[Held, Released]),
+        (Victim::CriuOfRestore, &[Sealed, Released]),
+    ]);
 }
 
 #[test]
 fn each_of_the_pagers_may_be_killed() {
-    cases(&[Victim::FirstPager, Victim::SecondPager], &[Moment::Held, Moment::Released, Moment::Fill]);
+    use Moment::{Fill, Held};
+    cases(&[(Victim::FirstPager, &[Held, Fill]), (Victim::SecondPager, &[Held, Fill])]);
 }
 
 /// Before the container runs they cost a restore. Behind that its memory is gone: it is ended, and that is said.
@@ -109,7 +109,7 @@ fn each_of_the_pagers_may_be_killed() {
 fn both_pagers_may_be_killed_and_nobody_reads_zeros() {
     let _one_at_a_time = serial();
     let mut stage = Stage::up_with(MEMORY, Strategy::Live);
-    for moment in [Moment::Held, Moment::Sealed, Moment::Committed, Moment::Released] {
+    for moment in [Moment::Held, Moment::Sealed, Moment::Released] {
         case(&mut stage, moment, Victim::BothPagers);
     }
     let halted = halt_at(&mut stage, Moment::Fill);
@@ -134,20 +134,18 @@ fn both_pagers_may_be_killed_and_nobody_reads_zeros() {
 fn a_cancel_in_pre_copy_costs_the_workload_nothing() {
     let _one_at_a_time = serial();
     let mut stage = Stage::up_with(MEMORY, Strategy::Live);
-    for again in ["once", "twice"] {
-        let halted = halt_at(&mut stage, Moment::PreCopy);
-        let slowed = stage.target();
-        let begun = Instant::now();
-        let output = stage.podferry(&["cancel", &halted.id]);
-        assert!(output.status.success(), "{}{}", output.stdout, output.stderr);
-        let (phase, reason) = stage.ended(&halted.id);
-        assert_eq!(phase, "cancelled", "{reason}\n{}", stage.logs());
-        assert!(begun.elapsed() < Duration::from_secs(15), "it took {:?}", begun.elapsed());
-        // At once, while the link is still slow: what was on its way is not waited for.
-        stage.counting.as_ref().unwrap().assert_alive("right after the cancel");
-        stage.speed_up(&slowed);
-        stage.assert_sound(&format!("cancelled {again}"));
-        stage.migrate();
-        stage.counting.as_ref().unwrap().assert_alive("after the migration that followed the cancel");
-    }
+    let halted = halt_at(&mut stage, Moment::PreCopy);
+    let slowed = stage.target();
+    let begun = Instant::now();
+    let output = stage.podferry(&["cancel", &halted.id]);
+    assert!(output.status.success(), "{}{}", output.stdout, output.stderr);
+    let (phase, reason) = stage.ended(&halted.id);
+    assert_eq!(phase, "cancelled", "{reason}\n{}", stage.logs());
+    assert!(begun.elapsed() < Duration::from_secs(3), "it took {:?}", begun.elapsed());
+    // At once, while the link is still slow: what was on its way is not waited for.
+    stage.counting.as_ref().unwrap().assert_alive("right after the cancel");
+    stage.speed_up(&slowed);
+    stage.assert_sound("after the cancel");
+    stage.migrate();
+    stage.counting.as_ref().unwrap().assert_alive("after the migration that followed the cancel");
 }

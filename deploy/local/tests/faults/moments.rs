@@ -69,14 +69,23 @@ fn coordinator(stage: &Stage) -> ProcessId {
 
 /// Migrates until the moment, and halts there.
 pub fn halt_at(stage: &mut Stage, moment: Moment) -> Halted {
+    let slow = matches!(moment, Moment::PreCopy | Moment::Dump | Moment::Transfer);
     for _ in 0..AIMS {
+        // The directions of tc are by node, and the workload may move.
+        let slowed = stage.target();
+        if slow {
+            stage.slow_down(&slowed);
+        }
         let begun = stage.begin();
         match aim(stage, begun, moment) {
-            Ok(halted) => return halted,
+            Ok(halted) => return Halted { slow, ..halted },
             Err(id) => {
                 eprintln!("{moment:?} had passed; aiming again");
                 let (phase, reason) = stage.ended(&id);
                 assert_eq!(phase, "succeeded", "{reason}");
+                if slow {
+                    stage.speed_up(&slowed);
+                }
             }
         }
     }
@@ -86,10 +95,6 @@ pub fn halt_at(stage: &mut Stage, moment: Moment) -> Halted {
 /// The id of a migration that was too quick is the error.
 fn aim(stage: &mut Stage, begun: Begun, moment: Moment) -> Result<Halted, String> {
     use Moment::{Committed, Dump, Fill, Held, PreCopy, Preflight, Prepare, Released, Sealed, Transfer};
-    let slow = matches!(moment, PreCopy | Dump | Transfer);
-    if slow {
-        stage.slow_down(&stage.target());
-    }
     let id = begun.id();
     let stopped = Stopped::default();
     if stage.strategy == Strategy::Live && (Dump..=Released).contains(&moment) {
@@ -133,7 +138,7 @@ fn aim(stage: &mut Stage, begun: Begun, moment: Moment) -> Result<Halted, String
         return Err(id);
     }
     if moment == Fill {
-        return Ok(Halted { _begun: begun, id, stopped, slow });
+        return Ok(Halted { _begun: begun, id, stopped, slow: false });
     }
     if moment >= Held {
         wait_for("the hook to hold", || processes::hook(&stage.target()));
@@ -155,7 +160,7 @@ fn aim(stage: &mut Stage, begun: Begun, moment: Moment) -> Result<Halted, String
         begun.wait_phase("resume");
         thread::sleep(Duration::from_millis(50));
     }
-    Ok(Halted { _begun: begun, id, stopped, slow })
+    Ok(Halted { _begun: begun, id, stopped, slow: false })
 }
 
 fn await_pages(stage: &Stage, id: &str) {
