@@ -108,11 +108,14 @@ pub(crate) fn unmount_state(state_dir: &Path) -> Result<(), Error> {
     }
 }
 
-/// The cgroup that a container will have once it is made from a bundle.
+/// The cgroup that a container will have once it is made from a bundle. One that is the machine's own, or the agent's, is an error:
+/// whoever asks may come to kill what is in it.
 pub fn cgroups_of_bundle(bundle: &Path, id: &str) -> Result<CgroupPaths, Error> {
     let path = bundle.join("config.json");
     let config = Spec::load(&path).map_err(|source| Error::Spec { path, source })?;
-    planned_cgroups(&config, id)
+    let cgroups = planned_cgroups(&config, id)?;
+    refuse_shared(id, &cgroups)?;
+    Ok(cgroups)
 }
 
 fn planned_cgroups(config: &Spec, id: &str) -> Result<CgroupPaths, Error> {
@@ -241,5 +244,9 @@ mod tests {
     fn the_machines_own_cgroup_is_never_killed() {
         let roots = CgroupPaths::of_spec(Some(Path::new("/")), "x").unwrap();
         assert!(matches!(refuse_shared("x", &roots), Err(Error::SharedCgroup { .. })));
+        let bundle = tempfile::tempdir().unwrap();
+        let config = r#"{"ociVersion":"1.2.1","root":{"path":"rootfs"},"linux":{"cgroupsPath":"/"}}"#;
+        fs::write(bundle.path().join("config.json"), config).unwrap();
+        assert!(matches!(cgroups_of_bundle(bundle.path(), "x"), Err(Error::SharedCgroup { .. })));
     }
 }

@@ -45,8 +45,11 @@ fn redis_goes_twenty_hops_on_one_connection_and_nothing_drifts() {
     // Less memory in use than before is no drift.
     stage.assert_census(&after_two.unwrap(), |change| change.area == "tmpfs bytes" && change.after < change.before);
     for name in NODES {
-        let left = images_of(&stage.node(name));
+        let node = stage.node(name);
+        let left = images_of(&node);
         assert!(left.is_empty(), "images are left on {name}: {left:?}");
+        let kept_in = node.shell(&format!("stat --file-system --format %T {}", node.images().display())).unwrap();
+        assert_eq!(kept_in.trim(), "tmpfs", "what is in memory may not come to a disk");
     }
 }
 
