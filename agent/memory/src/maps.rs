@@ -45,6 +45,13 @@ impl Mapping {
         self.private && self.inode == 0 && !self.is_kernels() && !self.name.starts_with('/')
     }
 
+    /// Whether CRIU put it there, to work inside the frozen process: gone before that runs again. It may come to where the process
+    /// unmapped something just before, also in a range that was kept from CRIU. A process's own of that name does no harm: what is in
+    /// shared memory is not looked for in `pagemap`.
+    fn is_crius(&self) -> bool {
+        !self.private && self.name == "/memfd:CRIUMFD (deleted)"
+    }
+
     /// Whether the kernel put it there: vdso, vvar, vsyscall.
     pub fn is_kernels(&self) -> bool {
         self.name.starts_with("[v")
@@ -152,9 +159,10 @@ fn split(mappings: &[Mapping], hidden: &PageRanges) -> (PageRanges, Option<(Page
         ("", false) => "shared memory".to_owned(),
         (name, _) => format!("the mapping {name}"),
     };
-    let mut strange = mappings.iter().filter(|mapping| !mapping.is_private_anonymous());
+    let theirs = || mappings.iter().filter(|mapping| !mapping.is_crius());
+    let mut strange = theirs().filter(|mapping| !mapping.is_private_anonymous());
     let strange = strange.find_map(|mapping| Some((*of(mapping).as_slice().first()?, what(mapping))));
-    (mappings.iter().flat_map(|mapping| of(mapping).as_slice().to_vec()).collect(), strange)
+    (theirs().flat_map(|mapping| of(mapping).as_slice().to_vec()).collect(), strange)
 }
 
 /// The locked mappings of a process (mlock(2), mlockall(2), `MAP_LOCKED`).
@@ -262,6 +270,9 @@ mod tests {
         let file = mapping("7f0000400000-7f0000500000 r--p 00000000 fe:00 325835   /lib/x.so");
         let hidden = |end| [PageRange::new(0x7f00_0010_0000, end)].into_iter().collect::<PageRanges>();
         let (moved, strange) = split(&[own.clone(), file.clone()], &hidden(0x7f00_0040_0000));
+        assert_eq!((moved.pages(), strange), (768, None));
+        let crius = mapping("7f0000400000-7f0000405000 rwxs 00000000 00:01 4711   /memfd:CRIUMFD (deleted)");
+        let (moved, strange) = split(&[own.clone(), crius], &hidden(0x7f00_0050_0000));
         assert_eq!((moved.pages(), strange), (768, None));
         let (_, strange) = split(&[own, file], &hidden(0x7f00_0050_0000));
         let range = PageRange::new(0x7f00_0040_0000, 0x7f00_0050_0000);
