@@ -159,10 +159,10 @@ fn split(mappings: &[Mapping], hidden: &PageRanges) -> (PageRanges, Option<(Page
         ("", false) => "shared memory".to_owned(),
         (name, _) => format!("the mapping {name}"),
     };
-    let mut strange = mappings.iter().filter(|mapping| !mapping.is_private_anonymous() && !mapping.is_crius());
+    let theirs = || mappings.iter().filter(|mapping| !mapping.is_crius());
+    let mut strange = theirs().filter(|mapping| !mapping.is_private_anonymous());
     let strange = strange.find_map(|mapping| Some((*of(mapping).as_slice().first()?, what(mapping))));
-    let moved = mappings.iter().filter(|mapping| mapping.is_private_anonymous());
-    (moved.flat_map(|mapping| of(mapping).as_slice().to_vec()).collect(), strange)
+    (theirs().flat_map(|mapping| of(mapping).as_slice().to_vec()).collect(), strange)
 }
 
 /// The locked mappings of a process (mlock(2), mlockall(2), `MAP_LOCKED`).
