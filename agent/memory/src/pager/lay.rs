@@ -31,11 +31,17 @@ pub(super) enum Outcome {
 }
 
 /// Lays in as much as fits into one mapping: the kernel refuses a piece that crosses a border as a whole.
+///
+/// That there is no mapping is believed only when it is said twice. The kernel looks whether mappings are changing when it is
+/// asked (`userfaultfd_copy` in `fs/userfaultfd.c`), and then for the mapping (`uffd_mfill_lock` in `mm/userfaultfd.c`): one that is
+/// moved in between is not found, although its page is still wanted at the new place, of which the event tells that comes. Asked
+/// again, the kernel says that mappings are changing until that event has been read.
 pub(super) fn up_to_border(userfaultfd: BorrowedFd<'_>, destination: u64, contents: &Contents<'_>) -> Laid {
     let mut length = match contents {
         Contents::Bytes(bytes) => bytes.len(),
         Contents::Zeros(length) => *length,
     };
+    let mut said_once = false;
     loop {
         let laid = match contents {
             Contents::Bytes(bytes) => userfaultfd::copy(userfaultfd, destination, &bytes[..length]),
@@ -43,9 +49,14 @@ pub(super) fn up_to_border(userfaultfd: BorrowedFd<'_>, destination: u64, conten
                 userfaultfd::zero(userfaultfd, PageRange::new(destination, destination + length as u64))
             }
         };
-        let crosses = matches!(outcome_of(&laid), Outcome::Unmapped);
-        if !crosses || length as u64 <= PAGE_SIZE {
+        if !matches!(outcome_of(&laid), Outcome::Unmapped) {
             return laid;
+        }
+        if length as u64 <= PAGE_SIZE {
+            if said_once {
+                return laid;
+            }
+            said_once = true;
         }
         length = (length / 2).next_multiple_of(usize::try_from(PAGE_SIZE).unwrap_or(length));
     }
