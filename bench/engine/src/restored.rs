@@ -2,8 +2,8 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
 use podferry_criu::{CriuLog, ImageGate};
@@ -11,8 +11,10 @@ use podferry_criu::{CriuLog, ImageGate};
 use crate::error::{Error, Result, file};
 use crate::tools;
 
-/// How long CRIU may take to start.
+/// How long CRIU may take to start, and to restore.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How often is looked whether it has ended.
+const POLL: Duration = Duration::from_micros(500);
 
 /// Restores from `FOLDER/images`. The processes come into a cgroup, if one is given. Gives the number of the first process.
 pub fn restore(folder: &Path, cgroup: Option<&Path>) -> Result<Pid> {
@@ -86,12 +88,27 @@ fn start(folder: &Path, images: &Path, lazy: bool, cgroup: Option<&Path>) -> Res
 
 fn outcome(mut restore: Child, folder: &Path) -> Result<Pid> {
     let (work, number) = (folder.join("restore"), folder.join("restore/pid"));
-    let status = restore.wait().map_err(file("wait for", Path::new("criu")))?;
+    let status = ended(&mut restore).map_err(file("wait for", Path::new("criu")))?;
     if !status.success() {
         return Err(Error::Restore(CriuLog::of_restore(&work).failure_or(&status.to_string())));
     }
     let text = fs::read_to_string(&number).map_err(file("read", &number))?;
     text.trim().parse().map(Pid::from_raw).map_err(|_| Error::Program { program: "criu", problem: "no pid".to_owned() })
+}
+
+/// Waits for the end of a restore, and makes one of what does not end: a CRIU that loses a thread while it lets go of it (the process
+/// ran another program at once) kills what it restored, and may then wait for ever for that thread to be reaped.
+fn ended(restore: &mut Child) -> std::io::Result<ExitStatus> {
+    let begun = Instant::now();
+    loop {
+        if let Some(status) = restore.try_wait()? {
+            return Ok(status);
+        }
+        if begun.elapsed() > PATIENCE {
+            restore.kill()?;
+        }
+        std::thread::sleep(POLL);
+    }
 }
 
 /// A program that runs in a cgroup.
