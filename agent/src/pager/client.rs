@@ -172,7 +172,7 @@ fn is_held(status: &PagerStatus) -> bool {
     status.holders.iter().any(|holder| holder.is_alive())
 }
 
-/// Waits until a pager has ended, and gives its last state. When no holder is left that could say one, the container's processes
+/// Waits until a pager has ended, and gives its last state; for ever while its status cannot be read. When no holder is left that could say one, the container's processes
 /// are ended and it is [`PagerState::Lost`], which is also noted in the file.
 pub async fn wait_filled(path: &Path) -> PagerState {
     let begun = Instant::now();
@@ -188,7 +188,11 @@ pub async fn wait_filled(path: &Path) -> PagerState {
                     return lose(path, seen).await;
                 }
             }
-            Err(error) => return PagerState::Lost { message: format!("the pager's status cannot be read: {error}") },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return PagerState::Failed { message: format!("there is no pager: {error}") };
+            }
+            // That a file cannot be read is no loss of what it tells of: whoever waits may give up.
+            Err(error) => tracing::debug!(%error, "a pager's status cannot be read"),
         }
         sleep(TICK).await;
     }
@@ -234,6 +238,16 @@ mod tests {
         record::store(&path, &status_with(vec![dead()], done.clone())).unwrap();
         assert_eq!(wait_filled(&path).await, done);
         assert_eq!(stop(&path).await.unwrap(), done);
+    }
+
+    #[tokio::test]
+    async fn a_status_that_is_not_there_or_cannot_be_read_is_no_loss() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("status.json");
+        assert!(matches!(wait_filled(&path).await, PagerState::Failed { .. }));
+        std::fs::write(&path, "no").unwrap();
+        let waited = tokio::time::timeout(Duration::from_millis(100), wait_filled(&path)).await;
+        assert!(waited.is_err(), "{waited:?}");
     }
 
     #[tokio::test]

@@ -24,7 +24,11 @@ pub struct Filled {
 
 /// Whether pages are still missing.
 pub fn is_under_way(dirs: &PartDirs) -> bool {
-    client::status(&dirs.pager_status()).is_ok_and(|status| !status.state.is_last())
+    match client::status(&dirs.pager_status()) {
+        Ok(status) => !status.state.is_last(),
+        // One that cannot be read may tell of pages that are still needed.
+        Err(error) => error.kind() != std::io::ErrorKind::NotFound,
+    }
 }
 
 /// Waits until a resumed container has all of its memory.
