@@ -83,14 +83,18 @@ impl Holding {
                 self.sequence = sequence;
                 self.change(task, |pending| pending.shift(from, to));
             }
-            Note::Gone { task, sequence, range } => {
+            Note::GivenUp { task, sequence, range } => {
                 self.sequence = sequence;
-                self.change(task, |pending| pending.remove(range));
+                self.change(task, |pending| pending.give_up(range));
+            }
+            Note::Unmapped { task, sequence, range } => {
+                self.sequence = sequence;
+                self.change(task, |pending| pending.unmap(range));
             }
             Note::Settled { task, range, pages, faults } => {
                 self.pages += pages;
                 self.faults = faults;
-                self.change(task, |pending| pending.remove(range));
+                self.change(task, |pending| pending.settle(range));
             }
             Note::Ended { task } => self.tasks.retain(|other| other.number != task),
             Note::Pieces { task, pieces } => {

@@ -46,8 +46,10 @@ pub(super) enum Note {
     Task { task: u32, pid: i32, origin: Origin, sequence: u64, userfaultfd: OwnedFd },
     /// A mapping was moved.
     Moved { task: u32, sequence: u64, from: PageRange, to: u64 },
-    /// Pages were given up or unmapped.
-    Gone { task: u32, sequence: u64, range: PageRange },
+    /// Pages were given up.
+    GivenUp { task: u32, sequence: u64, range: PageRange },
+    /// Mappings were removed.
+    Unmapped { task: u32, sequence: u64, range: PageRange },
     /// Pages are there, or need nothing any more. `faults` were served in all.
     Settled { task: u32, range: PageRange, pages: u64, faults: u64 },
     /// The process of a task is gone.
@@ -79,7 +81,8 @@ impl Note {
             Self::Moved { task, sequence, from, to } => {
                 vec![6, (*task).into(), *sequence, from.start, from.end, *to]
             }
-            Self::Gone { task, sequence, range } => vec![7, (*task).into(), *sequence, range.start, range.end],
+            Self::GivenUp { task, sequence, range } => vec![7, (*task).into(), *sequence, range.start, range.end],
+            Self::Unmapped { task, sequence, range } => vec![13, (*task).into(), *sequence, range.start, range.end],
             Self::Settled { task, range, pages, faults } => {
                 vec![8, (*task).into(), range.start, range.end, *pages, *faults]
             }
@@ -123,7 +126,10 @@ impl Note {
                 Self::Moved { task: task(number)?, sequence, from: PageRange::new(start, end), to }
             }
             [7, number, sequence, start, end] => {
-                Self::Gone { task: task(number)?, sequence, range: PageRange::new(start, end) }
+                Self::GivenUp { task: task(number)?, sequence, range: PageRange::new(start, end) }
+            }
+            [13, number, sequence, start, end] => {
+                Self::Unmapped { task: task(number)?, sequence, range: PageRange::new(start, end) }
             }
             [8, number, start, end, pages, faults] => {
                 Self::Settled { task: task(number)?, range: PageRange::new(start, end), pages, faults }
@@ -223,7 +229,8 @@ mod tests {
             Note::Task { task: 1, pid: 7, origin: Origin::Restored, sequence: 0, userfaultfd: descriptor() },
             Note::Task { task: 2, pid: 7, origin: Origin::Forked(1), sequence: 3, userfaultfd: descriptor() },
             Note::Moved { task: 1, sequence: 4, from: range, to: 9 * PAGE_SIZE },
-            Note::Gone { task: 2, sequence: 5, range },
+            Note::GivenUp { task: 2, sequence: 5, range },
+            Note::Unmapped { task: 2, sequence: 6, range },
             Note::Settled { task: 2, range, pages: 1, faults: 8 },
             Note::Ended { task: 2 },
             Note::Pieces { task: 1, pieces: vec![(range, PAGE_SIZE); MOST_PIECES] },

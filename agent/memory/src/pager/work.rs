@@ -28,6 +28,8 @@ const GRACE: Duration = Duration::from_millis(30);
 const IDLE: Duration = Duration::from_millis(50);
 /// How long to leave a process alone that is changing its mappings.
 const CHANGING: Duration = Duration::from_micros(50);
+/// Where no process has memory (`vm.mmap_min_addr`): the kernel looks whether mappings are changing, and then refuses.
+const NOWHERE: PageRange = PageRange::new(PAGE_SIZE, 2 * PAGE_SIZE);
 /// Events that are read of one process before it is another's turn.
 const MOST_EVENTS: usize = 64;
 /// Between two second holders, if the last did not live longer.
@@ -118,7 +120,8 @@ impl<'a> Work<'a> {
         match told {
             Told::Fork { .. } => Err(PagerError::Lost { what: "the memory of a child process" }),
             Told::Moved { from, to } => self.holding.apply(Note::Moved { task, sequence, from, to }),
-            Told::Gone { range } => self.holding.apply(Note::Gone { task, sequence, range }),
+            Told::GivenUp { range } => self.holding.apply(Note::GivenUp { task, sequence, range }),
+            Told::Unmapped { range } => self.holding.apply(Note::Unmapped { task, sequence, range }),
             Told::Fault { .. } | Told::Unknown { .. } => Ok(()),
         }
     }
@@ -349,7 +352,8 @@ impl<'a> Work<'a> {
                 }
                 Some(Event::Fork { child }) => self.add(pid, Origin::Forked(number), child, sequence)?,
                 Some(Event::Moved { from, to }) => self.note(Note::Moved { task: number, sequence, from, to })?,
-                Some(Event::Gone { range }) => self.note(Note::Gone { task: number, sequence, range })?,
+                Some(Event::GivenUp { range }) => self.note(Note::GivenUp { task: number, sequence, range })?,
+                Some(Event::Unmapped { range }) => self.note(Note::Unmapped { task: number, sequence, range })?,
                 Some(Event::Unknown { number }) => tracing::warn!(number, "an unknown event of a userfaultfd"),
             }
             self.slot.close();
@@ -416,7 +420,7 @@ impl<'a> Work<'a> {
         self.turn = index + 1;
         let task = &self.holding.tasks[index];
         let (number, piece) = (task.number, task.pending.first(PIECE));
-        let Some((range, kept)) = piece else { return Ok(()) };
+        let Some((range, kept)) = piece else { return self.ask_for_changes(number) };
         match self.lay(number, range, kept)? {
             Outcome::Laid | Outcome::Exists | Outcome::Unmapped => Ok(()),
             Outcome::Changing => {
@@ -426,6 +430,20 @@ impl<'a> Work<'a> {
             Outcome::Ended => self.note(Note::Ended { task: number }),
             Outcome::Failed(source) => Err(self.refused(number, range.start, source)),
         }
+    }
+
+    /// It is not known where a task expects its last pages: either the event that says so comes, or the kernel says that none does.
+    fn ask_for_changes(&mut self, number: u32) -> Result<()> {
+        let Some(task) = self.holding.task(number) else { return Ok(()) };
+        match outcome_of(&userfaultfd::zero(task.userfaultfd.as_fd(), NOWHERE)) {
+            Outcome::Changing => std::thread::sleep(CHANGING),
+            Outcome::Ended => return self.note(Note::Ended { task: number }),
+            _ => {
+                let (pages, faults) = (0, self.holding.faults);
+                self.note(Note::Settled { task: number, range: NOWHERE, pages, faults })?;
+            }
+        }
+        Ok(())
     }
 
     /// Lays in the first kept pages of a range, and takes what was dealt with out of the pending ones.

@@ -188,8 +188,13 @@ pub(crate) enum Event {
         /// Where it begins now.
         to: u64,
     },
-    /// Pages were given up or unmapped.
-    Gone {
+    /// Pages are about to be given up.
+    GivenUp {
+        /// Where they are.
+        range: PageRange,
+    },
+    /// Mappings were removed.
+    Unmapped {
         /// Where they were.
         range: PageRange,
     },
@@ -220,8 +225,13 @@ pub(crate) enum Told {
         /// Where it begins now.
         to: u64,
     },
-    /// Pages were given up or unmapped.
-    Gone {
+    /// Pages are about to be given up.
+    GivenUp {
+        /// Where they are.
+        range: PageRange,
+    },
+    /// Mappings were removed.
+    Unmapped {
         /// Where they were.
         range: PageRange,
     },
@@ -249,7 +259,8 @@ pub(crate) fn parse(words: [u64; MESSAGE / 8]) -> Told {
             Told::Fork { descriptor: i32::from_ne_bytes([a, b, c, d]) }
         }
         REMAP => Told::Moved { from: PageRange::new(words[1], words[1] + words[3]), to: words[2] },
-        REMOVE | UNMAP => Told::Gone { range: PageRange::new(words[1], words[2]) },
+        REMOVE => Told::GivenUp { range: PageRange::new(words[1], words[2]) },
+        UNMAP => Told::Unmapped { range: PageRange::new(words[1], words[2]) },
         number => Told::Unknown { number },
     }
 }
@@ -264,7 +275,8 @@ pub(crate) unsafe fn adopt(told: Told) -> Event {
         // SAFETY: with this message the kernel has put a descriptor of this number into this process, for its reader.
         Told::Fork { descriptor } => Event::Fork { child: unsafe { OwnedFd::from_raw_fd(descriptor) } },
         Told::Moved { from, to } => Event::Moved { from, to },
-        Told::Gone { range } => Event::Gone { range },
+        Told::GivenUp { range } => Event::GivenUp { range },
+        Told::Unmapped { range } => Event::Unmapped { range },
         Told::Unknown { number } => Event::Unknown { number },
     }
 }
