@@ -2,9 +2,9 @@
 //!
 //! Everything but [`start`] needs nothing but the path of the status file: it works for a pager that an earlier agent started.
 
-use std::fs::OpenOptions;
+use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -19,6 +19,8 @@ use super::ending::end_processes;
 use super::messages::{Holder, PagerJob, PagerState, PagerStatus};
 use crate::worker::record;
 
+/// Where CRIU looks for a server of lazy pages, in the restore's working directory (CRIU 4.2.1, `LAZY_PAGES_SOCK_NAME`).
+const LAZY_SOCKET: &str = "lazy-pages.socket";
 /// How long a started pager gets until it says that it waits.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a pager gets to stop.
@@ -37,8 +39,24 @@ pub struct PagerProcess {
     pub status: PathBuf,
 }
 
-/// Starts a pager. It waits for CRIU at `listener`, which has to listen at `lazy-pages.socket` of the restore's working directory
-/// and has no other holder any more. `job_file` is where the job is written, `log` what the pager's own log is appended to.
+/// Listens where CRIU, restoring with the working directory `work`, will look for a pager. An earlier restore's socket is removed.
+///
+/// The directory may have any path: a socket's address has 108 bytes at most, so it is named by a descriptor of its directory, and
+/// CRIU names it relative to that.
+///
+/// # Errors
+/// When the directory cannot be opened, or the socket not be made in it.
+pub fn listen(work: &Path) -> io::Result<UnixListener> {
+    let folder = File::open(work)?;
+    let socket = PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd())).join(LAZY_SOCKET);
+    match fs::remove_file(&socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    UnixListener::bind(socket)
+}
+
+/// Starts a pager. It waits for CRIU at `listener`, which is from [`listen`] and has no other holder any more. `job_file` is where the job is written, `log` what the pager's own log is appended to.
 ///
 /// The handover has to be written before. It must have every process of the images, also those without lazy pages.
 ///
@@ -230,6 +248,19 @@ mod tests {
         Holder { start_time: own.start_time + 1, ..own }
     }
 
+    #[test]
+    fn criu_finds_the_socket_in_a_folder_whose_path_is_longer_than_an_address() {
+        let folder = tempfile::tempdir().unwrap();
+        let work = folder.path().join("a".repeat(100)).join("b".repeat(100));
+        fs::create_dir_all(&work).unwrap();
+        let _earlier = listen(&work).unwrap();
+        let listener = listen(&work).unwrap();
+        let connect = "import socket; socket.socket(socket.AF_UNIX).connect('lazy-pages.socket')";
+        let status = std::process::Command::new("python3").args(["-c", connect]).current_dir(&work).status().unwrap();
+        assert!(status.success());
+        listener.accept().unwrap();
+    }
+
     #[tokio::test]
     async fn the_last_state_is_given_whoever_asks() {
         let folder = tempfile::tempdir().unwrap();
@@ -245,7 +276,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("status.json");
         assert!(matches!(wait_filled(&path).await, PagerState::Failed { .. }));
-        std::fs::write(&path, "no").unwrap();
+        fs::write(&path, "no").unwrap();
         let waited = tokio::time::timeout(Duration::from_millis(100), wait_filled(&path)).await;
         assert!(waited.is_err(), "{waited:?}");
     }
@@ -298,7 +329,7 @@ mod tests {
         let path = folder.path().join("status.json");
         // A folder with the one file of a cgroup that is needed.
         let mut task = Command::new("sleep").arg("60").spawn().unwrap();
-        std::fs::write(folder.path().join("cgroup.procs"), task.id().to_string()).unwrap();
+        fs::write(folder.path().join("cgroup.procs"), task.id().to_string()).unwrap();
         let procs = folder.path().join("cgroup.procs");
         let reaper = std::thread::spawn(move || {
             let ended = task.wait().unwrap();

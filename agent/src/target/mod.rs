@@ -18,7 +18,6 @@ mod tests;
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -48,8 +47,6 @@ use inbox::{Arrival, Inbox};
 const LOOK: Duration = Duration::from_millis(2);
 /// How long a hook gets to answer.
 const HOOK_TIMEOUT: Duration = Duration::from_secs(5);
-/// Where CRIU asks for pages that come later, in its working directory.
-const LAZY_SOCKET: &str = "lazy-pages.socket";
 /// How long a restore that was told to abort, or to go, gets to end.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long runc gets to notice that its CRIU is dead.
@@ -693,10 +690,7 @@ async fn start_pager(
             cgroups: cgroups.dirs().into_iter().map(Path::to_owned).collect(),
         },
     };
-    let socket = dirs.work.join(LAZY_SOCKET);
-    // That of an earlier restore.
-    let _none = fs::remove_file(&socket);
-    let listener = UnixListener::bind(&socket).map_err(|error| io_failed(context, &error))?;
+    let listener = pager::client::listen(&dirs.work).map_err(|error| io_failed(context, &error))?;
     let job_file = dirs.state.join("pager-job.json");
     let log = dirs.state.join("pager.log");
     let started = pager::client::start(&context.config.tools.pager, &job, &job_file, listener, &log).await;
