@@ -30,7 +30,7 @@ setup:
 build: setup
 	@$(RUN) cargo build --locked --release --target-dir $(TARGET) -p podferry-agent -p podferry-coordinator -p podferry \
 		-p podferry-bench -p podferry-workloads -p podferry-runtime -p podferry-local \
-		-p podferry-memory -p podferry-criu-shim -p podferry-engine-bench
+		-p podferry-memory -p podferry-criu-shim -p podferry-tar -p podferry-engine-bench
 
 demo: build
 	@$(RUN) $(RELEASE)/podferry-bench demo

@@ -49,10 +49,12 @@ pub struct Tools {
     pub stdio_keeper: PathBuf,
     /// `podferry-dump-worker`.
     pub dump_worker: PathBuf,
-    /// `libpodferry_criu_shim.so`, which is preloaded into CRIU for live migrations.
+    /// `libpodferry_criu_shim.so`, which is preloaded into a dumping CRIU.
     pub criu_shim: PathBuf,
     /// `podferry-pager`.
     pub pager: PathBuf,
+    /// `podferry-tar`, which is `tar` for CRIU.
+    pub tar: PathBuf,
 }
 
 /// Where containers are.

@@ -36,7 +36,7 @@ impl Context {
     pub fn runc(&self, root: &Path) -> Runc {
         let runc = Runc::new(&self.config.tools.runc, root);
         match self.config.tools.criu.parent() {
-            Some(dir) => runc.with_criu_dir(dir),
+            Some(dir) => runc.with_programs(dir),
             None => runc,
         }
     }

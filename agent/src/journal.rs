@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use tokio::sync::{Mutex, MutexGuard, watch};
 
-use crate::config::Config;
+use crate::config::{Config, Tools};
 use crate::worker::messages::WorkerRecord;
 use crate::worker::record;
 
@@ -141,6 +141,19 @@ impl PartDirs {
             {
                 tracing::error!(%error, dir = %dir.display(), "what a migration left cannot be removed");
             }
+        }
+    }
+
+    /// Makes the folder that comes first where CRIU looks for programs, and gives it. Idempotent.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn programs(&self, tools: &Tools) -> io::Result<PathBuf> {
+        let folder = self.run.join("bin");
+        make(&folder)?;
+        match std::os::unix::fs::symlink(&tools.tar, folder.join("tar")) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+            _ => Ok(folder),
         }
     }
 

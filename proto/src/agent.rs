@@ -16,7 +16,7 @@
 //!   Seal ────────────────▶ sealed
 //!   Seal ──────────────────────────────────────────────────────▶ sealed
 //!   COMMIT (one durable write of the coordinator's)
-//!   Release ─────────────▶ every process dead: answers
+//!   Release ─────────────▶ no process runs any more, nor will: answers
 //!   Resume ────────────────────────────────────────────────────▶ link joined, address announced, runs: answers
 //! ```
 //!

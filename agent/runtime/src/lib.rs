@@ -24,6 +24,7 @@ pub use hook::criu_config;
 pub use host::{CgroupVersion, CpuFeatures, HostFacts};
 pub use leftovers::cgroups_of_bundle;
 pub use preflight::{DeletedFile, Facts, Finding, FindingKind, NetworkKind, Report, Severity, preflight};
+pub use process::has_stopped_for_good;
 pub use restore::{CgroupsMode, RestoreRequest, RestoreStdio, RunningRestore};
 pub use runc::Runc;
 pub use tree::Member;

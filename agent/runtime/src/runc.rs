@@ -19,19 +19,20 @@ const SYSTEM_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sb
 pub struct Runc {
     binary: PathBuf,
     pub(crate) root: PathBuf,
-    criu_dir: Option<PathBuf>,
+    /// Searched for programs before the system's.
+    dirs: Vec<PathBuf>,
 }
 
 impl Runc {
     /// The program, and the directory where it keeps its containers' state (`runc --root`).
     pub fn new(binary: impl Into<PathBuf>, root: impl Into<PathBuf>) -> Self {
-        Self { binary: binary.into(), root: root.into(), criu_dir: None }
+        Self { binary: binary.into(), root: root.into(), dirs: Vec::new() }
     }
 
-    /// Makes runc take `criu` from this directory rather than the system's.
+    /// Makes runc, and the CRIU that it starts, take programs from this directory before those given earlier and the system's.
     #[must_use]
-    pub fn with_criu_dir(mut self, dir: impl Into<PathBuf>) -> Self {
-        self.criu_dir = Some(dir.into());
+    pub fn with_programs(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.dirs.insert(0, dir.into());
         self
     }
 
@@ -96,7 +97,7 @@ impl Runc {
 
     fn search_path(&self) -> OsString {
         let mut path = OsString::new();
-        if let Some(dir) = &self.criu_dir {
+        for dir in &self.dirs {
             path.push(dir);
             path.push(":");
         }

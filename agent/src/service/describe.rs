@@ -251,13 +251,14 @@ fn ask_for_features(criu: Criu) -> Arc<OnceLock<Vec<&'static str>>> {
     features
 }
 
-fn programs(context: &Context) -> [(&'static str, &Path); 5] {
+fn programs(context: &Context) -> [(&'static str, &Path); 6] {
     let tools = &context.config.tools;
     [
         ("podferry-hook", tools.hook.as_path()),
         ("podferry-stdio-keeper", tools.stdio_keeper.as_path()),
         ("podferry-dump-worker", tools.dump_worker.as_path()),
         ("podferry-pager", tools.pager.as_path()),
+        ("podferry-tar", tools.tar.as_path()),
         ("libpodferry_criu_shim.so", tools.criu_shim.as_path()),
     ]
 }

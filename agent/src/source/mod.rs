@@ -36,7 +36,7 @@ use crate::context::{Context, blocking};
 use crate::journal::{Ledger, PartDirs, PartRecord, Role, Standing};
 use crate::parts::Authority;
 use crate::worker::client::{View, Worker};
-use crate::worker::messages::{DumpJob, Hidden, Order, Stage, WorkerRecord};
+use crate::worker::messages::{DumpJob, Order, Stage, WorkerRecord};
 use precopy::{Converged, Followers, Way};
 
 pub use precopy::{PreCopyOrder, Round};
@@ -517,8 +517,8 @@ impl SourcePart {
             .map_err(|error| io_failed(&self.context, &error))
     }
 
-    /// The migration is committed: ends the container. Returns once none of its processes is left; what else it leaves is
-    /// for [`SourcePart::tidy`].
+    /// The migration is committed: ends the container. Returns once none of its processes will run another instruction; the rest of
+    /// their end, and what else the container leaves, is for [`SourcePart::tidy`].
     ///
     /// # Errors
     /// When a process does not die, or the record cannot be written; to be called again.
@@ -562,6 +562,12 @@ impl SourcePart {
         // The workload may have come back since.
         if record.tidied {
             return;
+        }
+        // Those of a worker that was killed just behind its word may still be dying.
+        if init_lives(&record)
+            && let Err(failure) = self.kill_orphans(&record).await
+        {
+            tracing::error!(%failure, "a released container's processes do not end");
         }
         sweep::remove_container(&self.context, &record, self.container.as_ref()).await;
         self.dirs.wipe_volatile();
@@ -668,11 +674,8 @@ impl SourcePart {
 
     /// The container; none when its init is dead.
     fn known_unless_dead(&self, record: &PartRecord) -> Result<Option<Container>, Failure> {
-        let Role::Source { init_pid, init_start, .. } = &record.role else { return Ok(None) };
-        let lives = Init { pid: *init_pid, start_time: *init_start }.is_alive();
-        if self.container.is_none() && lives {
-            let message =
-                format!("what runc knows of {} cannot be read, and its init {init_pid} lives", record.workload);
+        if self.container.is_none() && init_lives(record) {
+            let message = format!("what runc knows of {} cannot be read, and its init lives", record.workload);
             return Err(self.context.refusal(FailureCode::Internal, message));
         }
         Ok(self.container.clone())
@@ -719,6 +722,11 @@ impl SourcePart {
 /// The last round, on a thread of its own; gives how many pages it sent.
 type LastRound = tokio::task::JoinHandle<Result<u64, Failure>>;
 
+/// Whether the container's init is the one that was found, and not gone.
+fn init_lives(record: &PartRecord) -> bool {
+    matches!(record.role, Role::Source { init_pid, init_start, .. } if Init { pid: init_pid, start_time: init_start }.is_alive())
+}
+
 async fn end_following(followers: Followers) -> Result<(), Failure> {
     blocking(move || {
         drop(followers);
@@ -727,11 +735,11 @@ async fn end_following(followers: Followers) -> Result<(), Failure> {
     .await
 }
 
-/// Writes down what CRIU is not to see.
-fn hide(context: &Context, dirs: &PartDirs, followers: &mut Followers) -> Result<Hidden, Failure> {
+/// Writes down what CRIU is not to see; gives the file.
+fn hide(context: &Context, dirs: &PartDirs, followers: &mut Followers) -> Result<PathBuf, Failure> {
     let ranges = dirs.run.join("hidden");
     followers.hide(&ranges).map_err(|error| io_failed(context, &error))?;
-    Ok(Hidden { library: context.config.tools.criu_shim.clone(), ranges })
+    Ok(ranges)
 }
 
 fn transfer_failed(context: &Context, error: &(dyn std::error::Error + 'static)) -> Failure {
@@ -754,7 +762,7 @@ async fn start_worker(
     context: &Context,
     dirs: &PartDirs,
     order: &FreezeOrder,
-    hidden: Option<Hidden>,
+    hidden: Option<PathBuf>,
 ) -> Result<(Worker, UnixListener), Failure> {
     let init = order.container.init.ok_or_else(|| not_running(context, &order.container.id))?;
     let externals = Externals::of(&order.container)
@@ -764,9 +772,10 @@ async fn start_worker(
             context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("freeze")
         })?;
     let pages = UnixListener::bind(dirs.page_socket()).map_err(|error| io_failed(context, &error))?;
+    let tools = &context.config.tools;
     let job = DumpJob {
         migration: order.migration.to_string(),
-        criu: context.config.tools.criu.clone(),
+        criu: tools.criu.clone(),
         root: order.container.root.clone(),
         container: order.container.id.clone(),
         request: DumpRequest {
@@ -781,6 +790,8 @@ async fn start_worker(
             cgroups: CgroupsMode::Ignore,
             freeze_timeout_s: FREEZE_TIMEOUT_S,
         },
+        shim: tools.criu_shim.clone(),
+        programs: dirs.programs(tools).map_err(|error| io_failed(context, &error))?,
         hidden,
         link: order.link.clone(),
         deadline: SystemTime::now() + order.patience,
@@ -789,8 +800,7 @@ async fn start_worker(
     };
     let job_file = dirs.job_file();
     let log = dirs.state.join("worker.log");
-    let program = &context.config.tools.dump_worker;
-    let worker = Worker::start(program, &job, job_file, &dirs.page_socket(), &log).await;
+    let worker = Worker::start(&tools.dump_worker, &job, job_file, &dirs.page_socket(), &log).await;
     worker.map(|worker| (worker, pages)).map_err(|failure| failure.on(context.config.node.as_str()))
 }
 

@@ -354,7 +354,7 @@ impl TargetPart {
         self.note(&mut record, |record| record.standing = Standing::Sealed)
     }
 
-    /// The migration is committed and the source is dead: lets the container run, with its address. Returns its init.
+    /// The migration is committed and the source has stopped for good: lets the container run, with its address. Returns its init.
     ///
     /// # Errors
     /// When it does not come to run; to be called again.
@@ -366,7 +366,6 @@ impl TargetPart {
             other => return Err(self.wrong_standing("resume", other)),
         }
         self.let_go(&mut record).await?;
-        Self::announce(&record);
         restore_mtu(&record);
         self.note(&mut record, |record| record.standing = Standing::Resumed)?;
         self.context.admissions.forget(self.migration);
@@ -384,7 +383,12 @@ impl TargetPart {
     async fn let_go(&self, record: &mut MutexGuard<'_, PartRecord>) -> Result<(), Failure> {
         for _ in 0..RESTORE_TRIES {
             let died = match self.go_once(record).await? {
-                Gone::Running => return self.join_link(record),
+                Gone::Running => {
+                    // An agent that was killed may not have come so far.
+                    self.join_link(record)?;
+                    Self::announce(record);
+                    return Ok(());
+                }
                 Gone::Died(failure) => failure,
             };
             tracing::error!(migration = %self.migration, failure = %died, "a committed restore died; restoring again");
@@ -436,9 +440,11 @@ impl TargetPart {
         checked
     }
 
-    /// Joins the link, then says the word: a container that runs without its link can only lose connections.
+    /// Joins the link and tells where the address is now, then says the word: a container that runs without its link can only lose
+    /// connections, and what its clients send meanwhile goes astray.
     async fn go(&self, record: &PartRecord) -> Result<(), Failure> {
         self.join_link(record)?;
+        Self::announce(record);
         // A hook that hung up just now is seen by what becomes of its restore.
         let _seen_later = self.hook.tell("go").await;
         Ok(())
@@ -742,7 +748,8 @@ fn restore_from(
         env: variables.into_iter().map(|(name, value)| (name.into(), value)).collect(),
         detach: true,
     };
-    let runc = context.runc(context.config.runc_root());
+    let programs = dirs.programs(tools).map_err(|error| io_failed(context, &error))?;
+    let runc = context.runc(context.config.runc_root()).with_programs(programs);
     runc.restore(request).map_err(|error| failed("runc restore cannot be started", &error))
 }
 

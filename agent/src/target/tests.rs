@@ -35,6 +35,7 @@ fn context(folder: &Path) -> Context {
             stdio_keeper: nowhere(),
             dump_worker: nowhere(),
             criu_shim: nowhere(),
+            tar: nowhere(),
             pager: nowhere(),
         },
         runtime: Runtime {

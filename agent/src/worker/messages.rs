@@ -20,9 +20,13 @@ pub struct DumpJob {
     pub container: String,
     /// What CRIU is asked.
     pub request: DumpRequest,
-    /// What CRIU is not to see; none when it is to dump all memory.
-    #[serde(default)]
-    pub hidden: Option<Hidden>,
+    /// The library that is preloaded into CRIU.
+    pub shim: PathBuf,
+    /// The folder in which CRIU looks for programs first.
+    pub programs: PathBuf,
+    /// The file that says which memory CRIU is not to see, since it has been sent: see [`podferry_memory::hide`]. None when CRIU is to
+    /// dump all.
+    pub hidden: Option<PathBuf>,
     /// The link to cut when the tasks are frozen; none for a container without one.
     pub link: Option<LinkHandle>,
     /// When an unsealed dump is given up.
@@ -31,15 +35,6 @@ pub struct DumpJob {
     pub control: PathBuf,
     /// Where it keeps [`WorkerRecord`].
     pub record: PathBuf,
-}
-
-/// Memory that has been sent before the freeze, and that CRIU therefore is not to see.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Hidden {
-    /// The library that hides it, preloaded into CRIU.
-    pub library: PathBuf,
-    /// The file that says which: see [`podferry_memory::hide`].
-    pub ranges: PathBuf,
 }
 
 /// What has to be known when the worker itself is gone: written before what it says is done.
@@ -85,7 +80,7 @@ pub enum Stage {
         /// Why.
         message: String,
     },
-    /// The tasks are dead.
+    /// The tasks will not run another instruction.
     Released,
     /// The tasks run on.
     Undone {

@@ -12,7 +12,7 @@ use command_fds::FdMapping;
 use podferry_common::failure::chain;
 use podferry_criu::{CriuError, CriuLog, Notification, Session, Verdict};
 use podferry_network::LinkState;
-use podferry_runtime::{Container, Freezer};
+use podferry_runtime::{Container, Freezer, has_stopped_for_good};
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 
 use super::control::Control;
@@ -85,17 +85,18 @@ impl Dump {
         session.dump(options, &log, |notification| self.on_notify(notification))
     }
 
-    /// What makes CRIU blind to memory that has been sent already.
+    /// What spares CRIU work: the library in its calls, which is told what memory has been sent already, and our own programs.
     fn environment(&self) -> Vec<(OsString, OsString)> {
-        let hidden = self.job.hidden.iter();
-        hidden
-            .flat_map(|hidden| {
-                [
-                    ("LD_PRELOAD".into(), hidden.library.clone().into()),
-                    (podferry_memory::hide::HIDE_VARIABLE.into(), hidden.ranges.clone().into()),
-                ]
-            })
-            .collect()
+        let mut path = self.job.programs.clone().into_os_string();
+        if let Some(inherited) = std::env::var_os("PATH") {
+            path.push(":");
+            path.push(inherited);
+        }
+        let mut variables = vec![("PATH".into(), path), ("LD_PRELOAD".into(), self.job.shim.clone().into())];
+        if let Some(ranges) = &self.job.hidden {
+            variables.push((podferry_memory::hide::HIDE_VARIABLE.into(), ranges.clone().into()));
+        }
+        variables
     }
 
     fn on_notify(&mut self, notification: &Notification) -> Verdict {
@@ -286,13 +287,13 @@ impl Dump {
 
 /// Kills every task of a container. True when none will run another instruction.
 ///
-/// They are not gone then. CRIU traces them, so it is CRIU that has to collect those that died; until it has, the init
-/// of a pid namespace waits for them in its own exit. A cgroup does not list tasks that are exiting.
+/// They are not gone then: their memory is given back meanwhile, and nobody waits for that with a container standing still. CRIU traces
+/// them, so it is CRIU that has to collect those that died; until it has, the init of a pid namespace waits for them in its own exit.
 fn stop_all(container: &Container) -> bool {
     let begun = Instant::now();
     while begun.elapsed() < DEATH_WARNING {
-        let _tried_again = kill_once(container);
-        if container.cgroups.processes().is_ok_and(|processes| processes.is_empty()) {
+        let killed = kill_once(container).is_ok();
+        if killed && container.cgroups.processes().is_ok_and(|left| left.into_iter().all(has_stopped_for_good)) {
             return true;
         }
         thread::sleep(Duration::from_millis(1));

@@ -249,7 +249,7 @@ pub enum State {
     },
     /// Committed. The source is being destroyed.
     Releasing,
-    /// The source is dead. The target is being let go.
+    /// The source will never run again. The target is being let go.
     Resuming,
     /// The target runs. The rest of its memory is being laid in behind it.
     Filling,

@@ -37,6 +37,7 @@ pub(crate) struct AgentTools {
     pub(crate) dump_worker: PathBuf,
     pub(crate) criu_shim: PathBuf,
     pub(crate) pager: PathBuf,
+    pub(crate) tar: PathBuf,
 }
 
 /// Where an agent finds containers and puts those that arrive.
@@ -124,6 +125,7 @@ pub(crate) fn agent(node: &Node, state: &State) -> AgentConfig {
             dump_worker: program("podferry-dump-worker"),
             criu_shim: program("libpodferry_criu_shim.so"),
             pager: program("podferry-pager"),
+            tar: program("podferry-tar"),
         },
         runtime: AgentRuntime {
             roots: vec![PathBuf::from(RUNC_ROOT)],

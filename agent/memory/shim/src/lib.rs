@@ -1,6 +1,6 @@
-//! Hides memory from `criu dump`.
+//! Spares `criu dump` work that is done already, or that is for nothing.
 //!
-//! CRIU asks the kernel with the ioctl `PAGEMAP_SCAN` which pages of a mapping to dump. Preloaded into it (`LD_PRELOAD`), this
+//! **Memory that has moved.** CRIU asks the kernel with the ioctl `PAGEMAP_SCAN` which pages of a mapping to dump. Preloaded into it (`LD_PRELOAD`), this
 //! library stands in for the C library's `ioctl` and leaves out the ranges that a file names: their pages are neither looked at
 //! nor written nor listed, as if they had never been touched. Everything else CRIU asks is passed on. Without the file, or with
 //! one that cannot be read as a whole, nothing is hidden, and the dump is a whole one: whoever dumps looks at the images for
@@ -9,8 +9,10 @@
 //! The file has a line for each range: the process id that CRIU sees, the first address and the first one behind, these two in
 //! hexadecimal. It is read when CRIU first asks for another process, so that it may be written after CRIU has started.
 //!
-//! It also stands in for `openat`, to answer `/proc/PID/smaps`: see [`smaps`].
+//! It also stands in for `openat`, to answer `/proc/PID/smaps`: see [`smaps`]; and for `sendmsg`, to answer the question for tracked
+//! connections: see [`conntrack`].
 
+mod conntrack;
 mod smaps;
 
 use std::collections::HashMap;
@@ -87,7 +89,7 @@ mod interposed {
     use std::ffi::CStr;
     use std::os::fd::IntoRawFd as _;
 
-    use super::{Range, asks_for_guards, hidden, process_of, smaps, visible};
+    use super::{Range, asks_for_guards, conntrack, hidden, process_of, smaps, visible};
 
     /// `_IOWR('f', 16, struct pm_scan_arg)`.
     const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
@@ -172,6 +174,84 @@ mod interposed {
     ) -> libc::c_int {
         // SAFETY: the same function with the same conditions.
         unsafe { openat(folder, path, flags, mode) }
+    }
+
+    /// In place of the C library's `sendmsg`.
+    ///
+    /// # Safety
+    /// As sendmsg(2): `message` must be one, with readable parts.
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn sendmsg(fd: libc::c_int, message: *const libc::msghdr, flags: libc::c_int) -> libc::ssize_t {
+        // SAFETY: the caller passes a message, which it does not change meanwhile.
+        if let Some(question) = unsafe { single_part(message) }
+            && conntrack::asks_for_all(&question)
+            && is_to_netfilter(fd)
+            && conntrack::none_is_tracked()
+        {
+            let mut nothing = conntrack::asking_for_nothing(question);
+            let mut part = libc::iovec { iov_base: nothing.as_mut_ptr().cast(), iov_len: nothing.len() };
+            // SAFETY: the caller's message, valid as before, and its one part of the same length.
+            let mut changed = unsafe { *message };
+            changed.msg_iov = &raw mut part;
+            // SAFETY: the message and its part live until the call returns.
+            return unsafe { real_sendmsg(fd, &raw const changed, flags) };
+        }
+        // SAFETY: what the caller wanted of sendmsg(2), passed on unchanged.
+        unsafe { real_sendmsg(fd, message, flags) }
+    }
+
+    /// # Safety
+    /// As sendmsg(2).
+    unsafe fn real_sendmsg(fd: libc::c_int, message: *const libc::msghdr, flags: libc::c_int) -> libc::ssize_t {
+        // SAFETY: the caller's; sets `errno` as sendmsg(2) does.
+        let result = unsafe { libc::syscall(libc::SYS_sendmsg, fd, message, flags) };
+        libc::ssize_t::try_from(result).unwrap_or(-1)
+    }
+
+    /// The contents of a message that has one part of the length of the question.
+    ///
+    /// # Safety
+    /// `message` must be null or a message with readable parts.
+    unsafe fn single_part(message: *const libc::msghdr) -> Option<[u8; conntrack::QUESTION]> {
+        // SAFETY: null, or a message.
+        let message = unsafe { message.as_ref() }?;
+        if message.msg_iovlen != 1 {
+            return None;
+        }
+        // SAFETY: it has one part.
+        let part = unsafe { message.msg_iov.as_ref() }?;
+        // SAFETY: a part that can be read, of that length.
+        (part.iov_len == conntrack::QUESTION).then(|| unsafe { part.iov_base.cast::<[u8; conntrack::QUESTION]>().read() })
+    }
+
+    fn is_to_netfilter(fd: libc::c_int) -> bool {
+        let mut protocol: libc::c_int = 0;
+        let mut length: libc::socklen_t = 4;
+        // SAFETY: writes at most four bytes, which `protocol` has.
+        let asked = unsafe {
+            libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_PROTOCOL, (&raw mut protocol).cast(), &raw mut length)
+        };
+        asked == 0 && protocol == libc::NETLINK_NETFILTER
+    }
+
+    /// Asks as CRIU does; gives the first answer.
+    #[cfg(test)]
+    pub(super) fn ask_netfilter(question: &[u8; conntrack::QUESTION]) -> Vec<u8> {
+        let mut answer = vec![0_u8; 16384];
+        // SAFETY: a socket of our own; messages and their parts live until each call returns. All-zero is a valid `msghdr`.
+        unsafe {
+            let fd = libc::socket(libc::AF_NETLINK, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::NETLINK_NETFILTER);
+            assert!(fd >= 0);
+            let mut part = libc::iovec { iov_base: question.as_ptr().cast_mut().cast(), iov_len: question.len() };
+            let mut message: libc::msghdr = std::mem::zeroed();
+            message.msg_iov = &raw mut part;
+            message.msg_iovlen = 1;
+            assert_eq!(sendmsg(fd, &raw const message, 0), 20);
+            let received = libc::recv(fd, answer.as_mut_ptr().cast(), answer.len(), 0);
+            libc::close(fd);
+            answer.truncate(usize::try_from(received).expect("an answer"));
+        }
+        answer
     }
 
     /// A file in memory; `None` when there can be none.

@@ -68,7 +68,7 @@ impl Lab {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let id = format!("t{number}");
         let dir = tempfile::Builder::new().prefix("podferry-runtime-").tempdir().unwrap();
-        let runc = Runc::new(tools.join("bin/runc"), dir.path().join("root")).with_criu_dir(tools.join("bin"));
+        let runc = Runc::new(tools.join("bin/runc"), dir.path().join("root")).with_programs(tools.join("bin"));
         let cgroup = format!("podferry-test-{}", std::process::id());
         let lab = Self { dir, id, runc, cgroup };
         let rootfs = lab.rootfs();
