@@ -36,6 +36,9 @@ pub struct Packed {
 ///
 /// A directory of another file system is kept without what is in it, as GNU tar's `--one-file-system` keeps it. An error
 /// means that the tree is for the real tar: it is not simple, it changed while it was read, or it cannot be read.
+///
+/// That something changed is seen, as GNU tar sees it, by its size and its times, which move on with the kernel's clock
+/// tick. CRIU's calls come while the container is frozen.
 pub fn pack(directory: BorrowedFd<'_>) -> Result<Packed> {
     let top = Path::new(".");
     let root = open_directory(directory, OsStr::new("."), top)?;
@@ -290,6 +293,50 @@ fn record(key: &str, value: &str) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    use std::fs::{File, OpenOptions};
+
+    /// On a tmpfs, where a file's blocks and a directory's size are known at once.
+    fn folder() -> tempfile::TempDir {
+        tempfile::Builder::new().prefix("podferry-tar-").tempdir_in("/dev/shm").unwrap()
+    }
+
+    #[test]
+    fn a_file_that_changes_between_two_looks_is_not_packed() {
+        type Change = fn(&Path);
+        let changes: [(&str, Change); 4] = [
+            ("grows", |file| OpenOptions::new().append(true).open(file).unwrap().write_all(b"more").unwrap()),
+            ("shrinks", |file| File::options().write(true).open(file).unwrap().set_len(3).unwrap()),
+            ("is replaced", |file| {
+                std::fs::rename(file, file.with_extension("old")).unwrap();
+                std::fs::write(file, b"content").unwrap();
+            }),
+            ("vanishes", |file| std::fs::remove_file(file).unwrap()),
+        ];
+        for (what, change) in changes {
+            let folder = folder();
+            let file = folder.path().join("file");
+            std::fs::write(&file, b"content").unwrap();
+            let parent = File::open(folder.path()).unwrap();
+            let seen = fs::statat(&parent, "file", AtFlags::SYMLINK_NOFOLLOW).unwrap();
+            let mut packer = Packer { archive: Vec::new(), sockets: Vec::new(), device: 0, members: 0, content: 0 };
+            let mut read = || packer.content(parent.as_fd(), OsStr::new("file"), Path::new("./file"), &seen);
+            assert_eq!(read().unwrap(), b"content");
+            change(&file);
+            let read = read();
+            assert!(read.is_err(), "{what}: {read:?}");
+        }
+    }
+
+    #[test]
+    fn a_directory_that_changes_while_it_is_read_is_not_packed() {
+        let folder = folder();
+        let directory = OwnedFd::from(File::open(folder.path()).unwrap());
+        let level = Level::of(directory, PathBuf::from(".")).unwrap();
+        level.check_unchanged().unwrap();
+        std::fs::write(folder.path().join("new"), b"").unwrap();
+        assert!(level.check_unchanged().is_err());
+    }
 
     #[test]
     fn a_record_counts_its_own_digits() {
