@@ -21,6 +21,7 @@ mod mtu;
 mod netlink;
 mod netns;
 mod probe;
+mod segment;
 mod unmoved;
 
 pub use announce::Announcer;
@@ -33,6 +34,7 @@ pub use link::{ContainerLink, MacAddress, NetworkPlan, Route};
 pub use mtu::set_mtu;
 pub use netns::Netns;
 pub use probe::{Capability, probe};
+pub use segment::segments;
 pub use unmoved::{Unmoved, unmoved};
 
 pub use ipnet::IpNet;
