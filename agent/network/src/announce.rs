@@ -20,7 +20,7 @@ use crate::netlink::open_for;
 use crate::netns::Netns;
 
 const ETHERTYPE_ARP: u16 = 0x0806;
-const ETHERTYPE_IPV6: u16 = 0x86dd;
+pub(crate) const ETHERTYPE_IPV6: u16 = 0x86dd;
 /// The shortest Ethernet frame, without its checksum.
 const FRAME_MIN: usize = 60;
 
@@ -75,7 +75,7 @@ impl Announcer {
 }
 
 /// The interface as an address that a packet socket sends to.
-fn link_address(interface: &str) -> io::Result<LinkAddr> {
+pub(crate) fn link_address(interface: &str) -> io::Result<LinkAddr> {
     let packet = |address: SockaddrStorage| address.as_link_addr().copied();
     let found = getifaddrs()?
         .filter(|entry| entry.interface_name == interface)
@@ -131,7 +131,7 @@ fn neighbour_advertisement(address: Ipv6Addr, mac: MacAddress) -> Vec<u8> {
     frame
 }
 
-fn ethernet(to: [u8; 6], from: MacAddress, kind: u16) -> Vec<u8> {
+pub(crate) fn ethernet(to: [u8; 6], from: MacAddress, kind: u16) -> Vec<u8> {
     [&to[..], &from.0, &kind.to_be_bytes()].concat()
 }
 

@@ -104,6 +104,22 @@ pub enum Error {
         /// The system's answer.
         source: io::Error,
     },
+    /// What arrives for a container could not be captured.
+    #[error("cannot {doing} the socket that captures the packets of a container")]
+    Capture {
+        /// The operation.
+        doing: &'static str,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// A captured packet was not handed to its container.
+    #[error("cannot hand captured packets to the container behind {interface}")]
+    Replay {
+        /// The host interface.
+        interface: String,
+        /// The system's answer. `ENOBUFS` is that of a link that is cut.
+        source: io::Error,
+    },
 }
 
 /// Turns the kernel's answer about an interface into the error that names it.

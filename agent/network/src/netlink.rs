@@ -100,12 +100,15 @@ impl Netlink {
         self.find(message)
     }
 
+    /// All interfaces.
+    pub(crate) fn links(&mut self) -> io::Result<Vec<Link>> {
+        let answers = self.dump(RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
+        Ok(answers.into_iter().filter_map(Link::read).collect())
+    }
+
     fn find(&mut self, message: LinkMessage) -> io::Result<Link> {
         let answers = self.ask(RouteNetlinkMessage::GetLink(message), 0)?;
-        let link = answers.into_iter().find_map(|answer| match answer {
-            RouteNetlinkMessage::NewLink(link) => Some(Link(link)),
-            _ => None,
-        });
+        let link = answers.into_iter().find_map(Link::read);
         link.ok_or_else(|| io::Error::from(nix::errno::Errno::ENODEV))
     }
 }
@@ -119,6 +122,13 @@ pub(crate) fn open_for(interface: &str) -> Result<Netlink> {
 pub(crate) struct Link(LinkMessage);
 
 impl Link {
+    fn read(answer: RouteNetlinkMessage) -> Option<Self> {
+        match answer {
+            RouteNetlinkMessage::NewLink(link) => Some(Self(link)),
+            _ => None,
+        }
+    }
+
     pub(crate) fn index(&self) -> u32 {
         self.0.header.index
     }
