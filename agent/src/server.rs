@@ -10,6 +10,7 @@ use podferry_common::listen::listen;
 use podferry_common::tls::Incoming;
 use podferry_proto::DESCRIPTORS;
 use podferry_proto::v1::agent_service_server::AgentServiceServer;
+use podferry_proto::v1::delivery_service_server::DeliveryServiceServer;
 use podferry_transfer::TransferServer;
 use tokio::signal::unix::{SignalKind, signal};
 use tonic::transport::Server;
@@ -18,7 +19,7 @@ use crate::config::Config;
 use crate::context::Context;
 use crate::parts::Parts;
 use crate::recovery;
-use crate::service::Agent;
+use crate::service::{Agent, Delivery};
 
 /// How often the certificate's files are looked at.
 const IDENTITY_INTERVAL: Duration = Duration::from_secs(10);
@@ -39,6 +40,7 @@ pub async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     let parts = Parts::default();
     recovery::recover(&context, &parts).await;
 
+    let delivery = Delivery::new(context.clone(), parts.clone());
     let agent = Agent::new(context.clone(), parts).await;
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<AgentServiceServer<Agent>>().await;
@@ -49,6 +51,7 @@ pub async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     tracing::info!(node = %context.config.node, listen = %context.config.listen, "listening");
     podferry_transfer::tune(Server::builder())
         .add_service(AgentServiceServer::new(agent))
+        .add_service(DeliveryServiceServer::new(delivery))
         .add_service(TransferServer::new(std::sync::Arc::new(context.admissions.clone())))
         .add_service(health_service)
         .add_service(reflection)

@@ -2,12 +2,14 @@
 //!
 //! - [`agent`]: what the coordinator says to a node's agent,
 //! - [`coordinator`]: what scripts, the command line and agents say to the coordinator,
-//! - [`transfer`]: what one agent says to another.
+//! - [`transfer`]: what one agent says to another,
+//! - [`delivery`]: and what it hands on of the container's network.
 //!
 //! The modules of that name hold no code: their documentation is the specification of the service.
 
 pub mod agent;
 pub mod coordinator;
+pub mod delivery;
 pub mod transfer;
 mod version;
 

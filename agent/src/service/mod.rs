@@ -1,6 +1,7 @@
 //! `AgentService`: the coordinator's calls. What each means is written in `podferry_proto::agent`.
 
 mod convert;
+mod delivery;
 mod describe;
 mod network;
 mod preflight;
@@ -26,6 +27,8 @@ use crate::parts::{Authority, Entry, Part, Parts};
 use crate::recovery;
 use crate::source::{FreezeOrder, SourcePart};
 use crate::target::{PrepareOrder, TargetPart, fill};
+
+pub use delivery::Delivery;
 
 /// The shortest and the longest deadline that is taken.
 const DEADLINES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(24 * 3600));
@@ -149,7 +152,7 @@ impl Agent {
         let order = FreezeOrder {
             migration,
             container: found,
-            link: link.and_then(|link| link.handle()),
+            link: link.map(|found| found.link),
             target,
             target_address: request.target_address,
             keep_connections: request.keep_connections,

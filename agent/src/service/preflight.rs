@@ -6,7 +6,7 @@ use podferry_common::failure::{Failure, FailureCode};
 use podferry_common::room;
 use podferry_criu::GHOST_LIMIT;
 use podferry_filesystem::WritableLayer;
-use podferry_network::{ContainerLink, LinkHandle, Netns, Unmoved};
+use podferry_network::{ContainerLink, Netns, Unmoved};
 use podferry_proto::v1::{self, Finding, NetworkKind};
 use podferry_runtime::{Container, DeletedFile, NamespaceKind, Severity, Status};
 
@@ -54,13 +54,6 @@ impl From<v1::PrepareRequest> for Wish {
 pub(crate) struct FoundLink {
     /// The link.
     pub link: ContainerLink,
-}
-
-impl FoundLink {
-    /// Where to cut it.
-    pub(crate) fn handle(&self) -> Option<LinkHandle> {
-        self.link.peer.as_ref().map(LinkHandle::new)
-    }
 }
 
 /// Finds a container.

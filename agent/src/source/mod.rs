@@ -10,6 +10,7 @@
 //! The tasks belong to the [dump worker](crate::worker), which undoes an unsealed part by itself. What is here moves what
 //! CRIU writes, and when the worker was killed does what it would have done, from its record.
 
+mod arrivals;
 mod batch;
 mod pages;
 mod precopy;
@@ -25,7 +26,7 @@ use podferry_common::failure::{Failure, FailureCode, chain};
 use podferry_common::identity::Peer;
 use podferry_criu::{CgroupsMode, DumpRequest};
 use podferry_filesystem::WritableLayer;
-use podferry_network::LinkHandle;
+use podferry_network::{ContainerLink, LinkHandle};
 use podferry_runtime::{Container, Externals, Init};
 use podferry_transfer::{Compression, Introduction, Object, Options, Sender, SenderStats};
 use tokio::net::UnixListener;
@@ -37,6 +38,7 @@ use crate::journal::{Ledger, PartDirs, PartRecord, Role, Standing};
 use crate::parts::Authority;
 use crate::worker::client::{View, Worker};
 use crate::worker::messages::{DumpJob, Order, Stage, WorkerRecord};
+use arrivals::Arrivals;
 use precopy::{Converged, Followers, Way};
 
 pub use precopy::{PreCopyOrder, Round};
@@ -62,7 +64,7 @@ pub struct FreezeOrder {
     /// The container, as it was found.
     pub container: Container,
     /// Its link, when it has one that can be cut.
-    pub link: Option<LinkHandle>,
+    pub link: Option<ContainerLink>,
     /// Where it goes.
     pub target: Peer,
     /// host:port of the target's agent.
@@ -80,6 +82,11 @@ pub struct FreezeOrder {
 }
 
 impl FreezeOrder {
+    /// Where to cut the link.
+    fn link_handle(&self) -> Option<LinkHandle> {
+        self.link.as_ref()?.peer.as_ref().map(LinkHandle::new)
+    }
+
     /// When an unsealed part undoes itself at the latest.
     pub fn deadline(&self) -> SystemTime {
         self.pre_copy.map_or_else(SystemTime::now, |pre_copy| pre_copy.deadline) + self.patience
@@ -141,6 +148,8 @@ pub struct SourcePart {
     /// Whose writes are followed. Locked while anybody reads their memory or starts the worker: an abort waits for that.
     followers: Arc<Mutex<Followers>>,
     ledger: Ledger,
+    /// What comes for the container while its link is cut; none before, and in a restarted agent.
+    arrivals: OnceLock<Arrivals>,
     pre_copying: AtomicBool,
     /// Ends a dump and transfer that go on: a stalled link must not keep the tasks frozen.
     cancelled: CancellationToken,
@@ -182,7 +191,7 @@ impl SourcePart {
                 init_pid: init.pid,
                 init_start: init.start_time,
                 bundle: order.container.bundle.clone(),
-                link: order.link.clone(),
+                link: order.link_handle(),
                 netns: order.container.namespace_paths.get(&podferry_runtime::NamespaceKind::Network).cloned(),
             },
         };
@@ -215,6 +224,7 @@ impl SourcePart {
             worker: Arc::default(),
             followers: Arc::default(),
             ledger,
+            arrivals: OnceLock::new(),
             pre_copying: AtomicBool::new(false),
             cancelled: CancellationToken::new(),
         }
@@ -260,6 +270,7 @@ impl SourcePart {
                 None => (followers, None),
             };
             self.pre_copying.store(false, Ordering::Relaxed);
+            self.watch_arrivals(order);
             let dump = self.start_dump(order, &sender, converged, followers).await?;
             self.dump_and_send(order, dump, sender, events).await
         };
@@ -300,6 +311,15 @@ impl SourcePart {
         tokio::select! {
             copied = copying => copied,
             () = telling => Err(self.context.refusal(FailureCode::Internal, "progress ended").in_phase("precopy")),
+        }
+    }
+
+    /// Before the freeze, so that nothing is missed. A migration goes on without: its clients wait a little longer then.
+    fn watch_arrivals(&self, order: &FreezeOrder) {
+        let Some(link) = order.link.as_ref().filter(|_| order.keep_connections) else { return };
+        match Arrivals::watch(&self.context, order, link) {
+            Ok(arrivals) => drop(self.arrivals.set(arrivals)),
+            Err(error) => tracing::warn!(error = chain(&error), "what comes in the freeze cannot be kept"),
         }
     }
 
@@ -347,6 +367,14 @@ impl SourcePart {
 
         let frozen = worker.until(patience(deadline), |view| *view != View::Stage(Stage::Freezing)).await;
         self.check(&frozen)?;
+        if let Some(arrivals) = self.arrivals.get() {
+            // Later words may have come already.
+            arrivals.link_was_cut(if let View::Stage(Stage::Frozen { cut_at }) = frozen {
+                cut_at
+            } else {
+                SystemTime::now()
+            });
+        }
         let frozen_at = Instant::now();
         let last_round = self.spawn_last_round(converged.is_some(), &sender).await;
         let _ = events.send(FreezeEvent::Frozen { freeze_ms: ms(begun, frozen_at) }).await;
@@ -544,6 +572,9 @@ impl SourcePart {
                 return Err(self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("release"));
             }
         }
+        if let Some(arrivals) = self.arrivals.get() {
+            arrivals.end_soon();
+        }
         self.ledger
             .change(&mut record, |record| record.standing = Standing::Released)
             .map_err(|error| io_failed(&self.context, &error))
@@ -614,6 +645,9 @@ impl SourcePart {
                 return Err(self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("rollback"));
             }
         }
+        if let Some(arrivals) = self.arrivals.get() {
+            arrivals.give_back();
+        }
         // Before another migration of the container may begin: two cannot follow it.
         end_following(std::mem::take(&mut *followers)).await?;
         self.ledger
@@ -631,7 +665,7 @@ impl SourcePart {
     /// Whether the worker holds the frozen tasks.
     pub fn is_frozen(&self) -> bool {
         let view = self.worker.get().map(Worker::view);
-        matches!(view, Some(View::Stage(Stage::Frozen | Stage::Dumped | Stage::Sealed)))
+        matches!(view, Some(View::Stage(Stage::Frozen { .. } | Stage::Dumped | Stage::Sealed)))
     }
 
     /// Whether memory is sent while the tasks run.
@@ -793,7 +827,7 @@ async fn start_worker(
         shim: tools.criu_shim.clone(),
         programs: dirs.programs(tools).map_err(|error| io_failed(context, &error))?,
         hidden,
-        link: order.link.clone(),
+        link: order.link_handle(),
         deadline: SystemTime::now() + order.patience,
         control: dirs.control_socket(),
         record: dirs.worker_record(),

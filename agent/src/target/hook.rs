@@ -3,6 +3,7 @@
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
@@ -45,6 +46,7 @@ impl Hold {
 #[derive(Debug)]
 pub struct HookKeeper {
     hold: watch::Receiver<Hold>,
+    letting_go: Arc<AtomicBool>,
     voice: Arc<Mutex<Voice>>,
     listening: JoinHandle<()>,
 }
@@ -70,13 +72,20 @@ impl HookKeeper {
         let listener = UnixListener::bind(socket)?;
         let (sender, hold) = watch::channel(Hold::NotYet);
         let voice = Arc::new(Mutex::new(Voice::default()));
-        let listening = tokio::spawn(accept(listener, migration, sender, Arc::clone(&voice)));
-        Ok(Self { hold, voice, listening })
+        let letting_go = Arc::new(AtomicBool::new(false));
+        let ear = Ear { migration, hold: sender, letting_go: Arc::clone(&letting_go), voice: Arc::clone(&voice) };
+        let listening = tokio::spawn(ear.accept(listener));
+        Ok(Self { hold, letting_go, voice, listening })
     }
 
     /// What the hook said last.
     pub fn hold(&self) -> Hold {
         self.hold.borrow().clone()
+    }
+
+    /// Whether CRIU is letting the processes go: their sockets are whole.
+    pub fn lets_go(&self) -> bool {
+        self.letting_go.load(Ordering::Acquire)
     }
 
     /// Waits until `fits`, at most `patience`; returns what was said last.
@@ -119,37 +128,52 @@ impl Drop for HookKeeper {
     }
 }
 
-async fn accept(listener: UnixListener, migration: String, hold: watch::Sender<Hold>, voice: Arc<Mutex<Voice>>) {
-    loop {
-        match listener.accept().await {
-            // One restore has one hook, so one conversation at a time is enough.
-            Ok((stream, _)) => converse(stream, &migration, &hold, &voice).await,
-            Err(error) => {
-                tracing::warn!(%error, "a hook cannot be accepted");
-                tokio::time::sleep(Duration::from_millis(50)).await;
+/// What listens to the hook.
+struct Ear {
+    migration: String,
+    hold: watch::Sender<Hold>,
+    letting_go: Arc<AtomicBool>,
+    voice: Arc<Mutex<Voice>>,
+}
+
+impl Ear {
+    async fn accept(self, listener: UnixListener) {
+        loop {
+            match listener.accept().await {
+                // One restore has one hook, so one conversation at a time is enough.
+                Ok((stream, _)) => self.converse(stream).await,
+                Err(error) => {
+                    tracing::warn!(%error, "a hook cannot be accepted");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
             }
         }
     }
-}
 
-async fn converse(stream: UnixStream, migration: &str, hold: &watch::Sender<Hold>, voice: &Mutex<Voice>) {
-    let (read, write) = stream.into_split();
-    voice.lock().await.hook = Some(write);
-    let mut lines = BufReader::new(read).lines();
-    while let Ok(Some(line)) = lines.next_line().await {
-        let before = hold.borrow().clone();
-        let Some(said) = understand(&line, migration, &before) else {
-            tracing::error!(line, migration, "a hook said what nobody understands");
-            break;
-        };
-        hold.send_replace(said);
-        let mut voice = voice.lock().await;
-        if voice.aborted {
-            let _gone = voice.say("abort").await;
+    async fn converse(&self, stream: UnixStream) {
+        let (read, write) = stream.into_split();
+        self.voice.lock().await.hook = Some(write);
+        let mut lines = BufReader::new(read).lines();
+        while let Ok(Some(line)) = lines.next_line().await {
+            if line.strip_prefix("pre-resume ") == Some(&self.migration) {
+                self.letting_go.store(true, Ordering::Release);
+                continue;
+            }
+            let before = self.hold.borrow().clone();
+            let Some(said) = understand(&line, &self.migration, &before) else {
+                tracing::error!(line, self.migration, "a hook said what nobody understands");
+                break;
+            };
+            self.letting_go.store(false, Ordering::Release);
+            self.hold.send_replace(said);
+            let mut voice = self.voice.lock().await;
+            if voice.aborted {
+                let _gone = voice.say("abort").await;
+            }
         }
+        self.voice.lock().await.hook = None;
+        self.hold.send_replace(Hold::Gone);
     }
-    voice.lock().await.hook = None;
-    hold.send_replace(Hold::Gone);
 }
 
 fn understand(line: &str, migration: &str, before: &Hold) -> Option<Hold> {

@@ -9,6 +9,7 @@
 //! container runs: when a committed restore dies before that, it is done again from them.
 
 pub mod bundle;
+mod doorstep;
 pub mod fill;
 pub mod hook;
 pub mod inbox;
@@ -18,6 +19,7 @@ mod tests;
 
 use std::ffi::OsString;
 use std::fs;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,7 +30,7 @@ use podferry_common::failure::{Failure, FailureCode, chain};
 use podferry_common::identity::Peer;
 use podferry_criu::CriuLog;
 use podferry_memory::handover::Handover;
-use podferry_network::{Announcer, ContainerLink, LinkHandle, Netns};
+use podferry_network::{Announcer, ContainerLink, LinkHandle, Netns, Replayer};
 use podferry_runtime::{CgroupsMode, RestoreRequest, RestoreStdio, RunningRestore};
 use tokio::sync::{Mutex, MutexGuard};
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -40,6 +42,7 @@ use crate::pager;
 use crate::pager::messages::{PagedContainer, PagerJob, PagerState};
 use crate::parts::Authority;
 use bundle::Bundle;
+use doorstep::Doorstep;
 use hook::{Hold, HookKeeper};
 use inbox::{Arrival, Inbox};
 
@@ -96,6 +99,9 @@ pub struct TargetPart {
     migration: MigrationId,
     keep_connections: bool,
     hook: HookKeeper,
+    source: Option<Peer>,
+    /// What came for the container where it was.
+    doorstep: Arc<Doorstep>,
     /// None in an agent that was restarted: what had arrived by then is complete.
     inbox: Option<Arc<Inbox>>,
     ledger: Ledger,
@@ -152,6 +158,7 @@ impl TargetPart {
             }
         };
         let layer_bytes = podferry_filesystem::free_bytes(&bundle.dir).unwrap_or(u64::MAX);
+        let source = order.source.clone();
         let inbox = Inbox::new(order.source, dirs.images.clone(), bundle.upper(), layer_bytes);
         context.admissions.expect(order.migration, Arc::clone(&inbox));
         Ok(Self {
@@ -163,6 +170,8 @@ impl TargetPart {
             migration: order.migration,
             keep_connections: order.keep_connections,
             hook,
+            source: Some(source),
+            doorstep: Arc::default(),
             inbox: Some(inbox),
             restore: Arc::default(),
             syncing: Mutex::default(),
@@ -192,6 +201,8 @@ impl TargetPart {
             migration,
             keep_connections,
             hook,
+            source: None,
+            doorstep: Arc::default(),
             inbox: None,
             ledger,
             restore: Arc::default(),
@@ -259,12 +270,16 @@ impl TargetPart {
             if cancelled.is_cancelled() {
                 return Err(context.refusal(FailureCode::Aborted, "the migration was aborted").in_phase("restore"));
             }
-            let lazy = start_pager(&context, &bundle, &dirs, &order).await?;
-            blocking(move || {
+            let waiting = waiting_for_pager(&context, &bundle, &dirs, &order)?;
+            let (at, lazy) = (context.clone(), waiting.is_some());
+            let in_dirs = dirs.clone();
+            let restoring = blocking(move || {
                 *running = Some(restore_from(&context, &bundle, &dirs, &order, lazy)?);
                 Ok(())
-            })
-            .await
+            });
+            // At once: CRIU needs its pager late, and the container stands still meanwhile.
+            let (restoring, paging) = tokio::join!(restoring, start_pager(&at, &in_dirs, waiting));
+            restoring.and(paging)
         });
         let what = "the task that starts a restore ended";
         starting.await.map_err(|error| self.context.failure(FailureCode::Internal, what, &error))?
@@ -387,12 +402,14 @@ impl TargetPart {
                     // An agent that was killed may not have come so far.
                     self.join_link(record)?;
                     Self::announce(record);
+                    self.open_door(record);
                     return Ok(());
                 }
                 Gone::Died(failure) => failure,
             };
             tracing::error!(migration = %self.migration, failure = %died, "a committed restore died; restoring again");
             self.part_link(record)?;
+            self.doorstep.close();
             self.clean_restore(self.patience()).await?;
             if self.has_given_pages_up(record.going).await? {
                 tracing::error!(migration = %self.migration, "it had run: its memory is lost");
@@ -426,7 +443,7 @@ impl TargetPart {
             }
             self.go(record).await?;
         }
-        self.until_running().await
+        self.until_running(record).await
     }
 
     /// Fails when what is held must not run: its restore has died, or its pagers, and it would read zeros. It is given up then.
@@ -485,7 +502,7 @@ impl TargetPart {
         })?
     }
 
-    async fn until_running(&self) -> Result<Gone, Failure> {
+    async fn until_running(&self, record: &PartRecord) -> Result<Gone, Failure> {
         let begun = Instant::now();
         while begun.elapsed() < END_TIMEOUT {
             let ended = match &mut *self.restore.lock().await {
@@ -501,6 +518,9 @@ impl TargetPart {
                 }
                 Ok(false) => {}
                 Err(failure) => return Ok(Gone::Died(failure)),
+            }
+            if self.hook.lets_go() {
+                self.open_door(record);
             }
             if let Err(failure) = self.check_pager() {
                 // This ends its processes.
@@ -594,6 +614,19 @@ impl TargetPart {
         })
     }
 
+    /// Hands the container what came for it where it was. Its sockets have to be whole.
+    fn open_door(&self, record: &PartRecord) {
+        let Role::Target { link: Some(link), plan: Some(plan), .. } = &record.role else { return };
+        if self.doorstep.is_open() {
+            return;
+        }
+        let mtu = plan.mtu.min(plan.mtu_during_restore());
+        match Replayer::open(&link.host_interface, plan.mac, mtu) {
+            Ok(replayer) => self.doorstep.open(replayer),
+            Err(error) => tracing::warn!(error = chain(&error), "what came in the freeze is lost"),
+        }
+    }
+
     /// Tells switches and neighbours where the address is now. They would find out by themselves, later.
     fn announce(record: &PartRecord) {
         let Role::Target { netns: Some(netns), .. } = &record.role else { return };
@@ -619,6 +652,18 @@ impl TargetPart {
         let runc = self.context.runc(self.context.config.runc_root());
         let container = runc.container(&self.workload).ok();
         container.filter(podferry_runtime::Container::is_alive).and_then(|now| now.init).map_or(0, |init| init.pid)
+    }
+
+    /// Who sends the container.
+    ///
+    /// None in an agent that was restarted.
+    pub fn source(&self) -> Option<&Peer> {
+        self.source.as_ref()
+    }
+
+    /// Where packets for it wait.
+    pub fn doorstep(&self) -> &Arc<Doorstep> {
+        &self.doorstep
     }
 
     /// runc's id of the container.
@@ -672,15 +717,15 @@ impl TargetPart {
     }
 }
 
-/// Starts whoever serves the pages that come later, when there are some. Says whether there are.
-async fn start_pager(
+/// Listens for CRIU in place of whoever will serve the pages that come later; none when there are no such pages.
+fn waiting_for_pager(
     context: &Context,
     bundle: &Bundle,
     dirs: &PartDirs,
     (workload, migration, _): &(String, MigrationId, bool),
-) -> Result<bool, Failure> {
+) -> Result<Option<(PagerJob, UnixListener)>, Failure> {
     if !Handover::is_there(&dirs.images) {
-        return Ok(false);
+        return Ok(None);
     }
     let cgroups = podferry_runtime::cgroups_of_bundle(&bundle.dir, workload).map_err(|error| {
         let what = "the cgroup of the container that is restored cannot be named";
@@ -697,11 +742,19 @@ async fn start_pager(
         },
     };
     let listener = pager::client::listen(&dirs.work).map_err(|error| io_failed(context, &error))?;
+    Ok(Some((job, listener)))
+}
+
+async fn start_pager(
+    context: &Context,
+    dirs: &PartDirs,
+    waiting: Option<(PagerJob, UnixListener)>,
+) -> Result<(), Failure> {
+    let Some((job, listener)) = waiting else { return Ok(()) };
     let job_file = dirs.state.join("pager-job.json");
     let log = dirs.state.join("pager.log");
     let started = pager::client::start(&context.config.tools.pager, &job, &job_file, listener, &log).await;
-    started.map_err(|failure| failure.on(context.config.node.as_str()))?;
-    Ok(true)
+    started.map(drop).map_err(|failure| failure.on(context.config.node.as_str()))
 }
 
 /// Starts `runc restore`; blocks.

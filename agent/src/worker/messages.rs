@@ -70,7 +70,10 @@ pub enum Stage {
     /// CRIU is being started or is freezing the tasks.
     Freezing,
     /// The tasks are frozen and the link is cut.
-    Frozen,
+    Frozen {
+        /// What the kernel saw from then on did not reach them.
+        cut_at: SystemTime,
+    },
     /// CRIU has dumped everything and waits.
     Dumped,
     /// As before, and it waits for ever.

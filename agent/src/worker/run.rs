@@ -117,7 +117,7 @@ impl Dump {
         if let Err(error) = self.cut_link() {
             return self.give_up(format!("the container's link cannot be cut: {}", chain(&error)));
         }
-        self.control.report(Stage::Frozen);
+        self.control.report(Stage::Frozen { cut_at: SystemTime::now() });
         self.unless_aborted()
     }
 

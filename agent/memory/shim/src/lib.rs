@@ -221,7 +221,8 @@ mod interposed {
         // SAFETY: it has one part.
         let part = unsafe { message.msg_iov.as_ref() }?;
         // SAFETY: a part that can be read, of that length.
-        (part.iov_len == conntrack::QUESTION).then(|| unsafe { part.iov_base.cast::<[u8; conntrack::QUESTION]>().read() })
+        (part.iov_len == conntrack::QUESTION)
+            .then(|| unsafe { part.iov_base.cast::<[u8; conntrack::QUESTION]>().read() })
     }
 
     fn is_to_netfilter(fd: libc::c_int) -> bool {

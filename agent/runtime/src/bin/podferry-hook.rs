@@ -1,6 +1,6 @@
 //! CRIU's action script on the target: holds a restored container before its first instruction until the agent decides.
 //!
-//! CRIU runs it at every stage; only `post-restore` matters, where all processes exist, nothing runs yet, and failing
+//! CRIU runs it at every stage; only two matter. At `post-restore` all processes exist, nothing runs yet, and failing
 //! still undoes the restore. There it connects to the agent, `$PODFERRY_HOOK_SOCKET`, and speaks lines:
 //!
 //! | hook says | agent says | then |
@@ -10,6 +10,9 @@
 //! | | `go` | exit 0: the container runs |
 //! | | `abort` | exit 1: CRIU kills what it restored |
 //! | `post-restore-sealed PID MIGRATION` | | sent instead, after a sealed hook has lost its agent and found it again |
+//!
+//! At `pre-resume`, just before the processes run, it connects again and says `pre-resume MIGRATION`: from here on the sockets take
+//! what comes. Whether that reaches anybody changes nothing.
 //!
 //! Before `seal`, end of file or any error means abort: it fails closed. After it the coordinator may have committed the
 //! migration to this copy, so the hook asks again every 100 ms, for ever: killing the copy is not its decision any more.
@@ -47,7 +50,11 @@ struct Hook {
 }
 
 fn main() -> ExitCode {
-    if env::var_os("CRTOOLS_SCRIPT_ACTION").is_none_or(|action| action != "post-restore") {
+    let action = env::var_os("CRTOOLS_SCRIPT_ACTION").unwrap_or_default();
+    if action == "pre-resume" {
+        let _not_heard = tell_resume();
+    }
+    if action != "post-restore" {
         return ExitCode::SUCCESS;
     }
     match hold() {
@@ -61,6 +68,11 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn tell_resume() -> io::Result<()> {
+    let migration = variable("PODFERRY_MIGRATION")?;
+    UnixStream::connect(variable("PODFERRY_HOOK_SOCKET")?)?.write_all(format!("pre-resume {migration}\n").as_bytes())
 }
 
 fn hold() -> io::Result<Verdict> {

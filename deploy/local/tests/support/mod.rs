@@ -174,7 +174,12 @@ impl Drop for Stage {
 /// Running one crate's tests does not build the programs of others.
 fn check_programs(folder: &Path) {
     let needed = ["podferry", "podferry-agent", "podferry-coordinator", "podferry-dump-worker", "podferry-hook"];
-    for name in needed.into_iter().chain(["podferry-stdio-keeper", "podferry-pager", "podferry-tar", "libpodferry_criu_shim.so"]) {
+    for name in needed.into_iter().chain([
+        "podferry-stdio-keeper",
+        "podferry-pager",
+        "podferry-tar",
+        "libpodferry_criu_shim.so",
+    ]) {
         let path = folder.join(name);
         assert!(path.exists(), "{} is missing: run `cargo build --workspace --lib --bins` first", path.display());
     }
