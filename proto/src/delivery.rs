@@ -4,6 +4,10 @@
 //! would be lost, and TCP repeats it only after 200 ms: a client would wait as long however short the downtime is. So the source
 //! keeps these packets, and the target hands them to the restored container.
 //!
+//! Only segments of existing TCP connections go this way, those that do not open one (no SYN). They are seen where they enter the
+//! source's node, before its firewall, and are put into the container's link behind the target's: but a socket takes only what fits
+//! a connection that both have let through. What opens a connection, and datagrams, come again or are missed, as on any lossy link.
+//!
 //! # The order
 //!
 //! ```text

@@ -28,7 +28,7 @@ use tokio::sync::OnceCell;
 
 use crate::error::{Error, Result, link_error};
 use crate::netlink::{Link, open_for};
-use crate::segment::without_padding;
+use crate::segment::{self, without_padding};
 
 /// What the kernel may keep until it is read. It takes memory for what is kept only, but more than the bytes of it.
 const KEPT: usize = 32 << 20;
@@ -42,6 +42,14 @@ pub struct Captured {
     pub at: SystemTime,
     /// The packet from its IP header on, as the kernel held it: see [`segments`](crate::segments).
     pub packet: Vec<u8>,
+}
+
+impl Captured {
+    /// Whether it is a segment of a TCP connection that exists already. A socket takes such a one only when it fits the connection,
+    /// which the node's firewall has let through when it was made.
+    pub fn continues_connection(&self) -> bool {
+        segment::continues_connection(&self.packet)
+    }
 }
 
 /// Captures what arrives for one container on the node whose namespace it was opened in.

@@ -48,6 +48,14 @@ pub(crate) fn without_padding(packet: &[u8]) -> Option<&[u8]> {
     Ip::read(packet).map(|ip| ip.packet)
 }
 
+/// Whether a packet is a segment of a TCP connection that exists already, as far as can be seen from the packet.
+pub(crate) fn continues_connection(packet: &[u8]) -> bool {
+    Ip::read(packet).is_some_and(|ip| {
+        let flags = ip.packet.get(ip.header + TCP_FLAGS);
+        ip.protocol == Some(TCP) && flags.is_some_and(|flags| flags & SYN == 0)
+    })
+}
+
 impl<'a> Ip<'a> {
     fn read(packet: &'a [u8]) -> Option<Self> {
         match packet.first()? >> 4 {

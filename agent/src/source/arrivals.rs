@@ -141,7 +141,8 @@ impl Watcher {
     }
 
     fn take(&mut self, captured: Captured) {
-        if self.cut_at.is_some_and(|cut_at| captured.at < cut_at) {
+        // It was seen before the node's firewall: nothing may get through here that would not otherwise.
+        if !captured.continues_connection() || self.cut_at.is_some_and(|cut_at| captured.at < cut_at) {
             return;
         }
         if let Some(stream) = &self.stream {

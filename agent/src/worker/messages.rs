@@ -71,7 +71,7 @@ pub enum Stage {
     Freezing,
     /// The tasks are frozen and the link is cut.
     Frozen {
-        /// What the kernel saw from then on did not reach them.
+        /// What the kernel saw before did reach them.
         cut_at: SystemTime,
     },
     /// CRIU has dumped everything and waits.

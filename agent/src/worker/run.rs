@@ -114,10 +114,12 @@ impl Dump {
 
     /// The tasks are stopped: nothing may go in or out any more.
     fn on_frozen(&mut self) -> Verdict {
+        // Before: what comes twice is no harm, and what is missing is.
+        let cut_at = SystemTime::now();
         if let Err(error) = self.cut_link() {
             return self.give_up(format!("the container's link cannot be cut: {}", chain(&error)));
         }
-        self.control.report(Stage::Frozen { cut_at: SystemTime::now() });
+        self.control.report(Stage::Frozen { cut_at });
         self.unless_aborted()
     }
 
