@@ -24,6 +24,11 @@ const AROUND_FAULT: u64 = 64 * 1024;
 /// From the completion of the restore until pages are laid in that nobody waits for: the first steps of the restored processes
 /// are worth more than this time.
 const GRACE: Duration = Duration::from_millis(30);
+/// From a fault until pages are laid in again that nobody waits for: a process that has just been given one soon wants the next, and
+/// waits half a millisecond for it behind a piece, and less than a tenth without.
+const LULL: Duration = Duration::from_micros(200);
+/// So long at most nothing is laid in in the background because of faults: those of new pages do not come to an end.
+const LONGEST_LULL: Duration = Duration::from_millis(20);
 /// How long to wait for events when there is nothing to lay in.
 const IDLE: Duration = Duration::from_millis(50);
 /// How long to leave a process alone that is changing its mappings.
@@ -50,6 +55,10 @@ pub(super) struct Work<'a> {
     alone: bool,
     /// Since when the restore is known to be complete.
     complete_since: Option<Instant>,
+    /// The last time that a process waited for a page.
+    fault: Option<Instant>,
+    /// The last time that something was laid in in the background.
+    piece: Option<Instant>,
     /// Whose turn it is in the background.
     turn: usize,
     told: Option<(Progress, Instant)>,
@@ -88,6 +97,8 @@ impl<'a> Work<'a> {
             second_tried: None,
             alone: false,
             complete_since: None,
+            fault: None,
+            piece: None,
             turn: 0,
             told: None,
         }
@@ -162,8 +173,9 @@ impl<'a> Work<'a> {
             if self.holding.complete && self.complete_since.is_none() {
                 self.complete_since = Some(Instant::now());
             }
-            if self.is_filling() {
+            if self.is_filling() && self.lull().is_zero() {
                 self.fill_one_piece()?;
+                self.piece = Some(Instant::now());
             }
         }
     }
@@ -182,9 +194,15 @@ impl<'a> Work<'a> {
         let asked = self.holding.tasks.iter().any(|task| !task.faults.is_empty());
         match self.complete_since {
             _ if asked => Duration::ZERO,
-            Some(since) => GRACE.saturating_sub(since.elapsed()),
+            Some(since) => GRACE.saturating_sub(since.elapsed()).max(self.lull()),
             None => IDLE,
         }
+    }
+
+    /// How long still nothing is to be laid in in the background.
+    fn lull(&self) -> Duration {
+        let rests = self.piece.or(self.complete_since).is_some_and(|since| since.elapsed() >= LONGEST_LULL);
+        self.fault.filter(|_| !rests).map_or(Duration::ZERO, |fault| LULL.saturating_sub(fault.elapsed()))
     }
 
     /// Makes a change: the second holder learns it first.
@@ -349,6 +367,7 @@ impl<'a> Work<'a> {
                 Some(Event::Fault { address }) => {
                     task.faults.push_back(address & !(PAGE_SIZE - 1));
                     self.holding.faults += 1;
+                    self.fault = Some(Instant::now());
                 }
                 Some(Event::Fork { child }) => self.add(pid, Origin::Forked(number), child, sequence)?,
                 Some(Event::Moved { from, to }) => self.note(Note::Moved { task: number, sequence, from, to })?,
