@@ -13,15 +13,13 @@ use podferry_proto::v1::deliver_request::Kind;
 use podferry_proto::v1::delivery_service_client::DeliveryServiceClient;
 use podferry_proto::v1::{DeliverBegin, DeliverPackets, DeliverRequest};
 use tokio::sync::{mpsc, watch};
-use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::wrappers::UnboundedReceiverStream;
 
 use super::FreezeOrder;
 use crate::context::Context;
 
 /// The most that is kept, in bytes: what 64 connections have under way with windows of 64 KiB.
 const MOST_KEPT: usize = 4 << 20;
-/// Messages that may wait for the connection to the target.
-const QUEUE: usize = 64;
 /// How long packets still go astray when the target has told where the address is: neighbours and switches are told three times,
 /// a quarter of a second apart.
 const ASTRAY: Duration = Duration::from_secs(1);
@@ -61,6 +59,7 @@ impl Arrivals {
             kept_bytes: 0,
             cut_at: None,
             stream: None,
+            room: MOST_KEPT,
         };
         tokio::spawn(watcher.run(capture, heard));
         Ok(Self(words))
@@ -94,7 +93,9 @@ struct Watcher {
     kept_bytes: usize,
     cut_at: Option<SystemTime>,
     /// To the target.
-    stream: Option<mpsc::Sender<DeliverRequest>>,
+    stream: Option<mpsc::UnboundedSender<DeliverRequest>>,
+    /// Bytes that may still be sent: a target that is not there yet keeps no more, and what waits for the connection is bounded so.
+    room: usize,
 }
 
 impl Watcher {
@@ -125,7 +126,7 @@ impl Watcher {
         self.cut_at = Some(at);
         self.kept.retain(|captured| captured.at >= at);
         self.kept_bytes = self.kept.iter().map(|captured| captured.packet.len()).sum();
-        let (sender, receiver) = mpsc::channel(QUEUE);
+        let (sender, receiver) = mpsc::unbounded_channel();
         let (context, target, address) = (self.context.clone(), self.target.clone(), self.target_address.clone());
         tokio::spawn(async move {
             match deliver(&context, &address, &target, receiver).await {
@@ -133,11 +134,22 @@ impl Watcher {
                 Err(error) => tracing::warn!(%error, "packets of the freeze cannot be handed on"),
             }
         });
-        let _room = sender.try_send(request(Kind::Begin(DeliverBegin { migration_id: self.migration.to_string() })));
-        for captured in &self.kept {
-            send(&sender, captured);
-        }
+        let begin = Kind::Begin(DeliverBegin { migration_id: self.migration.to_string() });
+        let _gone = sender.send(DeliverRequest { kind: Some(begin) });
         self.stream = Some(sender);
+        for captured in std::mem::take(&mut self.kept) {
+            self.send(&captured);
+            self.kept.push_back(captured);
+        }
+    }
+
+    /// Packets for which there is no room are lost, as on any link.
+    fn send(&mut self, captured: &Captured) {
+        let Some(stream) = &self.stream else { return };
+        let Some(room) = self.room.checked_sub(captured.packet.len()) else { return };
+        self.room = room;
+        let packets = DeliverPackets { packets: vec![captured.packet.clone().into()] };
+        let _gone = stream.send(DeliverRequest { kind: Some(Kind::Packets(packets)) });
     }
 
     fn take(&mut self, captured: Captured) {
@@ -145,9 +157,7 @@ impl Watcher {
         if !captured.continues_connection() || self.cut_at.is_some_and(|cut_at| captured.at < cut_at) {
             return;
         }
-        if let Some(stream) = &self.stream {
-            send(stream, &captured);
-        }
+        self.send(&captured);
         self.kept_bytes += captured.packet.len();
         self.kept.push_back(captured);
         // Before the cut the older ones have reached the container; after it TCP repeats them the sooner.
@@ -169,6 +179,8 @@ impl Watcher {
     }
 
     async fn end(mut self, capture: &Capture) {
+        // The target hands over at once now.
+        self.room = MOST_KEPT;
         let _over = tokio::time::timeout(ASTRAY, async {
             while let Ok(captured) = capture.next().await {
                 self.take(captured);
@@ -178,23 +190,13 @@ impl Watcher {
     }
 }
 
-fn request(kind: Kind) -> DeliverRequest {
-    DeliverRequest { kind: Some(kind) }
-}
-
-/// Packets for which there is no room are lost, as on any link.
-fn send(stream: &mpsc::Sender<DeliverRequest>, captured: &Captured) {
-    let packets = vec![captured.packet.clone().into()];
-    let _room = stream.try_send(request(Kind::Packets(DeliverPackets { packets })));
-}
-
 async fn deliver(
     context: &Context,
     address: &str,
     target: &podferry_common::identity::Peer,
-    packets: mpsc::Receiver<DeliverRequest>,
+    packets: mpsc::UnboundedReceiver<DeliverRequest>,
 ) -> Result<u64, Box<dyn std::error::Error + Send + Sync>> {
     let channel = podferry_common::tls::connect(address, &context.identity, target).await?;
-    let answer = DeliveryServiceClient::new(channel).deliver(ReceiverStream::new(packets)).await?;
+    let answer = DeliveryServiceClient::new(channel).deliver(UnboundedReceiverStream::new(packets)).await?;
     Ok(answer.into_inner().delivered)
 }
