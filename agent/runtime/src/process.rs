@@ -33,7 +33,7 @@ impl Init {
 
 /// Whether a killed process will not run another instruction of its program: each of its threads is dead, or has begun to exit.
 ///
-/// That is long before it is gone: giving back its memory takes about 100 ms for each GiB. Only a process that was sent its end may
+/// That is long before it is gone: giving back its memory takes some 150 ms for each GiB. Only a process that was sent its end may
 /// be asked about; another could have new threads meanwhile.
 pub fn has_stopped_for_good(pid: i32) -> bool {
     /// `include/linux/sched.h`; set by `exit_signals`, behind the last instruction and before memory and files are given back.
