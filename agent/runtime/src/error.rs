@@ -194,6 +194,15 @@ impl Error {
             _ => false,
         }
     }
+
+    /// Whether this failed because the process with this pid has ended, which is no failure of anybody either.
+    ///
+    /// The links below `/proc/PID` are then refused with `EACCES` where they were found before that end (`proc_ns_readlink` and
+    /// `proc_pid_readlink` in the kernel).
+    pub(crate) fn says_ended(&self, pid: i32) -> bool {
+        let refused = matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::PermissionDenied);
+        self.is_gone() || (refused && crate::process::has_stopped_for_good(pid))
+    }
 }
 
 /// What reading from `/proc/PID` gives once that process has been reaped.
@@ -201,4 +210,31 @@ const ESRCH: i32 = rustix::io::Errno::SRCH.raw_os_error();
 
 fn list(paths: &[PathBuf]) -> String {
     paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use rustix::fs::{CWD, Mode, OFlags, openat, readlinkat};
+
+    use super::*;
+
+    #[test]
+    fn a_link_that_is_refused_because_its_process_ended_says_so() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let links: Vec<_> = ["ns/cgroup", "ns/mnt", "fd/0", "exe"]
+            .map(|name| format!("/proc/{pid}/{name}"))
+            .map(|path| (openat(CWD, &path, OFlags::PATH | OFlags::NOFOLLOW, Mode::empty()).unwrap(), path))
+            .into();
+        let refused = |path: &String| Error::io("read the link", path)(io::ErrorKind::PermissionDenied.into());
+        assert!(!refused(&links[0].1).says_ended(pid), "it runs: something else refuses");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        for (link, path) in links {
+            let errno = readlinkat(&link, "", Vec::new()).unwrap_err();
+            assert!(Error::io("read the link", &path)(errno.into()).says_ended(pid), "{path}: {errno}");
+        }
+    }
 }

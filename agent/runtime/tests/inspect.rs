@@ -184,6 +184,15 @@ fn an_ordinary_container_has_no_findings() {
 }
 
 #[test]
+fn processes_that_come_and_go_are_looked_at_without_complaint() {
+    let lab = Lab::new("while :; do (sleep 0.001 | cat); done");
+    let container = lab.run();
+    for _ in 0..200 {
+        assert_eq!(preflight(&container).unwrap().findings, []);
+    }
+}
+
+#[test]
 fn descriptors_that_cannot_be_dumped_are_named() {
     let lab = Lab::new(SLEEPER);
     let ring = IoUring::new(2).unwrap();

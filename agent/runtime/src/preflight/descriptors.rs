@@ -42,8 +42,8 @@ pub(super) fn look(pid: i32, mounts: &Known, findings: &mut Vec<Finding>, open: 
         let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
         match look_at_one(pid, fd, &entry.path(), mounts, open) {
             Ok(finding) => findings.extend(finding.map(|finding| finding.of_descriptor(pid, fd))),
-            // Closed meanwhile.
-            Err(error) if error.is_gone() => {}
+            // Closed meanwhile, maybe with its process's end.
+            Err(error) if error.says_ended(pid) => {}
             Err(error) => return Err(error),
         }
     }

@@ -197,7 +197,28 @@ impl Report {
 }
 
 /// Looks at a running container. What changes meanwhile may be missed: CRIU has the last word.
+///
+/// What would forbid a migration counts only when a second look finds such a thing too: a process that ends, or a connection that
+/// is made, between the parts of one look can seem to be what it is not.
 pub fn preflight(container: &Container) -> Result<Report, Error> {
+    /// Longer than one look takes of a few processes, and nothing to somebody who waits for an answer.
+    const PAUSE: Duration = Duration::from_millis(20);
+    let first = look(container)?;
+    if first.can_be_dumped() {
+        return Ok(first);
+    }
+    sleep(PAUSE);
+    Ok(confirmed(&first, look(container)?))
+}
+
+/// The second of two looks, without what only it found in the way.
+fn confirmed(first: &Report, mut second: Report) -> Report {
+    let kinds: BTreeSet<FindingKind> = first.blocking().map(|finding| finding.kind).collect();
+    second.findings.retain(|finding| finding.severity == Severity::Warning || kinds.contains(&finding.kind));
+    second
+}
+
+fn look(container: &Container) -> Result<Report, Error> {
     let init =
         container.init.filter(|init| init.is_alive()).ok_or_else(|| Error::NotRunning { id: container.id.clone() })?;
     let pids = container.processes()?;
@@ -216,7 +237,7 @@ pub fn preflight(container: &Container) -> Result<Report, Error> {
         })();
         // It ended while it was looked at.
         if let Err(error) = looked
-            && !error.is_gone()
+            && !error.says_ended(pid)
         {
             return Err(error);
         }
@@ -282,5 +303,30 @@ fn look_for_zombies(tree: &BTreeSet<i32>, findings: &mut Vec<Finding>) {
             )
             .of_process(pid),
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_two_looks_found_is_in_the_way() {
+        let facts = Facts {
+            network: NetworkKind::Host,
+            tcp_connections: 0,
+            processes: 1,
+            threads: 1,
+            memory_bytes: 0,
+            deleted_files: Vec::new(),
+        };
+        let found = |kind: FindingKind, pid| Finding::blocking(kind, String::new(), "").of_process(pid);
+        let report = |findings: Vec<Finding>| Report { facts: facts.clone(), findings };
+        let (ring, unix) = (FindingKind::IoUring, FindingKind::ExternalUnixSocket);
+        let zombie = Finding::warning(FindingKind::Zombie, String::new(), "");
+        let first = report(vec![found(ring, 1), found(FindingKind::Mptcp, 1)]);
+        // Other processes of the same kind count: a program may start one after the other.
+        let second = report(vec![found(ring, 2), found(unix, 1), zombie.clone()]);
+        assert_eq!(confirmed(&first, second).findings, [found(ring, 2), zombie]);
     }
 }

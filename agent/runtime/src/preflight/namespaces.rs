@@ -46,7 +46,7 @@ fn link(pid: i32, kind: NamespaceKind) -> Result<Option<PathBuf>, Error> {
     let path = format!("/proc/{pid}/ns/{}", kind.proc_name());
     match fs::read_link(&path).map_err(Error::io("read the link", path)) {
         Ok(link) => Ok(Some(link)),
-        Err(error) if error.is_gone() => Ok(None),
+        Err(error) if error.says_ended(pid) => Ok(None),
         Err(error) => Err(error),
     }
 }

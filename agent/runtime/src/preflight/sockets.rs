@@ -17,6 +17,7 @@ use procfs::process::Process;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::error::Error;
+use crate::process::has_stopped_for_good;
 
 use super::descriptors::Socket;
 use super::{Finding, FindingKind};
@@ -56,7 +57,11 @@ pub(super) fn look(sockets: &[Socket], findings: &mut Vec<Finding>) -> Result<us
     }
     let mut connections: BTreeSet<u64> = BTreeSet::new();
     for &pid in namespaces.values() {
-        connections.extend(connections_of(pid)?.intersection(&inodes));
+        match connections_of(pid) {
+            Ok(of_namespace) => connections.extend(of_namespace.intersection(&inodes)),
+            Err(error) if error.says_ended(pid) => {}
+            Err(error) => return Err(error),
+        }
     }
     Ok(connections.len())
 }
@@ -87,10 +92,10 @@ fn judge_protocol(protocol: &str) -> Option<Finding> {
     })
 }
 
-/// One process for each network namespace that the sockets' owners are in.
+/// One process for each network namespace that the sockets' owners are in: the one of the lowest pid, which is likely to stay.
 fn network_namespaces(sockets: &[Socket]) -> BTreeMap<PathBuf, i32> {
     let pids: BTreeSet<i32> = sockets.iter().map(|socket| socket.pid).collect();
-    pids.into_iter().filter_map(|pid| Some((fs::read_link(format!("/proc/{pid}/ns/net")).ok()?, pid))).collect()
+    pids.into_iter().rev().filter_map(|pid| Some((fs::read_link(format!("/proc/{pid}/ns/net")).ok()?, pid))).collect()
 }
 
 /// The inodes of the connections in a process's network namespace.
@@ -113,7 +118,11 @@ fn look_at_unix(
 ) -> Result<(), Error> {
     let mut table = BTreeMap::new();
     for &pid in namespaces.values() {
-        let listed = unix_sockets(pid).map_err(|source| Error::SockDiag { pid, source })?;
+        let listed = match unix_sockets(pid) {
+            Ok(listed) => listed,
+            Err(_) if has_stopped_for_good(pid) => continue,
+            Err(source) => return Err(Error::SockDiag { pid, source }),
+        };
         table.extend(listed.into_iter().map(|entry| (u64::from(entry.header.inode), entry)));
     }
     let waiting: BTreeSet<u64> = inodes
