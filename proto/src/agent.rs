@@ -52,6 +52,22 @@
 //! speaks version 1 does not know it, and a coordinator does not use such a source for a migration with a limit, nor either
 //! node for a live one.
 //!
+//! # The order of a post-copy
+//!
+//! Of agents that have `agent:post_copy` among their `features`. `Prepare` names the source's address, and `Freeze` says `post_copy`; with
+//! `pre_copy` it is a hybrid. The source sends everything but the memory that pre-copy has not brought below the budget, and lists that.
+//! The target fetches it (see [`crate::fetch`]), also while it restores.
+//!
+//! ```text
+//!   … as above up to COMMIT
+//!   Resume ────────────────────────────────────────────────────▶ runs: answers
+//!   Fill ──────────────────────────────────────────────────────▶ (fetches) every page in place: answers
+//!   Release ─────────────▶ no process runs any more, nor will: answers
+//! ```
+//!
+//! The source stays SEALED until then, also when it asks how the migration was decided and hears *commit*. When `Fill` fails with
+//! `DATA_LOSS` it is released as well.
+//!
 //! # The source's part
 //!
 //! ```text

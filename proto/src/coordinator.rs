@@ -24,6 +24,7 @@
 //! memory is laid in behind it: it is committed and cannot be cancelled, and the workload cannot be migrated again until that
 //! has ended. `FAILED` has two meanings, which `decision` tells apart: with `ABORT` the migration was undone and the source runs
 //! on; with `COMMIT` the target's agent said that memory was lost for good and stopped its copy, and the workload runs nowhere.
+//! In `POSTCOPY` and `HYBRID` the source has the rest of the memory during `FILL`, and `RELEASE` comes behind it. They need `accept_loss`.
 //! `rounds` grows by each round of pre-copy as it ends; a coordinator that is started again in `PRECOPY` undoes the migration,
 //! and the rounds before that are forgotten.
 //!

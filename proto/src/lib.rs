@@ -3,13 +3,15 @@
 //! - [`agent`]: what the coordinator says to a node's agent,
 //! - [`coordinator`]: what scripts, the command line and agents say to the coordinator,
 //! - [`transfer`]: what one agent says to another,
-//! - [`delivery`]: and what it hands on of the container's network.
+//! - [`delivery`]: and what it hands on of the container's network,
+//! - [`fetch`]: and which pages it fetches from the other when the container runs already.
 //!
 //! The modules of that name hold no code: their documentation is the specification of the service.
 
 pub mod agent;
 pub mod coordinator;
 pub mod delivery;
+pub mod fetch;
 pub mod transfer;
 mod version;
 

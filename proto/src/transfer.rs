@@ -32,6 +32,10 @@
 //! The pages of `existing` that CRIU's own page objects do not have are laid in behind the restored process. The memory objects of a
 //! process for which no `existing` comes are forgotten: it has ended.
 //!
+//! In post-copy (see [`crate::fetch`]) some of the existing pages stay with the source. An object for each process that has such says
+//! which: `Open 10 {later of process 7} · Data 10 … · Close 10`, in the form of `existing`. What came of them before is forgotten. Only a
+//! target that was told where to fetch them takes such an object.
+//!
 //! Objects may be interleaved as the sender likes. `Abort` may stand in place of any frame after `Begin` and is the last
 //! one; a call that ends without `End` or `Abort` counts as aborted too. Whatever the receiver does not accept, it ends the
 //! call with a status that carries `google.rpc.ErrorInfo` (see `podferry_common::failure`); the sender then closes the

@@ -150,13 +150,18 @@ impl Unpacker {
         if !frame.packed {
             return Ok(frame.payload.clone());
         }
-        let fail = |reason| FrameError::Unpack { sequence: frame.sequence, reason };
-        let mut buffer = self.pool.take(frame.raw_length);
-        let unpacked = self.context.decompress_to_buffer(&frame.payload, &mut buffer[..]);
+        let unpacked = self.unpack_bytes(&frame.payload, frame.raw_length);
+        unpacked.map_err(|reason| FrameError::Unpack { sequence: frame.sequence, reason })
+    }
+
+    /// So many raw bytes, or why they are not. Takes memory for as many, and never for more.
+    pub fn unpack_bytes(&mut self, packed: &[u8], raw_length: usize) -> Result<Bytes, String> {
+        let mut buffer = self.pool.take(raw_length);
+        let unpacked = self.context.decompress_to_buffer(packed, &mut buffer[..]);
         let buffer = self.pool.share(buffer);
-        let length = unpacked.map_err(|error| fail(error.to_string()))?;
-        if length != frame.raw_length {
-            return Err(fail(format!("it holds {length} bytes, not {}", frame.raw_length)));
+        let length = unpacked.map_err(|error| error.to_string())?;
+        if length != raw_length {
+            return Err(format!("it holds {length} bytes, not {raw_length}"));
         }
         Ok(buffer)
     }

@@ -15,6 +15,7 @@ pub mod frame;
 pub mod limits;
 pub mod message;
 pub mod object;
+pub mod parcel;
 mod pool;
 mod receiver;
 mod scatter;
