@@ -10,6 +10,7 @@
 mod bitmap;
 pub mod convergence;
 pub mod copier;
+pub mod fetch;
 pub mod handover;
 pub mod hazard;
 pub mod hide;

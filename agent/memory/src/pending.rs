@@ -55,10 +55,20 @@ impl Pending {
         (!found.is_empty()).then(|| (found, kept + (address - start)))
     }
 
-    /// Some pages, up to so many bytes, and where they are kept. None also when it is not known yet where any are.
-    pub(crate) fn first(&self, most: u64) -> Option<(PageRange, u64)> {
-        let (start, (end, kept)) = self.pieces.0.first_key_value()?;
-        Some((PageRange::new(*start, (*end).min(start + most)), *kept))
+    /// The next pages from this address on, and behind the last the first ones, as far as they lie in a row, and where they are kept.
+    /// None also when it is not known yet where any are.
+    pub(crate) fn next(&self, address: u64) -> Option<(PageRange, u64)> {
+        if let Some(found) = self.at(address, u64::MAX - address) {
+            return Some(found);
+        }
+        let behind = self.pieces.0.range(address..).next();
+        let (start, (end, kept)) = behind.or_else(|| self.pieces.0.first_key_value())?;
+        Some((PageRange::new(*start, *end), *kept))
+    }
+
+    /// How many rows of pages there are of which it is known where they are expected.
+    pub(crate) fn rows(&self) -> usize {
+        self.pieces.0.len()
     }
 
     /// Whether all are there.
@@ -184,6 +194,11 @@ mod tests {
 
     fn range(start: u64, length: u64) -> PageRange {
         PageRange::new(start * PAGE_SIZE, (start + length) * PAGE_SIZE)
+    }
+
+    fn first(pending: &Pending, most: u64) -> Option<(PageRange, u64)> {
+        let (range, kept) = pending.next(0)?;
+        Some((PageRange::new(range.start, range.end.min(range.start + most)), kept))
     }
 
     /// A step of a process of several threads, or of whoever reads its events. Numbers choose among what there is.
@@ -320,7 +335,7 @@ mod tests {
             prop_assert_eq!(found, model.get(&page).copied(), "page {}", page);
         }
         prop_assert_eq!(pending.pages(), model.len() as u64);
-        while let Some((found, kept)) = pending.first(3 * PAGE_SIZE) {
+        while let Some((found, kept)) = first(pending, 3 * PAGE_SIZE) {
             for offset in 0..found.pages() {
                 prop_assert_eq!(model.remove(&(found.start / PAGE_SIZE + offset)), Some(kept / PAGE_SIZE + offset));
             }
@@ -362,10 +377,10 @@ mod tests {
     fn what_is_overdue_is_waited_for_until_the_kernel_says_that_nothing_is() {
         let mut pending = Pending::from(&[range(2, 4), range(10, 4)].into_iter().collect());
         pending.shift(range(2, 4), 10 * PAGE_SIZE);
-        let (found, kept) = pending.first(64 * PAGE_SIZE).unwrap();
+        let (found, kept) = first(&pending, 64 * PAGE_SIZE).unwrap();
         assert_eq!((found, kept), (range(10, 4), 2 * PAGE_SIZE));
         pending.pieces.take(found);
-        assert!(pending.first(PAGE_SIZE).is_none() && !pending.is_empty() && pending.pages() == 4);
+        assert!(first(&pending, PAGE_SIZE).is_none() && !pending.is_empty() && pending.pages() == 4);
         pending.settle(range(1, 1));
         assert!(pending.is_empty());
     }

@@ -146,6 +146,22 @@ impl Store {
         Some(Contents::Bytes(self.memory.slice(offset, pages * PAGE)))
     }
 
+    /// The pages that are not kept from the first of the range on, up to its end or the first that is.
+    pub(crate) fn gap(&self, range: PageRange) -> PageRange {
+        let mut end = range.start;
+        for piece in pieces(range) {
+            let gap = match self.chunks.get(&(piece.start / CHUNK)) {
+                Some(chunk) => chunk.pages.gap_from(bits(piece).start).min(bits(piece).len()),
+                None => bits(piece).len(),
+            };
+            end = piece.start + (gap * PAGE) as u64;
+            if end < piece.end {
+                break;
+            }
+        }
+        PageRange::new(range.start, end)
+    }
+
     /// Of these, the pages that are not kept.
     #[must_use]
     pub fn missing(&self, ranges: &PageRanges) -> PageRanges {
@@ -289,6 +305,10 @@ mod tests {
         assert!(found == expected);
         assert_eq!(store.run(range(1100, 1200)), None);
         assert_eq!(store.missing(&[range(400, 501)].into_iter().collect()).as_slice(), [range(400, 500)]);
+        assert_eq!(store.gap(range(400, 600)), range(400, 500));
+        assert_eq!(store.gap(range(500, 600)), range(500, 500));
+        assert_eq!(store.gap(range(1000, 5000)), range(1000, 1000));
+        assert_eq!(store.gap(range(1100, 5000)), range(1100, 5000));
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! Which pages of a process were written since the last round.
 //!
 //! There are two ways to know, behind one trait: a userfaultfd that write-protects asynchronously ([`UserfaultfdTracker`]), and the
-//! kernel's soft-dirty marks ([`SoftDirtyTracker`]). [`attach`] chooses.
+//! kernel's soft-dirty marks ([`SoftDirtyTracker`]). [`attach`] chooses. Where all memory is moved behind the freeze nobody has to know
+//! ([`Untracked`]).
 
 mod pagemap;
 mod soft_dirty;
+mod untracked;
 mod userfaultfd;
 
 use std::fmt;
@@ -18,6 +20,7 @@ use crate::inject::InjectError;
 use crate::range::{PageRange, PageRanges};
 
 pub use soft_dirty::SoftDirtyTracker;
+pub use untracked::Untracked;
 pub use userfaultfd::UserfaultfdTracker;
 
 /// Why a process's writes cannot be followed, or not any more.

@@ -7,6 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use super::link::{MOST_PIECES, Note, Origin};
 use super::{Kept, PagerError};
 use crate::pending::Pending;
+use crate::range::{PageRange, PageRanges};
 
 /// One userfaultfd.
 #[derive(Debug)]
@@ -18,6 +19,30 @@ pub(super) struct Task {
     pub(super) pending: Pending,
     /// Addresses that someone waits for: known to the first holder only.
     pub(super) faults: VecDeque<u64>,
+    /// Of those, the addresses whose pages have to come first: likewise.
+    pub(super) waiting: Vec<u64>,
+    /// Where the background goes on: likewise.
+    pub(super) cursor: u64,
+    /// How many rows of pages in a row, from there backwards, have to come first: likewise.
+    pub(super) absent: usize,
+}
+
+impl Task {
+    /// Looks again at everything that had to come first.
+    pub(super) fn look_again(&mut self) {
+        self.absent = 0;
+        self.faults.extend(self.waiting.drain(..));
+    }
+
+    /// Whether nothing is missing, and nobody waits.
+    pub(super) fn has_all(&self) -> bool {
+        self.pending.is_empty() && self.faults.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Whether all pages that are missing have to come first. The row at the cursor may have been met twice.
+    pub(super) fn only_waits(&self) -> bool {
+        self.absent > self.pending.rows() + 1
+    }
 }
 
 /// All of a restore.
@@ -66,6 +91,22 @@ impl Holding {
     /// Whether a task needs a kept page of this process, besides this one.
     pub(super) fn is_needed_beside(&self, pid: i32, number: u32) -> bool {
         self.tasks.iter().any(|task| task.pid == pid && task.number != number && !task.pending.is_empty())
+    }
+
+    /// All pages that are not there yet and are not kept either, of each process in the order of the addresses they are kept under.
+    pub(super) fn missing(&self) -> Vec<(i32, PageRange)> {
+        let mut missing = Vec::new();
+        for (pid, process) in &self.kept {
+            let tasks = self.tasks.iter().filter(|task| task.pid == *pid);
+            let mut wanted: Vec<PageRange> = tasks
+                .flat_map(|task| task.pending.pieces())
+                .map(|(range, kept)| PageRange::new(kept, kept + range.length()))
+                .collect();
+            wanted.sort_unstable();
+            let wanted: PageRanges = wanted.into_iter().collect();
+            missing.extend(process.store.missing(&wanted).iter().map(|range| (*pid, range)));
+        }
+        missing
     }
 
     /// Makes a change; an event counts as dealt with from then on.
@@ -131,6 +172,8 @@ impl Holding {
     fn change(&mut self, task: u32, how: impl FnOnce(&mut Pending)) {
         if let Some(task) = self.task(task) {
             how(&mut task.pending);
+            // What somebody waits for may have been given up, or be expected elsewhere.
+            task.faults.extend(task.waiting.drain(..));
         }
     }
 
@@ -145,7 +188,8 @@ impl Holding {
         if origin == Origin::Restored {
             self.awaiting = None;
         }
-        self.tasks.push(Task { number, pid, userfaultfd, pending, faults: VecDeque::new() });
+        let (faults, waiting) = (VecDeque::new(), Vec::new());
+        self.tasks.push(Task { number, pid, userfaultfd, pending, faults, waiting, cursor: 0, absent: 0 });
         Ok(())
     }
 }

@@ -18,6 +18,8 @@ const HIGHEST: u64 = (1 << 47) - PAGE_SIZE;
 pub(super) enum Outcome {
     /// All, or as much as it says.
     Laid,
+    /// The page has to be fetched first.
+    Absent,
     /// The page is there.
     Exists,
     /// There is no mapping any more.

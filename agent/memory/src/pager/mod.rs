@@ -13,6 +13,12 @@
 //! complete, a piece of each process in turn, faults first. Until then no kept page is given up: a restore that ends before its
 //! tasks ran can be done again from the same pages.
 //!
+//! # Pages that are kept elsewhere
+//!
+//! In post-copy some pages are still on the node that the container has left. Someone [fetches](crate::fetch) them: at once what somebody
+//! waits for, and from the completion on everything else. What came is kept until it is laid in, like any other page. A fetcher that
+//! hangs up is called again, for as long as it takes; one that says that nothing more will come ends the processes.
+//!
 //! # The second holder
 //!
 //! **When the last holder of a userfaultfd closes it, the kernel gives zeros for every page that is missing, silently.** So a
@@ -39,6 +45,7 @@
 //! to do so: whoever started them has to (the agent looks whether they live).
 
 mod criu;
+mod fetching;
 mod holding;
 mod lay;
 mod link;
@@ -47,7 +54,7 @@ mod work;
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Child;
 use std::time::Duration;
 
@@ -102,6 +109,9 @@ pub enum PagerError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// Pages that are kept elsewhere do not come any more.
+    #[error("the rest of the memory cannot be had from the node that the container has left")]
+    NotFetched,
     /// A pager was killed with something that only it had.
     #[error("a pager was killed, and with it {what} was lost")]
     Lost {
@@ -166,6 +176,11 @@ pub struct Ended {
 pub trait Surroundings {
     /// Starts a process that calls [`serve_second`] with this end of the link; none for a pager that shall be alone.
     fn start_second(&mut self, link: OwnedFd) -> io::Result<Option<Child>>;
+
+    /// A new connection to whoever [fetches](crate::fetch) pages that are not kept; none when all are.
+    fn fetcher(&mut self) -> Option<io::Result<UnixStream>> {
+        None
+    }
 
     /// It has come this far. Told at every change, and from time to time while pages are laid in.
     fn progress(&mut self, progress: Progress);

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::criu::{self, Heard, RESTORE_FINISHED};
-use super::holding::Holding;
+use super::fetching::{Arrived, Fetching};
+use super::holding::{Holding, Task};
 use super::lay::{Outcome, outcome_of, up_to_border, wake_all};
 use super::link::{Link, Note, Origin};
 use super::{Ended, Paged, PagerError, Progress, Stop, Surroundings, conversation};
@@ -61,7 +62,11 @@ pub(super) struct Work<'a> {
     piece: Option<Instant>,
     /// Whose turn it is in the background.
     turn: usize,
+    /// Of pages that are not kept here; none when all are.
+    fetching: Option<Fetching>,
     told: Option<(Progress, Instant)>,
+    /// When it was looked last who needs nothing any more.
+    looked: Option<Instant>,
 }
 
 /// The second holder, as the first sees it.
@@ -85,6 +90,7 @@ struct Ready {
     restore: bool,
     second_gone: bool,
     stop: bool,
+    fetched: bool,
 }
 
 impl<'a> Work<'a> {
@@ -100,7 +106,9 @@ impl<'a> Work<'a> {
             fault: None,
             piece: None,
             turn: 0,
+            fetching: None,
             told: None,
+            looked: None,
         }
     }
 
@@ -164,6 +172,7 @@ impl<'a> Work<'a> {
     fn work(&mut self, surroundings: &mut dyn Surroundings) -> Result<()> {
         loop {
             self.keep_second(surroundings);
+            self.keep_fetcher(surroundings);
             self.tell(surroundings);
             let has_all = self.has_all();
             let heard = self.serve_events(if has_all { Duration::ZERO } else { self.patience() })?;
@@ -174,6 +183,8 @@ impl<'a> Work<'a> {
                 self.complete_since = Some(Instant::now());
             }
             if self.is_filling() && self.lull().is_zero() {
+                self.let_go_of_the_rest()?;
+                self.ask_ahead();
                 self.fill_one_piece()?;
                 self.piece = Some(Instant::now());
             }
@@ -181,8 +192,7 @@ impl<'a> Work<'a> {
     }
 
     fn has_all(&self) -> bool {
-        let has_all = |task: &super::holding::Task| task.pending.is_empty() && task.faults.is_empty();
-        self.holding.complete && self.holding.tasks.iter().all(has_all)
+        self.holding.complete && self.holding.tasks.iter().all(Task::has_all)
     }
 
     fn is_filling(&self) -> bool {
@@ -194,9 +204,15 @@ impl<'a> Work<'a> {
         let asked = self.holding.tasks.iter().any(|task| !task.faults.is_empty());
         match self.complete_since {
             _ if asked => Duration::ZERO,
+            Some(_) if self.is_filling() && self.only_waits() => IDLE,
             Some(since) => GRACE.saturating_sub(since.elapsed()).max(self.lull()),
             None => IDLE,
         }
+    }
+
+    /// Whether there is nothing to lay in but what has to come first.
+    fn only_waits(&self) -> bool {
+        self.holding.tasks.iter().all(|task| task.pending.is_empty() || task.only_waits())
     }
 
     /// How long still nothing is to be laid in in the background.
@@ -213,6 +229,65 @@ impl<'a> Work<'a> {
             self.lose_second(&error);
         }
         self.holding.apply(note)
+    }
+
+    fn keep_fetcher(&mut self, surroundings: &mut dyn Surroundings) {
+        if self.fetching.as_ref().is_some_and(|fetching| !fetching.wants_fetcher()) {
+            return;
+        }
+        let Some(called) = surroundings.fetcher() else { return };
+        self.fetching.get_or_insert_default().called(called);
+        // What was asked for before did not come.
+        self.holding.tasks.iter_mut().for_each(Task::look_again);
+    }
+
+    /// Lets go of processes that have all their pages, and of those that have ended: where pages are long in coming, many children may
+    /// come and go. To one that has all, the kernel gives zeros for what it never had, as anybody would.
+    fn let_go_of_the_rest(&mut self) -> Result<()> {
+        if self.fetching.is_none() || self.looked.is_some_and(|looked| looked.elapsed() < TELL) {
+            return Ok(());
+        }
+        self.looked = Some(Instant::now());
+        let has_ended = |task: &Task| {
+            let probe = userfaultfd::zero(task.userfaultfd.as_fd(), NOWHERE);
+            task.only_waits() && matches!(outcome_of(&probe), Outcome::Ended)
+        };
+        let done = self.holding.tasks.iter().filter(|task| task.has_all() || has_ended(task));
+        let done: Vec<u32> = done.map(|task| task.number).collect();
+        done.into_iter().try_for_each(|task| self.note(Note::Ended { task }))
+    }
+
+    /// Asks for what nobody waits for.
+    fn ask_ahead(&mut self) {
+        let only_waits = self.only_waits();
+        let Some(fetching) = &mut self.fetching else { return };
+        // What was not expected anywhere when that was found out, because a mapping was on its way, may be now.
+        if fetching.is_idle() && only_waits {
+            fetching.forget_ahead();
+        }
+        if !fetching.knows_ahead() {
+            fetching.know_ahead(self.holding.missing().into_iter());
+        }
+        fetching.ask_ahead();
+    }
+
+    /// Takes what was fetched.
+    fn take_arrived(&mut self) -> Result<()> {
+        let arrived = self.fetching.as_mut().map(Fetching::receive).unwrap_or_default();
+        for arrived in arrived {
+            let (pid, range, contents) = match arrived {
+                Arrived::Pages(pid, range, contents) => (pid, range, Some(contents)),
+                Arrived::Zeros(pid, range) => (pid, range, None),
+                Arrived::Lost => return Err(PagerError::NotFetched),
+            };
+            let Some(process) = self.holding.kept.get_mut(&pid) else { continue };
+            match contents {
+                Some(contents) => process.store.put(range, &contents)?,
+                None => process.store.put_zero(range)?,
+            }
+            self.holding.tasks.iter_mut().filter(|task| task.pid == pid).for_each(Task::look_again);
+        }
+        Ok(())
     }
 
     fn lose_second(&mut self, error: &io::Error) {
@@ -277,11 +352,14 @@ impl<'a> Work<'a> {
         if ready.restore {
             self.hear()?;
         }
+        if ready.fetched {
+            self.take_arrived()?;
+        }
         for task in &ready.tasks {
             self.read_events(*task)?;
         }
         self.answer_faults()?;
-        Ok(ready.restore || !ready.tasks.is_empty())
+        Ok(ready.restore || ready.fetched || !ready.tasks.is_empty())
     }
 
     fn wait(&self, patience: Duration) -> io::Result<Ready> {
@@ -293,7 +371,8 @@ impl<'a> Work<'a> {
         };
         let stop = self.stop.filter(|_| !holding.complete);
         let second = self.second.as_ref().map(|second| second.link.as_fd());
-        let others: Vec<Option<BorrowedFd<'_>>> = vec![restore, stop, second];
+        let fetched = self.fetching.as_ref().and_then(Fetching::as_fd);
+        let others: Vec<Option<BorrowedFd<'_>>> = vec![restore, stop, second, fetched];
         let polled = |descriptor| PollFd::from_borrowed_fd(descriptor, PollFlags::IN);
         let mut all: Vec<PollFd<'_>> = others.iter().flatten().copied().map(polled).collect();
         all.extend(holding.tasks.iter().map(|task| polled(task.userfaultfd.as_fd())));
@@ -305,8 +384,9 @@ impl<'a> Work<'a> {
         let mut flags = all.iter().map(|polled| !polled.revents().is_empty());
         let mut next = |there: bool| there && flags.next() == Some(true);
         let (restore, stop, second_gone) = (next(restore.is_some()), next(stop.is_some()), next(second.is_some()));
+        let fetched = next(fetched.is_some());
         let tasks = holding.tasks.iter().zip(flags).filter(|(_, ready)| *ready).map(|(task, _)| task.number);
-        Ok(Ready { tasks: tasks.collect(), restore, second_gone, stop })
+        Ok(Ready { tasks: tasks.collect(), restore, second_gone, stop, fetched })
     }
 
     /// Takes CRIU's connection, or one thing that it says.
@@ -408,12 +488,19 @@ impl<'a> Work<'a> {
     fn answer(&mut self, number: u32, address: u64) -> Result<bool> {
         let page = PageRange::new(address, address + PAGE_SIZE);
         let Some(task) = self.holding.task(number) else { return Ok(true) };
-        let outcome = match task.pending.at(address, AROUND_FAULT) {
+        let pending = task.pending.at(address, AROUND_FAULT);
+        let outcome = match pending {
             Some((range, kept)) => self.lay(number, range, kept)?,
             // Never written before the freeze.
             None => outcome_of(&userfaultfd::zero(task.userfaultfd.as_fd(), page)),
         };
         match outcome {
+            Outcome::Absent => {
+                let length = pending.map_or(PAGE_SIZE, |(range, _)| range.length());
+                let kept = pending.map_or(address, |(_, kept)| kept);
+                self.await_page(number, address, PageRange::new(kept, kept + length));
+                return Ok(true);
+            }
             Outcome::Laid | Outcome::Exists | Outcome::Unmapped => {}
             Outcome::Changing => return Ok(false),
             Outcome::Ended => return self.note(Note::Ended { task: number }).map(|()| true),
@@ -426,6 +513,15 @@ impl<'a> Work<'a> {
         Ok(true)
     }
 
+    /// Asks for the pages that somebody waits for at this address.
+    fn await_page(&mut self, number: u32, address: u64, kept: PageRange) {
+        let Some(task) = self.holding.tasks.iter_mut().find(|task| task.number == number) else { return };
+        task.waiting.push(address);
+        if let (Some(fetching), Some(process)) = (&mut self.fetching, self.holding.kept.get(&task.pid)) {
+            fetching.ask(task.pid, process.store.gap(kept));
+        }
+    }
+
     fn refused(&mut self, number: u32, address: u64, source: io::Error) -> PagerError {
         let pid = self.holding.task(number).map_or(0, |task| task.pid);
         PagerError::Lay { pid, address, source }
@@ -435,13 +531,29 @@ impl<'a> Work<'a> {
     fn fill_one_piece(&mut self) -> Result<()> {
         let count = self.holding.tasks.len();
         let mut turns = (0..count).map(|offset| (self.turn + offset) % count);
-        let Some(index) = turns.find(|index| !self.holding.tasks[*index].pending.is_empty()) else { return Ok(()) };
+        let has_turn = |task: &Task| !task.pending.is_empty() && !task.only_waits();
+        let Some(index) = turns.find(|index| has_turn(&self.holding.tasks[*index])) else { return Ok(()) };
         self.turn = index + 1;
-        let task = &self.holding.tasks[index];
-        let (number, piece) = (task.number, task.pending.first(PIECE));
-        let Some((range, kept)) = piece else { return self.ask_for_changes(number) };
-        match self.lay(number, range, kept)? {
-            Outcome::Laid | Outcome::Exists | Outcome::Unmapped => Ok(()),
+        let task = &mut self.holding.tasks[index];
+        let (number, row) = (task.number, task.pending.next(task.cursor));
+        let Some((row, kept)) = row else { return self.ask_for_changes(number) };
+        let range = PageRange::new(row.start, row.end.min(row.start + PIECE));
+        let outcome = self.lay(number, range, kept)?;
+        let Some(task) = self.holding.tasks.get_mut(index).filter(|task| task.number == number) else { return Ok(()) };
+        if matches!(outcome, Outcome::Absent) {
+            let gap = self
+                .holding
+                .kept
+                .get(&task.pid)
+                .map(|process| process.store.gap(PageRange::new(kept, kept + row.length())));
+            task.cursor = row.start + gap.map_or(0, PageRange::length);
+            task.absent += 1;
+            return Ok(());
+        }
+        task.cursor = range.start;
+        task.absent = 0;
+        match outcome {
+            Outcome::Absent | Outcome::Laid | Outcome::Exists | Outcome::Unmapped => Ok(()),
             Outcome::Changing => {
                 std::thread::sleep(CHANGING);
                 Ok(())
@@ -472,7 +584,11 @@ impl<'a> Work<'a> {
         };
         let (pid, kept_range) = (task.pid, PageRange::new(kept, kept + range.length()));
         let contents = self.holding.kept.get(&pid).and_then(|process| process.store.contents(kept_range));
-        let contents = contents.ok_or(PagerError::Missing { pid, address: kept })?;
+        let contents = match contents {
+            Some(contents) => contents,
+            None if self.fetching.is_some() => return Ok(Outcome::Absent),
+            None => return Err(PagerError::Missing { pid, address: kept }),
+        };
         let laid = up_to_border(task.userfaultfd.as_fd(), range.start, &contents);
         let outcome = outcome_of(&laid);
         // A page that is there or has no mapping needs nothing; the next may.
