@@ -100,6 +100,9 @@ pub(crate) enum Verb {
         /// How to move them
         #[arg(long, value_enum, default_value_t = Strategy::Warm)]
         strategy: Strategy,
+        /// With postcopy and hybrid, which need it: risk each workload until its last page is across
+        #[arg(long)]
+        accept_loss: bool,
     },
     /// Say what each node's CRIU and kernel can do; fails if a node is unfit
     Check,
@@ -128,10 +131,13 @@ pub(crate) struct Migrate {
     /// Follow it to its end; the exit code is its outcome
     #[arg(long)]
     pub(crate) wait: bool,
+    /// With postcopy and hybrid, which need it: risk the workload until its last page is across
+    #[arg(long)]
+    pub(crate) accept_loss: bool,
     /// Never compress what is sent
     #[arg(long)]
     pub(crate) no_compression: bool,
-    /// With live: the downtime to aim at, in milliseconds, at most 60000; the coordinator's default is 100
+    /// With live and hybrid: the downtime to aim at, in milliseconds, at most 60000; the coordinator's default is 100
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(1..=60_000))]
     pub(crate) downtime_budget: Option<u32>,
     /// The most bytes per second to send, at least 64K; K, M and G are powers of 1024

@@ -93,8 +93,12 @@ fn title(migration: &Migration) -> String {
 /// The bytes moved, once it is known how many there are. With the second round of pre-copy that is over: what is written
 /// meanwhile has to be sent again.
 fn moving(migration: &Migration) -> Option<TransferProgress> {
-    let again = migration.strategy() == Strategy::Live && !migration.rounds.is_empty();
+    let again = pre_copies(migration) && !migration.rounds.is_empty();
     migration.progress.filter(|progress| progress.expected_bytes > 0 && !again)
+}
+
+fn pre_copies(migration: &Migration) -> bool {
+    matches!(migration.strategy(), Strategy::Live | Strategy::Hybrid)
 }
 
 /// `round 3  12.00 MiB  dirty 3.1k pages/s  freeze would add 14 ms`.
@@ -126,7 +130,7 @@ impl Lines {
     /// The lines to print now.
     fn lines(&mut self, migration: &Migration, now: Instant) -> Vec<String> {
         let mut lines: Vec<_> = self.line(migration, now).into_iter().collect();
-        if migration.strategy() == Strategy::Live {
+        if pre_copies(migration) {
             lines.extend(self.new_rounds(migration));
         }
         lines

@@ -14,9 +14,9 @@ use crate::render::{self, DrainReport, LeftBehind};
 use crate::words;
 
 /// Moves what runs on `node` elsewhere. A workload that cannot be moved does not keep the others.
-pub(super) async fn drain(global: &Global, node: &str, strategy: Strategy) -> Result<Exit, Failure> {
+pub(super) async fn drain(global: &Global, node: &str, strategy: Strategy, accept_loss: bool) -> Result<Exit, Failure> {
     let coordinator = connect(global).await?;
-    let mut drain = Drain { coordinator, strategy, output: global.output, report: DrainReport::of(node) };
+    let mut drain = Drain { coordinator, strategy, accept_loss, output: global.output, report: DrainReport::of(node) };
     let mut there = drain.look().await?;
     let mut dealt_with = HashSet::new();
     while let Some(workload) = there.iter().find(|workload| !dealt_with.contains(&workload.name)).cloned() {
@@ -52,6 +52,7 @@ fn stays(workload: &Workload) -> bool {
 struct Drain {
     coordinator: Coordinator,
     strategy: Strategy,
+    accept_loss: bool,
     output: Output,
     report: DrainReport,
 }
@@ -107,7 +108,8 @@ impl Drain {
     /// Asks for a migration; returns the id of it, or of the one that somebody else was faster with.
     async fn begin(&mut self, workload: &str) -> Result<String, Failure> {
         let strategy = podferry_proto::v1::Strategy::from(self.strategy).into();
-        let request = MigrateRequest { workload: workload.to_owned(), strategy, ..MigrateRequest::default() };
+        let (name, accept_loss) = (workload.to_owned(), self.accept_loss);
+        let request = MigrateRequest { workload: name, strategy, accept_loss, ..MigrateRequest::default() };
         let refusal = match answer(self.coordinator.migrate(request)).await {
             Ok(begun) => return Ok(present(begun.migration)?.id),
             Err(failure) if failure.code != FailureCode::AlreadyExists => return Err(failure),

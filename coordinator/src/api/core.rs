@@ -339,6 +339,13 @@ fn wishes(request: &v1::MigrateRequest) -> Result<Wishes, Failure> {
         let message = format!("the strategy {strategy} cannot aim at a downtime: it freezes the workload at once");
         return refused(message, "use live, or give no downtime");
     }
+    if strategy.path().post_copy && !request.accept_loss {
+        let message = format!(
+            "the strategy {strategy} risks the workload: from its resume on the target until the last page is across, losing either \
+             node, or the link between them for too long, loses it"
+        );
+        return refused(message, "accept that risk (--accept-loss), or use live");
+    }
     if limit > 0 && limit < LEAST_BANDWIDTH {
         let message = format!("{limit} bytes per second are too little: the least limit is {LEAST_BANDWIDTH}");
         return refused(message, "give a larger limit, or none");
@@ -426,7 +433,10 @@ mod tests {
             asked(v1::Strategy::Live, 60_001.0, 0),
             asked(v1::Strategy::Live, f64::NAN, 0),
             asked(v1::Strategy::Warm, 100.0, 0),
+            asked(v1::Strategy::Postcopy, 100.0, 0),
             asked(v1::Strategy::Live, 100.0, LEAST_BANDWIDTH - 1),
+            asked(v1::Strategy::Postcopy, 0.0, 0),
+            asked(v1::Strategy::Hybrid, 100.0, 0),
         ];
         let said: Vec<_> = refused.into_iter().map(Result::unwrap_err).collect();
         insta::assert_snapshot!(said.join("\n"), @r#"
@@ -435,8 +445,14 @@ mod tests {
         INVALID_ARGUMENT 60001 ms is no downtime that can be aimed at: it is between 1 and 60000 ms (in preflight); what to do: give another one, or none
         INVALID_ARGUMENT NaN ms is no downtime that can be aimed at: it is between 1 and 60000 ms (in preflight); what to do: give another one, or none
         INVALID_ARGUMENT the strategy warm cannot aim at a downtime: it freezes the workload at once (in preflight); what to do: use live, or give no downtime
+        INVALID_ARGUMENT the strategy postcopy cannot aim at a downtime: it freezes the workload at once (in preflight); what to do: use live, or give no downtime
         INVALID_ARGUMENT 65535 bytes per second are too little: the least limit is 65536 (in preflight); what to do: give a larger limit, or none
+        INVALID_ARGUMENT the strategy postcopy risks the workload: from its resume on the target until the last page is across, losing either node, or the link between them for too long, loses it (in preflight); what to do: accept that risk (--accept-loss), or use live
+        INVALID_ARGUMENT the strategy hybrid risks the workload: from its resume on the target until the last page is across, losing either node, or the link between them for too long, loses it (in preflight); what to do: accept that risk (--accept-loss), or use live
         "#);
+        let (strategy, accept_loss) = (v1::Strategy::Hybrid.into(), true);
+        let accepted = v1::MigrateRequest { strategy, accept_loss, ..v1::MigrateRequest::default() };
+        assert_eq!(wishes(&accepted).map(|wishes| wishes.strategy), Ok(Strategy::Hybrid));
     }
 
     #[test]

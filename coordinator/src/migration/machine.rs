@@ -91,6 +91,8 @@ pub struct Path {
     pub pre_copy: bool,
     /// The target may be let go before all of its memory is in place.
     pub fill: bool,
+    /// Some of that memory stays with the source meanwhile, which stands still and is destroyed when the target has all.
+    pub post_copy: bool,
 }
 
 /// What is to be done.
@@ -247,12 +249,17 @@ pub enum State {
         /// The target has confirmed.
         target: bool,
     },
-    /// Committed. The source is being destroyed.
+    /// Committed. The source is being destroyed; with post-copy that comes last.
     Releasing,
     /// The source will never run again. The target is being let go.
     Resuming,
     /// The target runs. The rest of its memory is being laid in behind it.
     Filling,
+    /// Committed, and the target's memory is lost as in [`State::Lost`]. The source, which had the rest of it, is being destroyed.
+    Losing {
+        /// Why.
+        why: Why,
+    },
     /// The workload runs on the target.
     Completed,
     /// Committed, and then memory that the target still needed was lost for good. Its agent has stopped the copy, and the
@@ -330,7 +337,7 @@ impl State {
             Self::Completed => Phase::Succeeded,
             Self::Aborting { .. } => Phase::RollingBack,
             Self::RolledBack { why } | Self::Aborted { why } if why.cancelled => Phase::Cancelled,
-            Self::RolledBack { .. } | Self::Aborted { .. } | Self::Lost { .. } => Phase::Failed,
+            Self::RolledBack { .. } | Self::Aborted { .. } | Self::Losing { .. } | Self::Lost { .. } => Phase::Failed,
         }
     }
 
@@ -340,14 +347,23 @@ impl State {
             Self::Preflight { .. } | Self::Preparing | Self::PreCopying | Self::Freezing(_) | Self::Sealing { .. } => {
                 Decision::Undecided
             }
-            Self::Releasing | Self::Resuming | Self::Filling | Self::Completed | Self::Lost { .. } => Decision::Commit,
+            Self::Releasing
+            | Self::Resuming
+            | Self::Filling
+            | Self::Completed
+            | Self::Losing { .. }
+            | Self::Lost { .. } => Decision::Commit,
             Self::Aborting { .. } | Self::RolledBack { .. } | Self::Aborted { .. } => Decision::Abort,
         }
     }
 
     /// Whether the outcome is known, and the workload runs if it still can: another migration of it may start.
     pub fn is_settled(&self) -> bool {
-        matches!(self, Self::Completed | Self::Lost { .. } | Self::RolledBack { .. } | Self::Aborted { .. })
+        match self {
+            Self::Completed | Self::Losing { .. } | Self::Lost { .. } => true,
+            Self::RolledBack { .. } | Self::Aborted { .. } => true,
+            _ => false,
+        }
     }
 
     /// Whether nothing is left to do.
@@ -363,9 +379,11 @@ impl State {
     /// Why it was aborted, or lost.
     pub fn failure(&self) -> Option<&Failure> {
         match self {
-            Self::Aborting { why, .. } | Self::RolledBack { why } | Self::Aborted { why } | Self::Lost { why } => {
-                Some(&why.failure)
-            }
+            Self::Aborting { why, .. }
+            | Self::RolledBack { why }
+            | Self::Aborted { why }
+            | Self::Losing { why }
+            | Self::Lost { why } => Some(&why.failure),
             _ => None,
         }
     }
@@ -377,7 +395,7 @@ impl State {
             Self::Preflight { .. } | Self::Preparing | Self::PreCopying | Self::Freezing(_) | Self::Sealing { .. } => {
                 self.undecided(event, path)
             }
-            Self::Releasing | Self::Resuming | Self::Filling => self.committed(&event, path),
+            Self::Releasing | Self::Resuming | Self::Filling | Self::Losing { .. } => self.committed(&event, path),
             Self::Aborting { .. } | Self::RolledBack { .. } => self.aborted(event),
             Self::Completed | Self::Lost { .. } | Self::Aborted { .. } => self.unchanged(),
         }
@@ -443,8 +461,8 @@ impl State {
                 vec![Command::Call(Call::Restore), Command::Call(Call::Freeze)],
             ),
             (Self::Freezing(now), Call::Restore) => Self::freezing(Freezing { held: true, ..now }),
-            (Self::Sealing { target, .. }, Call::Seal(Side::Source)) => Self::sealing(true, target),
-            (Self::Sealing { source, .. }, Call::Seal(Side::Target)) => Self::sealing(source, true),
+            (Self::Sealing { target, .. }, Call::Seal(Side::Source)) => Self::sealing(true, target, path),
+            (Self::Sealing { source, .. }, Call::Seal(Side::Target)) => Self::sealing(source, true, path),
             (state, _) => state.unchanged(),
         }
     }
@@ -473,7 +491,11 @@ impl State {
         Step::to(Self::Freezing(now), Durability::Behind, Vec::new())
     }
 
-    fn sealing(source: bool, target: bool) -> Step {
+    fn sealing(source: bool, target: bool, path: Path) -> Step {
+        if source && target && path.post_copy {
+            // THE commit, too: a sealed source runs on for an abort only, and from here on there is none.
+            return Step::to(Self::Resuming, Durability::Before, vec![Command::Call(Call::Resume)]);
+        }
         if source && target {
             // THE commit: this state on disk is the decision.
             return Step::to(Self::Releasing, Durability::Before, vec![Command::Call(Call::Release)]);
@@ -498,6 +520,9 @@ impl State {
     /// After the commit: forwards, or again.
     fn committed(self, event: &Event, path: Path) -> Step {
         match (&self, event) {
+            (Self::Releasing, Event::Succeeded(Call::Release)) if path.post_copy => {
+                Step::to(Self::Completed, Durability::Before, Vec::new())
+            }
             // Behind: a restart from Releasing repeats the release of a source that is gone, and comes back here.
             (Self::Releasing, Event::Succeeded(Call::Release)) => {
                 Step::to(Self::Resuming, Durability::Behind, vec![Command::Call(Call::Resume)])
@@ -505,17 +530,32 @@ impl State {
             (Self::Resuming, Event::Succeeded(Call::Resume)) if path.fill => {
                 Step::to(Self::Filling, Durability::Before, vec![Command::Call(Call::Fill)])
             }
+            // Before: it is on disk that the target has all memory when the source gives its own up.
+            (Self::Filling, Event::Succeeded(Call::Fill)) if path.post_copy => {
+                Step::to(Self::Releasing, Durability::Before, vec![Command::Call(Call::Release)])
+            }
             (Self::Resuming, Event::Succeeded(Call::Resume)) | (Self::Filling, Event::Succeeded(Call::Fill)) => {
                 Step::to(Self::Completed, Durability::Before, Vec::new())
+            }
+            (Self::Filling, Event::Failed(Call::Fill, failure))
+                if failure.code == FailureCode::DataLoss && path.post_copy =>
+            {
+                let why = failure.clone().into();
+                Step::to(Self::Losing { why }, Durability::Before, vec![Command::Call(Call::Release)])
+            }
+            (Self::Losing { why }, Event::Succeeded(Call::Release)) => {
+                Step::to(Self::Lost { why: why.clone() }, Durability::Before, Vec::new())
             }
             (Self::Filling, Event::Failed(Call::Fill, failure)) if failure.code == FailureCode::DataLoss => {
                 let why = failure.clone().into();
                 Step::to(Self::Lost { why }, Durability::Before, Vec::new())
             }
-            (Self::Releasing, Event::Failed(Call::Release, _)) => self.again(Command::Retry(Call::Release)),
+            (Self::Releasing | Self::Losing { .. }, Event::Failed(Call::Release, _)) => {
+                self.again(Command::Retry(Call::Release))
+            }
             (Self::Resuming, Event::Failed(Call::Resume, _)) => self.again(Command::Retry(Call::Resume)),
             (Self::Filling, Event::Failed(Call::Fill, _)) => self.again(Command::Retry(Call::Fill)),
-            (Self::Releasing, Event::Restarted(_)) => self.again(Command::Call(Call::Release)),
+            (Self::Releasing | Self::Losing { .. }, Event::Restarted(_)) => self.again(Command::Call(Call::Release)),
             (Self::Resuming, Event::Restarted(_)) => self.again(Command::Call(Call::Resume)),
             (Self::Filling, Event::Restarted(_)) => self.again(Command::Call(Call::Fill)),
             _ => self.unchanged(),

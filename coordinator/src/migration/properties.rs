@@ -213,7 +213,11 @@ impl World {
         assert!(!(self.source_runs() && self.target_runs()), "two copies run: {self:?}");
         if self.target_runs() {
             assert_eq!(self.disk.decision(), Decision::Commit, "the target runs without a commit: {self:?}");
-            assert_eq!(self.source, Part::Finished, "the target runs before the source is dead: {self:?}");
+            let stopped = self.source == Part::Finished || self.path.post_copy && self.source == Part::Sealed;
+            assert!(stopped, "the target runs before the source has stopped for good: {self:?}");
+        }
+        if self.path.post_copy && matches!(self.target, Part::Ready | Part::Sealed | Part::Filling) {
+            assert_ne!(self.source, Part::Finished, "the source is gone with memory that the target needs: {self:?}");
         }
         if self.source == Part::Finished {
             assert_eq!(self.disk.decision(), Decision::Commit, "the source was destroyed without a commit: {self:?}");
@@ -223,8 +227,13 @@ impl World {
         }
         match self.disk {
             State::Completed => assert_eq!(self.target, Part::Finished, "memory is missing: {self:?}"),
-            State::Lost { .. } => assert_eq!(self.target, Part::Lost, "given up for lost while it runs: {self:?}"),
+            State::Losing { .. } | State::Lost { .. } => {
+                assert_eq!(self.target, Part::Lost, "given up for lost while it runs: {self:?}");
+            }
             _ => {}
+        }
+        if matches!(self.disk, State::Completed | State::Lost { .. }) {
+            assert_eq!(self.source, Part::Finished, "over while the source is still there: {self:?}");
         }
         if let Some(memory) = &self.memory
             && self.disk.decision() != Decision::Undecided
@@ -344,12 +353,15 @@ fn perform(world: &mut World, action: Action) {
     }
 }
 
-const WARM: Path = Path { pre_copy: false, fill: false };
-const LIVE: Path = Path { pre_copy: true, fill: true };
+const WARM: Path = Path { pre_copy: false, fill: false, post_copy: false };
+const LIVE: Path = Path { pre_copy: true, fill: true, post_copy: false };
+const HYBRID: Path = Path { pre_copy: true, fill: true, post_copy: true };
 
 /// Every path that a strategy could have, those of warm and live among them.
 fn path() -> impl Strategy<Value = Path> {
-    (any::<bool>(), any::<bool>()).prop_map(|(pre_copy, fill)| Path { pre_copy, fill })
+    let path = (any::<bool>(), any::<bool>(), any::<bool>());
+    // What is fetched afterwards is filled in.
+    path.prop_map(|(pre_copy, fill, post_copy)| Path { pre_copy, fill: fill || post_copy, post_copy })
 }
 
 proptest! {
@@ -484,6 +496,35 @@ fn a_fill_is_repeated_until_it_is_confirmed_or_the_memory_is_lost() {
     assert_eq!(early, (State::Resuming, Durability::Unchanged, vec![Command::Retry(Call::Resume)]));
     let undone = live(&State::PreCopying, Event::Failed(Call::Freeze, lost));
     assert_eq!(undone.0.decision(), Decision::Abort);
+}
+
+#[test]
+fn a_source_that_has_the_targets_memory_is_destroyed_last() {
+    let hybrid = |state: State, event| {
+        let step = state.step(event, HYBRID);
+        (step.state, step.durability, step.commands)
+    };
+    let sealing = State::Sealing { source: true, target: false };
+    let committed = hybrid(sealing, Event::Succeeded(Call::Seal(Side::Target)));
+    assert_eq!(committed, (State::Resuming, Durability::Before, vec![Command::Call(Call::Resume)]));
+    let filled = hybrid(State::Filling, Event::Succeeded(Call::Fill));
+    assert_eq!(filled, (State::Releasing, Durability::Before, vec![Command::Call(Call::Release)]));
+    let released = hybrid(State::Releasing, Event::Succeeded(Call::Release));
+    assert_eq!(released, (State::Completed, Durability::Before, Vec::new()));
+
+    let lost = Failure::new(FailureCode::DataLoss, "the source is gone");
+    let losing = State::Losing { why: lost.clone().into() };
+    let release = Command::Call(Call::Release);
+    let given_up = hybrid(State::Filling, Event::Failed(Call::Fill, lost.clone()));
+    assert_eq!(given_up, (losing.clone(), Durability::Before, vec![release]));
+    assert!(losing.is_settled() && !losing.is_final() && losing.decision() == Decision::Commit);
+    assert_eq!((losing.phase(), losing.failure()), (Phase::Failed, Some(&lost)));
+    let again = hybrid(losing.clone(), Event::Failed(Call::Release, failure("unreachable")));
+    assert_eq!(again, (losing.clone(), Durability::Unchanged, vec![Command::Retry(Call::Release)]));
+    let restarted = hybrid(losing.clone(), Event::Restarted(failure("restarted")));
+    assert_eq!(restarted, (losing.clone(), Durability::Unchanged, vec![release]));
+    let over = hybrid(losing, Event::Succeeded(Call::Release));
+    assert_eq!(over, (State::Lost { why: lost.into() }, Durability::Before, Vec::new()));
 }
 
 #[test]

@@ -23,6 +23,9 @@ const DOWNTIME_BUDGET_MS: f64 = 100.0;
 /// Rounds of pre-copy at most: memory that has not become less by then does not.
 const MAX_ROUNDS: u32 = 30;
 
+/// An agent's word for that it knows post-copy.
+const POST_COPY: &str = "agent:post_copy";
+
 /// What comes to a driver.
 pub(super) enum Input {
     /// A call was answered, or failed, at that instant.
@@ -66,6 +69,7 @@ pub(super) struct Job {
     pub(super) downtime_budget_ms: f64,
     pub(super) bandwidth_limit: u64,
     pub(super) source: NodeName,
+    pub(super) source_address: String,
     pub(super) target: NodeName,
     pub(super) target_address: String,
     /// The node to call and its agent's address.
@@ -99,6 +103,7 @@ impl Job {
             downtime_budget_ms: record.downtime_budget_ms,
             bandwidth_limit: record.bandwidth_limit,
             source: record.source.clone(),
+            source_address: record.source_address.clone(),
             target: record.target.clone(),
             target_address: record.target_address.clone(),
             node: node.clone(),
@@ -195,10 +200,20 @@ impl Job {
     /// recorded: set up anew, or with an older agent.
     fn fit(&self, node: &v1::DescribeResponse) -> Result<(), Failure> {
         if node.fit {
-            return speaks(&self.node, node, self.needed_version());
+            speaks(&self.node, node, self.needed_version())?;
+            return self.knows_post_copy(node);
         }
         let message = format!("node {} is not fit for migrations: {}", self.node, node.complaints.join("; "));
         Err(self.failure(FailureCode::FailedPrecondition, message).remedy("run `podferry check` on the node"))
+    }
+
+    /// Agents of the same version may have learned it or not.
+    fn knows_post_copy(&self, node: &v1::DescribeResponse) -> Result<(), Failure> {
+        if !self.strategy.path().post_copy || node.features.iter().any(|feature| feature == POST_COPY) {
+            return Ok(());
+        }
+        let message = format!("the agent of node {} does not know post-copy", self.node);
+        Err(self.failure(FailureCode::Unimplemented, message).remedy("update it, or use live"))
     }
 
     fn needed_version(&self) -> u32 {
@@ -234,6 +249,7 @@ impl Job {
             deadline_ms: self.part_deadline_ms(),
             pre_copy: self.pre_copy(),
             bandwidth_limit: self.bandwidth_limit,
+            post_copy: self.strategy.path().post_copy,
         };
         let mut events = client.freeze(request).await.map_err(|status| self.placed(&status))?.into_inner();
         let (mut rounds, mut complete) = (0, false);
@@ -313,7 +329,9 @@ impl Job {
     }
 
     fn prepare_request(&self) -> v1::PrepareRequest {
+        let fetches = self.strategy.path().post_copy;
         v1::PrepareRequest {
+            source_address: if fetches { self.source_address.clone() } else { String::new() },
             migration_id: self.id.to_string(),
             workload: self.container.clone(),
             source_node: self.source.to_string(),

@@ -124,7 +124,7 @@ mod tests {
     #[test]
     fn no_part_ends_before_the_coordinator_would_have() {
         let limits = Deadlines::default();
-        for path in [Path::default(), Path { pre_copy: true, fill: true }] {
+        for path in [Path::default(), Path { pre_copy: true, fill: true, post_copy: true }] {
             let copying = if path.pre_copy { limits.precopy } else { Duration::ZERO };
             let frozen = limits.freeze + limits.commit;
             assert_eq!(limits.of_part(Call::Freeze, path), frozen);

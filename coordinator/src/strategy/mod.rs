@@ -42,6 +42,31 @@ const LIVE: &[Phase] = &[
     Phase::Succeeded,
 ];
 
+/// The phases of a post-copy migration: the source is destroyed when the target has fetched all memory.
+const POSTCOPY: &[Phase] = &[
+    Phase::Preflight,
+    Phase::Prepare,
+    Phase::Freeze,
+    Phase::Commit,
+    Phase::Resume,
+    Phase::Fill,
+    Phase::Release,
+    Phase::Succeeded,
+];
+
+/// The phases of a hybrid migration: pre-copy, then post-copy of what is left.
+const HYBRID: &[Phase] = &[
+    Phase::Preflight,
+    Phase::Prepare,
+    Phase::PreCopy,
+    Phase::Freeze,
+    Phase::Commit,
+    Phase::Resume,
+    Phase::Fill,
+    Phase::Release,
+    Phase::Succeeded,
+];
+
 /// The phases of a warm migration.
 const WARM: &[Phase] =
     &[Phase::Preflight, Phase::Prepare, Phase::Freeze, Phase::Commit, Phase::Release, Phase::Resume, Phase::Succeeded];
@@ -67,14 +92,21 @@ impl Strategy {
         match self {
             Self::Warm => Some(WARM),
             Self::Live => Some(LIVE),
-            Self::Cold | Self::Postcopy | Self::Hybrid | Self::Application => None,
+            Self::Postcopy => Some(POSTCOPY),
+            Self::Hybrid => Some(HYBRID),
+            Self::Cold | Self::Application => None,
         }
     }
 
     /// Its way through the machine.
     pub fn path(self) -> Path {
-        let has = |phase| self.phases().is_some_and(|phases| phases.contains(&phase));
-        Path { pre_copy: has(Phase::PreCopy), fill: has(Phase::Fill) }
+        let place = |phase| self.phases()?.iter().position(|other| *other == phase);
+        let (fill, release) = (place(Phase::Fill), place(Phase::Release));
+        Path {
+            pre_copy: place(Phase::PreCopy).is_some(),
+            fill: fill.is_some(),
+            post_copy: fill.is_some() && fill < release,
+        }
     }
 
     /// The strategy a request asks for, if this coordinator offers it. Unspecified means warm.
@@ -95,7 +127,8 @@ impl Strategy {
             return Ok(strategy);
         }
         let message = format!("the strategy {strategy} is not available yet");
-        Err(Failure::new(FailureCode::Unimplemented, message).remedy("use warm or live"))
+        Err(Failure::new(FailureCode::Unimplemented, message)
+            .remedy("use warm or live, or postcopy or hybrid with their risk"))
     }
 }
 
@@ -116,7 +149,7 @@ impl Wishes {
 
     /// The oldest version that the target's agent may speak.
     pub fn of_target(self) -> u32 {
-        if self.strategy.path().pre_copy { Version::PRE_COPY } else { Version::OURS.oldest }
+        if self.strategy.path().fill { Version::PRE_COPY } else { Version::OURS.oldest }
     }
 }
 
@@ -144,11 +177,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn warm_is_the_default_and_live_is_the_only_other_one() {
+    fn warm_is_the_default_and_what_is_not_offered_is_named() {
         assert_eq!(Strategy::requested(v1::Strategy::Unspecified.into()), Ok(Strategy::Warm));
         for strategy in Strategy::ALL {
             let answer = Strategy::requested(v1::Strategy::from(strategy).into());
-            if matches!(strategy, Strategy::Warm | Strategy::Live) {
+            if !matches!(strategy, Strategy::Cold | Strategy::Application) {
                 assert_eq!(answer, Ok(strategy));
                 continue;
             }
@@ -161,11 +194,12 @@ mod tests {
 
     #[test]
     fn the_commit_comes_after_the_freeze_and_before_the_release() {
-        for strategy in [Strategy::Warm, Strategy::Live] {
+        for strategy in Strategy::ALL.into_iter().filter(|strategy| strategy.phases().is_some()) {
             let phases = strategy.phases().unwrap();
             let place = |phase| phases.iter().position(|p| *p == phase).unwrap();
-            assert!(place(Phase::Freeze) < place(Phase::Commit) && place(Phase::Commit) < place(Phase::Release));
-            assert!(place(Phase::Release) < place(Phase::Resume));
+            assert!(place(Phase::Freeze) < place(Phase::Commit));
+            assert!(place(Phase::Commit) < place(Phase::Release) && place(Phase::Commit) < place(Phase::Resume));
+            assert_eq!(place(Phase::Resume) < place(Phase::Release), strategy.path().post_copy, "{strategy}");
         }
     }
 
@@ -175,7 +209,9 @@ mod tests {
         let place = |phase| phases.iter().position(|p| *p == phase).unwrap();
         assert!(place(Phase::Prepare) < place(Phase::PreCopy) && place(Phase::PreCopy) < place(Phase::Freeze));
         assert!(place(Phase::Resume) < place(Phase::Fill) && place(Phase::Fill) < place(Phase::Succeeded));
-        assert_eq!(Strategy::Live.path(), Path { pre_copy: true, fill: true });
+        assert_eq!(Strategy::Live.path(), Path { pre_copy: true, fill: true, post_copy: false });
+        assert_eq!(Strategy::Postcopy.path(), Path { pre_copy: false, fill: true, post_copy: true });
+        assert_eq!(Strategy::Hybrid.path(), Path { pre_copy: true, fill: true, post_copy: true });
         assert_eq!(Strategy::Warm.path(), Path::default());
     }
 }
