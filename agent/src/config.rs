@@ -3,6 +3,7 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use podferry_common::NodeName;
 use podferry_common::identity::IdentityFiles;
@@ -33,6 +34,30 @@ pub struct Config {
     pub runtime: Runtime,
     /// How containers are connected.
     pub network: Network,
+    /// Of containers that fetch memory after they were resumed.
+    #[serde(default)]
+    pub post_copy: PostCopy,
+}
+
+/// Of containers that fetch memory after they were resumed.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PostCopy {
+    /// For so many seconds a source that does not answer is tried again. Then its pages are given up, and the container is ended.
+    pub recover_within_s: u64,
+}
+
+impl Default for PostCopy {
+    fn default() -> Self {
+        Self { recover_within_s: 300 }
+    }
+}
+
+impl PostCopy {
+    /// For how long a source that does not answer is tried again.
+    pub fn recover_within(&self) -> Duration {
+        Duration::from_secs(self.recover_within_s)
+    }
 }
 
 /// Programs that the agent runs.

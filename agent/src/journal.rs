@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use podferry_common::MigrationId;
+use podferry_common::{MigrationId, NodeName};
 use podferry_network::{ContainerLink, LinkHandle};
 use serde::{Deserialize, Serialize};
 
@@ -62,6 +62,9 @@ pub enum Role {
         link: Option<LinkHandle>,
         /// Where the container's network namespace is kept.
         netns: Option<PathBuf>,
+        /// Post-copy: who fetches the memory that stays here.
+        #[serde(default)]
+        fetched_by: Option<FetchedBy>,
     },
     /// The container comes to this node.
     Target {
@@ -75,7 +78,21 @@ pub enum Role {
         plan: Option<ContainerLink>,
         /// The network namespace that was made for it.
         netns: Option<PathBuf>,
+        /// Post-copy: host:port of the source's agent, from which memory is fetched.
+        #[serde(default)]
+        fetch_from: Option<String>,
     },
+}
+
+/// Who fetches memory that stays with a source, and how it is given.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FetchedBy {
+    /// The target.
+    pub node: NodeName,
+    /// Whether pages may be compressed.
+    pub compress: bool,
+    /// The most bytes per second of what nobody waits for; none for as many as the link takes.
+    pub bandwidth_limit: Option<u64>,
 }
 
 /// One part.
@@ -190,6 +207,11 @@ impl PartDirs {
     /// Where the agent waits for CRIU's page stream.
     pub fn page_socket(&self) -> PathBuf {
         self.run.join("pages")
+    }
+
+    /// Where the agent waits for a pager that lacks pages.
+    pub fn fetch_socket(&self) -> PathBuf {
+        self.run.join("fetch")
     }
 
     /// Where the agent waits for the restore's hook.
@@ -387,6 +409,7 @@ mod tests {
                 link: None,
                 plan: None,
                 netns: None,
+                fetch_from: None,
             },
         };
         let error = record.begin(&dirs).unwrap_err();

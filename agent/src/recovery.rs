@@ -21,7 +21,7 @@ use crate::context::Context;
 use crate::journal::{self, OperatorsWord, PartDirs, PartRecord, Role, Standing};
 use crate::parts::{Authority, Entry, Part, Parts};
 use crate::source::SourcePart;
-use crate::target::{TargetPart, fill};
+use crate::target::{TargetPart, fetch, fill};
 use crate::worker::client::Worker;
 use crate::worker::messages::WorkerRecord;
 use crate::worker::record;
@@ -50,6 +50,7 @@ pub async fn recover(context: &Context, parts: &Parts) {
         }
         if record.standing == Standing::Resumed && fill::is_under_way(&PartDirs::of(&context.config, record.migration))
         {
+            fetch_again(context, &record);
             fill_behind(context, parts, record.migration, &record.workload);
             continue;
         }
@@ -98,11 +99,13 @@ async fn take_up(context: &Context, parts: &Parts, mut record: PartRecord) -> Re
 
 /// Follows the operator's word, or the coordinator's record. The coordinator's own calls may come first; they say the same.
 async fn settle_sealed(context: &Context, parts: &Parts, part: &Part, migration: MigrationId) {
+    let mut waits_for_release = false;
     while part.standing() == Standing::Sealed {
         let word = operators_word(context, migration);
         let decision = match word {
             Some(OperatorsWord::Commit) => Some(Decision::Commit),
             Some(OperatorsWord::Abort) => Some(Decision::Abort),
+            None if waits_for_release => None,
             None => ask(context, migration).await,
         };
         match (decision, part) {
@@ -110,6 +113,10 @@ async fn settle_sealed(context: &Context, parts: &Parts, part: &Part, migration:
                 let reason = if word.is_some() { "an operator decided so" } else { "the coordinator's record says so" };
                 undo(parts, part, migration, reason, Authority::Coordinator).await;
                 return;
+            }
+            // What the target still needs of it only the coordinator knows, and the operator.
+            (Some(Decision::Commit), Part::Source(source)) if word.is_none() && source.fetched_by().is_some() => {
+                waits_for_release = true;
             }
             (Some(Decision::Commit), Part::Source(source)) => match source.release().await {
                 Ok(()) => {
@@ -129,6 +136,14 @@ async fn settle_sealed(context: &Context, parts: &Parts, part: &Part, migration:
             (Some(_) | None, _) => {}
         }
         tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// Listens in place of an agent that fetched memory for a container.
+fn fetch_again(context: &Context, record: &PartRecord) {
+    let Some(source) = fetch::Source::of(&record.role) else { return };
+    if let Err(error) = fetch::start(context, record.migration, &source) {
+        tracing::error!(migration = %record.migration, %error, "memory of a running container cannot be fetched");
     }
 }
 

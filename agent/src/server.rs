@@ -11,6 +11,7 @@ use podferry_common::tls::Incoming;
 use podferry_proto::DESCRIPTORS;
 use podferry_proto::v1::agent_service_server::AgentServiceServer;
 use podferry_proto::v1::delivery_service_server::DeliveryServiceServer;
+use podferry_proto::v1::fetch_service_server::FetchServiceServer;
 use podferry_transfer::TransferServer;
 use tokio::signal::unix::{SignalKind, signal};
 use tonic::transport::Server;
@@ -19,7 +20,7 @@ use crate::config::Config;
 use crate::context::Context;
 use crate::parts::Parts;
 use crate::recovery;
-use crate::service::{Agent, Delivery};
+use crate::service::{Agent, Delivery, Fetch};
 
 /// How often the certificate's files are looked at.
 const IDENTITY_INTERVAL: Duration = Duration::from_secs(10);
@@ -41,6 +42,7 @@ pub async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     recovery::recover(&context, &parts).await;
 
     let delivery = Delivery::new(context.clone(), parts.clone());
+    let fetch = Fetch::new(context.clone(), parts.clone());
     let agent = Agent::new(context.clone(), parts).await;
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<AgentServiceServer<Agent>>().await;
@@ -52,6 +54,7 @@ pub async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     podferry_transfer::tune(Server::builder())
         .add_service(AgentServiceServer::new(agent))
         .add_service(DeliveryServiceServer::new(delivery))
+        .add_service(FetchServiceServer::new(fetch))
         .add_service(TransferServer::new(std::sync::Arc::new(context.admissions.clone())))
         .add_service(health_service)
         .add_service(reflection)

@@ -14,6 +14,9 @@ pub struct PagerJob {
     pub handover: PathBuf,
     /// Where the pager keeps its [`PagerStatus`].
     pub status: PathBuf,
+    /// Where someone listens who fetches the pages that the handover lacks; none when it lacks none.
+    #[serde(default)]
+    pub fetch: Option<PathBuf>,
     /// Whose memory it is.
     pub container: PagedContainer,
 }

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -113,6 +113,10 @@ impl Surroundings for Around {
         self.second = Holder::of_pid(child.id());
         self.note();
         Ok(Some(child))
+    }
+
+    fn fetcher(&mut self) -> Option<io::Result<UnixStream>> {
+        self.job.fetch.as_ref().map(UnixStream::connect)
     }
 
     fn progress(&mut self, progress: Progress) {

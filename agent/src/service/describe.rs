@@ -12,6 +12,9 @@ use podferry_runtime::{CgroupVersion, Container, HostFacts, NamespaceKind, Statu
 use super::network;
 use crate::context::{Context, blocking};
 
+/// What this agent knows that others of its version may not.
+const AGENT_FEATURES: [&str; 1] = ["post_copy"];
+
 /// The oldest runc that podferry works with: the first whose `restore` can leave cgroups alone.
 const OLDEST_RUNC: (u32, u32) = (1, 3);
 
@@ -58,7 +61,8 @@ impl Capabilities {
     /// What CRIU and the kernel can do, as `DescribeResponse` has it.
     fn features(&self) -> Vec<String> {
         let criu = self.criu_features.get().into_iter().flatten().map(|name| format!("criu:{name}"));
-        criu.chain(self.kernel_features.iter().map(|name| format!("kernel:{name}"))).collect()
+        let kernel = self.kernel_features.iter().map(|name| format!("kernel:{name}"));
+        AGENT_FEATURES.iter().map(|name| format!("agent:{name}")).chain(criu).chain(kernel).collect()
     }
 
     /// The complaints as preflight's findings.

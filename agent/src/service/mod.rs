@@ -3,6 +3,7 @@
 mod convert;
 mod delivery;
 mod describe;
+mod fetch;
 mod network;
 mod preflight;
 
@@ -29,6 +30,7 @@ use crate::source::{FreezeOrder, SourcePart};
 use crate::target::{PrepareOrder, TargetPart, fill};
 
 pub use delivery::Delivery;
+pub use fetch::Fetch;
 
 /// The shortest and the longest deadline that is taken.
 const DEADLINES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(24 * 3600));
@@ -133,6 +135,7 @@ impl Agent {
             source_node: request.source_node.clone(),
             link: request.link.filter(|_| moves).map(convert::link_of).transpose()?,
             keep_connections: request.keep_connections,
+            fetch_from: Some(request.source_address).filter(|address| !address.is_empty()),
         };
         let part = Arc::new(TargetPart::prepare(&self.context, order).await?);
         reservation.fill(Part::Target(part));
@@ -161,6 +164,7 @@ impl Agent {
             pre_copy: request
                 .pre_copy
                 .map(|pre_copy| convert::pre_copy_of(&pre_copy, deadline_of(pre_copy.deadline_ms))),
+            post_copy: request.post_copy,
             patience: patience_of(request.deadline_ms),
         };
         let (part, connected) = SourcePart::begin(&self.context, &order).await?;
@@ -266,11 +270,11 @@ impl AgentService for Agent {
         self.only_coordinator(&request)?;
         let request = request.into_inner();
         self.parts.tidied(&request.workload).await;
-        let live = request.strategy() == v1::Strategy::Live;
+        let lazy = [v1::Strategy::Live, v1::Strategy::Postcopy, v1::Strategy::Hybrid].contains(&request.strategy());
         let wish = preflight::Wish::from(request);
         let mut findings = preflight::target(&self.context, &wish).await?;
         findings.extend(self.capabilities.findings());
-        findings.extend(self.capabilities.lazy_findings().filter(|_| live));
+        findings.extend(self.capabilities.lazy_findings().filter(|_| lazy));
         Ok(Response::new(v1::PreflightTargetResponse { findings }))
     }
 

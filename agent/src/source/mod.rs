@@ -12,6 +12,7 @@
 
 mod arrivals;
 mod batch;
+mod fetched;
 mod pages;
 mod precopy;
 mod sweep;
@@ -34,13 +35,14 @@ use tokio::sync::{Mutex, OwnedMutexGuard, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::context::{Context, blocking};
-use crate::journal::{Ledger, PartDirs, PartRecord, Role, Standing};
+use crate::journal::{FetchedBy, Ledger, PartDirs, PartRecord, Role, Standing};
 use crate::parts::Authority;
 use crate::worker::client::{View, Worker};
 use crate::worker::messages::{DumpJob, Order, Stage, WorkerRecord};
 use arrivals::Arrivals;
-use precopy::{Converged, Followers, Way};
+use precopy::{Converged, Followers, Rest, Way};
 
+pub use fetched::PageReader;
 pub use precopy::{PreCopyOrder, Round};
 
 /// How long CRIU may take to stop all tasks.
@@ -77,6 +79,8 @@ pub struct FreezeOrder {
     pub bandwidth_limit: Option<u64>,
     /// How to pre-copy; none: freeze at once.
     pub pre_copy: Option<PreCopyOrder>,
+    /// Whether memory that pre-copy has not brought below the budget stays here for the target to fetch.
+    pub post_copy: bool,
     /// How long after the end of pre-copy an unsealed part undoes itself.
     pub patience: Duration,
 }
@@ -85,6 +89,12 @@ impl FreezeOrder {
     /// Where to cut the link.
     fn link_handle(&self) -> Option<LinkHandle> {
         self.link.as_ref()?.peer.as_ref().map(LinkHandle::new)
+    }
+
+    fn fetched_by(&self) -> Option<FetchedBy> {
+        let Peer::Agent(node) = &self.target else { return None };
+        let (node, compress, bandwidth_limit) = (node.clone(), self.compress, self.bandwidth_limit);
+        self.post_copy.then_some(FetchedBy { node, compress, bandwidth_limit })
     }
 
     /// When an unsealed part undoes itself at the latest.
@@ -148,6 +158,8 @@ pub struct SourcePart {
     /// Whose writes are followed. Locked while anybody reads their memory or starts the worker: an abort waits for that.
     followers: Arc<Mutex<Followers>>,
     ledger: Ledger,
+    /// Post-copy: who fetches what stays here.
+    fetched_by: Option<FetchedBy>,
     /// What comes for the container while its link is cut; none before, and in a restarted agent.
     arrivals: OnceLock<Arrivals>,
     pre_copying: AtomicBool,
@@ -193,6 +205,7 @@ impl SourcePart {
                 bundle: order.container.bundle.clone(),
                 link: order.link_handle(),
                 netns: order.container.namespace_paths.get(&podferry_runtime::NamespaceKind::Network).cloned(),
+                fetched_by: order.fetched_by(),
             },
         };
         // A target that cannot be reached is to cost the tasks nothing.
@@ -216,6 +229,10 @@ impl SourcePart {
     }
 
     fn of(context: &Context, dirs: PartDirs, container: Option<Container>, record: PartRecord) -> Self {
+        let fetched_by = match &record.role {
+            Role::Source { fetched_by, .. } => fetched_by.clone(),
+            Role::Target { .. } => None,
+        };
         let ledger = Ledger::new(record, dirs.clone());
         Self {
             context: context.clone(),
@@ -224,6 +241,7 @@ impl SourcePart {
             worker: Arc::default(),
             followers: Arc::default(),
             ledger,
+            fetched_by,
             arrivals: OnceLock::new(),
             pre_copying: AtomicBool::new(false),
             cancelled: CancellationToken::new(),
@@ -263,6 +281,7 @@ impl SourcePart {
         let work = async {
             let followers = Arc::clone(&self.followers).lock_owned().await;
             let (followers, converged) = match order.pre_copy {
+                None if order.post_copy => self.stand_by(order, &sender, followers).await?,
                 Some(wish) => {
                     self.pre_copying.store(true, Ordering::Relaxed);
                     self.pre_copy(order, wish, &sender, events, followers).await?
@@ -283,6 +302,31 @@ impl SourcePart {
         }
     }
 
+    /// Announces to the target whose memory will stay here.
+    async fn stand_by(
+        &self,
+        order: &FreezeOrder,
+        sender: &Arc<Sender>,
+        mut followers: OwnedMutexGuard<Followers>,
+    ) -> Result<(OwnedMutexGuard<Followers>, Option<Converged>), Failure> {
+        self.check_version(order, sender)?;
+        let (context, container, way) = (self.context.clone(), order.container.clone(), self.way(sender));
+        blocking(move || {
+            let converged = followers.stand_by(&context, &container, &way)?;
+            Ok((followers, Some(converged)))
+        })
+        .await
+    }
+
+    fn check_version(&self, order: &FreezeOrder, sender: &Sender) -> Result<(), Failure> {
+        if sender.version() >= podferry_proto::Version::PRE_COPY {
+            return Ok(());
+        }
+        let message = format!("the agent of {} does not take memory beside CRIU's", order.target);
+        let failure = self.context.refusal(FailureCode::Unimplemented, message).in_phase("precopy");
+        Err(failure.remedy("update it, or migrate warm"))
+    }
+
     async fn pre_copy(
         &self,
         order: &FreezeOrder,
@@ -291,15 +335,12 @@ impl SourcePart {
         events: &mpsc::Sender<FreezeEvent>,
         mut followers: OwnedMutexGuard<Followers>,
     ) -> Result<(OwnedMutexGuard<Followers>, Option<Converged>), Failure> {
-        if sender.version() < podferry_proto::Version::PRE_COPY {
-            let message = format!("the agent of {} does not take memory before the freeze", order.target);
-            let failure = self.context.refusal(FailureCode::Unimplemented, message).in_phase("precopy");
-            return Err(failure.remedy("update it, or migrate warm"));
-        }
+        self.check_version(order, sender)?;
         let job = precopy::Job {
             context: self.context.clone(),
             container: order.container.clone(),
             order: wish,
+            post_copy: order.post_copy,
             way: self.way(sender),
             events: events.clone(),
         };
@@ -376,7 +417,7 @@ impl SourcePart {
             });
         }
         let frozen_at = Instant::now();
-        let last_round = self.spawn_last_round(converged.is_some(), &sender).await;
+        let last_round = self.spawn_last_round(converged.as_ref().map(|converged| converged.rest), &sender).await;
         let _ = events.send(FreezeEvent::Frozen { freeze_ms: ms(begun, frozen_at) }).await;
 
         let telling = tell_progress(&sender, events);
@@ -410,10 +451,13 @@ impl SourcePart {
     }
 
     /// Beside CRIU, which does not look where this looks.
-    async fn spawn_last_round(&self, pre_copied: bool, sender: &Arc<Sender>) -> LastRound {
+    async fn spawn_last_round(&self, rest: Option<Rest>, sender: &Arc<Sender>) -> LastRound {
         let mut followers = Arc::clone(&self.followers).lock_owned().await;
         let (context, way) = (self.context.clone(), self.way(sender));
-        tokio::task::spawn_blocking(move || if pre_copied { followers.last_round(&context, &way) } else { Ok(0) })
+        tokio::task::spawn_blocking(move || match rest {
+            Some(rest) => followers.last_round(&context, &way, rest),
+            None => Ok(0),
+        })
     }
 
     /// Waits for the end of CRIU's dump, then sends images and writable layer.
@@ -660,6 +704,19 @@ impl SourcePart {
     /// Where the part stands.
     pub fn standing(&self) -> Standing {
         self.ledger.standing()
+    }
+
+    /// Post-copy: who fetches what stays here, and how it is given.
+    pub fn fetched_by(&self) -> Option<&FetchedBy> {
+        self.fetched_by.as_ref()
+    }
+
+    /// Whether the container's memory is as it was when it was frozen, and stays so.
+    pub fn stands_still(&self) -> bool {
+        match self.standing() {
+            Standing::Open => self.is_frozen(),
+            standing => standing == Standing::Sealed,
+        }
     }
 
     /// Whether the worker holds the frozen tasks.

@@ -24,7 +24,7 @@ use podferry_memory::hide;
 use podferry_memory::maps::{self, MovedError};
 use podferry_memory::previous::{Budget, PreviousPages};
 use podferry_memory::range::PageRanges;
-use podferry_memory::tracker::{self, NotFollowed, TrackError, WriteTracker};
+use podferry_memory::tracker::{self, NotFollowed, TrackError, Untracked, WriteTracker};
 use podferry_runtime::{Container, Member};
 use podferry_transfer::{Object, ObjectWriter, Pool, Sender, TransferError};
 use tokio::sync::mpsc;
@@ -135,6 +135,8 @@ pub(super) struct Job {
     pub(super) context: Context,
     pub(super) container: Container,
     pub(super) order: PreCopyOrder,
+    /// What does not converge stays here for the target to fetch.
+    pub(super) post_copy: bool,
     pub(super) way: Way,
     pub(super) events: mpsc::Sender<FreezeEvent>,
 }
@@ -146,6 +148,18 @@ pub(super) struct Converged {
     pub(super) pages: u64,
     /// What the memory that is left will add to the downtime.
     pub(super) predicted: Duration,
+    /// What becomes of it.
+    pub(super) rest: Rest,
+}
+
+/// What becomes of memory that was written since the last round.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Rest {
+    /// It is sent in the freeze.
+    #[default]
+    Sent,
+    /// It stays here, for the target to fetch when the container runs there.
+    Fetched,
 }
 
 /// The processes that are followed. Dropping it ends the following, at 20 to 35 ms for each GiB during which they cannot change
@@ -186,7 +200,12 @@ impl Followers {
         let mut pages = 0;
         let mut before = Duration::ZERO;
         loop {
-            self.follow_new(&job.container).map_err(|error| job.failed("the container's processes", &error))?;
+            let new = self.follow_new(&job.container, job.post_copy);
+            let new = new.map_err(|error| job.failed("the container's processes", &error))?;
+            if job.post_copy {
+                announce(&self.followed[self.followed.len() - new..], &job.way)
+                    .map_err(|error| job.failed("pre-copy", &error))?;
+            }
             let mut round = self.one_round(job, before).map_err(|error| job.failed("pre-copy", &error))?;
             let verdict = convergence.after_round(facts(&round));
             (pages, before) = (pages + round.pages, round.duration);
@@ -197,6 +216,10 @@ impl Followers {
             match verdict {
                 Verdict::Freeze { predicted } => {
                     return Ok(self.converged(job, pages, predicted.saturating_sub(plan.fixed)));
+                }
+                Verdict::GiveUp { why } if job.post_copy => {
+                    self.notes.insert(format!("the rest of the memory is fetched after the resume: {why}"));
+                    return Ok(Converged { rest: Rest::Fetched, ..self.converged(job, pages, Duration::ZERO) });
                 }
                 Verdict::GiveUp { why } => {
                     return Err(job.context.refusal(FailureCode::FailedPrecondition, why).in_phase("precopy"));
@@ -216,12 +239,35 @@ impl Followers {
         let notes = notes.into_iter().collect();
         let told = FreezeEvent::Converged { predicted_ms: predicted.as_secs_f64() * 1e3, notes };
         let _nobody_watches = job.events.blocking_send(told);
-        Converged { pages, predicted }
+        Converged { pages, predicted, rest: Rest::Sent }
     }
 
-    /// Begins to follow processes that are new. One that cannot be followed is left to CRIU.
-    fn follow_new(&mut self, container: &Container) -> Result<(), podferry_runtime::Error> {
+    /// Does not follow anybody: all memory stays here. The target is told whose that is. Blocks.
+    ///
+    /// # Errors
+    /// When the transfer breaks, or the container has ended.
+    pub(super) fn stand_by(
+        &mut self,
+        context: &Context,
+        container: &Container,
+        way: &Way,
+    ) -> Result<Converged, Failure> {
+        let failed = |error: &(dyn std::error::Error + 'static)| {
+            failed(context, "asking for the container's processes", error).in_phase("freeze")
+        };
+        let why = "all memory is fetched after the resume";
+        for member in container.tree().map_err(|error| failed(&error))? {
+            self.followed.push(Followed::untracked(member, why.to_owned()));
+        }
+        announce(&self.followed, way).map_err(|error| failed(&error))?;
+        Ok(Converged { rest: Rest::Fetched, ..Converged::default() })
+    }
+
+    /// Begins to follow processes that are new; gives how many, which are the last. One that cannot be followed is left to CRIU, or
+    /// to post-copy.
+    fn follow_new(&mut self, container: &Container, post_copy: bool) -> Result<usize, podferry_runtime::Error> {
         self.followed.retain(|followed| followed.member.is_alive());
+        let known = self.followed.len();
         for member in container.tree()? {
             let known = self.followed.iter().any(|followed| followed.member == member);
             if known || self.left.contains(&member) {
@@ -229,10 +275,13 @@ impl Followers {
             }
             match Followed::new(member, &self.budget) {
                 Ok(followed) => self.followed.push(followed),
+                Err(error) if post_copy && member.is_alive() => {
+                    self.followed.push(Followed::untracked(member, chain(&error)));
+                }
                 Err(error) => self.leave(member, &error),
             }
         }
-        Ok(())
+        Ok(self.followed.len() - known)
     }
 
     fn leave(&mut self, member: Member, error: &(dyn std::error::Error + 'static)) {
@@ -290,20 +339,30 @@ impl Followers {
         std::fs::write(file, hide::describe(ranges))
     }
 
-    /// Sends what was written since the last round, and which pages there are. The container must stand still. Blocks.
+    /// Sends what was written since the last round, or which pages these are, and which pages there are. The container must stand
+    /// still. Blocks.
     ///
     /// # Errors
     /// When the transfer breaks, or something came where CRIU does not look.
-    pub(super) fn last_round(&mut self, context: &Context, way: &Way) -> Result<u64, Failure> {
+    pub(super) fn last_round(&mut self, context: &Context, way: &Way, rest: Rest) -> Result<u64, Failure> {
         self.round += 1;
         let number = self.round;
         let mut pages = 0;
         for followed in self.followed.iter_mut().filter(|followed| followed.member.is_alive()) {
-            let sent = followed.last_round(number, way);
+            let sent = followed.last_round(number, way, rest);
             pages += sent.map_err(|error| failed(context, "the last round", &error).in_phase("transfer"))?;
         }
         Ok(pages)
     }
+}
+
+/// Tells the target of whom memory comes, also of whom none may come before the freeze.
+fn announce(followed: &[Followed], way: &Way) -> Result<(), SendError> {
+    for followed in followed {
+        let (writer, _) = way.open(&Object::Memory { process: followed.process(), round: 0 })?;
+        writer.close_blocking()?;
+    }
+    Ok(())
 }
 
 /// What convergence has to know of a round.
@@ -333,8 +392,17 @@ impl Followed {
     fn new(member: Member, budget: &Budget) -> Result<Self, NotFollowed> {
         let pid = Pid::from_raw(member.pid);
         let tracker = tracker::attach(pid)?;
-        let (copier, previous) = (Copier::new(pid, BATCH), PreviousPages::new(budget.clone()));
-        Ok(Self { member, tracker, copier, previous, hidden: PageRanges::new() })
+        Ok(Self::by(member, tracker, budget.clone()))
+    }
+
+    fn untracked(member: Member, why: String) -> Self {
+        let tracker = Untracked::of(Pid::from_raw(member.pid), why);
+        Self::by(member, Box::new(tracker), Budget::default())
+    }
+
+    fn by(member: Member, tracker: Box<dyn WriteTracker + Send>, budget: Budget) -> Self {
+        let copier = Copier::new(Pid::from_raw(member.pid), BATCH);
+        Self { member, tracker, copier, previous: PreviousPages::new(budget), hidden: PageRanges::new() }
     }
 
     fn pid(&self) -> Pid {
@@ -380,19 +448,28 @@ impl Followed {
         Ok(copied.pages)
     }
 
-    fn last_round(&mut self, number: u32, way: &Way) -> Result<u64, SendError> {
+    fn last_round(&mut self, number: u32, way: &Way, rest: Rest) -> Result<u64, SendError> {
         let moved = maps::moved(self.pid(), &self.hidden)?;
         let frozen = self.tracker.frozen(&moved)?;
-        self.previous.begin_last_round();
-        let pages = self.send(&frozen.written, number, way)?;
-        self.send_existing(&frozen.existing, way)?;
+        let process = self.process();
+        let pages = match rest {
+            Rest::Sent => {
+                self.previous.begin_last_round();
+                self.send(&frozen.written, number, way)?
+            }
+            Rest::Fetched => {
+                Self::send_list(&Object::Later { process }, &frozen.written, way)?;
+                0
+            }
+        };
+        Self::send_list(&Object::Existing { process }, &frozen.existing, way)?;
         Ok(pages)
     }
 
-    fn send_existing(&self, existing: &PageRanges, way: &Way) -> Result<(), SendError> {
-        let (mut writer, _) = way.open(&Object::Existing { process: self.process() })?;
+    fn send_list(object: &Object, ranges: &PageRanges, way: &Way) -> Result<(), SendError> {
+        let (mut writer, _) = way.open(object)?;
         let list: Vec<u8> =
-            existing.iter().flat_map(|range| [range.start.to_le_bytes(), range.end.to_le_bytes()]).flatten().collect();
+            ranges.iter().flat_map(|range| [range.start.to_le_bytes(), range.end.to_le_bytes()]).flatten().collect();
         writer.data_blocking(Bytes::from(list))?;
         Ok(writer.close_blocking()?)
     }

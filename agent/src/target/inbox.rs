@@ -23,7 +23,7 @@ use podferry_filesystem::Limits;
 use podferry_transfer::{Authorize, Deltas, Introduction, Object, Owner, PageRun, Sink};
 use tokio::sync::watch;
 
-use super::memory::{ArrivingMemory, List};
+use super::memory::{ArrivingMemory, List, ListOf};
 use crate::context;
 use crate::source::LAYER;
 
@@ -56,10 +56,10 @@ pub struct Inbox {
 
 impl Inbox {
     /// Takes data from `source` only: images into `images`, the writable layer, at most `layer_bytes` of content, into
-    /// the empty folder `layer`.
-    pub fn new(source: Peer, images: PathBuf, layer: PathBuf, layer_bytes: u64) -> Arc<Self> {
+    /// the empty folder `layer`. With `post_copy` some memory may stay with the source.
+    pub fn new(source: Peer, images: PathBuf, layer: PathBuf, layer_bytes: u64, post_copy: bool) -> Arc<Self> {
         let (arrival, _) = watch::channel(Arrival::Waiting);
-        let memory = ArrivingMemory::new(images.clone());
+        let memory = ArrivingMemory::new(images.clone(), post_copy);
         let open = Mutex::new(Some(Opened { places: HashMap::new(), memory }));
         Arc::new(Self { open, source, images, layer, layer_bytes, arrival, taken: Mutex::new(false) })
     }
@@ -148,7 +148,7 @@ enum Place {
     Pages(Owner, PageSetWriter),
     /// Memory of this process.
     Memory(u32),
-    Existing(List),
+    List(List),
     Layer(Unpacking),
 }
 
@@ -158,7 +158,7 @@ impl fmt::Debug for Place {
             Self::Image(..) => "Image",
             Self::Pages(..) => "Pages",
             Self::Memory(_) => "Memory",
-            Self::Existing(_) => "Existing",
+            Self::List(_) => "List",
             Self::Layer(_) => "Layer",
         })
     }
@@ -199,7 +199,7 @@ impl Sink for Receiving {
                 unpacking.write(data);
                 Ok(())
             }
-            Some(Place::Existing(list)) => list.extend(&data).map_err(failed),
+            Some(Place::List(list)) => list.extend(&data).map_err(failed),
             Some(Place::Pages(..) | Place::Memory(_)) | None => {
                 Err(failed(io::Error::other("data for what takes none")))
             }
@@ -227,7 +227,7 @@ impl Sink for Receiving {
             Some(Place::Image(..) | Place::Memory(_)) => Ok(()),
             Some(Place::Pages(Owner::Process(process), images)) => open.memory.dumped(process, images).map_err(failed),
             Some(Place::Pages(Owner::SharedMemory(_), images)) => images.finish().map_err(failed),
-            Some(Place::Existing(list)) => list.finish(&mut open.memory).map_err(failed),
+            Some(Place::List(list)) => list.finish(&mut open.memory).map_err(failed),
             Some(Place::Layer(unpacking)) => unpacking.finish().map_err(failed),
             None => Err(failed(io::Error::other("what is not open is closed"))),
         })
@@ -283,7 +283,8 @@ impl Receiving {
                 return Err(failed(io::Error::other(format!("no layer named {name} is expected"))));
             }
             Object::Memory { process, .. } => Place::Memory(*process),
-            Object::Existing { process } => Place::Existing(List::of(*process)),
+            Object::Existing { process } => Place::List(List::of(ListOf::Existing, *process)),
+            Object::Later { process } => Place::List(List::of(ListOf::Later, *process)),
         };
         Ok(place)
     }

@@ -53,6 +53,12 @@ pub(crate) enum MemoryError {
         /// What is wrong with it.
         what: &'static str,
     },
+    /// Pages are to come later, and nobody said where they are.
+    #[error("the source keeps memory of process {process}, which this migration is not for")]
+    NotPostCopy {
+        /// The process, by its id inside the container.
+        process: u32,
+    },
     /// A page that the process has did not come.
     #[error("the pages {range} of process {process} exist and did not come")]
     Missing {
@@ -75,14 +81,19 @@ pub(crate) struct ArrivingMemory {
     folder: PathBuf,
     stores: HashMap<u32, Store>,
     existing: BTreeMap<u32, PageRanges>,
+    /// What of that stays with the source for now.
+    later: BTreeMap<u32, PageRanges>,
+    /// Whether any may.
+    post_copy: bool,
     /// What CRIU dumped of each process, not yet completed.
     dumped: BTreeMap<u32, PageSetWriter>,
 }
 
 impl ArrivingMemory {
-    /// Keeps it in this folder.
-    pub(crate) fn new(folder: PathBuf) -> Self {
-        Self { folder, stores: HashMap::new(), existing: BTreeMap::new(), dumped: BTreeMap::new() }
+    /// Keeps it in this folder. With `post_copy` some of it may stay with the source.
+    pub(crate) fn new(folder: PathBuf, post_copy: bool) -> Self {
+        let (existing, later, dumped) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        Self { folder, stores: HashMap::new(), existing, later, post_copy, dumped }
     }
 
     /// Memory of a process comes.
@@ -127,10 +138,14 @@ impl ArrivingMemory {
         changed.runs().try_for_each(|run| self.keep(process, &run))
     }
 
-    /// Takes a list of the pages that a process has in the end.
-    pub(crate) fn exists(&mut self, process: u32, list: &[u8]) -> Result<(), MemoryError> {
+    /// Takes a list of the pages that a process has in the end, or of those that stay with the source.
+    fn take_list(&mut self, kind: ListOf, process: u32, list: &[u8]) -> Result<(), MemoryError> {
         let ranges = parse(list).map_err(|what| MemoryError::List { process, what })?;
-        self.existing.insert(process, ranges);
+        match kind {
+            ListOf::Existing => self.existing.insert(process, ranges),
+            ListOf::Later if self.post_copy => self.later.insert(process, ranges),
+            ListOf::Later => return Err(MemoryError::NotPostCopy { process }),
+        };
         Ok(())
     }
 
@@ -153,7 +168,7 @@ impl ArrivingMemory {
         for (process, images) in std::mem::take(&mut self.dumped) {
             processes.push((process.cast_signed(), self.put_together(process, images)?));
         }
-        if let Some(process) = self.existing.keys().next() {
+        if let Some(process) = self.existing.keys().chain(self.later.keys()).next() {
             return Err(MemoryError::NoProcess { process: *process });
         }
         let left: Vec<_> = processes.iter().map(|(process, (store, lazy))| (*process, store, lazy)).collect();
@@ -163,6 +178,7 @@ impl ArrivingMemory {
 
     fn put_together(&mut self, process: u32, images: PageSetWriter) -> Result<(Store, PageRanges), MemoryError> {
         // CRIU asks the pager for the pages of every process, also of one that has none there.
+        let later = self.later.remove(&process).unwrap_or_default();
         let kept = self.existing.remove(&process).and_then(|existing| Some((self.stores.remove(&process)?, existing)));
         let Some((mut store, existing)) = kept else {
             images.finish()?;
@@ -172,25 +188,37 @@ impl ArrivingMemory {
         let runs: Vec<Run> = existing.iter().map(run).collect();
         let lazy = images.finish_with_lazy(&runs)?;
         let lazy: PageRanges = lazy.iter().map(|run| PageRange::new(run.address, run.end())).collect();
-        if let Some(range) = store.missing(&lazy).as_slice().first() {
+        // What came of the others is old.
+        let here = lazy.difference(&later);
+        if let Some(range) = store.missing(&here).as_slice().first() {
             return Err(MemoryError::Missing { process, range: range.to_string() });
         }
-        store.retain(&lazy)?;
+        store.retain(&here)?;
         Ok((store, lazy))
     }
 }
 
-/// A list of existing pages that is still coming.
+/// What pages are in a list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ListOf {
+    /// Those that the process has.
+    Existing,
+    /// Those that stay with the source.
+    Later,
+}
+
+/// A list of pages that is still coming.
 #[derive(Debug)]
 pub(crate) struct List {
+    kind: ListOf,
     process: u32,
     bytes: Vec<u8>,
 }
 
 impl List {
     /// Of a process.
-    pub(crate) fn of(process: u32) -> Self {
-        Self { process, bytes: Vec::new() }
+    pub(crate) fn of(kind: ListOf, process: u32) -> Self {
+        Self { kind, process, bytes: Vec::new() }
     }
 
     /// The next bytes.
@@ -204,7 +232,7 @@ impl List {
 
     /// It is complete.
     pub(crate) fn finish(self, memory: &mut ArrivingMemory) -> Result<(), MemoryError> {
-        memory.exists(self.process, &self.bytes)
+        memory.take_list(self.kind, self.process, &self.bytes)
     }
 }
 
@@ -268,7 +296,7 @@ mod tests {
 
     /// Memory of process 7 that has these pages, from address 0x1000 on.
     fn arriving(folder: &tempfile::TempDir, pages: &[Page]) -> ArrivingMemory {
-        let mut memory = ArrivingMemory::new(folder.path().to_owned());
+        let mut memory = ArrivingMemory::new(folder.path().to_owned(), false);
         memory.open(7).unwrap();
         let (bytes, count) = (pages.concat(), pages.len() as u64);
         let (zero, full) = (ZeroMap::find(&bytes), pages.iter().filter(|page| !is_zero(&page[..])));

@@ -10,6 +10,7 @@
 
 pub mod bundle;
 mod doorstep;
+pub mod fetch;
 pub mod fill;
 pub mod hook;
 pub mod inbox;
@@ -79,6 +80,8 @@ pub struct PrepareOrder {
     pub link: Option<ContainerLink>,
     /// Whether connections are kept.
     pub keep_connections: bool,
+    /// Post-copy: host:port of the source's agent.
+    pub fetch_from: Option<String>,
 }
 
 /// What became of a container that was told to go.
@@ -98,6 +101,8 @@ pub struct TargetPart {
     workload: String,
     migration: MigrationId,
     keep_connections: bool,
+    /// Post-copy: where memory is that comes later.
+    fetch_from: Option<fetch::Source>,
     hook: HookKeeper,
     source: Option<Peer>,
     /// What came for the container where it was.
@@ -138,6 +143,7 @@ impl TargetPart {
                 link,
                 plan: order.link.clone(),
                 netns: netns.clone(),
+                fetch_from: order.fetch_from.clone(),
             },
         };
         let made = async {
@@ -159,10 +165,13 @@ impl TargetPart {
         };
         let layer_bytes = podferry_filesystem::free_bytes(&bundle.dir).unwrap_or(u64::MAX);
         let source = order.source.clone();
-        let inbox = Inbox::new(order.source, dirs.images.clone(), bundle.upper(), layer_bytes);
+        let post_copy = order.fetch_from.is_some();
+        let inbox = Inbox::new(order.source, dirs.images.clone(), bundle.upper(), layer_bytes, post_copy);
         context.admissions.expect(order.migration, Arc::clone(&inbox));
+        let fetch_from = fetch::Source::of(&record.role);
         Ok(Self {
             context: context.clone(),
+            fetch_from,
             ledger: Ledger::new(record, dirs.clone()),
             dirs,
             bundle,
@@ -191,6 +200,10 @@ impl TargetPart {
         let hook = HookKeeper::listen(&dirs.hook_socket(), record.migration.to_string())
             .map_err(|error| io_failed(context, &error))?;
         let keep_connections = matches!(record.role, Role::Target { keep_connections: true, .. });
+        let fetch_from = fetch::Source::of(&record.role);
+        if let Some(source) = fetch_from.as_ref().filter(|_| fill::is_under_way(&dirs)) {
+            fetch::start(context, record.migration, source).map_err(|error| io_failed(context, &error))?;
+        }
         let (workload, migration) = (record.workload.clone(), record.migration);
         let ledger = Ledger::new(record, dirs.clone());
         Ok(Self {
@@ -200,6 +213,7 @@ impl TargetPart {
             workload,
             migration,
             keep_connections,
+            fetch_from,
             hook,
             source: None,
             doorstep: Arc::default(),
@@ -260,17 +274,20 @@ impl TargetPart {
         if running.is_some() {
             return Err(self.refused(FailureCode::FailedPrecondition, "this migration is being restored", "restore"));
         }
+        if let Some(source) = &self.fetch_from {
+            fetch::start(&self.context, self.migration, source).map_err(|error| io_failed(&self.context, &error))?;
+        }
         let context = self.context.clone();
         let bundle = self.bundle.clone();
         let dirs = self.dirs.clone();
         let order = (self.workload.clone(), self.migration, self.keep_connections);
-        let cancelled = self.cancelled.clone();
+        let (cancelled, fetches) = (self.cancelled.clone(), self.fetch_from.is_some());
         // This future may be dropped while pager and runc start. The lock goes along, so that an abort waits for what was started.
         let starting = tokio::spawn(async move {
             if cancelled.is_cancelled() {
                 return Err(context.refusal(FailureCode::Aborted, "the migration was aborted").in_phase("restore"));
             }
-            let waiting = waiting_for_pager(&context, &bundle, &dirs, &order)?;
+            let waiting = waiting_for_pager(&context, &bundle, &dirs, &order, fetches)?;
             let (at, lazy) = (context.clone(), waiting.is_some());
             let in_dirs = dirs.clone();
             let restoring = blocking(move || {
@@ -723,6 +740,7 @@ fn waiting_for_pager(
     bundle: &Bundle,
     dirs: &PartDirs,
     (workload, migration, _): &(String, MigrationId, bool),
+    fetches: bool,
 ) -> Result<Option<(PagerJob, UnixListener)>, Failure> {
     if !Handover::is_there(&dirs.images) {
         return Ok(None);
@@ -735,6 +753,7 @@ fn waiting_for_pager(
         migration: migration.to_string(),
         handover: dirs.images.clone(),
         status: dirs.pager_status(),
+        fetch: fetches.then(|| dirs.fetch_socket()),
         container: PagedContainer {
             root: context.config.runc_root().to_owned(),
             id: workload.clone(),

@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 
 use super::*;
-use crate::config::{Config, Network, Runtime, Tools};
+use crate::config::{Config, Network, PostCopy, Runtime, Tools};
 
 const WORKLOAD: &str = "w";
 
@@ -44,6 +44,7 @@ fn context(folder: &Path) -> Context {
             logs_dir: folder.join("logs"),
         },
         network: Network { bridge: "pf-no-bridge".to_owned() },
+        post_copy: PostCopy::default(),
     };
     let bundle = config.runtime.bundles_dir.join(WORKLOAD);
     fs::create_dir_all(bundle.join("lower")).unwrap();
@@ -71,6 +72,7 @@ async fn a_held_container_is_never_let_go_without_its_link() {
             link: Some(LinkHandle::new("pf-no-link")),
             plan: None,
             netns: None,
+            fetch_from: None,
         },
     };
     let part = TargetPart::resumed(&context, record).unwrap();

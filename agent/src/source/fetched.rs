@@ -1,0 +1,161 @@
+//! Pages that stayed here, read for the target that fetches them: see [`podferry_proto::fetch`].
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::unistd::Pid;
+use podferry_common::failure::{Failure, FailureCode};
+use podferry_memory::PAGE_SIZE;
+use podferry_memory::copier::{Batch, Copier};
+use podferry_memory::range::PageRange;
+use podferry_proto::v1::{FetchPages, FetchResponse};
+use podferry_transfer::Pool;
+use podferry_transfer::compression::Packer;
+use podferry_transfer::parcel::{self, MOST_PAGES};
+use tokio::time::Instant;
+
+use super::SourcePart;
+use crate::context::{Context, blocking};
+
+/// The first address that no process has (57 bits).
+const END_OF_ADDRESSES: u64 = 1 << 56;
+/// Bytes of the most pages that are read at once.
+const MOST_BYTES: usize = (MOST_PAGES as usize) << 12;
+
+/// Reads pages of the processes of a container that stands still.
+#[derive(Debug)]
+pub struct PageReader {
+    context: Context,
+    part: Arc<SourcePart>,
+    readers: HashMap<u32, Copier>,
+    packing: Option<Packing>,
+    pace: Option<Pace>,
+}
+
+/// As [`Packer`], which cannot be shown.
+struct Packing(Packer);
+
+impl std::fmt::Debug for Packing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Packing")
+    }
+}
+
+impl PageReader {
+    /// Of this part's container. With `awaited`, the migration's bandwidth limit does not hold.
+    ///
+    /// # Errors
+    /// When the processes cannot be listed.
+    pub async fn of(context: &Context, part: Arc<SourcePart>, awaited: bool) -> Result<Self, Failure> {
+        let (compress, limit) = part.fetched_by().map_or((false, None), |by| (by.compress, by.bandwidth_limit));
+        let container = part.container.clone().ok_or_else(|| dead(context))?;
+        let members = blocking(move || Ok(container.tree())).await?;
+        let members = members.map_err(|error| {
+            let what = "the frozen container's processes cannot be listed";
+            context.failure(FailureCode::DataLoss, what, &error).in_phase("fill")
+        })?;
+        let reader = |pid: i32| Copier::new(Pid::from_raw(pid), MOST_BYTES);
+        let readers = members.into_iter().map(|member| (member.inner.unsigned_abs(), reader(member.pid))).collect();
+        let packer = compress.then(|| Packer::new(Pool::new(2))).transpose();
+        let packer = packer.map_err(|error| context.failure(FailureCode::Internal, "zstd cannot be set up", &error))?;
+        let pace = limit.filter(|_| !awaited).map(Pace::new);
+        Ok(Self { context: context.clone(), part, readers, packing: packer.map(Packing), pace })
+    }
+
+    /// Reads pages. Gives the reader back for the next ones.
+    ///
+    /// # Errors
+    /// `DATA_LOSS` when they cannot be had any more.
+    pub async fn read(mut self, asked: &FetchPages) -> Result<(Self, FetchResponse), Failure> {
+        let range = self.check(asked)?;
+        if !self.part.stands_still() {
+            return Err(dead(&self.context));
+        }
+        let process = asked.process;
+        let (mut reader, response) = blocking(move || {
+            let response = self.read_now(process, range)?;
+            Ok((self, response))
+        })
+        .await?;
+        if let Some(pace) = &mut reader.pace {
+            tokio::time::sleep_until(pace.next(Instant::now(), response.contents.len())).await;
+        }
+        Ok((reader, response))
+    }
+
+    fn check(&self, asked: &FetchPages) -> Result<PageRange, Failure> {
+        let count = u64::from(asked.count);
+        let end = count.checked_mul(PAGE_SIZE).and_then(|length| asked.address.checked_add(length));
+        let fits = (1..=u64::from(MOST_PAGES)).contains(&count) && asked.address.is_multiple_of(PAGE_SIZE);
+        match end.filter(|end| fits && *end <= END_OF_ADDRESSES) {
+            Some(end) => Ok(PageRange::new(asked.address, end)),
+            None => {
+                let message = format!("{count} pages at {:#x} cannot be asked for", asked.address);
+                Err(self.context.refusal(FailureCode::InvalidArgument, message).in_phase("fill"))
+            }
+        }
+    }
+
+    fn read_now(&mut self, process: u32, range: PageRange) -> Result<FetchResponse, Failure> {
+        let Some(reader) = self.readers.get_mut(&process) else { return Err(dead(&self.context)) };
+        let mut contents = Vec::with_capacity(usize::try_from(range.length()).unwrap_or(0));
+        let copied = reader.read(&[range].into_iter().collect(), |batch: Batch<'_>| {
+            contents.extend_from_slice(batch.contents);
+            Ok::<(), std::io::Error>(())
+        });
+        let failed = |what: &str, error: &std::io::Error| {
+            self.context.failure(FailureCode::Internal, what, error).in_phase("fill")
+        };
+        let copied = copied.map_err(|error| failed("pages of the frozen container cannot be read", &error))?;
+        // Nothing of a process that stands still goes away but with its end.
+        if !copied.vanished.is_empty() {
+            return Err(dead(&self.context));
+        }
+        let packer = self.packing.as_mut().map(|packing| &mut packing.0);
+        parcel::pack(process, range.start, &contents, packer).map_err(|error| failed("pages cannot be packed", &error))
+    }
+}
+
+fn dead(context: &Context) -> Failure {
+    let message = "the frozen processes that had the pages are gone";
+    context.refusal(FailureCode::DataLoss, message).in_phase("fill")
+}
+
+/// Lets so many bytes go in a second.
+#[derive(Debug)]
+struct Pace {
+    bytes_per_second: u64,
+    free: Option<Instant>,
+}
+
+impl Pace {
+    fn new(bytes_per_second: u64) -> Self {
+        Self { bytes_per_second: bytes_per_second.max(1), free: None }
+    }
+
+    /// When so many bytes may go that could go now.
+    fn next(&mut self, now: Instant, bytes: usize) -> Instant {
+        let next = self.free.map_or(now, |free| free.max(now));
+        #[expect(clippy::cast_precision_loss, reason = "a duration")]
+        let takes = Duration::from_secs_f64(bytes as f64 / self.bytes_per_second as f64);
+        self.free = Some(next + takes);
+        next
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_bytes_go_in_a_second_than_may_and_a_pause_gives_no_credit() {
+        let (mut pace, begun) = (Pace::new(1000), Instant::now());
+        let after = |ms: u64| begun + Duration::from_millis(ms);
+        for piece in 0..11 {
+            assert_eq!(pace.next(begun, 500), after(piece * 500));
+        }
+        assert_eq!(pace.next(after(60_000), 500), after(60_000));
+        assert_eq!(pace.next(after(60_000), 500), after(60_500));
+    }
+}
