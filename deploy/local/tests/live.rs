@@ -3,19 +3,14 @@
 
 mod support;
 
-use std::fmt::Write as _;
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
 
-use podferry_local::{FIRST_CONTAINER_ADDRESS, Workload, workspace_root};
+use podferry_local::FIRST_CONTAINER_ADDRESS;
 use serde_json::Value;
 use support::counter::{Counter, digest};
-use support::{Line, NODES, Stage, eventually, redis, redis_address};
+use support::{NODES, Stage, churn, redis, redis_address, write_noise};
 
 /// As `--strategy live`; a budget that two shared cores keep.
 const LIVE: [&str; 4] = ["--strategy", "live", "--downtime-budget", "1000"];
@@ -76,24 +71,6 @@ fn a_container_that_moved_live_moves_warm_and_live_again() {
     counter.stop();
 }
 
-/// A connection that overwrites values of 4000 bytes with ever new noise until it is told to stop.
-fn write_noise(mut line: Line, stop: &AtomicBool) {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    for key in (0..1500).cycle() {
-        let mut value = String::with_capacity(4000);
-        while value.len() < 4000 {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            write!(value, "{state:016x}").unwrap();
-        }
-        assert_eq!(line.ask(&format!("SET noise:{key} {value}")), "+OK");
-        if stop.load(Ordering::Relaxed) {
-            return;
-        }
-    }
-}
-
 #[test]
 fn memory_that_is_written_faster_than_it_is_sent_is_refused_before_the_freeze() {
     let stage = Stage::up(&["redis"]);
@@ -123,47 +100,11 @@ fn memory_that_is_written_faster_than_it_is_sent_is_refused_before_the_freeze() 
     println!("the longest increment took {} ms", longest.as_millis());
 }
 
-/// A root filesystem with the program that changes its memory in every way there is, and checks it.
-fn churn_image(folder: &Path) -> PathBuf {
-    let image = folder.join("image");
-    let program = podferry_local::default_binaries().join("podferry-memory-churn");
-    assert!(program.exists(), "{} is missing: run `cargo build --workspace --bins` first", program.display());
-    let mut script = Command::new(workspace_root().join("deploy/setup/image.sh"));
-    let output = script.arg("churn").arg(&image).arg("--").arg(program).output().unwrap();
-    assert!(output.status.success(), "image.sh: {}", String::from_utf8_lossy(&output.stderr));
-    image.join("rootfs")
-}
-
-/// Clock ticks that a process has had, proc(5).
-fn ticks(pid: u32) -> u64 {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let fields = text.rsplit_once(") ").map(|(_, fields)| fields).unwrap_or_default();
-    fields.split_whitespace().skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum()
-}
-
-/// It writes to tens of MiB, maps, unmaps, moves and forks all the time, and ends when a byte is not what it wrote.
+/// What is written in a second to so much memory is not sent in one on a busy machine.
 #[test]
 fn a_process_that_checks_all_its_memory_finds_nothing_wrong_after_six_hops() {
-    let stage = Stage::up(&["churn"]);
-    let arguments = ["/bin/podferry-memory-churn", "/tmp/sign", "1", "1", "--fork"];
-    stage.start(&Workload::new("churn", churn_image(stage.folder.path()), arguments, FIRST_CONTAINER_ADDRESS));
-    for hop in 1..=6 {
-        // What is written in a second to so much memory is not sent in one on a busy machine.
-        let patient = ["--strategy", "live", "--downtime-budget", "10000"];
-        let target = NODES[hop % 2];
-        let record = stage.migrate_with("churn", target, &patient);
-        let rounds = pages(&record);
+    churn::hop(6, &["--strategy", "live", "--downtime-budget", "10000"], |hop, record| {
+        let rounds = pages(record);
         assert!(rounds.len() >= 2 && rounds[0] > 1000, "hop {hop}: {record:#}");
-        let node = stage.node(target);
-        let log = node.container_logs().join("churn.log");
-        // Long enough for it to have looked at every page.
-        let had = ticks(node.container_process("churn").unwrap().pid);
-        eventually(Duration::from_secs(60), || {
-            let said = fs::read_to_string(&log).unwrap_or_default();
-            let process =
-                node.container_process("churn").unwrap_or_else(|_| panic!("it ended after hop {hop}: {said}"));
-            let now = ticks(process.pid);
-            if now > had + 100 { Ok(()) } else { Err(format!("it does not run on after hop {hop}: {had}, {now}")) }
-        });
-    }
+    });
 }

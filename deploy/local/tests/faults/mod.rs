@@ -4,6 +4,7 @@
 #![allow(unreachable_pub, reason = "a module of several test binaries")]
 #![allow(clippy::unwrap_used, reason = "a helper that fails has to fail its test")]
 
+pub mod cases;
 pub mod client;
 pub mod leftovers;
 pub mod moments;

@@ -30,6 +30,7 @@ const SLOW: &str = "16mbit";
 pub enum Strategy {
     Warm,
     Live,
+    Postcopy,
 }
 
 impl Strategy {
@@ -38,6 +39,7 @@ impl Strategy {
         match self {
             Self::Warm => &["--strategy", "warm"],
             Self::Live => &["--strategy", "live", "--downtime-budget", "1000"],
+            Self::Postcopy => &["--strategy", "postcopy", "--accept-loss"],
         }
     }
 }
@@ -197,6 +199,12 @@ impl Stage {
     /// Ends the limit.
     pub fn speed_up(&self, node: &Node) {
         self.cluster.fabric().shell(&format!("tc qdisc del dev {} root", node.name())).unwrap();
+    }
+
+    /// Takes a node off the net, or puts it back on.
+    pub fn cut(&self, node: &Node, off: bool) {
+        let word = if off { "down" } else { "up" };
+        self.cluster.fabric().shell(&format!("ip link set {} {word}", node.name())).unwrap();
     }
 
     /// The first process of the workload is stopped by CRIU.
