@@ -24,7 +24,7 @@ use podferry_memory::hide;
 use podferry_memory::maps::{self, MovedError};
 use podferry_memory::previous::{Budget, PreviousPages};
 use podferry_memory::range::PageRanges;
-use podferry_memory::tracker::{self, NotFollowed, TrackError, WriteTracker};
+use podferry_memory::tracker::{self, NotFollowed, Preference, TrackError, WriteTracker};
 use podferry_runtime::{Container, Member};
 use podferry_transfer::{Object, ObjectWriter, Pool, Sender, TransferError};
 use tokio::sync::mpsc;
@@ -186,7 +186,7 @@ impl Followers {
         let mut pages = 0;
         let mut before = Duration::ZERO;
         loop {
-            self.follow_new(&job.container).map_err(|error| job.failed("the container's processes", &error))?;
+            self.follow_new(job).map_err(|error| job.failed("the container's processes", &error))?;
             let mut round = self.one_round(job, before).map_err(|error| job.failed("pre-copy", &error))?;
             let verdict = convergence.after_round(facts(&round));
             (pages, before) = (pages + round.pages, round.duration);
@@ -220,14 +220,14 @@ impl Followers {
     }
 
     /// Begins to follow processes that are new. One that cannot be followed is left to CRIU.
-    fn follow_new(&mut self, container: &Container) -> Result<(), podferry_runtime::Error> {
+    fn follow_new(&mut self, job: &Job) -> Result<(), podferry_runtime::Error> {
         self.followed.retain(|followed| followed.member.is_alive());
-        for member in container.tree()? {
+        for member in job.container.tree()? {
             let known = self.followed.iter().any(|followed| followed.member == member);
             if known || self.left.contains(&member) {
                 continue;
             }
-            match Followed::new(member, &self.budget) {
+            match Followed::new(member, job.context.config.tracker.into(), &self.budget) {
                 Ok(followed) => self.followed.push(followed),
                 Err(error) => self.leave(member, &error),
             }
@@ -330,9 +330,9 @@ fn failed(context: &Context, what: &str, error: &(dyn std::error::Error + 'stati
 }
 
 impl Followed {
-    fn new(member: Member, budget: &Budget) -> Result<Self, NotFollowed> {
+    fn new(member: Member, preference: Preference, budget: &Budget) -> Result<Self, NotFollowed> {
         let pid = Pid::from_raw(member.pid);
-        let tracker = tracker::attach(pid)?;
+        let tracker = tracker::attach_as(pid, preference)?;
         let (copier, previous) = (Copier::new(pid, BATCH), PreviousPages::new(budget.clone()));
         Ok(Self { member, tracker, copier, previous, hidden: PageRanges::new() })
     }
