@@ -97,7 +97,8 @@ main() {
         "$VM_FILES/machine.sh" make "${step#*-}" </dev/null
     done
     # The tests start the real programs.
-    cargo build --workspace --lib --bins --locked </dev/null
+    cargo build --locked --lib --bins -p podferry-agent -p podferry-coordinator -p podferry -p podferry-runtime \
+        -p podferry-local -p podferry-memory -p podferry-criu-shim -p podferry-tar </dev/null
     mapfile -t memory_programs < <(build_tests -p podferry-memory)
     migrate_program=$(build_tests -p podferry-local --test vm)
     [[ ${#memory_programs[@]} -eq 2 && -x $migrate_program ]] || die "the test programs were not built: ${memory_programs[*]} $migrate_program"

@@ -32,6 +32,8 @@ mount_all() {
 }
 
 mount_all || off 'mounts that failed'
+# There is no udev that would load them when they are needed. CRIU wants to have `tun` when it starts.
+modprobe --all virtio_net tun overlay
 ip link set lo up
 /payload/run
 off $?

@@ -103,7 +103,7 @@ impl Machines {
         let mut command = fabric.command(workspace_root().join("deploy/vm/machine.sh"));
         command.arg("boot").arg(suite()).arg(&folder);
         command.args(["-netdev", &format!("tap,id=uplink,ifname={tap},script=no,downscript=no")]);
-        command.args(["-device", &format!("virtio-net-pci,netdev=uplink,mac=02:88:00:00:02:{index:02x}")]);
+        command.args(["-device", &format!("virtio-net-pci,netdev=uplink,romfile=,mac=02:88:00:00:02:{index:02x}")]);
         let log = File::create(&console).unwrap();
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         self.running.push(fabric.spawn_command(command).unwrap());
@@ -218,8 +218,7 @@ fn script(node: &Node, workload: &Workload, options: &Options, is_home: bool) ->
          set -euo pipefail
          export PATH={tools}:$PATH PODFERRY_LOG=info
          uname -a
-         hostname {name}
-         modprobe virtio_net
+         echo {name} >/proc/sys/kernel/hostname
          ip link add {NODE_BRIDGE} address 02:88:00:00:01:{last:02x} type bridge forward_delay 0
          ip link set eth0 master {NODE_BRIDGE} up
          ip address add {address}/{PREFIX_LENGTH} dev {NODE_BRIDGE}

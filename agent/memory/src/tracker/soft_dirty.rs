@@ -16,7 +16,7 @@ use crate::sys::pagemap::{Query, category};
 /// Follows a process's writes by the soft-dirty marks of its pages, on kernels and processes for which there is no
 /// [`super::UserfaultfdTracker`].
 ///
-/// **Not tried yet on a kernel that has these marks.** What is tested is that the lack of them is seen, and what is made of the marks.
+/// `make e2e-vm` tests it on kernels that have these marks; the tests beside it, that the lack of them is seen.
 ///
 /// All marks of a process are cleared by one write to `/proc/PID/clear_refs`, which is another step than reading them. What a
 /// running process writes between the two would be told by nobody. So they are cleared once, before anything is copied, and each
