@@ -228,7 +228,7 @@ async fn kernel_features() -> (Vec<&'static str>, Vec<String>) {
         Ok(()) => found.push("write_tracking"),
         Err(_) if SoftDirtyTracker::try_kernel().unwrap_or(false) => found.push("write_tracking"),
         Err(error) => {
-            tracing::info!(%error, "this kernel neither follows writes asynchronously nor makes soft-dirty marks")
+            tracing::info!(%error, "this kernel neither follows writes asynchronously nor makes soft-dirty marks");
         }
     }
     found.sort_unstable();

@@ -188,12 +188,12 @@ fn lay_payload(folder: &Path, node: &Node, workload: &Workload, options: &Option
     fs::write(node.agent_config(), format!("tracker = \"soft-dirty\"\n{text}")).unwrap();
     let rootfs = redis_rootfs().canonicalize().unwrap();
     let tools = options.tools.canonicalize().unwrap().parent().unwrap().to_owned();
-    let mut mounts = format!("built {}\n", options.binaries.canonicalize().unwrap().display());
+    let mut mounts = vec![format!("built {}\n", options.binaries.canonicalize().unwrap().display())];
     for (name, source) in [("tools", tools.as_path()), ("node", node.folder()), ("redis", &rootfs)] {
         run(Command::new("cp").arg("--archive").arg(source).arg(part(name)));
-        mounts.push_str(&format!("{name} {}\n", source.display()));
+        mounts.push(format!("{name} {}\n", source.display()));
     }
-    fs::write(part("mounts"), mounts).unwrap();
+    fs::write(part("mounts"), mounts.concat()).unwrap();
     fs::write(part("run"), script(node, workload, options, is_home)).unwrap();
     run(Command::new("chmod").arg("0755").arg(part("run")));
 }
@@ -213,10 +213,11 @@ fn script(node: &Node, workload: &Workload, options: &Options, is_home: bool) ->
     let (name, address, last) = (node.name(), node.address(), node.address().octets()[3]);
     let (built, tools) = (options.binaries.canonicalize().unwrap(), options.tools.canonicalize().unwrap());
     let (built, tools) = (built.display(), tools.display());
-    let mut script = format!(
+    let container = if is_home { start_container(node, workload) } else { String::new() };
+    format!(
         "#!/bin/bash
          set -euo pipefail
-         export PATH={tools}:$PATH PODFERRY_LOG=info
+         export PATH={built}:{tools}:$PATH PODFERRY_LOG=info
          uname -a
          echo {name} >/proc/sys/kernel/hostname
          ip link add {NODE_BRIDGE} address 02:88:00:00:01:{last:02x} type bridge forward_delay 0
@@ -227,28 +228,30 @@ fn script(node: &Node, workload: &Workload, options: &Options, is_home: bool) ->
          mount --make-shared /run/netns
          mkdir -p {RUNC_ROOT}
          criu check --feature mem_dirty_track
-"
-    );
-    if is_home {
-        let (bundle, log) = (node.bundle(&workload.name), node.container_logs().join("log"));
-        let (bundle, log, workload) = (bundle.display(), log.display(), &workload.name);
-        script.push_str(&format!(
-            "mount -t overlay overlay -o lowerdir={bundle}/lower,upperdir={bundle}/upper,workdir={bundle}/work {bundle}/rootfs
-             ip netns add {workload}
-             ip link add v-{workload} type veth peer name eth0 netns {workload}
-             ip link set v-{workload} master {NODE_BRIDGE} up
-             ip -n {workload} link set lo up
-             ip -n {workload} address add {FIRST_CONTAINER_ADDRESS}/{PREFIX_LENGTH} dev eth0
-             ip -n {workload} link set eth0 up
-             ip -n {workload} route add default via {GATEWAY}
-             {built}/podferry-node-init create --log {log} --keeper {built}/podferry-stdio-keeper -- \\
-                 runc --root {RUNC_ROOT} create --bundle {bundle} {workload}
-             runc --root {RUNC_ROOT} start {workload}
-"
-        ));
-    }
-    script.push_str(&format!("{built}/podferry-agent --config {}\n", node.agent_config().display()));
-    script
+         {container}
+         podferry-agent --config {config}
+",
+        config = node.agent_config().display()
+    )
+}
+
+/// As [`Node::start_workload`] does.
+fn start_container(node: &Node, workload: &Workload) -> String {
+    let (bundle, log, name) = (node.bundle(&workload.name), node.container_logs().join("log"), &workload.name);
+    let (bundle, log) = (bundle.display(), log.display());
+    format!(
+        "mount -t overlay overlay -o lowerdir={bundle}/lower,upperdir={bundle}/upper,workdir={bundle}/work {bundle}/rootfs
+         ip netns add {name}
+         ip link add v-{name} type veth peer name eth0 netns {name}
+         ip link set v-{name} master {NODE_BRIDGE} up
+         ip -n {name} link set lo up
+         ip -n {name} address add {FIRST_CONTAINER_ADDRESS}/{PREFIX_LENGTH} dev eth0
+         ip -n {name} link set eth0 up
+         ip -n {name} route add default via {GATEWAY}
+         podferry-node-init create --log {log} --keeper $(command -v podferry-stdio-keeper) -- \
+             runc --root {RUNC_ROOT} create --bundle {bundle} {name}
+         runc --root {RUNC_ROOT} start {name}"
+    )
 }
 
 #[test]
