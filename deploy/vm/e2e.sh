@@ -21,10 +21,14 @@ memory_programs=()
 migrate_program=
 scratch=
 machine=
+summary=
 clean_up() {
     # `timeout` hands it on to the machine.
     [[ -z $machine ]] || kill "$machine" 2>/dev/null || true
     [[ -z $scratch ]] || rm -rf "$scratch"
+    # It ended before its end: the reason stands above.
+    [[ -n $summary ]] || summary="{\"ok\": false, \"seconds\": $SECONDS, \"steps\": []}"
+    printf '%s\n' "$summary"
 }
 
 # build_tests CARGO-TEST-ARGUMENT...: prints the paths of the test programs.
@@ -88,7 +92,7 @@ run_step() {
 main() {
     require_root
     cd "$PODFERRY_ROOT"
-    local steps=("$@") step since verdict=true entries=()
+    local steps=("$@") step since ok verdict=true entries=()
     [[ ${#steps[@]} -gt 0 ]] || steps=("${ALL_STEPS[@]}")
     scratch=$(mktemp -d)
     trap clean_up EXIT
@@ -104,11 +108,15 @@ main() {
     [[ ${#memory_programs[@]} -eq 2 && -x $migrate_program ]] || die "the test programs were not built: ${memory_programs[*]} $migrate_program"
     for step in "${steps[@]}"; do
         log "$step"
-        since=$SECONDS ok=true
-        run_step "$step" || ok=false verdict=false
+        since=$SECONDS
+        ok=true
+        run_step "$step" || {
+            ok=false
+            verdict=false
+        }
         entries+=("{\"step\": \"$step\", \"ok\": $ok, \"seconds\": $((SECONDS - since))}")
     done
-    printf '{"ok": %s, "seconds": %d, "steps": [%s]}\n' "$verdict" "$SECONDS" "$(IFS=, && echo "${entries[*]}")"
+    summary="{\"ok\": $verdict, \"seconds\": $SECONDS, \"steps\": [$(IFS=, && echo "${entries[*]}")]}"
     [[ $verdict == true ]]
 }
 
