@@ -83,7 +83,7 @@ run_step() {
     # Guard regions came with 6.13.
     memory-trixie) test_memory trixie --skip guard_pages_hold_nothing ;;
     # What has `soft_dirty` in its name: the rest needs Linux 6.7.
-    memory-bookworm) test_memory bookworm soft_dirty the_choice_of_a_tracker_is_told ;;
+    memory-bookworm) test_memory bookworm soft_dirty the_choice_of_a_tracker_is_told the_tracker_that_is_asked_for ;;
     migrate-trixie) test_migrate trixie ;;
     *) die "there is no step $1: ${ALL_STEPS[*]}" ;;
     esac

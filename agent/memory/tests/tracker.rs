@@ -12,7 +12,7 @@ use podferry_memory::copier::{Copier, read_exact};
 use podferry_memory::hazard::{self, HazardKind};
 use podferry_memory::range::{PageRange, PageRanges};
 use podferry_memory::store::Store;
-use podferry_memory::tracker::{self, SoftDirtyTracker, TrackError, UserfaultfdTracker, WriteTracker};
+use podferry_memory::tracker::{self, Preference, SoftDirtyTracker, TrackError, UserfaultfdTracker, WriteTracker};
 use podferry_memory::{PAGE_SIZE, inject, maps};
 
 /// How long anything here may take, also on a machine that is busy with other things.
@@ -778,6 +778,21 @@ fn the_choice_of_a_tracker_is_told() {
     let expected = if UserfaultfdTracker::try_kernel().is_ok() { "userfaultfd" } else { "soft-dirty marks" };
     assert_eq!(tracker.choice().tracker, expected, "{}", tracker.choice());
     assert_eq!(tracker.process(), victim.pid());
+}
+
+#[test]
+fn the_tracker_that_is_asked_for_follows_or_none_does() {
+    let victim = Victim::churn(1);
+    let has_marks = SoftDirtyTracker::try_kernel().unwrap();
+    match tracker::attach_as(victim.pid(), Preference::SoftDirty) {
+        Ok(tracker) => assert!(has_marks && tracker.choice().tracker == "soft-dirty marks", "{}", tracker.choice()),
+        Err(error) => assert!(!has_marks && error.to_string().contains("CONFIG_MEM_SOFT_DIRTY"), "{error}"),
+    }
+    let has_protection = UserfaultfdTracker::try_kernel().is_ok();
+    match tracker::attach_as(victim.pid(), Preference::Userfaultfd) {
+        Ok(tracker) => assert!(has_protection && tracker.choice().tracker == "userfaultfd", "{}", tracker.choice()),
+        Err(error) => assert!(!has_protection && !error.to_string().contains("soft-dirty"), "{error}"),
+    }
 }
 
 // What follows needs a kernel with soft-dirty marks, which `make e2e-vm` boots.
