@@ -33,7 +33,8 @@ install_vm_tools() {
 
 # make_machine SUITE: leaves root.img, vmlinuz and initrd of SUITE's kernel in $VM_CACHE/SUITE, unless they are there.
 make_machine() {
-    local suite=$1 made=$VM_CACHE/$1 new=$VM_CACHE/$1.new wanted="$VM_LAYOUT ${USERLAND[*]}"
+    local suite=$1 made=$VM_CACHE/$1 new=$VM_CACHE/$1.new wanted
+    wanted="$VM_LAYOUT ${USERLAND[*]} $(cat "$VM_FILES/guest.sh" "$VM_FILES/initrd.sh" | sha256sum)"
     [[ ! -f $made/stamp || $(<"$made/stamp") != "$wanted" ]] || return 0
     rm -rf "$new" "$made"
     mkdir -p "$new"
