@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use podferry_common::NodeName;
 use podferry_common::identity::IdentityFiles;
+use podferry_memory::tracker::Preference;
 use serde::Deserialize;
 
 /// Everything the agent is told. Paths are as its own mount namespace sees them.
@@ -26,6 +27,9 @@ pub struct Config {
     pub runtime_dir: PathBuf,
     /// host:port of the coordinator, which a part is asked about after a restart.
     pub coordinator: String,
+    /// How writes to a workload's memory are followed in a live migration.
+    #[serde(default)]
+    pub tracker: Tracker,
     /// The certificate authority, the node's certificate and its key.
     pub identity: IdentityFiles,
     /// Programs.
@@ -57,6 +61,29 @@ impl PostCopy {
     /// For how long a source that does not answer is tried again.
     pub fn recover_within(&self) -> Duration {
         Duration::from_secs(self.recover_within_s)
+    }
+}
+
+/// How writes to memory are followed.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum Tracker {
+    /// By a userfaultfd where kernel and process allow it, else by soft-dirty marks.
+    #[default]
+    Auto,
+    /// By a userfaultfd only.
+    Userfaultfd,
+    /// By soft-dirty marks only.
+    SoftDirty,
+}
+
+impl From<Tracker> for Preference {
+    fn from(tracker: Tracker) -> Self {
+        match tracker {
+            Tracker::Auto => Self::Auto,
+            Tracker::Userfaultfd => Self::Userfaultfd,
+            Tracker::SoftDirty => Self::SoftDirty,
+        }
     }
 }
 
@@ -157,4 +184,24 @@ impl Config {
 
 fn default_runtime_dir() -> PathBuf {
     PathBuf::from("/run/podferry")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trackers_are_named_as_operators_write_them() {
+        #[derive(Deserialize)]
+        struct Named {
+            #[serde(default)]
+            tracker: Tracker,
+        }
+        let read = |text: &str| toml::from_str::<Named>(text).map(|named| Preference::from(named.tracker));
+        assert_eq!(read("").unwrap(), Preference::Auto);
+        assert_eq!(read("tracker = 'auto'").unwrap(), Preference::Auto);
+        assert_eq!(read("tracker = 'userfaultfd'").unwrap(), Preference::Userfaultfd);
+        assert_eq!(read("tracker = 'soft-dirty'").unwrap(), Preference::SoftDirty);
+        assert!(read("tracker = 'softdirty'").unwrap_err().to_string().contains("soft-dirty"));
+    }
 }

@@ -192,13 +192,34 @@ pub enum NotFollowed {
     },
 }
 
+/// Which tracker is wanted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preference {
+    /// The best that kernel and process allow.
+    #[default]
+    Auto,
+    /// The userfaultfd, or none.
+    Userfaultfd,
+    /// Soft-dirty marks, or none. No thread of the process is stopped for them, and nothing is called in it.
+    SoftDirty,
+}
+
 /// Begins to follow a process in the best way that kernel and process allow.
 pub fn attach(process: Pid) -> Result<Box<dyn WriteTracker + Send>, NotFollowed> {
+    attach_as(process, Preference::Auto)
+}
+
+/// Begins to follow a process in the way that is wanted.
+pub fn attach_as(process: Pid, preference: Preference) -> Result<Box<dyn WriteTracker + Send>, NotFollowed> {
     // Before any of its threads is stopped for it.
     refuse_hazards(process)?;
+    if preference == Preference::SoftDirty {
+        return Ok(Box::new(SoftDirtyTracker::attach(process, "they are asked for".to_owned())?));
+    }
+    let fall_back = |error: &TrackError| preference == Preference::Auto && may_have_soft_dirty(error);
     match UserfaultfdTracker::attach(process) {
         Ok(tracker) => Ok(Box::new(tracker)),
-        Err(error) if may_have_soft_dirty(&error) => match SoftDirtyTracker::attach(process, error.to_string()) {
+        Err(error) if fall_back(&error) => match SoftDirtyTracker::attach(process, error.to_string()) {
             Ok(tracker) => Ok(Box::new(tracker)),
             Err(soft_dirty) => Err(NotFollowed::Neither { userfaultfd: error, soft_dirty }),
         },

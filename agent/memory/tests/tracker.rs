@@ -12,7 +12,7 @@ use podferry_memory::copier::{Copier, read_exact};
 use podferry_memory::hazard::{self, HazardKind};
 use podferry_memory::range::{PageRange, PageRanges};
 use podferry_memory::store::Store;
-use podferry_memory::tracker::{self, TrackError, UserfaultfdTracker, WriteTracker};
+use podferry_memory::tracker::{self, Preference, SoftDirtyTracker, TrackError, UserfaultfdTracker, WriteTracker};
 use podferry_memory::{PAGE_SIZE, inject, maps};
 
 /// How long anything here may take, also on a machine that is busy with other things.
@@ -133,47 +133,74 @@ fn copy(tracker: &mut dyn WriteTracker, ranges: &PageRanges, store: &mut Store) 
 
 /// Compares all of a stopped process's moved memory with the store; gives how many pages there were.
 fn assert_complete(process: Pid, existing: &PageRanges, store: &Store) -> u64 {
-    let mut page = vec![0; usize::try_from(PAGE_SIZE).unwrap()];
-    for range in &maps::followable(process).unwrap() {
-        for start in (range.start..range.end).step_by(page.len()) {
-            if read_exact(process, start, &mut page).is_err() {
-                // A guard page, or memory that the process may not read itself.
+    const SPAN: u64 = 2 << 20;
+    let mut contents = vec![0; usize::try_from(SPAN).unwrap()];
+    for range in &maps::followable(process).unwrap().intersection(&readable(process)) {
+        for start in (range.start..range.end).step_by(contents.len()) {
+            let span = PageRange::new(start, range.end.min(start + SPAN));
+            let contents = &mut contents[..usize::try_from(span.length()).unwrap()];
+            if read_exact(process, start, contents).is_ok() {
+                span.single_pages()
+                    .zip(contents.chunks(4096))
+                    .for_each(|(at, page)| assert_kept(at, page, existing, store));
                 continue;
             }
-            let kept = store.run(PageRange::new(start, start + PAGE_SIZE));
-            if existing.contains(start) {
-                let differs = |kept: &[u8]| {
-                    (0..page.len()).step_by(8).filter(|at| kept[*at..*at + 8] != page[*at..*at + 8]).collect()
-                };
-                let words: Option<Vec<usize>> = kept.map(differs);
-                assert!(words.as_ref().is_some_and(Vec::is_empty), "page {start:#x} of {range} differs at {words:?}");
-            } else {
-                assert!(page.iter().all(|byte| *byte == 0), "page {start:#x} was not told and is not zero");
+            // Somewhere is a guard page.
+            for (at, page) in span.single_pages().zip(contents.chunks_mut(4096)) {
+                if read_exact(process, at.start, page).is_ok() {
+                    assert_kept(at, page, existing, store);
+                }
             }
         }
     }
     existing.pages()
 }
 
+/// What the process may read itself. Asking for each page of the rest takes minutes on an emulated processor.
+fn readable(process: Pid) -> PageRanges {
+    let maps = std::fs::read_to_string(format!("/proc/{process}/maps")).unwrap();
+    let readable = maps.lines().filter_map(|line| line.split_once(" r")?.0.split_once('-'));
+    let address = |text| u64::from_str_radix(text, 16).unwrap();
+    readable.map(|(start, end)| PageRange::new(address(start), address(end))).collect()
+}
+
+/// Slices are compared as wholes: debug builds, and emulated processors more so, are slow with single bytes.
+fn assert_kept(at: PageRange, page: &[u8], existing: &PageRanges, store: &Store) {
+    if existing.contains(at.start) {
+        let kept = store.run(at);
+        let differs = |kept: &[u8]| (0..page.len()).step_by(8).find(|at| kept[*at..*at + 8] != page[*at..*at + 8]);
+        assert!(kept == Some(page), "page {at} differs at {:?}", kept.map(differs));
+    } else {
+        assert!(page == [0; 4096], "page {at} was not told and is not zero");
+    }
+}
+
 /// The rounds of a pre-copy, then a stop, the last round, and a look at every byte.
 fn follow(victim: &mut Victim, rounds: usize) -> (u64, Vec<u64>) {
-    let process = victim.pid();
-    let mut tracker = UserfaultfdTracker::attach(process).unwrap();
+    let mut tracker = UserfaultfdTracker::attach(victim.pid()).unwrap();
+    follow_by(&mut tracker, victim, rounds)
+}
+
+fn follow_by(tracker: &mut dyn WriteTracker, victim: &mut Victim, rounds: usize) -> (u64, Vec<u64>) {
     let mut store = Store::new(8 << 30).unwrap();
     let mut told = Vec::new();
     for _ in 0..rounds {
         let written = tracker.round().unwrap();
-        copy(&mut tracker, &written, &mut store);
+        copy(tracker, &written, &mut store);
         told.push(written.pages());
         std::thread::sleep(Duration::from_millis(30));
     }
+    (freeze(tracker, victim, &mut store), told)
+}
+
+/// A stop, the last round, and a look at every byte; gives how many pages there were. The process runs on.
+fn freeze(tracker: &mut dyn WriteTracker, victim: &Victim, store: &mut Store) -> u64 {
     victim.stop();
-    let moved = maps::followable(process).unwrap();
-    let frozen = tracker.frozen(&moved).unwrap();
-    copy(&mut tracker, &frozen.written, &mut store);
-    let pages = assert_complete(process, &frozen.existing, &store);
+    let frozen = tracker.frozen(&maps::followable(victim.pid()).unwrap()).unwrap();
+    copy(tracker, &frozen.written, store);
+    let pages = assert_complete(victim.pid(), &frozen.existing, store);
     victim.signal(Signal::SIGCONT);
-    (pages, told)
+    pages
 }
 
 #[test]
@@ -188,13 +215,14 @@ fn no_write_is_missed_whatever_a_process_does_with_its_mappings() {
     }
 }
 
+/// Fills 64 MiB, then writes here and there all the time.
+const SCATTERED_WRITES: &str = "import random\nm = bytearray(os.urandom(64 << 20))\nprint('filled', flush=True)\n\
+     while True:\n for _ in range(40): m[random.getrandbits(14) << 12] ^= 1\n time.sleep(0.001)\n";
+
 /// The kernel hands regions over 512 at a time. With more than that, its word for how far it looked is not the end.
 #[test]
 fn what_is_written_during_a_round_of_many_regions_is_told_in_that_one_or_the_next() {
-    let mut victim = Victim::python(
-        "import random\nm = bytearray(os.urandom(64 << 20))\nprint('filled', flush=True)\n\
-         while True:\n for _ in range(40): m[random.getrandbits(14) << 12] ^= 1\n time.sleep(0.001)\n",
-    );
+    let mut victim = Victim::python(SCATTERED_WRITES);
     assert_eq!(victim.line(), "filled");
     for _ in 0..8 {
         let process = victim.pid();
@@ -213,14 +241,15 @@ fn what_is_written_during_a_round_of_many_regions_is_told_in_that_one_or_the_nex
     }
 }
 
+/// Fills 64 MiB, then writes to one page at each of three SIGUSR1.
+const THREE_WRITES: &str = "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])\n\
+     m = bytearray(os.urandom(64 << 20))\nprint('filled', flush=True)\n\
+     for line in range(3):\n signal.sigwait([signal.SIGUSR1])\n m[line << 20] ^= 1\n print('wrote', flush=True)\n\
+     time.sleep(60)\n";
+
 #[test]
 fn a_round_tells_what_was_written_since_the_last_one() {
-    let mut victim = Victim::python(
-        "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])\n\
-         m = bytearray(os.urandom(64 << 20))\nprint('filled', flush=True)\n\
-         for line in range(3):\n signal.sigwait([signal.SIGUSR1])\n m[line << 20] ^= 1\n print('wrote', flush=True)\n\
-         time.sleep(60)\n",
-    );
+    let mut victim = Victim::python(THREE_WRITES);
     assert_eq!(victim.line(), "filled");
     let mut tracker = UserfaultfdTracker::attach(victim.pid()).unwrap();
     let all = tracker.round().unwrap();
@@ -746,6 +775,140 @@ fn guard_pages_hold_nothing() {
 fn the_choice_of_a_tracker_is_told() {
     let victim = Victim::churn(1);
     let tracker = tracker::attach(victim.pid()).unwrap();
-    assert!(tracker.choice().to_string().contains("userfaultfd"), "{}", tracker.choice());
+    let expected = if UserfaultfdTracker::try_kernel().is_ok() { "userfaultfd" } else { "soft-dirty marks" };
+    assert_eq!(tracker.choice().tracker, expected, "{}", tracker.choice());
     assert_eq!(tracker.process(), victim.pid());
+}
+
+#[test]
+fn the_tracker_that_is_asked_for_follows_or_none_does() {
+    let victim = Victim::churn(1);
+    let has_marks = SoftDirtyTracker::try_kernel().unwrap();
+    match tracker::attach_as(victim.pid(), Preference::SoftDirty) {
+        Ok(tracker) => assert!(has_marks && tracker.choice().tracker == "soft-dirty marks", "{}", tracker.choice()),
+        Err(error) => assert!(!has_marks && error.to_string().contains("CONFIG_MEM_SOFT_DIRTY"), "{error}"),
+    }
+    let has_protection = UserfaultfdTracker::try_kernel().is_ok();
+    match tracker::attach_as(victim.pid(), Preference::Userfaultfd) {
+        Ok(tracker) => assert!(has_protection && tracker.choice().tracker == "userfaultfd", "{}", tracker.choice()),
+        Err(error) => assert!(!has_protection && !error.to_string().contains("soft-dirty"), "{error}"),
+    }
+}
+
+// What follows needs a kernel with soft-dirty marks, which `make e2e-vm` boots.
+
+fn by_marks(victim: &Victim) -> SoftDirtyTracker {
+    SoftDirtyTracker::attach(victim.pid(), "a test wants it".to_owned()).unwrap()
+}
+
+#[test]
+#[ignore = "needs CONFIG_MEM_SOFT_DIRTY: make e2e-vm"]
+fn soft_dirty_marks_miss_no_write_whatever_a_process_does_with_its_mappings() {
+    let mut victim = Victim::churn(3);
+    std::thread::sleep(Duration::from_millis(500));
+    for rounds in [0, 1, 2, 5] {
+        let (pages, _) = follow_by(&mut by_marks(&victim), &mut victim, rounds);
+        assert!(pages > 0, "the victim holds next to nothing");
+        victim.assert_is_well();
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+#[ignore = "needs CONFIG_MEM_SOFT_DIRTY: make e2e-vm"]
+fn soft_dirty_marks_follow_a_process_that_forks_and_runs_other_programs_in_children() {
+    let mut victim = Victim::churn_with(1, &["--fork", "--spawn"]);
+    std::thread::sleep(Duration::from_millis(200));
+    for rounds in [0, 1, 3] {
+        follow_by(&mut by_marks(&victim), &mut victim, rounds);
+        victim.assert_is_well();
+    }
+}
+
+#[test]
+#[ignore = "needs CONFIG_MEM_SOFT_DIRTY: make e2e-vm"]
+fn soft_dirty_marks_in_many_regions_are_all_told() {
+    let mut victim = Victim::python(SCATTERED_WRITES);
+    assert_eq!(victim.line(), "filled");
+    for _ in 0..2 {
+        follow_by(&mut by_marks(&victim), &mut victim, 3);
+    }
+}
+
+#[test]
+#[ignore = "needs CONFIG_MEM_SOFT_DIRTY: make e2e-vm"]
+fn a_soft_dirty_round_tells_what_was_written_since_the_beginning() {
+    let mut victim = Victim::python(THREE_WRITES);
+    assert_eq!(victim.line(), "filled");
+    let mut tracker = by_marks(&victim);
+    let all = tracker.round().unwrap();
+    assert!(all.pages() > 16384, "{} pages", all.pages());
+    let mut before = PageRanges::new();
+    for _ in 0..3 {
+        victim.signal(Signal::SIGUSR1);
+        assert_eq!(victim.line(), "wrote");
+        let written = tracker.round().unwrap();
+        // A page of 2 MiB has one mark.
+        assert!((1..5 * 512).contains(&written.pages()), "{} pages", written.pages());
+        assert!(before.difference(&written).pages() < 16, "what was told once was not told again");
+        before = written;
+    }
+}
+
+#[test]
+#[ignore = "needs CONFIG_MEM_SOFT_DIRTY: make e2e-vm"]
+fn soft_dirty_marks_tell_all_of_another_programs_memory() {
+    let mut victim = filled_and_waiting(OTHER_PROGRAM);
+    let mut tracker = by_marks(&victim);
+    let mut store = Store::new(8 << 30).unwrap();
+    let first = tracker.round().unwrap();
+    copy(&mut tracker, &first, &mut store);
+    victim.signal(Signal::SIGUSR1);
+    assert_eq!(victim.line(), "filled again");
+    assert!(freeze(&mut tracker, &victim, &mut store) > 16384);
+    follow_by(&mut tracker, &mut victim, 2);
+}
+
+#[test]
+#[ignore = "needs CONFIG_MEM_SOFT_DIRTY: make e2e-vm"]
+fn soft_dirty_marks_of_memory_that_two_processes_share_are_followed_once() {
+    let mut victim = filled_and_waiting(SHARING);
+    victim.signal(Signal::SIGUSR1);
+    let sharer = Orphan(Pid::from_raw(victim.line().parse().unwrap()));
+    let tracker = by_marks(&victim);
+    let error = SoftDirtyTracker::attach(sharer.0, String::new()).unwrap_err();
+    assert!(matches!(error, TrackError::Shared { process } if process == sharer.0), "{error}");
+    drop(tracker);
+    SoftDirtyTracker::attach(sharer.0, String::new()).unwrap();
+}
+
+/// The page of zeros, small or huge, comes to where memory is read that was given back. It has no mark, and must be told all the
+/// same: what was there before has been told.
+#[test]
+#[ignore = "needs CONFIG_MEM_SOFT_DIRTY: make e2e-vm"]
+fn soft_dirty_marks_or_not_what_was_given_back_and_then_only_read_is_zero() {
+    for kind in ["15", "14"] {
+        let script = format!(
+            "assert libc.madvise(ctypes.c_void_p(a), 8 << 20, {kind}) == 0\n{FILL}signal.sigwait([signal.SIGUSR1])\n\
+             assert libc.madvise(ctypes.c_void_p(a), 4 << 20, 4) == 0\n\
+             assert ctypes.string_at(a, 4 << 20) == bytes(4 << 20)\nprint('read', flush=True)\n"
+        );
+        for rounds_after in [0, 1] {
+            let mut victim = mapped(PRIVATE_ANONYMOUS, &script);
+            let range = range_of(&mut victim);
+            assert_eq!(victim.line(), "written");
+            let mut tracker = by_marks(&victim);
+            let mut store = Store::new(8 << 30).unwrap();
+            let written = tracker.round().unwrap();
+            assert_eq!(written.intersection(&range), range);
+            copy(&mut tracker, &written, &mut store);
+            victim.signal(Signal::SIGUSR1);
+            assert_eq!(victim.line(), "read");
+            for _ in 0..rounds_after {
+                let written = tracker.round().unwrap();
+                copy(&mut tracker, &written, &mut store);
+            }
+            freeze(&mut tracker, &victim, &mut store);
+        }
+    }
 }

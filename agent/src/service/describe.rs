@@ -5,6 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use podferry_common::failure::{Failure, FailureCode, chain};
 use podferry_criu::{Criu, CriuCapabilities};
+use podferry_memory::tracker::{SoftDirtyTracker, UserfaultfdTracker};
 use podferry_proto::Version;
 use podferry_proto::v1::{self, Finding};
 use podferry_runtime::{CgroupVersion, Container, HostFacts, NamespaceKind, Status};
@@ -227,9 +228,12 @@ async fn kernel_features() -> (Vec<&'static str>, Vec<String>) {
         }
     }
     // Without it live migrations are warm ones, and say so.
-    match podferry_memory::tracker::UserfaultfdTracker::try_kernel() {
+    match UserfaultfdTracker::try_kernel() {
         Ok(()) => found.push("write_tracking"),
-        Err(error) => tracing::info!(%error, "this kernel does not follow writes asynchronously"),
+        Err(_) if SoftDirtyTracker::try_kernel().unwrap_or(false) => found.push("write_tracking"),
+        Err(error) => {
+            tracing::info!(%error, "this kernel neither follows writes asynchronously nor makes soft-dirty marks");
+        }
     }
     found.sort_unstable();
     (found, complaints)

@@ -24,7 +24,7 @@ use podferry_memory::hide;
 use podferry_memory::maps::{self, MovedError};
 use podferry_memory::previous::{Budget, PreviousPages};
 use podferry_memory::range::PageRanges;
-use podferry_memory::tracker::{self, NotFollowed, TrackError, Untracked, WriteTracker};
+use podferry_memory::tracker::{self, NotFollowed, Preference, TrackError, Untracked, WriteTracker};
 use podferry_runtime::{Container, Member};
 use podferry_transfer::{Object, ObjectWriter, Pool, Sender, TransferError};
 use tokio::sync::mpsc;
@@ -200,7 +200,7 @@ impl Followers {
         let mut pages = 0;
         let mut before = Duration::ZERO;
         loop {
-            let new = self.follow_new(&job.container, job.post_copy);
+            let new = self.follow_new(job);
             let new = new.map_err(|error| job.failed("the container's processes", &error))?;
             if job.post_copy {
                 announce(&self.followed[self.followed.len() - new..], &job.way)
@@ -265,17 +265,17 @@ impl Followers {
 
     /// Begins to follow processes that are new; gives how many, which are the last. One that cannot be followed is left to CRIU, or
     /// to post-copy.
-    fn follow_new(&mut self, container: &Container, post_copy: bool) -> Result<usize, podferry_runtime::Error> {
+    fn follow_new(&mut self, job: &Job) -> Result<usize, podferry_runtime::Error> {
         self.followed.retain(|followed| followed.member.is_alive());
         let known = self.followed.len();
-        for member in container.tree()? {
+        for member in job.container.tree()? {
             let known = self.followed.iter().any(|followed| followed.member == member);
             if known || self.left.contains(&member) {
                 continue;
             }
-            match Followed::new(member, &self.budget) {
+            match Followed::new(member, job.context.config.tracker.into(), &self.budget) {
                 Ok(followed) => self.followed.push(followed),
-                Err(error) if post_copy && member.is_alive() => {
+                Err(error) if job.post_copy && member.is_alive() => {
                     self.followed.push(Followed::untracked(member, chain(&error)));
                 }
                 Err(error) => self.leave(member, &error),
@@ -389,9 +389,9 @@ fn failed(context: &Context, what: &str, error: &(dyn std::error::Error + 'stati
 }
 
 impl Followed {
-    fn new(member: Member, budget: &Budget) -> Result<Self, NotFollowed> {
+    fn new(member: Member, preference: Preference, budget: &Budget) -> Result<Self, NotFollowed> {
         let pid = Pid::from_raw(member.pid);
-        let tracker = tracker::attach(pid)?;
+        let tracker = tracker::attach_as(pid, preference)?;
         Ok(Self::by(member, tracker, budget.clone()))
     }
 

@@ -9,7 +9,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 
 use super::*;
-use crate::config::{Config, Network, PostCopy, Runtime, Tools};
+use crate::config::{Config, Network, PostCopy, Runtime, Tools, Tracker};
 
 const WORKLOAD: &str = "w";
 
@@ -27,6 +27,7 @@ fn context(folder: &Path) -> Context {
         images_dir: folder.join("images"),
         runtime_dir: folder.join("run"),
         coordinator: "127.0.0.1:1".to_owned(),
+        tracker: Tracker::default(),
         identity: files.clone(),
         tools: Tools {
             criu: nowhere(),

@@ -88,7 +88,7 @@ impl Pagemap {
     }
 
     /// Reads the entry of each page, for kernels without `PAGEMAP_SCAN`. Gives runs of pages that hold something, ascending, and
-    /// whether they have the soft-dirty mark.
+    /// whether they may have been written: they have the soft-dirty mark, or are no page of this mapping's alone.
     pub(super) fn read(&self, range: PageRange, found: &mut dyn FnMut(PageRange, bool)) -> io::Result<()> {
         let mut bytes = vec![0_u8; 8 * usize::try_from(ENTRIES).unwrap_or(0)];
         let mut start = range.start;
@@ -170,6 +170,9 @@ fn shares(ranges: &PageRanges, threads: usize, least: u64) -> Vec<Vec<PageRange>
 const PRESENT: u64 = 1 << 63;
 const SWAPPED: u64 = 1 << 62;
 const GUARD: u64 = 1 << 58;
+/// Mapped once and nowhere else (Linux 4.2). The shared page of zeros never has this bit, nor the soft-dirty mark: it may have come to
+/// where something else was before. So may not a page that is shared with a child since fork(2), but the two look alike.
+const EXCLUSIVE: u64 = 1 << 56;
 /// Written since the marks were cleared, or of a mapping that is newer than that (`VM_SOFTDIRTY`).
 pub(super) const SOFT_DIRTY: u64 = 1 << 55;
 
@@ -181,7 +184,7 @@ fn runs(start: u64, entries: impl Iterator<Item = u64>) -> Vec<(PageRange, bool)
         if entry & (PRESENT | SWAPPED) == 0 || entry & GUARD != 0 {
             continue;
         }
-        let dirty = entry & SOFT_DIRTY != 0;
+        let dirty = entry & SOFT_DIRTY != 0 || entry & (PRESENT | EXCLUSIVE) == PRESENT;
         match runs.last_mut() {
             Some((run, same)) if *same == dirty && run.end == address => run.end += PAGE_SIZE,
             _ => runs.push((PageRange::new(address, address + PAGE_SIZE), dirty)),
@@ -198,17 +201,21 @@ mod tests {
     fn runs_are_of_pages_that_are_alike() {
         let entries = [
             0,
-            PRESENT,
-            PRESENT | 0x1234,
-            PRESENT | SOFT_DIRTY,
+            PRESENT | EXCLUSIVE,
+            PRESENT | EXCLUSIVE | 0x1234,
+            PRESENT | EXCLUSIVE | SOFT_DIRTY,
             SOFT_DIRTY,
             SWAPPED | SOFT_DIRTY,
             SWAPPED | GUARD,
             PRESENT | SOFT_DIRTY,
+            // The page of zeros, or one of a parent and its child.
+            PRESENT,
+            SWAPPED,
         ];
         let page =
             |first: u64, behind: u64| PageRange::new(0x1_0000 + first * PAGE_SIZE, 0x1_0000 + behind * PAGE_SIZE);
-        let expected = [(page(1, 3), false), (page(3, 4), true), (page(5, 6), true), (page(7, 8), true)];
+        let expected =
+            [(page(1, 3), false), (page(3, 4), true), (page(5, 6), true), (page(7, 9), true), (page(9, 10), false)];
         assert_eq!(runs(0x1_0000, entries.into_iter()), expected);
     }
 
