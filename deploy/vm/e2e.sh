@@ -12,7 +12,7 @@ readonly ALL_STEPS=(memory-trixie memory-bookworm migrate-trixie)
 # For one machine's tests. They take a minute or two where nothing else runs.
 readonly MACHINE_SECONDS=${PODFERRY_VM_SECONDS:-900}
 # For the test with two machines, whose own deadlines together are shorter.
-readonly MIGRATE_SECONDS=2000
+readonly MIGRATE_SECONDS=2400
 
 # Tests have this path in them.
 readonly BUILT=${CARGO_TARGET_DIR:-$PODFERRY_ROOT/target}

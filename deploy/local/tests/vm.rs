@@ -31,7 +31,7 @@ use support::{Line, NODES, eventually, inside, redis, redis_address, redis_rootf
 /// Emulated processors are some twenty times slower than the machine's.
 const PATIENT: [&str; 4] = ["--strategy", "live", "--downtime-budget", "60000"];
 /// From power on until a node's agent answers, on a machine that is busy with other things.
-const BOOT: Duration = Duration::from_secs(240);
+const BOOT: Duration = Duration::from_secs(480);
 /// What agents are made of.
 const PROGRAMS: [&str; 8] = [
     "libpodferry_criu_shim.so",
