@@ -32,6 +32,19 @@
 //! The pages of `existing` that CRIU's own page objects do not have are laid in behind the restored process. The memory objects of a
 //! process for which no `existing` comes are forgotten: it has ended.
 //!
+//! With an end check the source then says what the existing pages hold, which it reads anew, when nothing of the process runs or is
+//! run by CRIU any more:
+//!
+//! ```text
+//!   Open 12 {digests of process 7} · Data 12 … · Close 12 ─────────▶ compares with what it keeps; ends the call at a difference
+//! ```
+//!
+//! The data are the XXH3-64 (seed 0) of the 4096 bytes of each page in `existing`, in that order, 8 bytes little endian each, and no
+//! frame ends inside of one. A page that the receiver does not have differs, and a page that was sent as a zero page counts as 4096
+//! zeros. Refused are digests of a process without `memory` or without a complete `existing` before them, more or fewer than there are
+//! pages, and any memory of the process behind them. Whoever has compared fails the call at `Close`, with `INTERNAL`, the phase
+//! `verify`, and in the text the process, how many pages differ, and which ones first. A process without existing pages needs none.
+//!
 //! Objects may be interleaved as the sender likes. `Abort` may stand in place of any frame after `Begin` and is the last
 //! one; a call that ends without `End` or `Abort` counts as aborted too. Whatever the receiver does not accept, it ends the
 //! call with a status that carries `google.rpc.ErrorInfo` (see `podferry_common::failure`); the sender then closes the

@@ -36,14 +36,18 @@ pub fn rseq_areas(images: &Path) -> Result<Vec<RseqArea>, CriuError> {
     let mut areas = Vec::new();
     for entry in fs::read_dir(images).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if name.starts_with("core-") && name.ends_with(".img") {
+        if is_core(&path) {
             let bytes = fs::read(&path).map_err(|source| CriuError::ReadImage { path: path.clone(), source })?;
             let message = message(&bytes).ok_or_else(|| CriuError::NoImage { path: path.clone() })?;
             areas.extend(area(message).map_err(|_| CriuError::NoImage { path })?);
         }
     }
     Ok(areas)
+}
+
+fn is_core(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.strip_prefix("core-").is_some_and(|rest| rest.strip_suffix(".img").is_some())
 }
 
 /// The message of an image that has one.

@@ -78,7 +78,7 @@ fn of_share(process: Pid, pages: &PageRanges) -> io::Result<Vec<u8>> {
 }
 
 /// The digest of one page.
-fn of_page(contents: &[u8]) -> [u8; DIGEST] {
+pub fn of_page(contents: &[u8]) -> [u8; DIGEST] {
     XxHash3_64::oneshot(contents).to_le_bytes()
 }
 

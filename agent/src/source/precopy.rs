@@ -10,6 +10,8 @@
 //! before (the first time: all there is), and sends that. What is left when the container is frozen is sent in the freeze. CRIU
 //! does not see the memory that is moved this way; all of a process that cannot be followed is left to it.
 
+mod verify;
+
 use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 use std::sync::{Arc, Weak};
@@ -18,12 +20,13 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use nix::unistd::Pid;
 use podferry_common::failure::{Failure, FailureCode, chain};
+use podferry_criu::CriuError;
 use podferry_memory::convergence::{Convergence, Plan, RoundFacts, Verdict};
 use podferry_memory::copier::Copier;
 use podferry_memory::hide;
 use podferry_memory::maps::{self, MovedError};
 use podferry_memory::previous::{Budget, PreviousPages};
-use podferry_memory::range::PageRanges;
+use podferry_memory::range::{PageRange, PageRanges};
 use podferry_memory::tracker::{self, NotFollowed, TrackError, WriteTracker};
 use podferry_runtime::{Container, Member};
 use podferry_transfer::{Object, ObjectWriter, Pool, Sender, TransferError};
@@ -46,6 +49,8 @@ pub struct PreCopyOrder {
     pub max_rounds: u32,
     /// When it is given up.
     pub deadline: SystemTime,
+    /// Whether all of the memory is compared with the target's in the freeze.
+    pub verify: bool,
 }
 
 /// One pass over the memory.
@@ -67,7 +72,7 @@ pub struct Round {
 
 /// Why memory cannot be sent.
 #[derive(Debug, thiserror::Error)]
-enum SendError {
+pub(super) enum SendError {
     /// The process's memory cannot be read.
     #[error("cannot read the memory of process {pid}: {source}")]
     Read {
@@ -82,6 +87,9 @@ enum SendError {
     /// Something came in the last moment to where CRIU does not look.
     #[error(transparent)]
     Moved(#[from] MovedError),
+    /// What CRIU wrote cannot be read.
+    #[error(transparent)]
+    Images(#[from] CriuError),
     /// The transfer is broken.
     #[error(transparent)]
     Transfer(#[from] TransferError),
@@ -100,6 +108,14 @@ impl SendError {
     /// Whether it is about one process, and the others may go on.
     fn is_of_a_process(&self) -> bool {
         matches!(self, Self::Read { .. } | Self::Track(_))
+    }
+
+    /// The same, with the process whose memory was read.
+    fn of_process(self, pid: i32) -> Self {
+        match self {
+            Self::Read { source, .. } => Self::Read { pid, source },
+            other => other,
+        }
     }
 }
 
@@ -172,6 +188,8 @@ struct Followed {
     previous: PreviousPages,
     /// What CRIU does not see.
     hidden: PageRanges,
+    /// What of it exists, once it is frozen.
+    existing: PageRanges,
 }
 
 impl Followers {
@@ -334,7 +352,7 @@ impl Followed {
         let pid = Pid::from_raw(member.pid);
         let tracker = tracker::attach(pid)?;
         let (copier, previous) = (Copier::new(pid, BATCH), PreviousPages::new(budget.clone()));
-        Ok(Self { member, tracker, copier, previous, hidden: PageRanges::new() })
+        Ok(Self { member, tracker, copier, previous, hidden: PageRanges::new(), existing: PageRanges::new() })
     }
 
     fn pid(&self) -> Pid {
@@ -368,10 +386,7 @@ impl Followed {
             // Of a part it is not certain that it arrives.
             self.previous.clear();
         }
-        let copied = copied.map_err(|error| match error {
-            SendError::Read { source, .. } => SendError::Read { pid, source },
-            other => other,
-        });
+        let copied = copied.map_err(|error| error.of_process(pid));
         // Also after an error: the object has to be closed for the transfer to go on without this process.
         writer.close_blocking()?;
         let copied = copied?;
@@ -385,14 +400,15 @@ impl Followed {
         let frozen = self.tracker.frozen(&moved)?;
         self.previous.begin_last_round();
         let pages = self.send(&frozen.written, number, way)?;
-        self.send_existing(&frozen.existing, way)?;
+        self.existing = frozen.existing;
+        self.send_existing(way)?;
         Ok(pages)
     }
 
-    fn send_existing(&self, existing: &PageRanges, way: &Way) -> Result<(), SendError> {
+    fn send_existing(&self, way: &Way) -> Result<(), SendError> {
         let (mut writer, _) = way.open(&Object::Existing { process: self.process() })?;
-        let list: Vec<u8> =
-            existing.iter().flat_map(|range| [range.start.to_le_bytes(), range.end.to_le_bytes()]).flatten().collect();
+        let numbers = |range: PageRange| [range.start.to_le_bytes(), range.end.to_le_bytes()];
+        let list: Vec<u8> = self.existing.iter().flat_map(numbers).flatten().collect();
         writer.data_blocking(Bytes::from(list))?;
         Ok(writer.close_blocking()?)
     }

@@ -2,7 +2,9 @@
 
 use std::fmt;
 
-use podferry_proto::v1::{ExistingObject, MemoryObject, PagesObject, TransferOpen, pages_object, transfer_open};
+use podferry_proto::v1::{
+    DigestsObject, ExistingObject, MemoryObject, PagesObject, TransferOpen, pages_object, transfer_open,
+};
 use thiserror::Error;
 
 use crate::limits::MAX_NAME_LENGTH;
@@ -42,6 +44,11 @@ pub enum Object {
         /// The process: its id inside the container.
         process: u32,
     },
+    /// What those pages hold in the end: a digest of each.
+    Digests {
+        /// The process: its id inside the container.
+        process: u32,
+    },
 }
 
 impl fmt::Display for Object {
@@ -55,6 +62,7 @@ impl fmt::Display for Object {
             }
             Self::Memory { process, round } => write!(f, "memory of process {process}, round {round}"),
             Self::Existing { process } => write!(f, "list of the existing pages of process {process}"),
+            Self::Digests { process } => write!(f, "digests of the pages of process {process}"),
         }
     }
 }
@@ -85,7 +93,7 @@ impl Object {
     pub fn check(&self) -> Result<(), InvalidObject> {
         match self {
             Self::ImageFile(name) | Self::Layer(name) => check_name(name),
-            Self::Pages { .. } | Self::Memory { .. } | Self::Existing { .. } => Ok(()),
+            Self::Pages { .. } | Self::Memory { .. } | Self::Existing { .. } | Self::Digests { .. } => Ok(()),
         }
     }
 }
@@ -115,6 +123,7 @@ impl From<&Object> for TransferOpen {
                 transfer_open::Object::Memory(MemoryObject { process: *process, round: *round })
             }
             Object::Existing { process } => transfer_open::Object::Existing(ExistingObject { process: *process }),
+            Object::Digests { process } => transfer_open::Object::Digests(DigestsObject { process: *process }),
         };
         Self { object: Some(object) }
     }
@@ -136,6 +145,7 @@ impl TryFrom<TransferOpen> for Object {
             }
             transfer_open::Object::Memory(MemoryObject { process, round }) => Self::Memory { process, round },
             transfer_open::Object::Existing(ExistingObject { process }) => Self::Existing { process },
+            transfer_open::Object::Digests(DigestsObject { process }) => Self::Digests { process },
         };
         object.check()?;
         Ok(object)
@@ -165,6 +175,7 @@ mod tests {
             Object::Pages { owner: Owner::SharedMemory(u64::MAX), id: u32::MAX },
             Object::Memory { process: 1, round: 0 },
             Object::Existing { process: u32::MAX },
+            Object::Digests { process: 7 },
         ] {
             assert_eq!(Object::try_from(TransferOpen::from(&object)), Ok(object));
         }

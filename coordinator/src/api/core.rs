@@ -167,6 +167,7 @@ impl Core {
             compress: !request.no_compression,
             downtime_budget_ms: request.downtime_budget_ms,
             bandwidth_limit: request.bandwidth_limit,
+            verify: request.verify,
             created_at: Timestamp::now(),
             frozen_at: None,
             state: State::new(),
@@ -339,6 +340,13 @@ fn wishes(request: &v1::MigrateRequest) -> Result<Wishes, Failure> {
         let message = format!("the strategy {strategy} cannot aim at a downtime: it freezes the workload at once");
         return refused(message, "use live, or give no downtime");
     }
+    if request.verify && !strategy.path().pre_copy {
+        let message = format!(
+            "the strategy {strategy} has nothing to verify: all memory is read while the workload is frozen, and each piece of it \
+             travels with a check sum"
+        );
+        return refused(message, "leave the verification away, or use live");
+    }
     if limit > 0 && limit < LEAST_BANDWIDTH {
         let message = format!("{limit} bytes per second are too little: the least limit is {LEAST_BANDWIDTH}");
         return refused(message, "give a larger limit, or none");
@@ -437,6 +445,16 @@ mod tests {
         INVALID_ARGUMENT the strategy warm cannot aim at a downtime: it freezes the workload at once (in preflight); what to do: use live, or give no downtime
         INVALID_ARGUMENT 65535 bytes per second are too little: the least limit is 65536 (in preflight); what to do: give a larger limit, or none
         "#);
+    }
+
+    #[test]
+    fn only_memory_that_is_copied_beforehand_is_verified() {
+        let asked = |strategy: v1::Strategy| {
+            wishes(&v1::MigrateRequest { strategy: strategy.into(), verify: true, ..v1::MigrateRequest::default() })
+        };
+        assert!(asked(v1::Strategy::Live).is_ok());
+        let refused = asked(v1::Strategy::Warm).unwrap_err();
+        insta::assert_snapshot!(format!("{} {refused}", refused.code), @"INVALID_ARGUMENT the strategy warm has nothing to verify: all memory is read while the workload is frozen, and each piece of it travels with a check sum (in preflight); what to do: leave the verification away, or use live");
     }
 
     #[test]
