@@ -5,17 +5,15 @@ mod support;
 
 use std::fmt::Write as _;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use podferry_local::{FIRST_CONTAINER_ADDRESS, Workload, workspace_root};
+use podferry_local::{FIRST_CONTAINER_ADDRESS, Workload};
 use serde_json::Value;
 use support::counter::{Counter, digest};
-use support::{Line, NODES, Stage, eventually, redis, redis_address};
+use support::{Line, NODES, Stage, churn_image, eventually, redis, redis_address};
 
 /// As `--strategy live`; a budget that two shared cores keep.
 const LIVE: [&str; 4] = ["--strategy", "live", "--downtime-budget", "1000"];
@@ -121,17 +119,6 @@ fn memory_that_is_written_faster_than_it_is_sent_is_refused_before_the_freeze() 
     stage.migrate_with("redis", NODES[1], &LIVE);
     let (_, longest) = counter.stop();
     println!("the longest increment took {} ms", longest.as_millis());
-}
-
-/// A root filesystem with the program that changes its memory in every way there is, and checks it.
-fn churn_image(folder: &Path) -> PathBuf {
-    let image = folder.join("image");
-    let program = podferry_local::default_binaries().join("podferry-memory-churn");
-    assert!(program.exists(), "{} is missing: run `cargo build --workspace --bins` first", program.display());
-    let mut script = Command::new(workspace_root().join("deploy/setup/image.sh"));
-    let output = script.arg("churn").arg(&image).arg("--").arg(program).output().unwrap();
-    assert!(output.status.success(), "image.sh: {}", String::from_utf8_lossy(&output.stderr));
-    image.join("rootfs")
 }
 
 /// Clock ticks that a process has had, proc(5).

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -284,4 +285,15 @@ pub(crate) fn redis(name: &str, ip: Ipv4Addr) -> Workload {
 /// Where [`redis`] at the first address listens.
 pub(crate) fn redis_address() -> SocketAddr {
     SocketAddr::new(IpAddr::V4(FIRST_CONTAINER_ADDRESS), 6379)
+}
+
+/// A root filesystem with the program that changes its memory in every way there is, and checks it.
+pub(crate) fn churn_image(folder: &Path) -> PathBuf {
+    let image = folder.join("image");
+    let program = podferry_local::default_binaries().join("podferry-memory-churn");
+    assert!(program.exists(), "{} is missing: run `cargo build --workspace --bins` first", program.display());
+    let mut script = Command::new(podferry_local::workspace_root().join("deploy/setup/image.sh"));
+    let output = script.arg("churn").arg(&image).arg("--").arg(program).output().unwrap();
+    assert!(output.status.success(), "image.sh: {}", String::from_utf8_lossy(&output.stderr));
+    image.join("rootfs")
 }
