@@ -143,6 +143,9 @@ pub(crate) struct Migrate {
     /// The most bytes per second to send, at least 64K; K, M and G are powers of 1024
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub(crate) bandwidth_limit: Option<u64>,
+    /// With live: before the commit, compare all memory that was copied while it ran; costs downtime for each GiB
+    #[arg(long)]
+    pub(crate) verify: bool,
 }
 
 /// A number of bytes, with a suffix or without.

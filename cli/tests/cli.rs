@@ -191,7 +191,7 @@ async fn a_live_migration_tells_its_rounds() {
     let end = Migration { strategy: Strategy::Live.into(), rounds: copying(3).rounds, ..succeeded() };
     let cluster = Cluster::start(accepting(vec![begun(), copying(1), copying(2), end])).await;
     cluster.script.lock().unwrap().pace = Duration::from_millis(300);
-    let flags = ["--strategy", "live", "--downtime-budget", "40", "--bandwidth-limit", "100M"];
+    let flags = ["--strategy", "live", "--downtime-budget", "40", "--bandwidth-limit", "100M", "--verify"];
     let ran = cluster.run(&[&MOVE[..], &flags].concat()).await.exits(0);
     insta::assert_snapshot!("live_lines", ran.err);
     let described = cluster.run(&["describe", ID]).await.exits(0).out;
@@ -199,7 +199,7 @@ async fn a_live_migration_tells_its_rounds() {
     let json = cluster.run(&["describe", ID, "-o", "json"]).await.exits(0).out;
     assert!(json.contains(r#""dirty_rate":850.0,"predicted_ms":13.6}"#), "{json}");
     let request = cluster.seen()[0].request.clone();
-    assert_eq!((request.strategy(), request.bandwidth_limit), (Strategy::Live, 100 * MIB));
+    assert_eq!((request.strategy(), request.bandwidth_limit, request.verify), (Strategy::Live, 100 * MIB, true));
     assert_eq!(request.downtime_budget_ms.to_bits(), 40.0_f64.to_bits());
     for wrong in [["--downtime-budget", "0"], ["--downtime-budget", "60001"], ["--bandwidth-limit", "fast"]] {
         cluster.run(&[&["migrate", "redis"][..], &wrong].concat()).await.exits(2);

@@ -95,7 +95,7 @@ async fn live_goes_there_with_all_rounds_and_back() {
     ];
     assert_eq!(end.notes, notes);
     let asked = world.shared.lock().freezes[0].clone();
-    let pre_copy = v1::PreCopy { downtime_budget_ms: 40.0, max_rounds: 30, deadline_ms: 3000 };
+    let pre_copy = v1::PreCopy { downtime_budget_ms: 40.0, max_rounds: 30, deadline_ms: 3000, verify: false };
     assert_eq!((asked.pre_copy, asked.bandwidth_limit, asked.deadline_ms), (Some(pre_copy), 1 << 20, 5000));
 
     let back = request(&mut client, live("a")).await.unwrap();
@@ -106,6 +106,26 @@ async fn live_goes_there_with_all_rounds_and_back() {
     let freezes = world.shared.lock().freezes.clone();
     assert_eq!(freezes[1].pre_copy.unwrap().downtime_budget_ms.to_bits(), 100.0_f64.to_bits());
     assert_eq!((freezes[2].pre_copy, freezes[2].bandwidth_limit, fills(&world)), (None, 0, 1));
+}
+
+#[tokio::test]
+async fn what_was_verified_is_told_and_a_source_that_does_not_verify_is_no_source() {
+    let world = World::new().await;
+    let (_coordinator, mut client) = world.coordinator().await;
+    let wanted = |target| v1::MigrateRequest { verify: true, ..live(target) };
+    let accepted = request(&mut client, wanted("b")).await.unwrap();
+    let end = outcome(&mut client, &accepted.id).await;
+    assert_eq!(end.phase(), Phase::Succeeded);
+    assert!(world.shared.lock().freezes[0].pre_copy.unwrap().verify);
+    insta::assert_snapshot!(end.notes[1], @"verified: 67108864 bytes of memory are on the target as they are on the source; comparing them took 12.5 ms of the downtime");
+    assert_moved(&world);
+
+    world.shared.lock().no_verification = true;
+    let accepted = request(&mut client, wanted("a")).await.unwrap();
+    let end = outcome(&mut client, &accepted.id).await;
+    assert_eq!((end.phase(), end.decision()), (Phase::Failed, Decision::Abort));
+    insta::assert_snapshot!(end.reason, @"the source's agent did not compare the memory that was copied, although that was asked for (on b, in freeze); what to do: update it, or migrate without verification");
+    assert_moved(&world);
 }
 
 #[tokio::test]

@@ -41,6 +41,9 @@
 //!   count as that word, too. More rounds than `max_rounds` are a failure of the source's.
 //! - `Progress` counts from the first round on. In `Transferred` all but the times and `last_round` are sums over all rounds;
 //!   `last_round` is what was sent in the freeze, and comes behind the other rounds.
+//! - With `pre_copy.verify` the source has the target compare all memory that was copied before it says `Transferred`, and says there
+//!   what was compared. When a page differs, `Freeze` and `Restore` fail in the phase `verify`, and everything is undone. A coordinator
+//!   that asked for it takes a `Transferred` without `verified` for a failure.
 //! - `Fill` takes as long as the filling does. A caller whose patience ends calls again; that neither disturbs nor begins the
 //!   filling anew. A target that needs no filling answers at once. Warm migrations are not asked.
 //! - `Fill` fails with `DATA_LOSS` only when memory that the container needs is lost for good, and its agent has stopped the copy

@@ -32,6 +32,19 @@
 //! The pages of `existing` that CRIU's own page objects do not have are laid in behind the restored process. The memory objects of a
 //! process for which no `existing` comes are forgotten: it has ended.
 //!
+//! With an end check the source then says what the existing pages hold, which it reads anew, when nothing of the process runs or is
+//! run by CRIU any more:
+//!
+//! ```text
+//!   Open 12 {digests of process 7} · Data 12 … · Close 12 ─────────▶ compares with what it keeps; ends the call at a difference
+//! ```
+//!
+//! The data are the XXH3-64 (seed 0) of the 4096 bytes of each page in `existing`, in that order, 8 bytes little endian each, and no
+//! frame ends inside of one. A page that the receiver does not have differs, and a page that was sent as a zero page counts as 4096
+//! zeros. Refused are digests of a process without `memory` or without a complete `existing` before them, more or fewer than there are
+//! pages, and any memory of the process behind them. Whoever has compared fails the call at `Close`, with `INTERNAL`, the phase
+//! `verify`, and in the text the process, how many pages differ, and which ones first. A process without existing pages needs none.
+//!
 //! In post-copy (see [`crate::fetch`]) some of the existing pages stay with the source. An object for each process that has such says
 //! which: `Open 10 {later of process 7} · Data 10 … · Close 10`, in the form of `existing`. What came of them before is forgotten. Only a
 //! target that was told where to fetch them takes such an object.

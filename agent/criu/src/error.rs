@@ -59,6 +59,20 @@ pub enum CriuError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// An image could not be read.
+    #[error("cannot read the image {}", path.display())]
+    ReadImage {
+        /// Which one.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A file is not the image that its name says.
+    #[error("{} is no image of this CRIU's", path.display())]
+    NoImage {
+        /// Which one.
+        path: PathBuf,
+    },
     /// Pages arrived in an order that no image can hold.
     #[error("pages at {address:#x} arrived after those up to {end:#x}: the sender is broken")]
     PageOrder {

@@ -7,10 +7,12 @@
 //!   fail, never killed.
 //! - [`page_stream::receive`] takes the memory pages from CRIU's page-server client, so that they need not be written
 //!   anywhere on the source; [`PageSetWriter`] lays them down on the target as the images that `criu restore` reads.
+//! - [`rseq_areas`] says where the kernel writes to a dumped process's memory by itself.
 //! - [`ImageGate`] lets a restore be started before its images are there.
 //! - [`CriuLog`] finds the line that says why CRIU failed, and what to do about it.
 //! - [`Criu::probe`] says which CRIU this is and what the kernel lacks for it, [`Criu::features`] what both can do together.
 
+mod core_image;
 mod dump;
 mod error;
 mod gate;
@@ -20,6 +22,7 @@ pub mod page_stream;
 mod probe;
 mod session;
 
+pub use core_image::{RseqArea, rseq_areas};
 pub use dump::{CgroupsMode, DumpRequest, GHOST_LIMIT};
 pub use error::CriuError;
 pub use gate::ImageGate;

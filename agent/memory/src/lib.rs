@@ -3,13 +3,14 @@
 //! Pre-copy repeats one step while the process runs: ask a [`tracker`] which pages were written since it was last asked,
 //! and read those with a [`copier::Copier`]. [`convergence`] says when to stop. Everything is told as [`range::PageRange`]s of the
 //! process's addresses. Which mappings can be handled that way, [`maps`] decides, and which processes, [`hazard`]; what cannot is
-//! left to CRIU, which dumps it while the process is frozen.
+//! left to CRIU, which dumps it while the process is frozen. Whether two nodes have the same memory in the end, [`digest`] finds out.
 //!
 //! Only the modules of `sys` have `unsafe` code.
 
 mod bitmap;
 pub mod convergence;
 pub mod copier;
+pub mod digest;
 pub mod fetch;
 pub mod handover;
 pub mod hazard;

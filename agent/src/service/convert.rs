@@ -9,7 +9,7 @@ use podferry_network::{ContainerLink, IpNet, MacAddress, Route};
 use podferry_proto::v1::{self, PartState, freeze_event};
 
 use crate::journal::Standing;
-use crate::source::{FreezeEvent, PreCopyOrder, Round, SourcePart};
+use crate::source::{FreezeEvent, PreCopyOrder, Round, SourcePart, Verified};
 use crate::target::TargetPart;
 
 /// The most addresses and routes of a link.
@@ -109,12 +109,26 @@ pub(crate) fn event(event: FreezeEvent) -> v1::FreezeEvent {
             let notes = notes.iter().map(|note| note.chars().take(LONGEST_NOTE).collect()).collect();
             freeze_event::Event::Converged(v1::Converged { predicted_ms, notes })
         }
-        FreezeEvent::Transferred { pages, raw_bytes, zero_bytes, wire_bytes, dump_ms, transfer_ms, last_round } => {
-            let last_round = last_round.map(round_message);
-            let transferred =
-                v1::Transferred { pages, raw_bytes, zero_bytes, wire_bytes, dump_ms, transfer_ms, last_round };
-            freeze_event::Event::Transferred(transferred)
-        }
+        FreezeEvent::Transferred {
+            pages,
+            raw_bytes,
+            zero_bytes,
+            wire_bytes,
+            dump_ms,
+            transfer_ms,
+            last_round,
+            verified,
+        } => freeze_event::Event::Transferred(v1::Transferred {
+            pages,
+            raw_bytes,
+            zero_bytes,
+            wire_bytes,
+            dump_ms,
+            transfer_ms,
+            last_round: last_round.map(round_message),
+            verified: verified
+                .map(|Verified { bytes, duration }| v1::Verified { bytes, verify_ms: duration.as_secs_f64() * 1e3 }),
+        }),
     };
     v1::FreezeEvent { event: Some(event) }
 }
@@ -133,7 +147,8 @@ fn round_message(round: Round) -> v1::Round {
 /// How to pre-copy, within what is taken.
 pub(crate) fn pre_copy_of(message: &v1::PreCopy, deadline: SystemTime) -> PreCopyOrder {
     let budget = Duration::try_from_secs_f64(message.downtime_budget_ms / 1e3).unwrap_or(DEFAULT_BUDGET);
-    PreCopyOrder { budget, max_rounds: message.max_rounds.clamp(1, MOST_ROUNDS), deadline }
+    let max_rounds = message.max_rounds.clamp(1, MOST_ROUNDS);
+    PreCopyOrder { budget, max_rounds, deadline, verify: message.verify }
 }
 
 /// How a part ended.

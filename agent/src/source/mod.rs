@@ -5,7 +5,8 @@
 //!                └───────────────┴──────────────────┴───── anything wrong ───┴─────────────┴───── Abort ─────┘──▶ ABORTED
 //! ```
 //!
-//! [Pre-copy](precopy) is for live migrations: memory is sent while the container runs.
+//! [Pre-copy](precopy) is for live migrations: memory is sent while the container runs. If it is asked for, all of that is compared
+//! with what the target has before FROZEN.
 //!
 //! The tasks belong to the [dump worker](crate::worker), which undoes an unsealed part by itself. What is here moves what
 //! CRIU writes, and when the worker was killed does what it would have done, from its record.
@@ -29,7 +30,7 @@ use podferry_criu::{CgroupsMode, DumpRequest};
 use podferry_filesystem::WritableLayer;
 use podferry_network::{ContainerLink, LinkHandle};
 use podferry_runtime::{Container, Externals, Init};
-use podferry_transfer::{Compression, Introduction, Object, Options, Sender, SenderStats};
+use podferry_transfer::{Compression, Introduction, Object, Options, Sender, SenderStats, TransferError};
 use tokio::net::UnixListener;
 use tokio::sync::{Mutex, OwnedMutexGuard, mpsc};
 use tokio_util::sync::CancellationToken;
@@ -40,7 +41,7 @@ use crate::parts::Authority;
 use crate::worker::client::{View, Worker};
 use crate::worker::messages::{DumpJob, Order, Stage, WorkerRecord};
 use arrivals::Arrivals;
-use precopy::{Converged, Followers, Rest, Way};
+use precopy::{Converged, Followers, Rest, SendError, Way};
 
 pub use fetched::PageReader;
 pub use precopy::{PreCopyOrder, Round};
@@ -57,6 +58,8 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(60);
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 /// The name of the writable layer in the transfer.
 pub const LAYER: &str = "upper";
+/// The phase of a failure that the end check has found.
+pub const VERIFY: &str = "verify";
 
 /// What the coordinator wants of a freeze.
 #[derive(Clone, Debug)]
@@ -95,6 +98,11 @@ impl FreezeOrder {
         let Peer::Agent(node) = &self.target else { return None };
         let (node, compress, bandwidth_limit) = (node.clone(), self.compress, self.bandwidth_limit);
         self.post_copy.then_some(FetchedBy { node, compress, bandwidth_limit })
+    }
+
+    /// Whether all memory that is sent before the freeze is compared in it.
+    fn verifies(&self) -> bool {
+        self.pre_copy.is_some_and(|pre_copy| pre_copy.verify)
     }
 
     /// When an unsealed part undoes itself at the latest.
@@ -143,7 +151,28 @@ pub enum FreezeEvent {
         transfer_ms: f64,
         /// What was sent in the freeze, after a pre-copy.
         last_round: Option<Round>,
+        /// What the end check came to, if there was one.
+        verified: Option<Verified>,
     },
+}
+
+/// What an end check came to that found no difference.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Verified {
+    /// Bytes that were compared, zero pages included.
+    pub bytes: u64,
+    /// From the first page that was read for it to the target's confirmation.
+    pub duration: Duration,
+}
+
+/// What was sent behind the freeze.
+struct Sent {
+    /// Pages of the last round and of CRIU.
+    pages: u64,
+    /// When CRIU had written everything.
+    dumped_at: Instant,
+    /// What is being compared, and since when.
+    verifying: Option<(u64, Instant)>,
 }
 
 /// The part.
@@ -422,29 +451,30 @@ impl SourcePart {
 
         let telling = tell_progress(&sender, events);
         let sending = self.send_rest(order, deadline, &sender, forwarding, last_round);
-        let (sent, dumped_at) = tokio::select! {
+        let sent = tokio::select! {
             sent = sending => sent?,
             () = telling => return Err(self.context.refusal(FailureCode::Internal, "progress ended").in_phase("transfer")),
         };
         let Some(sender) = Arc::into_inner(sender) else {
             return Err(self.context.refusal(FailureCode::Internal, "the transfer is still used").in_phase("transfer"));
         };
-        let stats = sender.finish().await.map_err(|error| self.transfer_failed(&error))?;
+        let stats = sender.finish().await.map_err(|error| self.finish_failed(order, &error))?;
         let last_round = converged.as_ref().map(|_| Round {
-            pages: sent,
+            pages: sent.pages,
             raw_bytes: stats.raw_bytes - sent_before.raw_bytes,
             wire_bytes: stats.wire_bytes - sent_before.wire_bytes,
             duration: frozen_at.elapsed(),
             ..Round::default()
         });
         let done = FreezeEvent::Transferred {
-            pages: converged.map_or(0, |converged| converged.pages) + sent,
+            pages: converged.map_or(0, |converged| converged.pages) + sent.pages,
             raw_bytes: stats.raw_bytes,
             zero_bytes: stats.zero_bytes,
             wire_bytes: stats.wire_bytes,
-            dump_ms: ms(frozen_at, dumped_at),
-            transfer_ms: ms(dumped_at, Instant::now()),
+            dump_ms: ms(frozen_at, sent.dumped_at),
+            transfer_ms: ms(sent.dumped_at, Instant::now()),
             last_round,
+            verified: sent.verifying.map(|(bytes, since)| Verified { bytes, duration: since.elapsed() }),
         };
         let _ = events.send(done).await;
         Ok(())
@@ -460,7 +490,7 @@ impl SourcePart {
         })
     }
 
-    /// Waits for the end of CRIU's dump, then sends images and writable layer.
+    /// Waits for the end of CRIU's dump, then sends images and writable layer, and what the end check needs.
     async fn send_rest(
         &self,
         order: &FreezeOrder,
@@ -468,7 +498,7 @@ impl SourcePart {
         sender: &Arc<Sender>,
         forwarding: tokio::task::JoinHandle<Result<u64, podferry_criu::CriuError>>,
         last_round: LastRound,
-    ) -> Result<(u64, Instant), Failure> {
+    ) -> Result<Sent, Failure> {
         let dumped = self.worker()?.until(patience(deadline), |view| *view == View::Stage(Stage::Dumped)).await;
         let forwarded = async {
             let ended = forwarding.await;
@@ -492,7 +522,25 @@ impl SourcePart {
         pages += last_round.await.map_err(|error| self.context.failure(FailureCode::Internal, what, &error))??;
         self.send_images(sender).await?;
         self.send_layer(&order.container, sender).await?;
-        Ok((pages, dumped_at))
+        let verifying = if order.verifies() { Some(self.verify(order, sender).await?) } else { None };
+        Ok(Sent { pages, dumped_at, verifying })
+    }
+
+    /// Has the target compare all memory that was sent before the freeze. Gives how many bytes, and since when.
+    async fn verify(&self, order: &FreezeOrder, sender: &Arc<Sender>) -> Result<(u64, Instant), Failure> {
+        let mut followers = Arc::clone(&self.followers).lock_owned().await;
+        let (images, way, begun) = (self.dirs.images.clone(), self.way(sender), Instant::now());
+        let sent = tokio::task::spawn_blocking(move || followers.verify(&images, &way));
+        let what = "the task of the end check ended";
+        let sent = sent.await.map_err(|error| self.context.failure(FailureCode::Internal, what, &error))?;
+        match sent {
+            Ok(pages) => Ok((pages * podferry_memory::PAGE_SIZE, begun)),
+            Err(SendError::Transfer(error)) => Err(self.finish_failed(order, &error)),
+            Err(error) => {
+                let what = "the memory of the frozen processes cannot be read for the end check";
+                Err(self.context.failure(FailureCode::Unavailable, what, &error).in_phase(VERIFY))
+            }
+        }
     }
 
     async fn spawn_forwarding(
@@ -802,6 +850,16 @@ impl SourcePart {
 
     fn transfer_failed(&self, error: &(dyn std::error::Error + 'static)) -> Failure {
         transfer_failed(&self.context, error)
+    }
+
+    /// As [`Self::transfer_failed`], but for a difference that the end check has found: the transfer is not to blame for that.
+    fn finish_failed(&self, order: &FreezeOrder, error: &TransferError) -> Failure {
+        match (error, &order.target) {
+            (TransferError::Refused(found), Peer::Agent(node)) if found.phase.as_deref() == Some(VERIFY) => {
+                found.as_ref().clone().on(node.as_str())
+            }
+            _ => self.transfer_failed(error),
+        }
     }
 
     fn wrong_standing(&self, what: &str, standing: Standing) -> Failure {

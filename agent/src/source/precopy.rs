@@ -10,6 +10,8 @@
 //! before (the first time: all there is), and sends that. What is left when the container is frozen is sent in the freeze. CRIU
 //! does not see the memory that is moved this way; all of a process that cannot be followed is left to it.
 
+mod verify;
+
 use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 use std::sync::{Arc, Weak};
@@ -18,6 +20,7 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use nix::unistd::Pid;
 use podferry_common::failure::{Failure, FailureCode, chain};
+use podferry_criu::CriuError;
 use podferry_memory::convergence::{Convergence, Plan, RoundFacts, Verdict};
 use podferry_memory::copier::Copier;
 use podferry_memory::hide;
@@ -46,6 +49,8 @@ pub struct PreCopyOrder {
     pub max_rounds: u32,
     /// When it is given up.
     pub deadline: SystemTime,
+    /// Whether all of the memory is compared with the target's in the freeze.
+    pub verify: bool,
 }
 
 /// One pass over the memory.
@@ -67,7 +72,7 @@ pub struct Round {
 
 /// Why memory cannot be sent.
 #[derive(Debug, thiserror::Error)]
-enum SendError {
+pub(super) enum SendError {
     /// The process's memory cannot be read.
     #[error("cannot read the memory of process {pid}: {source}")]
     Read {
@@ -82,6 +87,9 @@ enum SendError {
     /// Something came in the last moment to where CRIU does not look.
     #[error(transparent)]
     Moved(#[from] MovedError),
+    /// What CRIU wrote cannot be read.
+    #[error(transparent)]
+    Images(#[from] CriuError),
     /// The transfer is broken.
     #[error(transparent)]
     Transfer(#[from] TransferError),
@@ -100,6 +108,14 @@ impl SendError {
     /// Whether it is about one process, and the others may go on.
     fn is_of_a_process(&self) -> bool {
         matches!(self, Self::Read { .. } | Self::Track(_))
+    }
+
+    /// The same, with the process whose memory was read.
+    fn of_process(self, pid: i32) -> Self {
+        match self {
+            Self::Read { source, .. } => Self::Read { pid, source },
+            other => other,
+        }
     }
 }
 
@@ -186,6 +202,8 @@ struct Followed {
     previous: PreviousPages,
     /// What CRIU does not see.
     hidden: PageRanges,
+    /// What of it exists, once it is frozen.
+    existing: PageRanges,
 }
 
 impl Followers {
@@ -402,7 +420,7 @@ impl Followed {
 
     fn by(member: Member, tracker: Box<dyn WriteTracker + Send>, budget: Budget) -> Self {
         let copier = Copier::new(Pid::from_raw(member.pid), BATCH);
-        Self { member, tracker, copier, previous: PreviousPages::new(budget), hidden: PageRanges::new() }
+        Self { member, tracker, copier, previous: PreviousPages::new(budget), hidden: PageRanges::new(), existing: PageRanges::new() }
     }
 
     fn pid(&self) -> Pid {
@@ -436,10 +454,7 @@ impl Followed {
             // Of a part it is not certain that it arrives.
             self.previous.clear();
         }
-        let copied = copied.map_err(|error| match error {
-            SendError::Read { source, .. } => SendError::Read { pid, source },
-            other => other,
-        });
+        let copied = copied.map_err(|error| error.of_process(pid));
         // Also after an error: the object has to be closed for the transfer to go on without this process.
         writer.close_blocking()?;
         let copied = copied?;
@@ -462,7 +477,8 @@ impl Followed {
                 0
             }
         };
-        Self::send_list(&Object::Existing { process }, &frozen.existing, way)?;
+        self.existing = frozen.existing;
+        Self::send_list(&Object::Existing { process }, &self.existing, way)?;
         Ok(pages)
     }
 

@@ -20,12 +20,13 @@ use podferry_common::identity::Peer;
 use podferry_common::tls::PeerInfo;
 use podferry_criu::{PageSetWriter, Run, page_flags};
 use podferry_filesystem::Limits;
+use podferry_memory::digest::Comparison;
 use podferry_transfer::{Authorize, Deltas, Introduction, Object, Owner, PageRun, Sink};
 use tokio::sync::watch;
 
-use super::memory::{ArrivingMemory, List, ListOf};
+use super::memory::{self, ArrivingMemory, List, ListOf, MemoryError};
 use crate::context;
-use crate::source::LAYER;
+use crate::source::{LAYER, VERIFY};
 
 /// Pieces of the layer that may wait for the disk.
 const LAYER_QUEUE: usize = 4;
@@ -149,6 +150,8 @@ enum Place {
     /// Memory of this process.
     Memory(u32),
     List(List),
+    /// Digests of this process's pages.
+    Digests(u32, Comparison),
     Layer(Unpacking),
 }
 
@@ -159,6 +162,7 @@ impl fmt::Debug for Place {
             Self::Pages(..) => "Pages",
             Self::Memory(_) => "Memory",
             Self::List(_) => "List",
+            Self::Digests(..) => "Digests",
             Self::Layer(_) => "Layer",
         })
     }
@@ -176,6 +180,18 @@ fn failed(error: impl std::error::Error + 'static) -> Failure {
     context::out_of_room(&error)
         .unwrap_or_else(|| Failure::from_error(FailureCode::Aborted, &error))
         .in_phase("transfer")
+}
+
+/// What the end check says, in a phase of its own: so both nodes tell it apart from a transfer that broke.
+fn different(error: MemoryError) -> Failure {
+    if !matches!(error, MemoryError::Different { .. }) {
+        return failed(error);
+    }
+    tracing::error!(%error, "the end check found a difference");
+    Failure::from_error(FailureCode::Internal, &error).in_phase(VERIFY).remedy(
+        "report this with the logs of both agents: it ought not to happen, and nothing was moved; `--strategy warm` copies no memory \
+         beforehand and does not depend on what failed here",
+    )
 }
 
 impl Sink for Receiving {
@@ -200,6 +216,9 @@ impl Sink for Receiving {
                 Ok(())
             }
             Some(Place::List(list)) => list.extend(&data).map_err(failed),
+            Some(Place::Digests(process, comparison)) => {
+                open.memory.compare(*process, comparison, &data).map_err(failed)
+            }
             Some(Place::Pages(..) | Place::Memory(_)) | None => {
                 Err(failed(io::Error::other("data for what takes none")))
             }
@@ -228,6 +247,7 @@ impl Sink for Receiving {
             Some(Place::Pages(Owner::Process(process), images)) => open.memory.dumped(process, images).map_err(failed),
             Some(Place::Pages(Owner::SharedMemory(_), images)) => images.finish().map_err(failed),
             Some(Place::List(list)) => list.finish(&mut open.memory).map_err(failed),
+            Some(Place::Digests(process, comparison)) => memory::verdict(process, comparison).map_err(different),
             Some(Place::Layer(unpacking)) => unpacking.finish().map_err(failed),
             None => Err(failed(io::Error::other("what is not open is closed"))),
         })
@@ -285,6 +305,10 @@ impl Receiving {
             Object::Memory { process, .. } => Place::Memory(*process),
             Object::Existing { process } => Place::List(List::of(ListOf::Existing, *process)),
             Object::Later { process } => Place::List(List::of(ListOf::Later, *process)),
+            Object::Digests { process } => {
+                let comparison = self.inbox.with_open(|open| open.memory.open_digests(*process).map_err(failed))?;
+                Place::Digests(*process, comparison)
+            }
         };
         Ok(place)
     }

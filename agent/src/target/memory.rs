@@ -4,12 +4,13 @@
 //! transfer they are put together with what CRIU dumped: a page that CRIU has too is taken from there, and every other one that the
 //! process has in the end is *lazy*. The [pager](crate::pager) lays those in behind the restored process.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::path::PathBuf;
 
 use podferry_criu::{CriuError, PageSetWriter, Run};
 use podferry_memory::PAGE_SIZE;
+use podferry_memory::digest::{Comparison, DigestError};
 use podferry_memory::handover::{Handover, HandoverError};
 use podferry_memory::range::{PageRange, PageRanges};
 use podferry_memory::store::{Store, StoreError};
@@ -67,6 +68,43 @@ pub(crate) enum MemoryError {
         /// The first of them.
         range: String,
     },
+    /// Digests came that have no place.
+    #[error("digests came of process {process}, {what}")]
+    Digests {
+        /// The process, by its id inside the container.
+        process: u32,
+        /// Why they have none.
+        what: &'static str,
+    },
+    /// Digests came that are not those of the process's pages.
+    #[error("the digests of process {process}'s pages make no sense: {source}")]
+    NoDigests {
+        /// The process, by its id inside the container.
+        process: u32,
+        /// What is wrong with them.
+        source: DigestError,
+    },
+    /// The end check found a difference.
+    #[error(
+        "memory of process {process} (its id inside the container) is not what it is on the source: {pages} of {compared} pages \
+         differ, the first at {first}"
+    )]
+    Different {
+        /// The process, by its id inside the container.
+        process: u32,
+        /// How many pages,
+        pages: u64,
+        /// of how many,
+        compared: u64,
+        /// and the first of them.
+        first: PageRange,
+    },
+    /// Memory of a process came after the source had read it for the last time.
+    #[error("memory of process {process} came after the digests of its pages")]
+    Late {
+        /// The process, by its id inside the container.
+        process: u32,
+    },
     /// The source says that a process exists, and CRIU does not.
     #[error("CRIU dumped no process {process}, whose memory came before the freeze")]
     NoProcess {
@@ -85,6 +123,8 @@ pub(crate) struct ArrivingMemory {
     later: BTreeMap<u32, PageRanges>,
     /// Whether any may.
     post_copy: bool,
+    /// Processes of whose pages digests have come: nothing of them changes any more.
+    compared: HashSet<u32>,
     /// What CRIU dumped of each process, not yet completed.
     dumped: BTreeMap<u32, PageSetWriter>,
 }
@@ -93,7 +133,7 @@ impl ArrivingMemory {
     /// Keeps it in this folder. With `post_copy` some of it may stay with the source.
     pub(crate) fn new(folder: PathBuf, post_copy: bool) -> Self {
         let (existing, later, dumped) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        Self { folder, stores: HashMap::new(), existing, later, post_copy, dumped }
+        Self { folder, stores: HashMap::new(), existing, later, post_copy, compared: HashSet::new(), dumped }
     }
 
     /// Memory of a process comes.
@@ -107,6 +147,9 @@ impl ArrivingMemory {
 
     /// Keeps pages of a process for which memory comes.
     pub(crate) fn keep(&mut self, process: u32, run: &PageRun) -> Result<(), MemoryError> {
+        if self.compared.contains(&process) {
+            return Err(MemoryError::Late { process });
+        }
         let Some(store) = self.stores.get_mut(&process) else { return Err(MemoryError::NoProcess { process }) };
         let mut rest: &[u8] = &run.bytes;
         let mut index = 0;
@@ -147,6 +190,27 @@ impl ArrivingMemory {
             ListOf::Later => return Err(MemoryError::NotPostCopy { process }),
         };
         Ok(())
+    }
+
+    /// Digests of a process's pages come, for the end check.
+    pub(crate) fn open_digests(&mut self, process: u32) -> Result<Comparison, MemoryError> {
+        let refused = |what| Err(MemoryError::Digests { process, what });
+        let Some(existing) = self.existing.get(&process) else {
+            return refused("and no list of its pages before them");
+        };
+        if !self.stores.contains_key(&process) {
+            return refused("of which no memory came before the freeze");
+        }
+        if !self.compared.insert(process) {
+            return refused("of which they came already");
+        }
+        Ok(Comparison::of(existing.clone()))
+    }
+
+    /// Compares the next pages of a process with digests.
+    pub(crate) fn compare(&self, process: u32, comparison: &mut Comparison, digests: &[u8]) -> Result<(), MemoryError> {
+        let Some(store) = self.stores.get(&process) else { return Err(MemoryError::NoProcess { process }) };
+        comparison.compare(store, digests).map_err(|source| MemoryError::NoDigests { process, source })
     }
 
     /// Completes CRIU's images of a process, or keeps them until it is known which pages are lazy.
@@ -195,6 +259,15 @@ impl ArrivingMemory {
         }
         store.retain(&here)?;
         Ok((store, lazy))
+    }
+}
+
+/// All digests of a process have come: fails when a page differs.
+pub(crate) fn verdict(process: u32, comparison: Comparison) -> Result<(), MemoryError> {
+    let (found, compared) = comparison.finish().map_err(|source| MemoryError::NoDigests { process, source })?;
+    match found.first {
+        Some(first) => Err(MemoryError::Different { process, pages: found.pages, compared, first }),
+        None => Ok(()),
     }
 }
 
@@ -356,6 +429,99 @@ mod tests {
         assert!(matches!(other, Err(MemoryError::Changes { source: ApplyError::Digest { .. }, .. })), "{other:?}");
         assert!(matches!(memory.change(8, &changes(0x2000, &before[1])), Err(MemoryError::NoProcess { process: 8 })));
         assert!((0..2).all(|index| kept(&memory, index) == before[index]));
+    }
+
+    fn digests(pages: &[Page]) -> Vec<u8> {
+        pages.iter().flat_map(|page| podferry_memory::digest::of_page(page)).collect()
+    }
+
+    /// Compares digests of these pages with what arrived, of which the list has the same pages.
+    fn compared(memory: &mut ArrivingMemory, pages: &[Page]) -> Result<(), MemoryError> {
+        memory.exists(7, &list(&[(0x1000, (pages.len() as u64 + 1) * PAGE_SIZE)]))?;
+        let mut comparison = memory.open_digests(7)?;
+        digests(pages).chunks(16).try_for_each(|digests| memory.compare(7, &mut comparison, digests))?;
+        verdict(7, comparison)
+    }
+
+    #[test]
+    fn what_arrived_is_what_the_source_has_or_the_first_difference_is_named() {
+        let pages = [[1; PAGE], [0; PAGE], [3; PAGE], [0; PAGE]];
+        for (index, changed) in pages.iter().enumerate() {
+            let folder = tempfile::tempdir().unwrap();
+            compared(&mut arriving(&folder, &pages), &pages).unwrap();
+            let mut now = pages;
+            now[index][PAGE - 1] = changed[0] + 1;
+            let different = compared(&mut arriving(&folder, &pages), &now).unwrap_err();
+            let address = (index as u64 + 1) * PAGE_SIZE;
+            assert_eq!(
+                different.to_string(),
+                format!(
+                    "memory of process 7 (its id inside the container) is not what it is on the source: 1 of 4 pages differ, the \
+                     first at {address:#x}-{:#x}",
+                    address + PAGE_SIZE
+                )
+            );
+        }
+    }
+
+    #[test]
+    fn a_page_that_did_not_arrive_is_a_difference() {
+        let folder = tempfile::tempdir().unwrap();
+        let different = compared(&mut arriving(&folder, &[[1; PAGE]]), &[[1; PAGE], [0; PAGE], [0; PAGE]]).unwrap_err();
+        let first = PageRange::new(0x2000, 0x4000);
+        assert!(
+            matches!(different, MemoryError::Different { process: 7, pages: 2, compared: 3, first: found } if found == first),
+            "{different}"
+        );
+    }
+
+    #[test]
+    fn a_store_that_is_changed_behind_the_agents_back_is_found_out() {
+        use std::os::unix::fs::FileExt as _;
+        let folder = tempfile::tempdir().unwrap();
+        let pages = [[1; PAGE], [2; PAGE], [3; PAGE]];
+        let mut memory = arriving(&folder, &pages);
+        let store = std::fs::File::options().write(true).open(folder.path().join("memory-7.store")).unwrap();
+        // The first page is the second one of its 2 MiB.
+        store.write_all_at(&[9], 3 * PAGE_SIZE + 77).unwrap();
+        let different = compared(&mut memory, &pages).unwrap_err();
+        let first = PageRange::new(0x3000, 0x4000);
+        assert!(
+            matches!(different, MemoryError::Different { pages: 1, first: found, .. } if found == first),
+            "{different}"
+        );
+    }
+
+    #[test]
+    fn digests_out_of_place_are_refused_and_so_is_memory_behind_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let pages = [[1; PAGE], [2; PAGE]];
+        let mut memory = arriving(&folder, &pages);
+        assert!(matches!(memory.open_digests(7), Err(MemoryError::Digests { process: 7, .. })), "before the list");
+        memory.exists(8, &list(&[(0x1000, 0x2000)])).unwrap();
+        assert!(matches!(memory.open_digests(8), Err(MemoryError::Digests { process: 8, .. })), "without memory");
+        memory.exists(7, &list(&[(0x1000, 0x3000)])).unwrap();
+        let mut comparison = memory.open_digests(7).unwrap();
+        assert!(matches!(memory.open_digests(7), Err(MemoryError::Digests { process: 7, .. })), "a second time");
+        for bytes in [vec![0; 12], vec![0; 24], vec![0; 1 << 20]] {
+            let refused = memory.compare(7, &mut Comparison::of(memory.existing[&7].clone()), &bytes);
+            assert!(matches!(refused, Err(MemoryError::NoDigests { process: 7, .. })), "{} bytes", bytes.len());
+        }
+        memory.compare(7, &mut comparison, &digests(&pages[..1])).unwrap();
+        let (zero, bytes) = (ZeroMap::default(), vec![1; PAGE].into());
+        let late = PageRun { object: 9, vaddr: 0x1000, count: 1, flags: 0, zero, bytes, absent: false };
+        assert!(matches!(memory.keep(7, &late), Err(MemoryError::Late { process: 7 })));
+        let mut changes = Changes::default();
+        assert!(changes.add(0x1000, &pages[0], &{
+            let mut now = pages[0];
+            now[5] = 5;
+            now
+        }));
+        assert!(matches!(memory.change(7, &arrived(changes)), Err(MemoryError::Late { process: 7 })));
+        assert!(matches!(
+            verdict(7, comparison),
+            Err(MemoryError::NoDigests { process: 7, source: DigestError::TooFew(1) })
+        ));
     }
 
     proptest! {

@@ -42,6 +42,7 @@ use crate::journal::{Ledger, PartDirs, PartRecord, Role, Standing};
 use crate::pager;
 use crate::pager::messages::{PagedContainer, PagerJob, PagerState};
 use crate::parts::Authority;
+use crate::source::VERIFY;
 use bundle::Bundle;
 use doorstep::Doorstep;
 use hook::{Hold, HookKeeper};
@@ -259,6 +260,10 @@ impl TargetPart {
         let ended = arrival.wait_for(|arrival| *arrival != Arrival::Waiting).await.map(|arrival| arrival.clone());
         match ended {
             Ok(Arrival::Complete) => Ok(()),
+            // No fault of the transfer's.
+            Ok(Arrival::Broken(found)) if found.phase.as_deref() == Some(VERIFY) => {
+                Err(found.on(self.context.config.node.as_str()))
+            }
             Ok(Arrival::Broken(reason)) => {
                 let message = format!("the transfer from the source broke: {}", reason.message);
                 let full = reason.code == FailureCode::ResourceExhausted;

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use podferry_proto::v1::{
-    ExistingObject, LaterObject, MemoryObject, PagesObject, TransferOpen, pages_object, transfer_open,
+    DigestsObject, ExistingObject, LaterObject, MemoryObject, PagesObject, TransferOpen, pages_object, transfer_open,
 };
 use thiserror::Error;
 
@@ -49,6 +49,11 @@ pub enum Object {
         /// The process: its id inside the container.
         process: u32,
     },
+    /// What those pages hold in the end: a digest of each.
+    Digests {
+        /// The process: its id inside the container.
+        process: u32,
+    },
 }
 
 impl fmt::Display for Object {
@@ -63,6 +68,7 @@ impl fmt::Display for Object {
             Self::Memory { process, round } => write!(f, "memory of process {process}, round {round}"),
             Self::Existing { process } => write!(f, "list of the existing pages of process {process}"),
             Self::Later { process } => write!(f, "list of the pages of process {process} that come later"),
+            Self::Digests { process } => write!(f, "digests of the pages of process {process}"),
         }
     }
 }
@@ -93,7 +99,11 @@ impl Object {
     pub fn check(&self) -> Result<(), InvalidObject> {
         match self {
             Self::ImageFile(name) | Self::Layer(name) => check_name(name),
-            Self::Pages { .. } | Self::Memory { .. } | Self::Existing { .. } | Self::Later { .. } => Ok(()),
+            Self::Pages { .. }
+            | Self::Memory { .. }
+            | Self::Existing { .. }
+            | Self::Later { .. }
+            | Self::Digests { .. } => Ok(()),
         }
     }
 }
@@ -124,6 +134,7 @@ impl From<&Object> for TransferOpen {
             }
             Object::Existing { process } => transfer_open::Object::Existing(ExistingObject { process: *process }),
             Object::Later { process } => transfer_open::Object::Later(LaterObject { process: *process }),
+            Object::Digests { process } => transfer_open::Object::Digests(DigestsObject { process: *process }),
         };
         Self { object: Some(object) }
     }
@@ -146,6 +157,7 @@ impl TryFrom<TransferOpen> for Object {
             transfer_open::Object::Memory(MemoryObject { process, round }) => Self::Memory { process, round },
             transfer_open::Object::Existing(ExistingObject { process }) => Self::Existing { process },
             transfer_open::Object::Later(LaterObject { process }) => Self::Later { process },
+            transfer_open::Object::Digests(DigestsObject { process }) => Self::Digests { process },
         };
         object.check()?;
         Ok(object)
@@ -176,6 +188,7 @@ mod tests {
             Object::Memory { process: 1, round: 0 },
             Object::Existing { process: u32::MAX },
             Object::Later { process: u32::MAX },
+            Object::Digests { process: 7 },
         ] {
             assert_eq!(Object::try_from(TransferOpen::from(&object)), Ok(object));
         }

@@ -167,6 +167,7 @@ impl Core {
             compress: !request.no_compression,
             downtime_budget_ms: request.downtime_budget_ms,
             bandwidth_limit: request.bandwidth_limit,
+            verify: request.verify,
             created_at: Timestamp::now(),
             frozen_at: None,
             state: State::new(),
@@ -346,6 +347,17 @@ fn wishes(request: &v1::MigrateRequest) -> Result<Wishes, Failure> {
         );
         return refused(message, "accept that risk (--accept-loss), or use live");
     }
+    if request.verify && strategy.path().post_copy {
+        let message = format!("the strategy {strategy} cannot verify: what is fetched after the resume is not there to be compared");
+        return refused(message, "leave the verification away, or use live");
+    }
+    if request.verify && !strategy.path().pre_copy {
+        let message = format!(
+            "the strategy {strategy} has nothing to verify: all memory is read while the workload is frozen, and each piece of it \
+             travels with a check sum"
+        );
+        return refused(message, "leave the verification away, or use live");
+    }
     if limit > 0 && limit < LEAST_BANDWIDTH {
         let message = format!("{limit} bytes per second are too little: the least limit is {LEAST_BANDWIDTH}");
         return refused(message, "give a larger limit, or none");
@@ -453,6 +465,16 @@ mod tests {
         let (strategy, accept_loss) = (v1::Strategy::Hybrid.into(), true);
         let accepted = v1::MigrateRequest { strategy, accept_loss, ..v1::MigrateRequest::default() };
         assert_eq!(wishes(&accepted).map(|wishes| wishes.strategy), Ok(Strategy::Hybrid));
+    }
+
+    #[test]
+    fn only_memory_that_is_copied_beforehand_is_verified() {
+        let asked = |strategy: v1::Strategy| {
+            wishes(&v1::MigrateRequest { strategy: strategy.into(), verify: true, ..v1::MigrateRequest::default() })
+        };
+        assert!(asked(v1::Strategy::Live).is_ok());
+        let refused = asked(v1::Strategy::Warm).unwrap_err();
+        insta::assert_snapshot!(format!("{} {refused}", refused.code), @"INVALID_ARGUMENT the strategy warm has nothing to verify: all memory is read while the workload is frozen, and each piece of it travels with a check sum (in preflight); what to do: leave the verification away, or use live");
     }
 
     #[test]

@@ -68,6 +68,7 @@ pub(super) struct Job {
     pub(super) compress: bool,
     pub(super) downtime_budget_ms: f64,
     pub(super) bandwidth_limit: u64,
+    pub(super) verify: bool,
     pub(super) source: NodeName,
     pub(super) source_address: String,
     pub(super) target: NodeName,
@@ -102,6 +103,7 @@ impl Job {
             compress: record.compress,
             downtime_budget_ms: record.downtime_budget_ms,
             bandwidth_limit: record.bandwidth_limit,
+            verify: record.verify,
             source: record.source.clone(),
             source_address: record.source_address.clone(),
             target: record.target.clone(),
@@ -259,6 +261,7 @@ impl Job {
                 Some(FreezeEvent::Frozen(frozen)) => Input::Frozen { freeze_ms: frozen.freeze_ms, at },
                 Some(FreezeEvent::Progress(now)) => Input::Progress(now),
                 Some(FreezeEvent::Transferred(sent)) => {
+                    self.verified(&sent)?;
                     complete = true;
                     Input::Answered { call: self.call, answer: Ok(Answer::Transferred(sent)), at }
                 }
@@ -282,8 +285,17 @@ impl Job {
         let downtime_budget_ms =
             if self.downtime_budget_ms > 0.0 { self.downtime_budget_ms } else { DOWNTIME_BUDGET_MS };
         let deadline_ms = whole_milliseconds(self.deadlines.precopy);
-        let asked = v1::PreCopy { downtime_budget_ms, max_rounds: MAX_ROUNDS, deadline_ms };
+        let asked = v1::PreCopy { downtime_budget_ms, max_rounds: MAX_ROUNDS, deadline_ms, verify: self.verify };
         self.strategy.path().pre_copy.then_some(asked)
+    }
+
+    /// Whoever asked for certainty is not to get a migration without it.
+    fn verified(&self, sent: &v1::Transferred) -> Result<(), Failure> {
+        if !self.verify || sent.verified.is_some() {
+            return Ok(());
+        }
+        let message = "the source's agent did not compare the memory that was copied, although that was asked for";
+        Err(self.failure(FailureCode::Unimplemented, message).remedy("update it, or migrate without verification"))
     }
 
     /// Rounds are kept with the migration: an agent that does not stop must not fill the store.

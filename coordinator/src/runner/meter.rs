@@ -60,6 +60,13 @@ impl Meter {
             }),
             None => {}
         }
+        if let Some(verified) = sent.verified {
+            let (bytes, verify_ms) = (verified.bytes, told(verified.verify_ms));
+            report.note(format!(
+                "verified: {bytes} bytes of memory are on the target as they are on the source; comparing them took {verify_ms:.1} ms \
+                 of the downtime"
+            ));
+        }
     }
 
     /// A round of pre-copy has ended.

@@ -69,6 +69,9 @@ pub struct Record {
     /// The most bytes per second on the link; 0 for as many as it takes.
     #[serde(default)]
     pub bandwidth_limit: u64,
+    /// Live: whether all memory that is copied before the freeze is compared in it.
+    #[serde(default)]
+    pub verify: bool,
     /// When it was accepted.
     pub created_at: Timestamp,
     /// When the source's processes stood still, as far as the coordinator saw it.
@@ -375,13 +378,13 @@ mod tests {
             {"pages": 1, "raw_bytes": 4096, "wire_bytes": 100, "duration_ms": 2.0, "dirty_rate": 0.0}
         ]);
         let fields = old.as_object_mut().unwrap();
-        for new in ["downtime_budget_ms", "bandwidth_limit"] {
+        for new in ["downtime_budget_ms", "bandwidth_limit", "verify"] {
             fields.remove(new).unwrap();
         }
         for state in ["releasing", "resuming", "completed", "preparing"] {
             old["state"] = state.into();
             let read: Record = serde_json::from_value(old.clone()).unwrap();
-            assert_eq!((read.strategy, read.bandwidth_limit), (Strategy::Warm, 0));
+            assert_eq!((read.strategy, read.bandwidth_limit, read.verify), (Strategy::Warm, 0, false));
             assert_eq!(read.report.rounds[0].raw_bytes, 4096);
         }
     }

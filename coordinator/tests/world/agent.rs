@@ -118,10 +118,17 @@ impl Agent {
             dump_ms: 20.0,
             transfer_ms: 5.0,
             last_round: request.pre_copy.map(|_| last_round),
+            verified: self.verified(request),
             ..Transferred::default()
         };
         let _gone = send(Event::Transferred(sent)).await;
         Ok(())
+    }
+
+    fn verified(&self, request: &FreezeRequest) -> Option<Verified> {
+        let wanted = request.pre_copy.is_some_and(|pre_copy| pre_copy.verify);
+        let heeded = wanted && !self.shared.lock().no_verification;
+        heeded.then_some(Verified { bytes: MEMORY, verify_ms: 12.5 })
     }
 
     async fn pre_copy(&self, request: &FreezeRequest, events: &Events) -> Result<(), Status> {

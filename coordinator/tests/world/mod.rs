@@ -85,6 +85,8 @@ pub(crate) struct State {
     pub(crate) further_rounds: Option<usize>,
     /// Sources freeze without a word that they have converged.
     pub(crate) no_word_of_convergence: bool,
+    /// Sources do not know that memory can be compared.
+    pub(crate) no_verification: bool,
     pub(crate) violations: Vec<String>,
 }
 
