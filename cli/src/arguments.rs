@@ -137,6 +137,9 @@ pub(crate) struct Migrate {
     /// The most bytes per second to send, at least 64K; K, M and G are powers of 1024
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub(crate) bandwidth_limit: Option<u64>,
+    /// With live: if it writes memory faster than it is sent, give it less CPU time, step by step, instead of giving up
+    #[arg(long)]
+    pub(crate) throttle: bool,
 }
 
 /// A number of bytes, with a suffix or without.

@@ -41,6 +41,7 @@ pub(crate) fn record(workload: &str, source: &str, target: &str) -> Record {
         compress: true,
         downtime_budget_ms: 0.0,
         bandwidth_limit: 0,
+        throttle: false,
         created_at: Timestamp::now(),
         frozen_at: None,
         state: State::new(),

@@ -28,6 +28,7 @@ fn record(number: u64) -> Record {
         compress: true,
         downtime_budget_ms: 0.0,
         bandwidth_limit: 0,
+        throttle: false,
         created_at: Timestamp::now(),
         frozen_at: None,
         state: State::new(),

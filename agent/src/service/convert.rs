@@ -127,13 +127,15 @@ fn round_message(round: Round) -> v1::Round {
         duration_ms: round.duration.as_secs_f64() * 1e3,
         dirty_rate: round.dirty_rate,
         predicted_ms: round.predicted.as_secs_f64() * 1e3,
+        cpu_limit: round.throttle.map_or(0.0, |rate| Duration::from_micros(rate).as_secs_f64()),
     }
 }
 
 /// How to pre-copy, within what is taken.
 pub(crate) fn pre_copy_of(message: &v1::PreCopy, deadline: SystemTime) -> PreCopyOrder {
     let budget = Duration::try_from_secs_f64(message.downtime_budget_ms / 1e3).unwrap_or(DEFAULT_BUDGET);
-    PreCopyOrder { budget, max_rounds: message.max_rounds.clamp(1, MOST_ROUNDS), deadline }
+    let max_rounds = message.max_rounds.clamp(1, MOST_ROUNDS);
+    PreCopyOrder { budget, max_rounds, deadline, throttle: message.throttle }
 }
 
 /// How a part ended.

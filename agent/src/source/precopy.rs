@@ -11,7 +11,7 @@
 //! does not see the memory that is moved this way; all of a process that cannot be followed is left to it.
 
 use std::collections::{BTreeSet, HashSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -33,6 +33,7 @@ use tokio_util::sync::CancellationToken;
 use super::FreezeEvent;
 use super::batch::Parted;
 use crate::context::Context;
+use crate::throttle::Throttle;
 
 /// Bytes that are read and sent at a time: one frame of the transfer.
 const BATCH: usize = 1 << 20;
@@ -46,6 +47,8 @@ pub struct PreCopyOrder {
     pub max_rounds: u32,
     /// When it is given up.
     pub deadline: SystemTime,
+    /// Whether the container gets less CPU time when it would be given up otherwise.
+    pub throttle: bool,
 }
 
 /// One pass over the memory.
@@ -63,6 +66,8 @@ pub struct Round {
     pub dirty_rate: f64,
     /// What the memory that is written meanwhile would add to the downtime.
     pub predicted: Duration,
+    /// The CPU time that the container was held to meanwhile, in microseconds per second; none when it was not throttled.
+    pub throttle: Option<u64>,
 }
 
 /// Why memory cannot be sent.
@@ -137,6 +142,8 @@ pub(super) struct Job {
     pub(super) order: PreCopyOrder,
     pub(super) way: Way,
     pub(super) events: mpsc::Sender<FreezeEvent>,
+    /// Where the container's own CPU limit is noted before it is throttled.
+    pub(super) throttle_file: PathBuf,
 }
 
 /// What pre-copy came to.
@@ -160,6 +167,8 @@ pub(super) struct Followers {
     round: u32,
     /// How much of what was sent may be kept, of all processes together.
     budget: Budget,
+    /// Why the container is not throttled, or not further, though that was asked for.
+    throttle_note: Option<String>,
 }
 
 /// A process that is followed.
@@ -183,12 +192,23 @@ impl Followers {
     pub(super) fn pre_copy(&mut self, job: &Job) -> Result<Converged, Failure> {
         let plan = Plan { most_rounds: job.order.max_rounds, ..Plan::new(job.order.budget) };
         let mut convergence = Convergence::new(plan);
+        let mut throttle = self.throttle_of(job);
+        if let Some(throttle) = &throttle {
+            convergence = convergence.with_throttle(throttle.least());
+        }
         let mut pages = 0;
         let mut before = Duration::ZERO;
         loop {
             self.follow_new(&job.container).map_err(|error| job.failed("the container's processes", &error))?;
+            let begun = Instant::now();
             let mut round = self.one_round(job, before).map_err(|error| job.failed("pre-copy", &error))?;
-            let verdict = convergence.after_round(facts(&round));
+            let mut facts = facts(&round);
+            if let Some(throttle) = &mut throttle {
+                throttle.wait_for_a_period(begun);
+                (round.duration, round.throttle) = (begun.elapsed(), throttle.held());
+                (facts.duration, facts.cpu_rate) = (round.duration, throttle.cpu_rate());
+            }
+            let verdict = convergence.after_round(facts);
             (pages, before) = (pages + round.pages, round.duration);
             round.predicted = convergence.predicted().saturating_sub(plan.fixed);
             tracing::debug!(number = self.round, ?round, ?verdict, "a round of pre-copy");
@@ -196,9 +216,19 @@ impl Followers {
             let _nobody_watches = job.events.blocking_send(FreezeEvent::Round(round));
             match verdict {
                 Verdict::Freeze { predicted } => {
+                    if let Some(throttled) = convergence.throttled() {
+                        self.notes.insert(format!("the processes were throttled to {throttled}"));
+                    }
                     return Ok(self.converged(job, pages, predicted.saturating_sub(plan.fixed)));
                 }
+                Verdict::Throttle { rate } => {
+                    if let Some(Err(error)) = throttle.as_mut().map(|throttle| throttle.hold(rate)) {
+                        convergence.cannot_throttle();
+                        self.not_throttled(&error);
+                    }
+                }
                 Verdict::GiveUp { why } => {
+                    let why = self.throttle_note.iter().fold(why, |why, note| format!("{why}; {note}"));
                     return Err(job.context.refusal(FailureCode::FailedPrecondition, why).in_phase("precopy"));
                 }
                 Verdict::Another => {}
@@ -210,9 +240,26 @@ impl Followers {
         }
     }
 
+    /// How the container can be throttled, if that is wanted and possible. It is not touched yet.
+    fn throttle_of(&mut self, job: &Job) -> Option<Throttle> {
+        if !job.order.throttle {
+            return None;
+        }
+        let throttle = Throttle::of(&job.container, job.throttle_file.clone());
+        throttle.inspect_err(|error| self.not_throttled(error)).ok()
+    }
+
+    /// The migration goes on without; a person is told why.
+    fn not_throttled(&mut self, error: &(dyn std::error::Error + 'static)) {
+        let why = chain(error);
+        tracing::warn!(why, "the container cannot be throttled");
+        self.throttle_note = Some(format!("the workload cannot be throttled: {why}"));
+    }
+
     fn converged(&self, job: &Job, pages: u64, predicted: Duration) -> Converged {
         let followed = self.followed.iter().map(|followed| followed.tracker.choice().to_string());
-        let notes: BTreeSet<String> = followed.chain(self.notes.iter().cloned()).collect();
+        let notes: BTreeSet<String> =
+            followed.chain(self.notes.iter().cloned()).chain(self.throttle_note.clone()).collect();
         let notes = notes.into_iter().collect();
         let told = FreezeEvent::Converged { predicted_ms: predicted.as_secs_f64() * 1e3, notes };
         let _nobody_watches = job.events.blocking_send(told);
@@ -316,7 +363,7 @@ fn facts(round: &Round) -> RoundFacts {
         reason = "a rate, from positive numbers"
     )]
     let wire_rate = if seconds > 0.0 { (round.wire_bytes as f64 / seconds) as u64 } else { 0 };
-    RoundFacts { pages: round.pages, bytes: round.wire_bytes, duration: round.duration, wire_rate }
+    RoundFacts { pages: round.pages, bytes: round.wire_bytes, duration: round.duration, wire_rate, cpu_rate: 0 }
 }
 
 impl Job {

@@ -20,6 +20,7 @@ pub(super) async fn migrate(global: &Global, flags: Migrate) -> Result<Exit, Fai
         no_compression: flags.no_compression,
         downtime_budget_ms: flags.downtime_budget.map_or(0.0, f64::from),
         bandwidth_limit: flags.bandwidth_limit.unwrap_or_default(),
+        throttle: flags.throttle,
     };
     let begun = present(answer(coordinator.migrate(request)).await?.migration)?;
     if !flags.wait {

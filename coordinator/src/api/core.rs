@@ -167,6 +167,7 @@ impl Core {
             compress: !request.no_compression,
             downtime_budget_ms: request.downtime_budget_ms,
             bandwidth_limit: request.bandwidth_limit,
+            throttle: request.throttle,
             created_at: Timestamp::now(),
             frozen_at: None,
             state: State::new(),
@@ -339,6 +340,10 @@ fn wishes(request: &v1::MigrateRequest) -> Result<Wishes, Failure> {
         let message = format!("the strategy {strategy} cannot aim at a downtime: it freezes the workload at once");
         return refused(message, "use live, or give no downtime");
     }
+    if request.throttle && !strategy.path().pre_copy {
+        let message = format!("the strategy {strategy} cannot throttle a workload: it freezes the workload at once");
+        return refused(message, "use live, or do not throttle");
+    }
     if limit > 0 && limit < LEAST_BANDWIDTH {
         let message = format!("{limit} bytes per second are too little: the least limit is {LEAST_BANDWIDTH}");
         return refused(message, "give a larger limit, or none");
@@ -412,6 +417,11 @@ mod tests {
         wishes(&request).map_err(|failure| format!("{} {failure}", failure.code))
     }
 
+    fn throttled(strategy: v1::Strategy) -> Result<Wishes, String> {
+        let request = v1::MigrateRequest { strategy: strategy.into(), throttle: true, ..v1::MigrateRequest::default() };
+        wishes(&request).map_err(|failure| format!("{} {failure}", failure.code))
+    }
+
     #[test]
     fn wishes_that_make_no_sense_are_refused() {
         let live = Wishes { strategy: Strategy::Live, bandwidth_limit: 0 };
@@ -427,7 +437,9 @@ mod tests {
             asked(v1::Strategy::Live, f64::NAN, 0),
             asked(v1::Strategy::Warm, 100.0, 0),
             asked(v1::Strategy::Live, 100.0, LEAST_BANDWIDTH - 1),
+            throttled(v1::Strategy::Warm),
         ];
+        assert_eq!(throttled(v1::Strategy::Live), Ok(live));
         let said: Vec<_> = refused.into_iter().map(Result::unwrap_err).collect();
         insta::assert_snapshot!(said.join("\n"), @r#"
         INVALID_ARGUMENT 0.5 ms is no downtime that can be aimed at: it is between 1 and 60000 ms (in preflight); what to do: give another one, or none
@@ -436,6 +448,7 @@ mod tests {
         INVALID_ARGUMENT NaN ms is no downtime that can be aimed at: it is between 1 and 60000 ms (in preflight); what to do: give another one, or none
         INVALID_ARGUMENT the strategy warm cannot aim at a downtime: it freezes the workload at once (in preflight); what to do: use live, or give no downtime
         INVALID_ARGUMENT 65535 bytes per second are too little: the least limit is 65536 (in preflight); what to do: give a larger limit, or none
+        INVALID_ARGUMENT the strategy warm cannot throttle a workload: it freezes the workload at once (in preflight); what to do: use live, or do not throttle
         "#);
     }
 

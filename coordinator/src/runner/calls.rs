@@ -65,6 +65,7 @@ pub(super) struct Job {
     pub(super) compress: bool,
     pub(super) downtime_budget_ms: f64,
     pub(super) bandwidth_limit: u64,
+    pub(super) throttle: bool,
     pub(super) source: NodeName,
     pub(super) target: NodeName,
     pub(super) target_address: String,
@@ -98,6 +99,7 @@ impl Job {
             compress: record.compress,
             downtime_budget_ms: record.downtime_budget_ms,
             bandwidth_limit: record.bandwidth_limit,
+            throttle: record.throttle,
             source: record.source.clone(),
             target: record.target.clone(),
             target_address: record.target_address.clone(),
@@ -266,7 +268,7 @@ impl Job {
         let downtime_budget_ms =
             if self.downtime_budget_ms > 0.0 { self.downtime_budget_ms } else { DOWNTIME_BUDGET_MS };
         let deadline_ms = whole_milliseconds(self.deadlines.precopy);
-        let asked = v1::PreCopy { downtime_budget_ms, max_rounds: MAX_ROUNDS, deadline_ms };
+        let asked = v1::PreCopy { downtime_budget_ms, max_rounds: MAX_ROUNDS, deadline_ms, throttle: self.throttle };
         self.strategy.path().pre_copy.then_some(asked)
     }
 

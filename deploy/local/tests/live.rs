@@ -3,19 +3,16 @@
 
 mod support;
 
-use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 use std::time::Duration;
 
 use podferry_local::{FIRST_CONTAINER_ADDRESS, Workload, workspace_root};
 use serde_json::Value;
 use support::counter::{Counter, digest};
-use support::{Line, NODES, Stage, eventually, redis, redis_address};
+use support::noise::Noise;
+use support::{NODES, Stage, eventually, redis, redis_address};
 
 /// As `--strategy live`; a budget that two shared cores keep.
 const LIVE: [&str; 4] = ["--strategy", "live", "--downtime-budget", "1000"];
@@ -76,24 +73,6 @@ fn a_container_that_moved_live_moves_warm_and_live_again() {
     counter.stop();
 }
 
-/// A connection that overwrites values of 4000 bytes with ever new noise until it is told to stop.
-fn write_noise(mut line: Line, stop: &AtomicBool) {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    for key in (0..1500).cycle() {
-        let mut value = String::with_capacity(4000);
-        while value.len() < 4000 {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            write!(value, "{state:016x}").unwrap();
-        }
-        assert_eq!(line.ask(&format!("SET noise:{key} {value}")), "+OK");
-        if stop.load(Ordering::Relaxed) {
-            return;
-        }
-    }
-}
-
 #[test]
 fn memory_that_is_written_faster_than_it_is_sent_is_refused_before_the_freeze() {
     let stage = Stage::up(&["redis"]);
@@ -102,9 +81,7 @@ fn memory_that_is_written_faster_than_it_is_sent_is_refused_before_the_freeze() 
     assert_eq!(line.ask("DEBUG POPULATE 20000 key 1000"), "+OK");
     assert_eq!(line.ask("SET counter 0"), "+OK");
     let counter = Counter::start(line);
-    let (noise, stop) = (stage.connect(redis_address()), Arc::new(AtomicBool::new(false)));
-    let told = Arc::clone(&stop);
-    let writing = thread::spawn(move || write_noise(noise, &told));
+    let noise = Noise::start(stage.connect(redis_address()), 1500);
     // 6 MB of noise are written anew all the time: over this link they take a second and a half.
     let narrow = ["--strategy", "live", "--downtime-budget", "100", "--bandwidth-limit", "4M", "--no-compression"];
     let before = counter.between(|_, counted| counted);
@@ -115,8 +92,7 @@ fn memory_that_is_written_faster_than_it_is_sent_is_refused_before_the_freeze() 
     assert!(number(&record, "/downtime_ms") == 0.0, "{record:#}");
     assert_eq!(stage.places("redis"), [NODES[0]]);
     assert!(counter.between(|_, counted| counted) > before);
-    stop.store(true, Ordering::Relaxed);
-    writing.join().unwrap();
+    noise.stop();
     // The same container moves when it may.
     stage.migrate_with("redis", NODES[1], &LIVE);
     let (_, longest) = counter.stop();

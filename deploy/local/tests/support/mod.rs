@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests fail the test")]
 
 pub(crate) mod counter;
+pub(crate) mod noise;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
