@@ -6,9 +6,12 @@ mod support;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
-use podferry_local::{FIRST_CONTAINER_ADDRESS, Node, Signal, Workload};
+use podferry_local::{FIRST_CONTAINER_ADDRESS, Node, ProcessId, Signal, Workload};
 use serde_json::Value;
 use support::counter::{Counter, digest};
 use support::noise::Noise;
@@ -49,6 +52,55 @@ fn quota(limit: &str) -> i64 {
     limit.split(' ').next().unwrap().parse().unwrap()
 }
 
+/// Writes down what a limit's file says, until that is gone or nobody wants to know any more.
+struct Watch {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Vec<String>>,
+}
+
+impl Watch {
+    fn start(file: PathBuf) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&stop);
+        let watching = move || {
+            let mut seen: Vec<String> = Vec::new();
+            while let (Ok(text), false) = (fs::read_to_string(&file), told.load(Ordering::Relaxed)) {
+                if seen.last().is_none_or(|last| *last != text.trim()) {
+                    seen.push(text.trim().to_owned());
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
+            seen
+        };
+        Self { stop, thread: thread::spawn(watching) }
+    }
+
+    /// All limits, each as often as there was another before it.
+    fn stop(self) -> Vec<String> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap()
+    }
+}
+
+/// The dump worker of a migration, as soon as there is one.
+fn dump_worker(id: &str) -> ProcessId {
+    let end = Instant::now() + Duration::from_secs(90);
+    while Instant::now() < end {
+        for entry in fs::read_dir("/proc").unwrap().flatten() {
+            let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+            let command = String::from_utf8_lossy(&command).into_owned();
+            if command.contains("podferry-dump-worker") && command.contains(id) {
+                let pid = entry.file_name().to_string_lossy().parse().ok();
+                if let Some(process) = pid.and_then(ProcessId::of) {
+                    return process;
+                }
+            }
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    panic!("{id} has no dump worker");
+}
+
 /// A Redis with a limit of its own, what counts in it, what writes to it, and the file of its limit.
 struct Busy {
     counter: Counter,
@@ -73,10 +125,7 @@ impl Busy {
     /// Begins a migration that would be given up without a throttle and that goes on for half a minute with one. Gives its id once
     /// the container has much less CPU time than before.
     fn begin_throttled(&self, stage: &Stage) -> String {
-        let words = ["migrate", "redis", "--to", NODES[1], THROTTLE, "--output", "json"];
-        let output = stage.cluster.podferry([&words[..], &NARROW, &OUT_OF_REACH].concat()).unwrap();
-        let begun: Value = serde_json::from_str(output.stdout.trim()).unwrap_or_else(|_| panic!("{}", output.stderr));
-        let id = begun["id"].as_str().unwrap().to_owned();
+        let id = begin(stage, &OUT_OF_REACH);
         eventually(Duration::from_secs(60), || {
             let now = limit(&self.file);
             if quota(&now) < OWN / 4 { Ok(()) } else { Err(format!("it is not throttled: {now}")) }
@@ -99,6 +148,14 @@ impl Busy {
             if now > before + 200 { Ok(()) } else { Err(format!("it hardly counts: {before}, {now}")) }
         });
     }
+}
+
+/// Begins a migration over the narrow link, with a throttle and a budget, and gives its id.
+fn begin(stage: &Stage, budget: &[&str]) -> String {
+    let words = ["migrate", "redis", "--to", NODES[1], THROTTLE, "--output", "json"];
+    let output = stage.cluster.podferry([&words[..], &NARROW, budget].concat()).unwrap();
+    let begun: Value = serde_json::from_str(output.stdout.trim()).unwrap_or_else(|_| panic!("{}", output.stderr));
+    begun["id"].as_str().unwrap().to_owned()
 }
 
 fn ended(stage: &Stage, id: &str) -> Value {
@@ -127,7 +184,13 @@ fn what_does_not_converge_arrives_with_a_throttle_and_has_its_own_limit_there() 
     assert_eq!(held(&record), [0.0; 0]);
     assert_eq!(limit(&busy.file), busy.own);
 
+    let watch = Watch::start(busy.file.clone());
     let record = stage.migrate_with("redis", NODES[1], &[&flags[..], &[THROTTLE]].concat());
+    let seen = watch.stop();
+    println!("limits of the source: {seen:?}");
+    // The frozen source has its own again before it is released.
+    assert!(seen.len() >= 3 && seen[0] == busy.own && seen[seen.len() - 1] == busy.own, "{seen:?}");
+    assert!(seen[1..seen.len() - 1].iter().all(|limit| quota(limit) < OWN), "{seen:?}");
     let steps = held(&record);
     println!("throttled to {steps:?} CPUs; {}; {}", record["timings"], record["notes"]);
     assert!(!steps.is_empty() && steps.is_sorted_by(|before, next| before >= next), "{record:#}");
@@ -179,6 +242,26 @@ fn an_agent_that_is_started_after_one_was_killed_releases_what_that_one_throttle
     busy.noise.stop();
     let record = stage.migrate_with("redis", NODES[1], &["--strategy", "live", "--downtime-budget", "1000"]);
     assert_eq!(limit(&limit_file(&stage.node(NODES[1]), "redis")), busy.own, "{record:#}");
+    busy.counter.stop();
+}
+
+/// Its worker is killed as soon as it is there: before the tasks are frozen, most times, or just behind that.
+#[test]
+fn a_dump_worker_that_is_killed_leaves_no_throttle() {
+    let stage = Stage::up(&["redis"]);
+    let busy = Busy::start(&stage);
+    let id = begin(&stage, &IN_REACH);
+    let worker = dump_worker(&id);
+    let before = limit(&busy.file);
+    assert!(worker.signal(Signal::KILL));
+    let record = ended(&stage, &id);
+    println!("held to {:?} CPUs, and by {before} at the kill; {}", held(&record), record["reason"]);
+    assert_eq!(record["phase"], "failed", "{record:#}");
+    assert!(!held(&record).is_empty(), "it was not throttled: {record:#}");
+    assert_eq!(limit(&busy.file), busy.own);
+    assert_eq!(stage.places("redis"), [NODES[0]]);
+    busy.assert_counts();
+    busy.noise.stop();
     busy.counter.stop();
 }
 
