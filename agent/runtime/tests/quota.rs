@@ -26,7 +26,7 @@ fn files(quota: &CpuQuota) -> Vec<String> {
 fn used(quota: &CpuQuota) -> f64 {
     let (before, begun) = (quota.used().unwrap(), Instant::now());
     sleep(Duration::from_secs(1));
-    (quota.used().unwrap() - before).as_secs_f64() / begun.elapsed().as_secs_f64()
+    quota.used().unwrap().saturating_sub(before).as_secs_f64() / begun.elapsed().as_secs_f64()
 }
 
 #[test]
@@ -64,7 +64,7 @@ fn a_busy_container_is_held_to_its_throttle_and_has_its_own_limit_again() {
 #[test]
 fn a_burst_does_not_keep_a_container_from_being_throttled_and_comes_back() {
     let lab = Lab::with_config(BUSY, |config| {
-        config["linux"]["resources"]["cpu"] = json!({"quota": 60_000, "period": 100_000})
+        config["linux"]["resources"]["cpu"] = json!({"quota": 60_000, "period": 100_000});
     });
     let quota = CpuQuota::of(&lab.run()).unwrap();
     let burst = ["cpu.max.burst", "cpu.cfs_burst_us"].map(|name| quota.dir().join(name));

@@ -150,10 +150,10 @@ fn one_that_is_too_fast_even_at_the_last_step_is_given_up_and_that_is_said() {
 }
 
 #[test]
-fn one_that_uses_no_processor_is_not_throttled() {
-    for used in [0, 5_000, 10_000] {
+fn one_that_hardly_uses_the_processor_is_not_throttled() {
+    for used in [1, 5_000, 10_000] {
         let (steps, verdict) =
-            migrate_throttled(budget(200), SENT_PER_SECOND, 4 * SENT_PER_SECOND, SENT_PER_SECOND, used.max(1));
+            migrate_throttled(budget(200), SENT_PER_SECOND, 4 * SENT_PER_SECOND, SENT_PER_SECOND, used);
         assert!(steps.is_empty() && matches!(verdict, Verdict::GiveUp { .. }), "{used}: {steps:?} {verdict:?}");
     }
 }
@@ -162,9 +162,7 @@ fn one_that_uses_no_processor_is_not_throttled() {
 fn who_cannot_be_throttled_any_further_is_given_up() {
     let mut convergence = Convergence::new(budget(200)).with_throttle(10_000);
     let fast = || RoundFacts { cpu_rate: 1_000_000, ..round(SENT_PER_SECOND, SENT_PER_SECOND) };
-    let mut verdicts = std::iter::repeat_with(|| convergence.after_round(fast()));
-    assert!(verdicts.any(|verdict| verdict == Verdict::Throttle { rate: 800_000 }));
-    drop(verdicts);
+    assert!((0..5).any(|_| convergence.after_round(fast()) == Verdict::Throttle { rate: 800_000 }));
     convergence.cannot_throttle();
     let (next, then) = (convergence.after_round(fast()), convergence.after_round(fast()));
     assert!(next == Verdict::Another && matches!(then, Verdict::GiveUp { .. }), "{next:?} {then:?}");
