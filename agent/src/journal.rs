@@ -194,6 +194,11 @@ impl PartDirs {
         self.state.join("job.json")
     }
 
+    /// Which CPU limit a throttled container had; there is none while it has its own.
+    pub fn throttle_file(&self) -> PathBuf {
+        self.state.join("throttle.json")
+    }
+
     /// How far the pager is; there is none without pages that come later.
     pub fn pager_status(&self) -> PathBuf {
         self.state.join("pager.json")

@@ -2,6 +2,7 @@
 //!
 //! - [`service`] answers the coordinator,
 //! - [`source`] is a migration's part on the node it leaves, [`target`] on the node it goes to,
+//! - [`throttle`] gives a container less CPU time while its memory is copied, and its own limit back,
 //! - [`worker`] is the process that keeps CRIU and the frozen tasks,
 //! - [`pager`] is the process that lays memory in behind restored processes,
 //! - [`parts`] knows which parts there are, [`journal`] remembers them, [`recovery`] takes them up after a restart.
@@ -16,4 +17,5 @@ pub mod server;
 pub mod service;
 pub mod source;
 pub mod target;
+pub mod throttle;
 pub mod worker;

@@ -146,6 +146,9 @@ pub(crate) struct Migrate {
     /// With live: before the commit, compare all memory that was copied while it ran; costs downtime for each GiB
     #[arg(long)]
     pub(crate) verify: bool,
+    /// With live: if it writes memory faster than it is sent, give it less CPU time, step by step, instead of giving up
+    #[arg(long)]
+    pub(crate) throttle: bool,
 }
 
 /// A number of bytes, with a suffix or without.

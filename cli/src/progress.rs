@@ -104,7 +104,9 @@ fn pre_copies(migration: &Migration) -> bool {
 /// `round 3  12.00 MiB  dirty 3.1k pages/s  freeze would add 14 ms`.
 fn round(number: usize, round: &Round) -> String {
     let (sent, dirty) = (HumanBytes(round.raw_bytes), rate(round.dirty_rate));
-    format!("round {number}  {sent}  dirty {dirty} pages/s  freeze would add {:.0} ms", round.predicted_ms)
+    let throttle =
+        if round.cpu_limit > 0.0 { format!("  throttled to {:.2} CPUs", round.cpu_limit) } else { String::new() };
+    format!("round {number}  {sent}  dirty {dirty} pages/s  freeze would add {:.0} ms{throttle}", round.predicted_ms)
 }
 
 fn rate(pages: f64) -> String {

@@ -79,6 +79,7 @@ fn copying(rounds: usize) -> Migration {
         duration_ms: 80.5,
         dirty_rate,
         predicted_ms,
+        cpu_limit: 0.0,
     };
     let all = [(65_536, 3_141.0, 140.25), (3_072, 850.0, 13.6), (700, 0.0, 0.0)];
     let rounds = all.into_iter().take(rounds).map(round).collect();
@@ -197,13 +198,35 @@ async fn a_live_migration_tells_its_rounds() {
     let described = cluster.run(&["describe", ID]).await.exits(0).out;
     insta::assert_snapshot!("live_rounds", described.split_once("\nrounds\n").unwrap().1);
     let json = cluster.run(&["describe", ID, "-o", "json"]).await.exits(0).out;
-    assert!(json.contains(r#""dirty_rate":850.0,"predicted_ms":13.6}"#), "{json}");
+    assert!(json.contains(r#""dirty_rate":850.0,"predicted_ms":13.6,"cpu_limit":0.0}"#), "{json}");
     let request = cluster.seen()[0].request.clone();
     assert_eq!((request.strategy(), request.bandwidth_limit, request.verify), (Strategy::Live, 100 * MIB, true));
+    assert!(!request.throttle && !request.accept_loss);
     assert_eq!(request.downtime_budget_ms.to_bits(), 40.0_f64.to_bits());
     for wrong in [["--downtime-budget", "0"], ["--downtime-budget", "60001"], ["--bandwidth-limit", "fast"]] {
         cluster.run(&[&["migrate", "redis"][..], &wrong].concat()).await.exits(2);
     }
+}
+
+#[tokio::test]
+async fn a_throttled_migration_tells_what_its_rounds_were_held_to() {
+    let throttled = |rounds| {
+        let mut migration = copying(rounds);
+        if let Some(second) = migration.rounds.get_mut(1) {
+            second.cpu_limit = 0.784_32;
+        }
+        migration
+    };
+    let end = Migration { strategy: Strategy::Live.into(), rounds: throttled(3).rounds, ..succeeded() };
+    let cluster = Cluster::start(accepting(vec![begun(), throttled(2), end])).await;
+    cluster.script.lock().unwrap().pace = Duration::from_millis(300);
+    let ran = cluster.run(&[&MOVE[..], &["--strategy", "live", "--throttle"]].concat()).await.exits(0);
+    assert!(ran.err.contains("freeze would add 14 ms  throttled to 0.78 CPUs\n"), "{}", ran.err);
+    let described = cluster.run(&["describe", ID]).await.exits(0).out;
+    insta::assert_snapshot!("throttled_rounds", described.split_once("\nrounds\n").unwrap().1);
+    let json = cluster.run(&["describe", ID, "-o", "json"]).await.exits(0).out;
+    assert!(json.contains(r#""predicted_ms":13.6,"cpu_limit":0.784}"#), "{json}");
+    assert!(cluster.seen()[0].request.throttle);
 }
 
 #[tokio::test]

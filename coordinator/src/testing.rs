@@ -42,6 +42,7 @@ pub(crate) fn record(workload: &str, source: &str, target: &str) -> Record {
         downtime_budget_ms: 0.0,
         bandwidth_limit: 0,
         verify: false,
+        throttle: false,
         created_at: Timestamp::now(),
         frozen_at: None,
         state: State::new(),

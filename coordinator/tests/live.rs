@@ -57,7 +57,7 @@ async fn cancel(client: &mut Client, id: &str) -> Result<v1::Migration, Failure>
 async fn live_goes_there_with_all_rounds_and_back() {
     let world = World::new().await;
     let (_coordinator, mut client) = world.coordinator().await;
-    let wanted = v1::MigrateRequest { downtime_budget_ms: 40.0, bandwidth_limit: 1 << 20, ..live("b") };
+    let wanted = v1::MigrateRequest { downtime_budget_ms: 40.0, bandwidth_limit: 1 << 20, throttle: true, ..live("b") };
     world.fault("a", "PreCopy", Fault::Hang, 1);
     let accepted = request(&mut client, wanted).await.unwrap();
     world.called("a PreCopy").await;
@@ -95,7 +95,8 @@ async fn live_goes_there_with_all_rounds_and_back() {
     ];
     assert_eq!(end.notes, notes);
     let asked = world.shared.lock().freezes[0].clone();
-    let pre_copy = v1::PreCopy { downtime_budget_ms: 40.0, max_rounds: 30, deadline_ms: 3000, verify: false };
+    let (verify, throttle) = (false, true);
+    let pre_copy = v1::PreCopy { downtime_budget_ms: 40.0, max_rounds: 30, deadline_ms: 3000, verify, throttle };
     assert_eq!((asked.pre_copy, asked.bandwidth_limit, asked.deadline_ms), (Some(pre_copy), 1 << 20, 5000));
 
     let back = request(&mut client, live("a")).await.unwrap();

@@ -29,6 +29,7 @@ fn record(number: u64) -> Record {
         downtime_budget_ms: 0.0,
         bandwidth_limit: 0,
         verify: false,
+        throttle: false,
         created_at: Timestamp::now(),
         frozen_at: None,
         state: State::new(),

@@ -51,6 +51,13 @@
 //!   although it is committed: nobody calls again, and no copy runs anywhere. In answer to any other call that code is a failure
 //!   like others.
 //!
+//! With `pre_copy.throttle` a source whose rounds do not pay lowers the container's CPU limit (`cpu.max`, or `cpu.cfs_quota_us`) step
+//! by step instead of failing, and fails when the last step does not help either. `Round.cpu_limit` is what the container was held to
+//! while the round was sent, and `Converged` has a note that says how far it went. Its own limit is back before CRIU looks at the
+//! frozen container, and before the part is ABORTED. A source whose container has no cpu controller goes on as without, and says so in
+//! a note; so does one that does not know the field, without a note. The target has no part in it: its container has the limit of the
+//! target's own bundle.
+//!
 //! `bandwidth_limit` bounds what the source sends in a migration of any strategy, in pre-copy and in the freeze. A source that
 //! speaks version 1 does not know it, and a coordinator does not use such a source for a migration with a limit, nor either
 //! node for a live one.

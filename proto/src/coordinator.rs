@@ -62,8 +62,9 @@
 //!
 //! # Limits
 //!
-//! `downtime_budget_ms`: 0 for the default of 100, or 1 to 60000, and only with a strategy that has `PRECOPY`. `bandwidth_limit`:
-//! 0 for none, or at least 65536 bytes per second. `verify` only with a strategy that has `PRECOPY`. A migration has at most 31 rounds.
+//! `downtime_budget_ms`: 0 for the default of 100, or 1 to 60000, and only with a strategy that has `PRECOPY`. `throttle`: only with
+//! such a strategy, too. `verify`: only with `LIVE`. `bandwidth_limit`: 0 for none, or at least 65536 bytes per second. A migration has
+//! at most 31 rounds.
 //!
 //! Names (workloads, nodes): 1–63 bytes of `[a-z0-9-]`, no `-` at either end. Ids: at most 64 bytes. A message: at most
 //! 4 MiB. Lists name everything that is known; there is no paging in version 1.

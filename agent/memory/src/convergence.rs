@@ -32,7 +32,28 @@
 //!
 //! A freeze that rule 4 allows may exceed the budget by the fixed part: the alternative is one that stands still for all its
 //! memory.
+//!
+//! # Throttling
+//!
+//! Where it is [allowed](Convergence::with_throttle), *throttle* takes the place of *give up* as long as there are rounds and a lower
+//! step: the processes get less CPU time, write less, and rounds go on. The steps are of `used`, the CPU time per second that they
+//! had in the round before the first of them:
+//!
+//! ```text
+//! step 1       0.8 · used
+//! step n + 1   half of step n
+//! never below  max(used / 100, the least that can be set)
+//! ```
+//!
+//! - The first is QEMU's (`cpu-throttle-initial`): who writes hardly faster than is sent loses a fifth. From then on one that
+//!   writes *x* times too fast is slow enough after about log₂ *x* steps, and never more than half as fast as it could be. QEMU's
+//!   even steps of a tenth would take as many rounds and be too coarse at their end, where its least is a hundredth, too.
+//! - At a hundredth a process answers nobody in time any more; standing still for its memory is then the better choice.
+//! - A step shows late: the round behind it sends what was written before it. That one is not judged.
+//! - A round under a throttle pays when it leaves half of what the one before left, and not nine tenths: rounds are few, and the
+//!   processes suffer meanwhile. (QEMU's `throttle-trigger-threshold`, 50 %.) One that does not pay is followed by the next step.
 
+use std::fmt;
 use std::time::Duration;
 
 use crate::PAGE_SIZE;
@@ -72,10 +93,12 @@ pub struct RoundFacts {
     pub pages: u64,
     /// Bytes they took on the wire.
     pub bytes: u64,
-    /// From its scan to the end of its sending.
+    /// From its scan to the end of its sending, and of what was waited for before the next one.
     pub duration: Duration,
     /// Bytes per second that the link took while it was sent; 0 if that is not known.
     pub wire_rate: u64,
+    /// CPU time that the processes had meanwhile, in microseconds per second: 1 000 000 is one whole CPU; 0 if that is not known.
+    pub cpu_rate: u64,
 }
 
 /// What to do after a round.
@@ -88,6 +111,11 @@ pub enum Verdict {
         /// How long the process will stand still, the fixed part included.
         predicted: Duration,
     },
+    /// One more round, and from now on no more CPU time than this for the processes.
+    Throttle {
+        /// Microseconds per second; each is lower than the one before.
+        rate: u64,
+    },
     /// The budget cannot be kept.
     GiveUp {
         /// Why, with the figures, and what to do.
@@ -97,6 +125,47 @@ pub enum Verdict {
 
 /// A round with less than this is not worth another: 4 MiB are read in a millisecond.
 const FEW_PAGES: u64 = 1024;
+/// What the first step of a throttle leaves of the CPU time that was used, in hundredths.
+const FIRST_STEP: u64 = 80;
+/// How many times the CPU time that was used is more than the last step leaves.
+const LAST_STEP: u64 = 100;
+
+/// How far processes are throttled. Both are microseconds of CPU time per second.
+///
+/// ```
+/// use podferry_memory::convergence::Throttled;
+///
+/// assert_eq!(Throttled { used: 1_500_000, rate: 300_000 }.to_string(), "0.30 of the 1.50 CPUs that they used (20 %)");
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Throttled {
+    /// What they used before the first step.
+    pub used: u64,
+    /// What the last step leaves.
+    pub rate: u64,
+}
+
+impl Throttled {
+    /// Unthrottled, they used this much.
+    const fn before(used: u64) -> Self {
+        Self { used, rate: used }
+    }
+
+    /// The next lower step, if there is one.
+    fn lower(self, least: u64) -> Option<Self> {
+        let step = if self.rate == self.used { self.used / 100 * FIRST_STEP } else { self.rate / 2 };
+        let rate = step.max(self.used / LAST_STEP).max(least);
+        (rate < self.rate).then_some(Self { rate, ..self })
+    }
+}
+
+impl fmt::Display for Throttled {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let cpus = |rate: u64| real(rate) / 1e6;
+        let percent = 100.0 * real(self.rate) / real(self.used).max(1.0);
+        write!(out, "{:.2} of the {:.2} CPUs that they used ({percent:.0} %)", cpus(self.rate), cpus(self.used))
+    }
+}
 
 /// Follows the rounds of one migration.
 ///
@@ -105,9 +174,9 @@ const FEW_PAGES: u64 = 1024;
 /// use podferry_memory::convergence::{Convergence, Plan, RoundFacts, Verdict};
 ///
 /// let mut convergence = Convergence::new(Plan::new(Duration::from_millis(300)));
-/// let all = RoundFacts { pages: 262_144, bytes: 1 << 30, duration: Duration::from_secs(1), wire_rate: 0 };
+/// let all = RoundFacts { pages: 262_144, bytes: 1 << 30, duration: Duration::from_secs(1), wire_rate: 0, cpu_rate: 0 };
 /// assert_eq!(convergence.after_round(all), Verdict::Another);
-/// let few = RoundFacts { pages: 2_000, bytes: 2_000 << 12, duration: Duration::from_millis(10), wire_rate: 0 };
+/// let few = RoundFacts { pages: 2_000, bytes: 2_000 << 12, duration: Duration::from_millis(10), ..all };
 /// assert!(matches!(convergence.after_round(few), Verdict::Freeze { .. }));
 /// ```
 #[derive(Clone, Debug)]
@@ -127,6 +196,11 @@ pub struct Convergence {
     /// Pages per second.
     send_rate: f64,
     predicted: Duration,
+    /// The least CPU time that can be set, in microseconds per second; none: nobody is to be throttled.
+    least: Option<u64>,
+    throttled: Option<Throttled>,
+    /// What the next round sends was written before the last step.
+    settling: bool,
 }
 
 /// What a freeze after a round would meet: pages, and pages per second.
@@ -156,7 +230,27 @@ impl Convergence {
             idle: 0,
             send_rate: 0.0,
             predicted: Duration::ZERO,
+            least: None,
+            throttled: None,
+            settling: false,
         }
+    }
+
+    /// Allows to throttle instead of giving up. `least` is the least CPU time that can be set, in microseconds per second.
+    #[must_use]
+    pub const fn with_throttle(mut self, least: u64) -> Self {
+        self.least = Some(least);
+        self
+    }
+
+    /// The processes cannot be throttled any further: from now on no [`Verdict::Throttle`] comes.
+    pub const fn cannot_throttle(&mut self) {
+        self.least = None;
+    }
+
+    /// How far the processes are to be throttled by what was said so far; none without a throttle.
+    pub const fn throttled(&self) -> Option<Throttled> {
+        self.throttled
     }
 
     /// How long the process would stand still if it were frozen after the last round, the fixed part included.
@@ -172,18 +266,28 @@ impl Convergence {
         let predicted = memory.saturating_add(self.plan.fixed);
         self.predicted = predicted;
         let few = outlook.left < real(FEW_PAGES) || facts.pages < FEW_PAGES;
-        let does_not_pay = self.idle >= 2 || self.rounds >= self.plan.most_rounds;
+        let is_last = self.rounds >= self.plan.most_rounds;
+        let does_not_pay = is_last || self.idle >= if self.throttled.is_some() { 1 } else { 2 };
         if few && memory <= self.plan.budget {
             Verdict::Freeze { predicted }
         } else if is_first && !does_not_pay {
             Verdict::Another
         } else if memory <= self.plan.target() || does_not_pay && memory <= self.plan.budget {
             Verdict::Freeze { predicted }
-        } else if does_not_pay {
-            Verdict::GiveUp { why: self.why(outlook, predicted) }
-        } else {
+        } else if !does_not_pay {
             Verdict::Another
+        } else if let Some(rate) = self.lower(facts.cpu_rate).filter(|_| !is_last) {
+            self.throttled = Some(rate);
+            (self.settling, self.idle) = (true, 0);
+            Verdict::Throttle { rate: rate.rate }
+        } else {
+            Verdict::GiveUp { why: self.why(outlook, predicted) }
         }
+    }
+
+    /// The next step of the throttle, if one is allowed. `used` counts before the first.
+    fn lower(&self, used: u64) -> Option<Throttled> {
+        self.throttled.unwrap_or(Throttled::before(used)).lower(self.least?)
     }
 
     fn take_in(&mut self, facts: RoundFacts) -> Outlook {
@@ -201,8 +305,10 @@ impl Convergence {
         let left = if self.rounds == 1 { pages } else { self.left_over(pages, dirty_rate, duration) };
         self.by_rate = (self.rounds > 1).then_some(dirty_rate * duration);
         self.last = duration;
-        let shrank = self.left.is_none_or(|before| left <= 0.9 * before);
-        self.idle = if shrank { 0 } else { self.idle + 1 };
+        let enough = if self.throttled.is_some() { 0.5 } else { 0.9 };
+        let shrank = self.left.is_none_or(|before| left <= enough * before);
+        let settling = std::mem::take(&mut self.settling);
+        self.idle = if shrank || settling { 0 } else { self.idle + 1 };
         // What all of the first round is compared with is no left over.
         self.left = (self.rounds > 1).then_some(left);
         Outlook { left, dirty_rate, send_rate: self.send_rate }
@@ -220,8 +326,9 @@ impl Convergence {
 
     fn why(&self, outlook: Outlook, predicted: Duration) -> String {
         let mebibytes = |pages: f64| pages * real(PAGE_SIZE) / real(1 << 20);
+        let throttle = self.throttled.map_or(String::new(), |to| format!(", although they were throttled to {to}"));
         format!(
-            "after {} rounds the processes still write {:.1} MiB/s of memory anew, and {:.1} MiB/s are sent: {:.1} MiB would be left \
+            "after {} rounds the processes still write {:.1} MiB/s of memory anew, and {:.1} MiB/s are sent{throttle}: {:.1} MiB would be left \
              for the freeze, which would take {} ms ({} ms of them without memory), with a budget of {} ms; give a larger \
              --downtime-budget, migrate when they are less busy, or migrate warm",
             self.rounds,
@@ -251,156 +358,4 @@ const fn real(number: u64) -> f64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    /// 1 GiB/s.
-    const SENT_PER_SECOND: u64 = 262_144;
-
-    fn budget(ms: u64) -> Plan {
-        Plan::new(Duration::from_millis(ms))
-    }
-
-    fn round(pages: u64, rate: u64) -> RoundFacts {
-        let duration = Duration::from_secs_f64(real(pages) / real(rate) + 0.0005);
-        RoundFacts { pages, bytes: pages * PAGE_SIZE, duration, wire_rate: rate * PAGE_SIZE }
-    }
-
-    /// A process with so many pages that writes so many per second, sent at this rate. Gives the rounds and the last verdict.
-    fn migrate(plan: Plan, all: u64, dirty: u64, rate: u64) -> (u32, Verdict) {
-        let mut convergence = Convergence::new(plan);
-        let mut pages = all;
-        for number in 1.. {
-            let facts = round(pages, rate);
-            let verdict = convergence.after_round(facts);
-            if verdict != Verdict::Another {
-                return (number, verdict);
-            }
-            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "pages of a test")]
-            let written = (real(dirty) * facts.duration.as_secs_f64()) as u64;
-            pages = written.min(all);
-        }
-        unreachable!("the rounds are limited")
-    }
-
-    #[test]
-    fn an_idle_process_is_frozen_after_its_second_round() {
-        let (rounds, verdict) = migrate(budget(300), SENT_PER_SECOND, 100, SENT_PER_SECOND);
-        let Verdict::Freeze { predicted } = verdict else { panic!("{verdict:?}") };
-        assert_eq!(rounds, 2);
-        assert!(predicted >= Plan::FIXED && predicted < Duration::from_millis(65), "{predicted:?}");
-    }
-
-    #[test]
-    fn a_small_process_is_frozen_after_its_first_round() {
-        assert_eq!(migrate(budget(100), 1000, 500_000, SENT_PER_SECOND).0, 1);
-    }
-
-    /// 4 MiB in four seconds.
-    #[test]
-    fn few_pages_on_a_slow_link_are_not_few() {
-        let (_, verdict) = migrate(budget(100), 1000, 1_000_000, 256);
-        assert!(matches!(verdict, Verdict::GiveUp { .. }), "{verdict:?}");
-    }
-
-    #[test]
-    fn one_that_writes_at_half_the_rate_converges() {
-        let (rounds, verdict) = migrate(budget(100), SENT_PER_SECOND, SENT_PER_SECOND / 2, SENT_PER_SECOND);
-        let Verdict::Freeze { predicted } = verdict else { panic!("{verdict:?}") };
-        assert!((3..8).contains(&rounds) && predicted <= Duration::from_millis(100), "{rounds}: {predicted:?}");
-    }
-
-    #[test]
-    fn one_that_writes_faster_than_is_sent_is_given_up_with_the_figures() {
-        let (rounds, verdict) = migrate(budget(200), SENT_PER_SECOND, 2 * SENT_PER_SECOND, SENT_PER_SECOND);
-        let Verdict::GiveUp { why } = verdict else { panic!("{verdict:?}") };
-        assert!(rounds <= 5, "{rounds}");
-        for part in
-            ["1024.0 MiB/s are sent", "1024.0 MiB would be left", "budget of 200 ms", "--downtime-budget", "warm"]
-        {
-            assert!(why.contains(part), "{part}: {why}");
-        }
-    }
-
-    #[test]
-    fn a_working_set_that_fits_the_budget_is_frozen_though_it_never_shrinks() {
-        // 64 MiB that are written all the time: 62 ms at this rate; the target of the budget of 100 ms is 40 ms.
-        let mut convergence = Convergence::new(budget(100));
-        assert_eq!(convergence.after_round(round(SENT_PER_SECOND, SENT_PER_SECOND)), Verdict::Another);
-        let mut rounds = 1;
-        let verdict = loop {
-            rounds += 1;
-            match convergence.after_round(round(16_384, SENT_PER_SECOND)) {
-                Verdict::Another => {}
-                verdict => break verdict,
-            }
-        };
-        let Verdict::Freeze { predicted } = verdict else { panic!("{verdict:?}") };
-        assert!(rounds <= 5 && predicted > Duration::from_millis(100), "{rounds}: {predicted:?}");
-    }
-
-    #[test]
-    fn a_budget_below_the_fixed_part_leaves_a_tenth_and_five_milliseconds() {
-        assert_eq!(budget(40).target(), Duration::from_millis(5));
-        assert_eq!(budget(62).target(), Duration::from_micros(6200));
-        assert_eq!(budget(300).target(), Duration::from_millis(240));
-    }
-
-    #[test]
-    fn there_are_no_more_rounds_than_planned() {
-        let plan = Plan { most_rounds: 1, ..budget(100) };
-        let (rounds, verdict) = migrate(plan, SENT_PER_SECOND, 1, SENT_PER_SECOND);
-        assert!(rounds == 1 && matches!(verdict, Verdict::GiveUp { .. }), "{verdict:?}");
-    }
-
-    fn facts() -> impl Strategy<Value = RoundFacts> {
-        (0_u64..1 << 40, 0_u64..1 << 52, 0_u64..1 << 40, prop_oneof![Just(0), 0_u64..1 << 40]).prop_map(
-            |(pages, bytes, nanoseconds, wire_rate)| RoundFacts {
-                pages,
-                bytes,
-                duration: Duration::from_nanos(nanoseconds),
-                wire_rate,
-            },
-        )
-    }
-
-    proptest! {
-        #[test]
-        fn whatever_the_rounds_are_it_ends_and_keeps_to_the_budget(
-            all in prop::collection::vec(facts(), 40), ms in 0_u64..10_000, fixed in 0_u64..1000,
-        ) {
-            let plan = Plan { budget: Duration::from_millis(ms), fixed: Duration::from_millis(fixed), most_rounds: 30 };
-            let mut convergence = Convergence::new(plan);
-            let verdicts: Vec<Verdict> = all.into_iter().map(|facts| convergence.after_round(facts)).collect();
-            let end = verdicts.iter().position(|verdict| *verdict != Verdict::Another);
-            prop_assert!(end.is_some_and(|end| end < 30));
-            for verdict in verdicts {
-                if let Verdict::Freeze { predicted } = verdict {
-                    let most = plan.budget.max(Duration::from_millis(5)) + plan.fixed;
-                    prop_assert!(plan.fixed <= predicted && predicted <= most, "{:?}", predicted);
-                }
-            }
-        }
-
-        #[test]
-        fn a_larger_budget_never_takes_more_rounds(
-            all in 1_u64..1 << 22, dirty in 0_u64..1 << 20, rate in 1000_u64..1 << 20, ms in 1_u64..2000, more in 0_u64..2000,
-        ) {
-            let (small, large) = (migrate(budget(ms), all, dirty, rate), migrate(budget(ms + more), all, dirty, rate));
-            prop_assert!(large.0 <= small.0, "{:?} {:?}", small, large);
-            if matches!(small.1, Verdict::Freeze { .. }) {
-                prop_assert!(matches!(large.1, Verdict::Freeze { .. }), "{:?}", large);
-            }
-        }
-
-        #[test]
-        fn what_is_written_at_less_than_half_the_rate_is_always_frozen_within_a_second(
-            all in 1_u64..1 << 22, rate in 100_000_u64..1 << 20, percent in 0_u64..50,
-        ) {
-            let (_, verdict) = migrate(budget(1000), all, rate * percent / 100, rate);
-            prop_assert!(matches!(verdict, Verdict::Freeze { .. }), "{:?}", verdict);
-        }
-    }
-}
+mod tests;

@@ -99,6 +99,23 @@ pub enum Error {
         /// Its content.
         state: String,
     },
+    /// The container's CPU time cannot be limited: its cgroup has no cpu controller.
+    #[error(
+        "no cpu controller in {place}; write +cpu to cgroup.subtree_control of the cgroups above it (v2), or mount the v1 cpu \
+         controller and start the container again"
+    )]
+    NoCpuController {
+        /// Where it was looked for.
+        place: String,
+    },
+    /// A file of the cpu controller holds what nobody understands.
+    #[error("{} says {text:?}, which is no CPU limit or time", path.display())]
+    CpuFile {
+        /// The file.
+        path: PathBuf,
+        /// Its content, as much of it as tells.
+        text: String,
+    },
     /// runc failed.
     #[error("`runc {command}` failed ({status}): {detail}")]
     Runc {

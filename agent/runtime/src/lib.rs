@@ -1,4 +1,4 @@
-//! Finding, inspecting, freezing, restoring and deleting runc containers.
+//! Finding, inspecting, throttling, freezing, restoring and deleting runc containers.
 
 mod cgroup;
 mod container;
@@ -10,6 +10,7 @@ mod host;
 mod leftovers;
 mod preflight;
 mod process;
+mod quota;
 mod restore;
 mod runc;
 pub mod stdio;
@@ -25,6 +26,7 @@ pub use host::{CgroupVersion, CpuFeatures, HostFacts};
 pub use leftovers::cgroups_of_bundle;
 pub use preflight::{DeletedFile, Facts, Finding, FindingKind, NetworkKind, Report, Severity, preflight};
 pub use process::has_stopped_for_good;
+pub use quota::{CpuLimit, CpuQuota};
 pub use restore::{CgroupsMode, RestoreRequest, RestoreStdio, RunningRestore};
 pub use runc::Runc;
 pub use tree::Member;

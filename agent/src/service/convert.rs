@@ -141,6 +141,7 @@ fn round_message(round: Round) -> v1::Round {
         duration_ms: round.duration.as_secs_f64() * 1e3,
         dirty_rate: round.dirty_rate,
         predicted_ms: round.predicted.as_secs_f64() * 1e3,
+        cpu_limit: round.throttle.map_or(0.0, |rate| Duration::from_micros(rate).as_secs_f64()),
     }
 }
 
@@ -148,7 +149,7 @@ fn round_message(round: Round) -> v1::Round {
 pub(crate) fn pre_copy_of(message: &v1::PreCopy, deadline: SystemTime) -> PreCopyOrder {
     let budget = Duration::try_from_secs_f64(message.downtime_budget_ms / 1e3).unwrap_or(DEFAULT_BUDGET);
     let max_rounds = message.max_rounds.clamp(1, MOST_ROUNDS);
-    PreCopyOrder { budget, max_rounds, deadline, verify: message.verify }
+    PreCopyOrder { budget, max_rounds, deadline, verify: message.verify, throttle: message.throttle }
 }
 
 /// How a part ended.

@@ -38,6 +38,7 @@ use tokio_util::sync::CancellationToken;
 use crate::context::{Context, blocking};
 use crate::journal::{FetchedBy, Ledger, PartDirs, PartRecord, Role, Standing};
 use crate::parts::Authority;
+use crate::throttle::ThrottleRecord;
 use crate::worker::client::{View, Worker};
 use crate::worker::messages::{DumpJob, Order, Stage, WorkerRecord};
 use arrivals::Arrivals;
@@ -372,6 +373,7 @@ impl SourcePart {
             post_copy: order.post_copy,
             way: self.way(sender),
             events: events.clone(),
+            throttle_file: self.dirs.throttle_file(),
         };
         let telling = tell_progress(sender, events);
         let copying = blocking(move || {
@@ -693,6 +695,9 @@ impl SourcePart {
             tracing::error!(%failure, "a released container's processes do not end");
         }
         sweep::remove_container(&self.context, &record, self.container.as_ref()).await;
+        if let Err(failure) = sweep::release_throttle(&self.context, &self.dirs, &record).await {
+            tracing::error!(%failure, "the note of a released container's CPU limit cannot be removed");
+        }
         self.dirs.wipe_volatile();
         if let Err(error) = self.ledger.change(&mut record, |record| record.tidied = true) {
             tracing::error!(%error, migration = %record.migration, "that a released source was removed cannot be noted");
@@ -714,6 +719,8 @@ impl SourcePart {
         self.cancelled.cancel();
         // Whoever reads memory or starts the worker sees that, and ends.
         let mut followers = self.followers.lock().await;
+        // Not the end if it fails: the tasks are to go on all the same.
+        let unthrottled = sweep::release_throttle(&self.context, &self.dirs, &record).await;
         let ended = match self.worker.get() {
             Some(worker) => {
                 worker.order(&Order::Abort { reason: reason.to_owned() }).await;
@@ -742,6 +749,7 @@ impl SourcePart {
         }
         // Before another migration of the container may begin: two cannot follow it.
         end_following(std::mem::take(&mut *followers)).await?;
+        unthrottled?;
         self.ledger
             .change(&mut record, |record| record.standing = Standing::Aborted)
             .map_err(|error| io_failed(&self.context, &error))?;
@@ -922,6 +930,10 @@ async fn start_worker(
         })?;
     let pages = UnixListener::bind(dirs.page_socket()).map_err(|error| io_failed(context, &error))?;
     let tools = &context.config.tools;
+    let throttled = ThrottleRecord::load(&dirs.throttle_file()).map_err(|error| {
+        let what = "the container's own CPU limit is not known";
+        context.failure(FailureCode::Internal, what, &error).in_phase("freeze")
+    })?;
     let job = DumpJob {
         migration: order.migration.to_string(),
         criu: tools.criu.clone(),
@@ -943,6 +955,7 @@ async fn start_worker(
         programs: dirs.programs(tools).map_err(|error| io_failed(context, &error))?,
         hidden,
         link: order.link_handle(),
+        throttled,
         deadline: SystemTime::now() + order.patience,
         control: dirs.control_socket(),
         record: dirs.worker_record(),

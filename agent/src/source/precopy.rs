@@ -13,7 +13,7 @@
 mod verify;
 
 use std::collections::{BTreeSet, HashSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -36,6 +36,7 @@ use tokio_util::sync::CancellationToken;
 use super::FreezeEvent;
 use super::batch::Parted;
 use crate::context::Context;
+use crate::throttle::Throttle;
 
 /// Bytes that are read and sent at a time: one frame of the transfer.
 const BATCH: usize = 1 << 20;
@@ -51,6 +52,8 @@ pub struct PreCopyOrder {
     pub deadline: SystemTime,
     /// Whether all of the memory is compared with the target's in the freeze.
     pub verify: bool,
+    /// Whether the container gets less CPU time when it would be given up otherwise.
+    pub throttle: bool,
 }
 
 /// One pass over the memory.
@@ -68,6 +71,8 @@ pub struct Round {
     pub dirty_rate: f64,
     /// What the memory that is written meanwhile would add to the downtime.
     pub predicted: Duration,
+    /// The CPU time that the container was held to meanwhile, in microseconds per second; none when it was not throttled.
+    pub throttle: Option<u64>,
 }
 
 /// Why memory cannot be sent.
@@ -155,6 +160,8 @@ pub(super) struct Job {
     pub(super) post_copy: bool,
     pub(super) way: Way,
     pub(super) events: mpsc::Sender<FreezeEvent>,
+    /// Where the container's own CPU limit is noted before it is throttled.
+    pub(super) throttle_file: PathBuf,
 }
 
 /// What pre-copy came to.
@@ -190,6 +197,8 @@ pub(super) struct Followers {
     round: u32,
     /// How much of what was sent may be kept, of all processes together.
     budget: Budget,
+    /// Why the container is not throttled, or not further, though that was asked for.
+    throttle_note: Option<String>,
 }
 
 /// A process that is followed.
@@ -215,6 +224,10 @@ impl Followers {
     pub(super) fn pre_copy(&mut self, job: &Job) -> Result<Converged, Failure> {
         let plan = Plan { most_rounds: job.order.max_rounds, ..Plan::new(job.order.budget) };
         let mut convergence = Convergence::new(plan);
+        let mut throttle = self.throttle_of(job);
+        if let Some(throttle) = &throttle {
+            convergence = convergence.with_throttle(throttle.least());
+        }
         let mut pages = 0;
         let mut before = Duration::ZERO;
         loop {
@@ -224,8 +237,15 @@ impl Followers {
                 announce(&self.followed[self.followed.len() - new..], &job.way)
                     .map_err(|error| job.failed("pre-copy", &error))?;
             }
+            let begun = Instant::now();
             let mut round = self.one_round(job, before).map_err(|error| job.failed("pre-copy", &error))?;
-            let verdict = convergence.after_round(facts(&round));
+            let mut facts = facts(&round);
+            if let Some(throttle) = &mut throttle {
+                throttle.wait_for_a_period(begun);
+                (round.duration, round.throttle) = (begun.elapsed(), throttle.held());
+                (facts.duration, facts.cpu_rate) = (round.duration, throttle.cpu_rate());
+            }
+            let verdict = convergence.after_round(facts);
             (pages, before) = (pages + round.pages, round.duration);
             round.predicted = convergence.predicted().saturating_sub(plan.fixed);
             tracing::debug!(number = self.round, ?round, ?verdict, "a round of pre-copy");
@@ -233,13 +253,23 @@ impl Followers {
             let _nobody_watches = job.events.blocking_send(FreezeEvent::Round(round));
             match verdict {
                 Verdict::Freeze { predicted } => {
+                    if let Some(throttled) = convergence.throttled() {
+                        self.notes.insert(format!("the processes were throttled to {throttled}"));
+                    }
                     return Ok(self.converged(job, pages, predicted.saturating_sub(plan.fixed)));
+                }
+                Verdict::Throttle { rate } => {
+                    if let Some(Err(error)) = throttle.as_mut().map(|throttle| throttle.hold(rate)) {
+                        convergence.cannot_throttle();
+                        self.not_throttled(&error);
+                    }
                 }
                 Verdict::GiveUp { why } if job.post_copy => {
                     self.notes.insert(format!("the rest of the memory is fetched after the resume: {why}"));
                     return Ok(Converged { rest: Rest::Fetched, ..self.converged(job, pages, Duration::ZERO) });
                 }
                 Verdict::GiveUp { why } => {
+                    let why = self.throttle_note.iter().fold(why, |why, note| format!("{why}; {note}"));
                     return Err(job.context.refusal(FailureCode::FailedPrecondition, why).in_phase("precopy"));
                 }
                 Verdict::Another => {}
@@ -251,9 +281,26 @@ impl Followers {
         }
     }
 
+    /// How the container can be throttled, if that is wanted and possible. It is not touched yet.
+    fn throttle_of(&mut self, job: &Job) -> Option<Throttle> {
+        if !job.order.throttle {
+            return None;
+        }
+        let throttle = Throttle::of(&job.container, job.throttle_file.clone());
+        throttle.inspect_err(|error| self.not_throttled(error)).ok()
+    }
+
+    /// The migration goes on without; a person is told why.
+    fn not_throttled(&mut self, error: &(dyn std::error::Error + 'static)) {
+        let why = chain(error);
+        tracing::warn!(why, "the container cannot be throttled");
+        self.throttle_note = Some(format!("the workload cannot be throttled: {why}"));
+    }
+
     fn converged(&self, job: &Job, pages: u64, predicted: Duration) -> Converged {
         let followed = self.followed.iter().map(|followed| followed.tracker.choice().to_string());
-        let notes: BTreeSet<String> = followed.chain(self.notes.iter().cloned()).collect();
+        let notes: BTreeSet<String> =
+            followed.chain(self.notes.iter().cloned()).chain(self.throttle_note.clone()).collect();
         let notes = notes.into_iter().collect();
         let told = FreezeEvent::Converged { predicted_ms: predicted.as_secs_f64() * 1e3, notes };
         let _nobody_watches = job.events.blocking_send(told);
@@ -393,7 +440,7 @@ fn facts(round: &Round) -> RoundFacts {
         reason = "a rate, from positive numbers"
     )]
     let wire_rate = if seconds > 0.0 { (round.wire_bytes as f64 / seconds) as u64 } else { 0 };
-    RoundFacts { pages: round.pages, bytes: round.wire_bytes, duration: round.duration, wire_rate }
+    RoundFacts { pages: round.pages, bytes: round.wire_bytes, duration: round.duration, wire_rate, cpu_rate: 0 }
 }
 
 impl Job {
@@ -420,7 +467,14 @@ impl Followed {
 
     fn by(member: Member, tracker: Box<dyn WriteTracker + Send>, budget: Budget) -> Self {
         let copier = Copier::new(Pid::from_raw(member.pid), BATCH);
-        Self { member, tracker, copier, previous: PreviousPages::new(budget), hidden: PageRanges::new(), existing: PageRanges::new() }
+        Self {
+            member,
+            tracker,
+            copier,
+            previous: PreviousPages::new(budget),
+            hidden: PageRanges::new(),
+            existing: PageRanges::new(),
+        }
     }
 
     fn pid(&self) -> Pid {

@@ -7,8 +7,9 @@ use podferry_network::LinkHandle;
 use podferry_runtime::{Container, Freezer};
 
 use crate::context::{Context, blocking};
-use crate::journal::{PartRecord, Role};
+use crate::journal::{PartDirs, PartRecord, Role};
 use crate::target::bundle::Bundle;
+use crate::throttle;
 use crate::worker::messages::WorkerRecord;
 
 /// How long a CRIU whose asker died gets to let its tasks go.
@@ -45,6 +46,23 @@ pub(crate) async fn free_container(
             }
         }
         Ok(())
+    })
+    .await
+}
+
+/// Gives a throttled container its own CPU limit back.
+///
+/// # Errors
+/// When what the limit was cannot be read, or the cgroup does not take it.
+pub(crate) async fn release_throttle(context: &Context, dirs: &PartDirs, record: &PartRecord) -> Result<(), Failure> {
+    let (context, file) = (context.clone(), dirs.throttle_file());
+    let lives = super::init_lives(record);
+    blocking(move || {
+        let released = throttle::release(&file, lives);
+        released.map_err(|error| {
+            let failure = failed(&context, "the container keeps less CPU time than its own limit", &error);
+            failure.remedy(format!("see {}, which has that limit, and give it to the cgroup by hand", file.display()))
+        })
     })
     .await
 }

@@ -437,7 +437,7 @@ mod tests {
 
     /// Compares digests of these pages with what arrived, of which the list has the same pages.
     fn compared(memory: &mut ArrivingMemory, pages: &[Page]) -> Result<(), MemoryError> {
-        memory.exists(7, &list(&[(0x1000, (pages.len() as u64 + 1) * PAGE_SIZE)]))?;
+        memory.take_list(ListOf::Existing, 7, &list(&[(0x1000, (pages.len() as u64 + 1) * PAGE_SIZE)]))?;
         let mut comparison = memory.open_digests(7)?;
         digests(pages).chunks(16).try_for_each(|digests| memory.compare(7, &mut comparison, digests))?;
         verdict(7, comparison)
@@ -498,9 +498,9 @@ mod tests {
         let pages = [[1; PAGE], [2; PAGE]];
         let mut memory = arriving(&folder, &pages);
         assert!(matches!(memory.open_digests(7), Err(MemoryError::Digests { process: 7, .. })), "before the list");
-        memory.exists(8, &list(&[(0x1000, 0x2000)])).unwrap();
+        memory.take_list(ListOf::Existing, 8, &list(&[(0x1000, 0x2000)])).unwrap();
         assert!(matches!(memory.open_digests(8), Err(MemoryError::Digests { process: 8, .. })), "without memory");
-        memory.exists(7, &list(&[(0x1000, 0x3000)])).unwrap();
+        memory.take_list(ListOf::Existing, 7, &list(&[(0x1000, 0x3000)])).unwrap();
         let mut comparison = memory.open_digests(7).unwrap();
         assert!(matches!(memory.open_digests(7), Err(MemoryError::Digests { process: 7, .. })), "a second time");
         for bytes in [vec![0; 12], vec![0; 24], vec![0; 1 << 20]] {

@@ -7,6 +7,8 @@ use podferry_criu::DumpRequest;
 use podferry_network::LinkHandle;
 use serde::{Deserialize, Serialize};
 
+use crate::throttle::ThrottleRecord;
+
 /// Everything a dump worker has to know. It is written to a file, which the worker gets as its argument.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct DumpJob {
@@ -29,6 +31,9 @@ pub struct DumpJob {
     pub hidden: Option<PathBuf>,
     /// The link to cut when the tasks are frozen; none for a container without one.
     pub link: Option<LinkHandle>,
+    /// What to release as soon as the tasks are stopped; none when they are not throttled.
+    #[serde(default)]
+    pub throttled: Option<ThrottleRecord>,
     /// When an unsealed dump is given up.
     pub deadline: SystemTime,
     /// Where the worker listens.

@@ -12,6 +12,7 @@
 //! ```
 //!
 //! - The link is cut when CRIU reports the tasks frozen, and joined again before they run on.
+//! - A container that was throttled in pre-copy has its own CPU limit again as soon as its tasks are frozen.
 //! - Unsealed, the worker gives up when told to, when its deadline passes, and when the agent's connection is gone.
 //! - Sealed, it holds for ever. It also freezes the container's cgroup, so that the tasks stay where they are even when
 //!   CRIU or the worker itself is killed.

@@ -119,6 +119,7 @@ impl Dump {
         if let Err(error) = self.cut_link() {
             return self.give_up(format!("the container's link cannot be cut: {}", chain(&error)));
         }
+        self.release_throttle();
         self.control.report(Stage::Frozen { cut_at });
         self.unless_aborted()
     }
@@ -235,6 +236,8 @@ impl Dump {
 
     fn undone(&mut self, error: &CriuError) -> Stage {
         let mut left = Vec::new();
+        // It may not have come as far as to stop all tasks.
+        self.release_throttle();
         if self.record.sealed && !self.thaw() {
             left.push("the container's cgroup is still frozen".to_owned());
         }
@@ -270,6 +273,15 @@ impl Dump {
         match podferry_network::uncut(link) {
             Ok(()) => self.link_cut = None,
             Err(error) => tracing::error!(error = chain(&error), "the container's link cannot be joined again"),
+        }
+    }
+
+    /// The dump is slow if that fails, and the agent sees to it when the container runs on.
+    fn release_throttle(&self) {
+        if let Some(throttled) = &self.job.throttled
+            && let Err(error) = throttled.release()
+        {
+            tracing::error!(error = chain(&error), "the container stays throttled");
         }
     }
 

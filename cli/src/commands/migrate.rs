@@ -22,6 +22,7 @@ pub(super) async fn migrate(global: &Global, flags: Migrate) -> Result<Exit, Fai
         bandwidth_limit: flags.bandwidth_limit.unwrap_or_default(),
         accept_loss: flags.accept_loss,
         verify: flags.verify,
+        throttle: flags.throttle,
     };
     let begun = present(answer(coordinator.migrate(request)).await?.migration)?;
     if !flags.wait {

@@ -36,6 +36,7 @@ struct Round {
     duration_ms: f64,
     dirty_rate: f64,
     predicted_ms: f64,
+    cpu_limit: f64,
 }
 
 #[derive(Debug, Serialize)]
@@ -83,6 +84,7 @@ impl From<&v1::Round> for Round {
             duration_ms: micro(round.duration_ms),
             dirty_rate: micro(round.dirty_rate),
             predicted_ms: micro(round.predicted_ms),
+            cpu_limit: micro(round.cpu_limit),
         }
     }
 }

@@ -251,10 +251,15 @@ fn rounds(migration: &Migration) -> String {
             time(round.duration_ms),
             format!("{:.0} pages/s", round.dirty_rate),
             time(round.predicted_ms),
+            if round.cpu_limit > 0.0 { format!("{:.2} CPUs", round.cpu_limit) } else { "-".to_owned() },
         ]
     };
-    let header = ["  ROUND", "PAGES", "RAW", "ON THE WIRE", "TIME", "WRITTEN MEANWHILE", "FREEZE WOULD ADD"];
-    table(&header, migration.rounds.iter().enumerate().map(row))
+    let mut header = vec!["  ROUND", "PAGES", "RAW", "ON THE WIRE", "TIME", "WRITTEN MEANWHILE", "FREEZE WOULD ADD"];
+    let throttled = migration.rounds.iter().any(|round| round.cpu_limit > 0.0);
+    header.extend(throttled.then_some("THROTTLED TO"));
+    let columns = header.len();
+    let rows = migration.rounds.iter().enumerate().map(row);
+    table(&header, rows.map(|row| row.into_iter().take(columns).collect()))
 }
 
 /// What a drain did: a line for each workload, then the sum.

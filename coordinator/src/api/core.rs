@@ -168,6 +168,7 @@ impl Core {
             downtime_budget_ms: request.downtime_budget_ms,
             bandwidth_limit: request.bandwidth_limit,
             verify: request.verify,
+            throttle: request.throttle,
             created_at: Timestamp::now(),
             frozen_at: None,
             state: State::new(),
@@ -348,7 +349,9 @@ fn wishes(request: &v1::MigrateRequest) -> Result<Wishes, Failure> {
         return refused(message, "accept that risk (--accept-loss), or use live");
     }
     if request.verify && strategy.path().post_copy {
-        let message = format!("the strategy {strategy} cannot verify: what is fetched after the resume is not there to be compared");
+        let message = format!(
+            "the strategy {strategy} cannot verify: what is fetched after the resume is not there to be compared"
+        );
         return refused(message, "leave the verification away, or use live");
     }
     if request.verify && !strategy.path().pre_copy {
@@ -357,6 +360,10 @@ fn wishes(request: &v1::MigrateRequest) -> Result<Wishes, Failure> {
              travels with a check sum"
         );
         return refused(message, "leave the verification away, or use live");
+    }
+    if request.throttle && !strategy.path().pre_copy {
+        let message = format!("the strategy {strategy} cannot throttle a workload: it freezes the workload at once");
+        return refused(message, "use live, or do not throttle");
     }
     if limit > 0 && limit < LEAST_BANDWIDTH {
         let message = format!("{limit} bytes per second are too little: the least limit is {LEAST_BANDWIDTH}");
@@ -431,6 +438,11 @@ mod tests {
         wishes(&request).map_err(|failure| format!("{} {failure}", failure.code))
     }
 
+    fn throttled(strategy: v1::Strategy) -> Result<Wishes, String> {
+        let request = v1::MigrateRequest { strategy: strategy.into(), throttle: true, ..v1::MigrateRequest::default() };
+        wishes(&request).map_err(|failure| format!("{} {failure}", failure.code))
+    }
+
     #[test]
     fn wishes_that_make_no_sense_are_refused() {
         let live = Wishes { strategy: Strategy::Live, bandwidth_limit: 0 };
@@ -449,7 +461,9 @@ mod tests {
             asked(v1::Strategy::Live, 100.0, LEAST_BANDWIDTH - 1),
             asked(v1::Strategy::Postcopy, 0.0, 0),
             asked(v1::Strategy::Hybrid, 100.0, 0),
+            throttled(v1::Strategy::Warm),
         ];
+        assert_eq!(throttled(v1::Strategy::Live), Ok(live));
         let said: Vec<_> = refused.into_iter().map(Result::unwrap_err).collect();
         insta::assert_snapshot!(said.join("\n"), @r#"
         INVALID_ARGUMENT 0.5 ms is no downtime that can be aimed at: it is between 1 and 60000 ms (in preflight); what to do: give another one, or none
@@ -461,6 +475,7 @@ mod tests {
         INVALID_ARGUMENT 65535 bytes per second are too little: the least limit is 65536 (in preflight); what to do: give a larger limit, or none
         INVALID_ARGUMENT the strategy postcopy risks the workload: from its resume on the target until the last page is across, losing either node, or the link between them for too long, loses it (in preflight); what to do: accept that risk (--accept-loss), or use live
         INVALID_ARGUMENT the strategy hybrid risks the workload: from its resume on the target until the last page is across, losing either node, or the link between them for too long, loses it (in preflight); what to do: accept that risk (--accept-loss), or use live
+        INVALID_ARGUMENT the strategy warm cannot throttle a workload: it freezes the workload at once (in preflight); what to do: use live, or do not throttle
         "#);
         let (strategy, accept_loss) = (v1::Strategy::Hybrid.into(), true);
         let accepted = v1::MigrateRequest { strategy, accept_loss, ..v1::MigrateRequest::default() };

@@ -245,7 +245,8 @@ mod tests {
         (report.downtime_ms, report.total_ms, report.wire_bytes) = (ms, ms, bytes);
         report.progress = Progress { raw_bytes: bytes, wire_bytes: bytes, expected_bytes: bytes };
         let (pages, raw_bytes, wire_bytes) = (bytes, bytes, bytes);
-        let round = Round { pages, raw_bytes, wire_bytes, duration_ms: ms, dirty_rate: ms, predicted_ms: ms };
+        let (duration_ms, dirty_rate, predicted_ms, cpu_limit) = (ms, ms, ms, ms);
+        let round = Round { pages, raw_bytes, wire_bytes, duration_ms, dirty_rate, predicted_ms, cpu_limit };
         report.rounds = vec![round; 101];
         report.timings = Timings {
             preflight: ms,

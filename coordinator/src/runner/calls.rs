@@ -69,6 +69,7 @@ pub(super) struct Job {
     pub(super) downtime_budget_ms: f64,
     pub(super) bandwidth_limit: u64,
     pub(super) verify: bool,
+    pub(super) throttle: bool,
     pub(super) source: NodeName,
     pub(super) source_address: String,
     pub(super) target: NodeName,
@@ -104,6 +105,7 @@ impl Job {
             downtime_budget_ms: record.downtime_budget_ms,
             bandwidth_limit: record.bandwidth_limit,
             verify: record.verify,
+            throttle: record.throttle,
             source: record.source.clone(),
             source_address: record.source_address.clone(),
             target: record.target.clone(),
@@ -285,7 +287,8 @@ impl Job {
         let downtime_budget_ms =
             if self.downtime_budget_ms > 0.0 { self.downtime_budget_ms } else { DOWNTIME_BUDGET_MS };
         let deadline_ms = whole_milliseconds(self.deadlines.precopy);
-        let asked = v1::PreCopy { downtime_budget_ms, max_rounds: MAX_ROUNDS, deadline_ms, verify: self.verify };
+        let (max_rounds, verify, throttle) = (MAX_ROUNDS, self.verify, self.throttle);
+        let asked = v1::PreCopy { downtime_budget_ms, max_rounds, deadline_ms, verify, throttle };
         self.strategy.path().pre_copy.then_some(asked)
     }
 

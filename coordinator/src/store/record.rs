@@ -72,6 +72,9 @@ pub struct Record {
     /// Live: whether all memory that is copied before the freeze is compared in it.
     #[serde(default)]
     pub verify: bool,
+    /// Live: whether the workload gets less CPU time rather than being given up.
+    #[serde(default)]
+    pub throttle: bool,
     /// When it was accepted.
     pub created_at: Timestamp,
     /// When the source's processes stood still, as far as the coordinator saw it.
@@ -124,6 +127,9 @@ pub struct Round {
     /// What the memory that was written meanwhile would add to the downtime, in milliseconds; 0 when frozen.
     #[serde(default)]
     pub predicted_ms: f64,
+    /// How many CPUs' time the workload was throttled to meanwhile; 0 when it had its own limit.
+    #[serde(default)]
+    pub cpu_limit: f64,
 }
 
 /// Milliseconds spent in each phase; 0 for one that was not gone through.
@@ -280,6 +286,7 @@ impl Round {
             duration_ms: self.duration_ms,
             dirty_rate: self.dirty_rate,
             predicted_ms: self.predicted_ms,
+            cpu_limit: self.cpu_limit,
         }
     }
 }
@@ -293,6 +300,7 @@ impl From<v1::Round> for Round {
             duration_ms: told(round.duration_ms),
             dirty_rate: told(round.dirty_rate),
             predicted_ms: told(round.predicted_ms),
+            cpu_limit: told(round.cpu_limit),
         }
     }
 }
@@ -378,7 +386,7 @@ mod tests {
             {"pages": 1, "raw_bytes": 4096, "wire_bytes": 100, "duration_ms": 2.0, "dirty_rate": 0.0}
         ]);
         let fields = old.as_object_mut().unwrap();
-        for new in ["downtime_budget_ms", "bandwidth_limit", "verify"] {
+        for new in ["downtime_budget_ms", "bandwidth_limit", "verify", "throttle"] {
             fields.remove(new).unwrap();
         }
         for state in ["releasing", "resuming", "completed", "preparing"] {
@@ -403,8 +411,13 @@ mod tests {
     #[test]
     fn whatever_number_an_agent_tells_the_record_can_be_read_again() {
         for number in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1.0, 14.5] {
-            let round =
-                v1::Round { duration_ms: number, dirty_rate: number, predicted_ms: number, ..v1::Round::default() };
+            let round = v1::Round {
+                duration_ms: number,
+                dirty_rate: number,
+                predicted_ms: number,
+                cpu_limit: number,
+                ..v1::Round::default()
+            };
             let mut record = testing::record("cart", "a", "b");
             record.report.rounds.push(round.into());
             let text = serde_json::to_string(&record).unwrap();

@@ -135,7 +135,15 @@ impl Agent {
         let send = |event| events.send(Ok(FreezeEvent { event: Some(event) }));
         let round = |pages: u64, predicted_ms| {
             let (raw_bytes, wire_bytes) = (pages << 12, pages << 11);
-            Event::Round(Round { pages, raw_bytes, wire_bytes, duration_ms: 9.0, dirty_rate: 700.0, predicted_ms })
+            Event::Round(Round {
+                pages,
+                raw_bytes,
+                wire_bytes,
+                duration_ms: 9.0,
+                dirty_rate: 700.0,
+                predicted_ms,
+                cpu_limit: 0.0,
+            })
         };
         let _gone = send(round(16_000, 90.0)).await;
         self.enter("PreCopy").await?.answer(())?;

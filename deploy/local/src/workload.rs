@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    Capabilities, Capability, Linux, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxDeviceCgroupBuilder,
+    Capabilities, Capability, Linux, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxCpuBuilder, LinuxDeviceCgroupBuilder,
     LinuxMemoryBuilder, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResourcesBuilder, LinuxSeccomp,
     Mount, MountBuilder, Process, ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder, get_default_maskedpaths,
     get_default_mounts, get_default_readonly_paths,
@@ -15,6 +15,9 @@ use crate::error::{Error, Result};
 
 /// Where a container finds programs unless its environment says otherwise.
 const SEARCH_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// What a CPU quota is of, in microseconds; the kernel's own default.
+const CPU_PERIOD: u64 = 100_000;
 
 /// A folder or file of the machine that is seen inside a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,6 +69,8 @@ pub struct Workload {
     pub capabilities: Option<Vec<Capability>>,
     /// Memory limit in bytes.
     pub memory_limit: Option<i64>,
+    /// CPU time in microseconds of each 100 ms.
+    pub cpu_quota: Option<i64>,
 }
 
 impl Workload {
@@ -89,6 +94,7 @@ impl Workload {
             seccomp: None,
             capabilities: None,
             memory_limit: None,
+            cpu_quota: None,
         }
     }
 
@@ -148,6 +154,9 @@ impl Workload {
         let mut resources = LinuxResourcesBuilder::default().devices(vec![no_devices]);
         if let Some(limit) = self.memory_limit {
             resources = resources.memory(LinuxMemoryBuilder::default().limit(limit).build()?);
+        }
+        if let Some(quota) = self.cpu_quota {
+            resources = resources.cpu(LinuxCpuBuilder::default().quota(quota).period(CPU_PERIOD).build()?);
         }
         let mut linux = LinuxBuilder::default()
             .cgroups_path(cgroups_path)
@@ -264,11 +273,14 @@ mod tests {
         workload.capabilities = Some(vec![Capability::Kill]);
         workload.env = vec!["PATH=/only".to_owned()];
         workload.memory_limit = Some(1 << 30);
+        workload.cpu_quota = Some(150_000);
         workload.mounts = vec![BindMount { source: "/host".into(), destination: "/data".into(), read_only: true }];
         let json = serde_json::to_value(workload.spec(Path::new("/c")).unwrap()).unwrap();
         assert_eq!(json["process"]["capabilities"]["bounding"], serde_json::json!(["CAP_KILL"]));
         assert_eq!(json["process"]["env"], serde_json::json!(["PATH=/only"]));
         assert_eq!(json["linux"]["resources"]["memory"]["limit"], 1 << 30);
+        let cpu = &json["linux"]["resources"]["cpu"];
+        assert_eq!((&cpu["quota"], &cpu["period"]), (&150_000.into(), &100_000.into()));
         let mount = json["mounts"].as_array().unwrap().last().unwrap();
         assert_eq!(mount["destination"], "/data");
         assert_eq!(mount["options"], serde_json::json!(["rbind", "rprivate", "ro"]));

@@ -3,14 +3,11 @@
 
 mod support;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
-
 use podferry_local::FIRST_CONTAINER_ADDRESS;
 use serde_json::Value;
 use support::counter::{Counter, digest};
-use support::{NODES, Stage, churn, redis, redis_address, write_noise};
+use support::noise::Noise;
+use support::{NODES, Stage, churn, redis, redis_address};
 
 /// As `--strategy live`; a budget that two shared cores keep.
 const LIVE: [&str; 4] = ["--strategy", "live", "--downtime-budget", "1000"];
@@ -79,9 +76,7 @@ fn memory_that_is_written_faster_than_it_is_sent_is_refused_before_the_freeze() 
     assert_eq!(line.ask("DEBUG POPULATE 20000 key 1000"), "+OK");
     assert_eq!(line.ask("SET counter 0"), "+OK");
     let counter = Counter::start(line);
-    let (noise, stop) = (stage.connect(redis_address()), Arc::new(AtomicBool::new(false)));
-    let told = Arc::clone(&stop);
-    let writing = thread::spawn(move || write_noise(noise, &told));
+    let noise = Noise::start(stage.connect(redis_address()), 1500);
     // 6 MB of noise are written anew all the time: over this link they take a second and a half.
     let narrow = ["--strategy", "live", "--downtime-budget", "100", "--bandwidth-limit", "4M", "--no-compression"];
     let before = counter.between(|_, counted| counted);
@@ -92,8 +87,7 @@ fn memory_that_is_written_faster_than_it_is_sent_is_refused_before_the_freeze() 
     assert!(number(&record, "/downtime_ms") == 0.0, "{record:#}");
     assert_eq!(stage.places("redis"), [NODES[0]]);
     assert!(counter.between(|_, counted| counted) > before);
-    stop.store(true, Ordering::Relaxed);
-    writing.join().unwrap();
+    noise.stop();
     // The same container moves when it may.
     stage.migrate_with("redis", NODES[1], &LIVE);
     let (_, longest) = counter.stop();

@@ -3,14 +3,11 @@
 
 mod support;
 
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::thread;
-
 use podferry_local::FIRST_CONTAINER_ADDRESS;
 use serde_json::Value;
 use support::counter::{Counter, digest};
-use support::{NODES, Stage, churn, redis, redis_address, write_noise};
+use support::noise::Noise;
+use support::{NODES, Stage, churn, redis, redis_address};
 
 const POSTCOPY: [&str; 3] = ["--strategy", "postcopy", "--accept-loss"];
 
@@ -52,9 +49,7 @@ fn what_does_not_converge_is_fetched_afterwards_when_the_loss_is_accepted() {
     assert_eq!(line.ask("DEBUG POPULATE 20000 key 1000"), "+OK");
     assert_eq!(line.ask("SET counter 0"), "+OK");
     let counter = Counter::start(line);
-    let (noise, stop) = (stage.connect(redis_address()), Arc::new(AtomicBool::new(false)));
-    let told = Arc::clone(&stop);
-    let writing = thread::spawn(move || write_noise(noise, &told));
+    let noise = Noise::start(stage.connect(redis_address()), 1500);
     // See the test of live that is refused for this load.
     let narrow = ["--strategy", "hybrid", "--downtime-budget", "100", "--bandwidth-limit", "4M", "--no-compression"];
     let refused = stage.try_migrate_with("redis", NODES[1], &narrow).unwrap_err();
@@ -64,8 +59,7 @@ fn what_does_not_converge_is_fetched_afterwards_when_the_loss_is_accepted() {
     let notes = record["notes"].to_string();
     assert!(notes.contains("fetched after the resume"), "{record:#}");
     assert!(counter.between(|_, counted| counted) > before);
-    stop.store(true, std::sync::atomic::Ordering::Relaxed);
-    writing.join().unwrap();
+    noise.stop();
     let first_digest = counter.between(digest);
     // What converges is sent in the freeze.
     let record = stage.migrate_with("redis", NODES[0], &["--strategy", "hybrid", "--accept-loss"]);

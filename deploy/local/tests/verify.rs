@@ -15,8 +15,8 @@ use std::time::Duration;
 use podferry_local::{FIRST_CONTAINER_ADDRESS, Node, Workload};
 use rustix::fs::{SeekFrom, seek};
 use serde_json::Value;
-use support::counter::{Counter, digest};
 use support::churn::churn_image;
+use support::counter::{Counter, digest};
 use support::{NODES, Stage, redis, redis_address};
 
 /// As `--strategy live --verify`; a budget that two shared cores keep.

@@ -5,12 +5,12 @@
 
 pub(crate) mod churn;
 pub(crate) mod counter;
+pub(crate) mod noise;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -286,22 +286,4 @@ pub(crate) fn redis(name: &str, ip: Ipv4Addr) -> Workload {
 /// Where [`redis`] at the first address listens.
 pub(crate) fn redis_address() -> SocketAddr {
     SocketAddr::new(IpAddr::V4(FIRST_CONTAINER_ADDRESS), 6379)
-}
-
-/// A connection that overwrites values of 4000 bytes with ever new noise until it is told to stop.
-pub(crate) fn write_noise(mut line: Line, stop: &AtomicBool) {
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    for key in (0..1500).cycle() {
-        let mut value = String::with_capacity(4000);
-        while value.len() < 4000 {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            std::fmt::Write::write_fmt(&mut value, format_args!("{state:016x}")).unwrap();
-        }
-        assert_eq!(line.ask(&format!("SET noise:{key} {value}")), "+OK");
-        if stop.load(Ordering::Relaxed) {
-            return;
-        }
-    }
 }
