@@ -138,7 +138,11 @@ impl Machines {
         let connecting = || std::net::TcpStream::connect_timeout(&redis_address(), Duration::from_secs(2));
         let stream =
             eventually(Duration::from_secs(60), || inside(&netns, connecting).map_err(|error| error.to_string()));
-        Line::new(stream)
+        // The same socket: a downtime under emulation, beside a build, is longer than other tests wait for an answer.
+        let socket = stream.try_clone().unwrap();
+        let line = Line::new(stream);
+        socket.set_read_timeout(Some(Duration::from_secs(600))).unwrap();
+        line
     }
 }
 
