@@ -118,6 +118,7 @@ pub(crate) enum Verb {
 }
 
 /// Flags of `migrate`.
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 #[derive(Debug, Args)]
 pub(crate) struct Migrate {
     /// The workload

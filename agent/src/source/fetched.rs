@@ -88,13 +88,11 @@ impl PageReader {
         let count = u64::from(asked.count);
         let end = count.checked_mul(PAGE_SIZE).and_then(|length| asked.address.checked_add(length));
         let fits = (1..=u64::from(MOST_PAGES)).contains(&count) && asked.address.is_multiple_of(PAGE_SIZE);
-        match end.filter(|end| fits && *end <= END_OF_ADDRESSES) {
-            Some(end) => Ok(PageRange::new(asked.address, end)),
-            None => {
-                let message = format!("{count} pages at {:#x} cannot be asked for", asked.address);
-                Err(self.context.refusal(FailureCode::InvalidArgument, message).in_phase("fill"))
-            }
-        }
+        let end = end.filter(|end| fits && *end <= END_OF_ADDRESSES).ok_or_else(|| {
+            let message = format!("{count} pages at {:#x} cannot be asked for", asked.address);
+            self.context.refusal(FailureCode::InvalidArgument, message).in_phase("fill")
+        })?;
+        Ok(PageRange::new(asked.address, end))
     }
 
     fn read_now(&mut self, process: u32, range: PageRange) -> Result<FetchResponse, Failure> {

@@ -52,8 +52,13 @@ impl Paging for Processes {
         let status = handover.join("status.json");
         let container =
             PagedContainer { root: "/nonexistent".into(), id: "none".to_owned(), cgroups: vec![self.cgroup.clone()] };
-        let job =
-            PagerJob { migration: "test".to_owned(), handover: handover.to_owned(), status: status.clone(), container };
+        let job = PagerJob {
+            migration: "test".to_owned(),
+            handover: handover.to_owned(),
+            status: status.clone(),
+            fetch: None,
+            container,
+        };
         let (program, log) = (built("podferry-pager")?, handover.join("pager.log"));
         let started = self.runtime.block_on(client::start(&program, &job, &handover.join("job.json"), listener, &log));
         started.map_err(|failure| Error::Program { program: "pager", problem: failure.to_string() })?;

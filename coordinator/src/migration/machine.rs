@@ -359,11 +359,7 @@ impl State {
 
     /// Whether the outcome is known, and the workload runs if it still can: another migration of it may start.
     pub fn is_settled(&self) -> bool {
-        match self {
-            Self::Completed | Self::Losing { .. } | Self::Lost { .. } => true,
-            Self::RolledBack { .. } | Self::Aborted { .. } => true,
-            _ => false,
-        }
+        self.is_final() || matches!(self, Self::Losing { .. } | Self::RolledBack { .. })
     }
 
     /// Whether nothing is left to do.

@@ -87,10 +87,18 @@ impl Drop for Second {
 #[derive(Default)]
 struct Ready {
     tasks: Vec<u32>,
-    restore: bool,
-    second_gone: bool,
-    stop: bool,
-    fetched: bool,
+    others: Vec<Other>,
+}
+
+/// Somebody beside the processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Other {
+    Restore,
+    /// Who wants it to stop.
+    Stop,
+    /// The second holder, which says something only by its end.
+    Second,
+    Fetcher,
 }
 
 impl<'a> Work<'a> {
@@ -343,23 +351,20 @@ impl<'a> Work<'a> {
     /// Waits for events and serves them. Says whether there were any.
     fn serve_events(&mut self, patience: Duration) -> Result<bool> {
         let ready = self.wait(patience).map_err(conversation("wait for events"))?;
-        if ready.stop {
-            return Err(PagerError::Stopped);
-        }
-        if ready.second_gone {
-            self.lose_second(&io::ErrorKind::BrokenPipe.into());
-        }
-        if ready.restore {
-            self.hear()?;
-        }
-        if ready.fetched {
-            self.take_arrived()?;
+        for other in &ready.others {
+            match other {
+                Other::Stop => return Err(PagerError::Stopped),
+                Other::Second => self.lose_second(&io::ErrorKind::BrokenPipe.into()),
+                Other::Restore => self.hear()?,
+                Other::Fetcher => self.take_arrived()?,
+            }
         }
         for task in &ready.tasks {
             self.read_events(*task)?;
         }
         self.answer_faults()?;
-        Ok(ready.restore || ready.fetched || !ready.tasks.is_empty())
+        let heard = |other: &Other| matches!(other, Other::Restore | Other::Fetcher);
+        Ok(ready.others.iter().any(heard) || !ready.tasks.is_empty())
     }
 
     fn wait(&self, patience: Duration) -> io::Result<Ready> {
@@ -371,22 +376,24 @@ impl<'a> Work<'a> {
         };
         let stop = self.stop.filter(|_| !holding.complete);
         let second = self.second.as_ref().map(|second| second.link.as_fd());
-        let fetched = self.fetching.as_ref().and_then(Fetching::as_fd);
-        let others: Vec<Option<BorrowedFd<'_>>> = vec![restore, stop, second, fetched];
+        let fetcher = self.fetching.as_ref().and_then(Fetching::as_fd);
+        // Whoever wants it to stop is heard first.
+        let others =
+            [(Other::Stop, stop), (Other::Second, second), (Other::Restore, restore), (Other::Fetcher, fetcher)];
+        let others: Vec<(Other, BorrowedFd<'_>)> =
+            others.into_iter().filter_map(|(other, descriptor)| Some((other, descriptor?))).collect();
         let polled = |descriptor| PollFd::from_borrowed_fd(descriptor, PollFlags::IN);
-        let mut all: Vec<PollFd<'_>> = others.iter().flatten().copied().map(polled).collect();
+        let mut all: Vec<PollFd<'_>> = others.iter().map(|(_, descriptor)| polled(*descriptor)).collect();
         all.extend(holding.tasks.iter().map(|task| polled(task.userfaultfd.as_fd())));
         let patience = Timespec { tv_sec: 0, tv_nsec: i64::from(patience.subsec_nanos()) };
         match poll(&mut all, Some(&patience)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
-        let mut flags = all.iter().map(|polled| !polled.revents().is_empty());
-        let mut next = |there: bool| there && flags.next() == Some(true);
-        let (restore, stop, second_gone) = (next(restore.is_some()), next(stop.is_some()), next(second.is_some()));
-        let fetched = next(fetched.is_some());
-        let tasks = holding.tasks.iter().zip(flags).filter(|(_, ready)| *ready).map(|(task, _)| task.number);
-        Ok(Ready { tasks: tasks.collect(), restore, second_gone, stop, fetched })
+        let mut ready = all.iter().map(|polled| !polled.revents().is_empty());
+        let others = others.iter().zip(&mut ready).filter(|(_, ready)| *ready).map(|((other, _), _)| *other).collect();
+        let tasks = holding.tasks.iter().zip(ready).filter(|(_, ready)| *ready).map(|(task, _)| task.number).collect();
+        Ok(Ready { tasks, others })
     }
 
     /// Takes CRIU's connection, or one thing that it says.

@@ -55,7 +55,9 @@ impl WriteTracker for Untracked {
                 Query { with: 0, without: pagemap.empty_categories(), any_of, tell: category::PRESENT, protect: false };
             let regions = pagemap::scan_together(process, ranges, query, pagemap::SHARE);
             let regions = regions.map_err(|(range, source)| TrackError::Scan { process, range, source })?;
-            regions.iter().for_each(|region| existing.push(region.range()));
+            for region in &regions {
+                existing.push(region.range());
+            }
         } else {
             for range in ranges {
                 pagemap.read(range, &mut |run, _dirty| existing.push(run)).map_err(of_pagemap)?;
