@@ -567,7 +567,7 @@ async fn completions_know_verbs_and_strategies() {
         assert!(ran.out.contains("migrate"), "{shell}: {}", ran.out);
         // clap's elvish and powershell completions have no values of flags.
         let values = ["bash", "zsh", "fish"].contains(&shell);
-        assert_eq!(ran.out.contains("postcopy"), values, "{shell}: {}", ran.out);
+        assert_eq!(ran.out.contains("application"), values, "{shell}: {}", ran.out);
     }
     // bash takes its completions.
     let folder = tempfile::tempdir().unwrap();

@@ -1,5 +1,4 @@
 //! Migrations whose memory comes after the resume: nothing of it is lost while both nodes live, and the loss is said when not.
-#![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
 
 mod support;
 
