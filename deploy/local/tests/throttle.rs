@@ -264,19 +264,3 @@ fn a_dump_worker_that_is_killed_leaves_no_throttle() {
     busy.noise.stop();
     busy.counter.stop();
 }
-
-#[test]
-fn what_even_a_throttle_does_not_help_is_refused_with_its_own_limit() {
-    let stage = Stage::up(&["redis"]);
-    let busy = Busy::start(&stage);
-    let id = busy.begin_throttled(&stage);
-    let record = ended(&stage, &id);
-    assert_eq!(record["phase"], "failed", "{record:#}");
-    let reason = record["reason"].as_str().unwrap();
-    println!("{reason}");
-    assert!(reason.contains("although they were throttled to") && reason.contains("precopy"), "{record:#}");
-    assert_eq!(limit(&busy.file), busy.own);
-    busy.assert_counts();
-    busy.noise.stop();
-    busy.counter.stop();
-}
