@@ -117,12 +117,14 @@ impl Throttle {
         self.held
     }
 
-    /// Waits until a throttled container has had its time of at least one period since `begun`. It has all of that at once and then none
-    /// for the rest of the period: a round that saw less than a period would tell anything.
-    pub(crate) fn wait_for_a_period(&self, begun: Instant) {
+    /// Waits until a throttled container has had its time of some periods since `begun`. It has all of a period's at once and then none
+    /// for the rest, and pays for what it had too much, up to a tick of 4 ms, with the time of later ones: a round that saw less would
+    /// tell anything.
+    pub(crate) fn wait_for_some_periods(&self, begun: Instant) {
+        const PERIODS: u32 = 5;
         if self.held.is_some() {
-            let period = Duration::from_micros(self.record.own.period_us);
-            std::thread::sleep(period.saturating_sub(begun.elapsed()));
+            let periods = Duration::from_micros(self.record.own.period_us) * PERIODS;
+            std::thread::sleep(periods.saturating_sub(begun.elapsed()));
         }
     }
 

@@ -241,7 +241,7 @@ impl Followers {
             let mut round = self.one_round(job, before).map_err(|error| job.failed("pre-copy", &error))?;
             let mut facts = facts(&round);
             if let Some(throttle) = &mut throttle {
-                throttle.wait_for_a_period(begun);
+                throttle.wait_for_some_periods(begun);
                 (round.duration, round.throttle) = (begun.elapsed(), throttle.held());
                 (facts.duration, facts.cpu_rate) = (round.duration, throttle.cpu_rate());
             }

@@ -37,8 +37,9 @@ use crate::pager::client;
 
 /// Between two tries to reach the source.
 const AGAIN: Duration = Duration::from_millis(250);
-/// A source that says nothing for so long while it is asked is called anew.
-const SILENCE: Duration = Duration::from_secs(5);
+/// A source that says nothing for so long while it is asked is called anew. A request has 256 KiB: a link that takes longer for it is no
+/// link to live on.
+const SILENCE: Duration = Duration::from_secs(15);
 /// Between two looks whether the pager has ended.
 const LOOK: Duration = Duration::from_millis(200);
 /// How long a pager gets until there is a word of it.

@@ -30,8 +30,8 @@ fn whoever_has_a_part_in_it_may_be_killed_in_a_post_copy() {
     );
 }
 
-/// Longer than a source may be silent until it is called anew.
-const CUT: Duration = Duration::from_secs(7);
+/// Longer than any of the waits of TCP until it tries again.
+const CUT: Duration = Duration::from_secs(5);
 
 #[test]
 fn a_link_that_comes_back_in_time_costs_a_wait_and_nothing_else() {
