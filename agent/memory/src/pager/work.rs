@@ -250,18 +250,19 @@ impl<'a> Work<'a> {
     }
 
     /// Lets go of processes that have all their pages, and of those that have ended: where pages are long in coming, many children may
-    /// come and go. To one that has all, the kernel gives zeros for what it never had, as anybody would.
+    /// come and go. To one that has all, the kernel gives zeros for what it never had, as anybody would. But as long as the kernel says
+    /// that its mappings are changing, it may be about to tell of a child that lacks more.
     fn let_go_of_the_rest(&mut self) -> Result<()> {
         if self.fetching.is_none() || self.looked.is_some_and(|looked| looked.elapsed() < TELL) {
             return Ok(());
         }
         self.looked = Some(Instant::now());
-        let has_ended = |task: &Task| {
-            let probe = userfaultfd::zero(task.userfaultfd.as_fd(), NOWHERE);
-            task.only_waits() && matches!(outcome_of(&probe), Outcome::Ended)
+        let is_done = |task: &&Task| match outcome_of(&userfaultfd::zero(task.userfaultfd.as_fd(), NOWHERE)) {
+            Outcome::Ended => task.has_all() || task.only_waits(),
+            Outcome::Changing => false,
+            _ => task.has_all(),
         };
-        let done = self.holding.tasks.iter().filter(|task| task.has_all() || has_ended(task));
-        let done: Vec<u32> = done.map(|task| task.number).collect();
+        let done: Vec<u32> = self.holding.tasks.iter().filter(is_done).map(|task| task.number).collect();
         done.into_iter().try_for_each(|task| self.note(Note::Ended { task }))
     }
 
