@@ -99,3 +99,23 @@ pub fn state(pid: u32) -> Option<char> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     text.rsplit_once(") ")?.1.chars().next()
 }
+
+/// Whether a process may execute another instruction of its program before anybody lets it: it is neither stopped, nor killed, nor
+/// exiting.
+pub fn may_go_on(pid: u32) -> bool {
+    /// `include/linux/sched.h`.
+    const PF_EXITING: u64 = 4;
+    const KILL: u64 = 1 << 8;
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let pending = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        u64::from_str_radix(line.trim(), 16).ok()
+    };
+    let killed = ["SigPnd:", "ShdPnd:"].into_iter().filter_map(pending).any(|signals| signals & KILL != 0);
+    // Later than the signals: a signal that was taken by then shows here.
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let fields: Vec<&str> = stat.rsplit_once(") ").map_or("", |(_, fields)| fields).split_whitespace().collect();
+    let (Some(state), Some(flags)) = (fields.first(), fields.get(6)) else { return false };
+    let exiting = flags.parse::<u64>().is_ok_and(|flags| flags & PF_EXITING != 0);
+    !killed && !exiting && !["t", "T", "Z", "X"].contains(state)
+}

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use podferry_local::{Node, ProcessId};
 
-use super::processes::{of_container, state};
+use super::processes::{may_go_on, of_container};
 
 /// Between two looks.
 const INTERVAL: Duration = Duration::from_millis(10);
@@ -87,12 +87,12 @@ impl Drop for Sampler {
 }
 
 /// Takes note of who has been on a processor since the last look: one that is stopped, frozen or held has not. Who is gone
-/// or has not run for [`IDLE`] does not run. A source is dead before its target runs, however soon after; or in post-copy stopped.
+/// or has not run for [`IDLE`] does not run. A source is dead before its target runs, however soon after; or in post-copy stopped, and
+/// killed without having run again.
 fn note_runs(ran_at: &mut HashMap<(u32, u64), Instant>, before: &Switches, now: &Switches) {
     let advanced = now.iter().filter(|(process, count)| before.get(process).is_some_and(|earlier| earlier < *count));
     ran_at.extend(advanced.map(|(process, _)| (*process, Instant::now())));
-    let is_stopped = |pid| matches!(state(pid), Some('t' | 'T'));
-    ran_at.retain(|process, ran| now.contains_key(process) && ran.elapsed() < IDLE && !is_stopped(process.0));
+    ran_at.retain(|process, ran| now.contains_key(process) && ran.elapsed() < IDLE && may_go_on(process.0));
 }
 
 fn switches(node: &Node, workload: &str, program: &str) -> Switches {
