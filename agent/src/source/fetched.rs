@@ -10,6 +10,7 @@ use podferry_memory::PAGE_SIZE;
 use podferry_memory::copier::{Batch, Copier};
 use podferry_memory::range::PageRange;
 use podferry_proto::v1::{FetchPages, FetchResponse};
+use podferry_runtime::Member;
 use podferry_transfer::Pool;
 use podferry_transfer::compression::Packer;
 use podferry_transfer::parcel::{self, MOST_PAGES};
@@ -24,22 +25,16 @@ const END_OF_ADDRESSES: u64 = 1 << 56;
 const MOST_BYTES: usize = (MOST_PAGES as usize) << 12;
 
 /// Reads pages of the processes of a container that stands still.
-#[derive(Debug)]
+#[expect(missing_debug_implementations, reason = "the packer has none")]
 pub struct PageReader {
     context: Context,
     part: Arc<SourcePart>,
-    readers: HashMap<u32, Copier>,
-    packing: Option<Packing>,
+    /// The processes, by their ids inside the container.
+    pids: HashMap<u32, Pid>,
+    /// Of the process that was asked about last: each has a megabyte of buffer, and there may be hundreds of processes.
+    copier: Option<(u32, Copier)>,
+    packer: Option<Packer>,
     pace: Option<Pace>,
-}
-
-/// As [`Packer`], which cannot be shown.
-struct Packing(Packer);
-
-impl std::fmt::Debug for Packing {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Packing")
-    }
 }
 
 impl PageReader {
@@ -49,18 +44,21 @@ impl PageReader {
     /// When the processes cannot be listed.
     pub async fn of(context: &Context, part: Arc<SourcePart>, awaited: bool) -> Result<Self, Failure> {
         let (compress, limit) = part.fetched_by().map_or((false, None), |by| (by.compress, by.bandwidth_limit));
-        let container = part.container.clone().ok_or_else(|| dead(context))?;
+        let container = part.container.clone().ok_or_else(|| {
+            let message = "what runc knows of the frozen container cannot be read";
+            context.refusal(FailureCode::Unavailable, message).in_phase("fill")
+        })?;
         let members = blocking(move || Ok(container.tree())).await?;
         let members = members.map_err(|error| {
             let what = "the frozen container's processes cannot be listed";
             context.failure(FailureCode::DataLoss, what, &error).in_phase("fill")
         })?;
-        let reader = |pid: i32| Copier::new(Pid::from_raw(pid), MOST_BYTES);
-        let readers = members.into_iter().map(|member| (member.inner.unsigned_abs(), reader(member.pid))).collect();
+        let pid = |member: Member| (member.inner.unsigned_abs(), Pid::from_raw(member.pid));
+        let pids = members.into_iter().map(pid).collect();
         let packer = compress.then(|| Packer::new(Pool::new(2))).transpose();
         let packer = packer.map_err(|error| context.failure(FailureCode::Internal, "zstd cannot be set up", &error))?;
         let pace = limit.filter(|_| !awaited).map(Pace::new);
-        Ok(Self { context: context.clone(), part, readers, packing: packer.map(Packing), pace })
+        Ok(Self { context: context.clone(), part, pids, copier: None, packer, pace })
     }
 
     /// Reads pages. Gives the reader back for the next ones.
@@ -96,9 +94,13 @@ impl PageReader {
     }
 
     fn read_now(&mut self, process: u32, range: PageRange) -> Result<FetchResponse, Failure> {
-        let Some(reader) = self.readers.get_mut(&process) else { return Err(dead(&self.context)) };
+        let pid = *self.pids.get(&process).ok_or_else(|| dead(&self.context))?;
+        if self.copier.as_ref().is_none_or(|(of, _)| *of != process) {
+            self.copier = Some((process, Copier::new(pid, MOST_BYTES)));
+        }
+        let Some((_, copier)) = &mut self.copier else { return Err(dead(&self.context)) };
         let mut contents = Vec::with_capacity(usize::try_from(range.length()).unwrap_or(0));
-        let copied = reader.read(&[range].into_iter().collect(), |batch: Batch<'_>| {
+        let copied = copier.read(&[range].into_iter().collect(), |batch: Batch<'_>| {
             contents.extend_from_slice(batch.contents);
             Ok::<(), std::io::Error>(())
         });
@@ -110,8 +112,8 @@ impl PageReader {
         if !copied.vanished.is_empty() {
             return Err(dead(&self.context));
         }
-        let packer = self.packing.as_mut().map(|packing| &mut packing.0);
-        parcel::pack(process, range.start, &contents, packer).map_err(|error| failed("pages cannot be packed", &error))
+        parcel::pack(process, range.start, &contents, self.packer.as_mut())
+            .map_err(|error| failed("pages cannot be packed", &error))
     }
 }
 

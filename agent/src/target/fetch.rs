@@ -131,7 +131,7 @@ async fn serve(way: &Way, listener: &UnixListener) {
 
 async fn converse(way: &Way, pager: UnixStream) -> io::Result<()> {
     let (mut from, mut to) = pager.into_split();
-    let (answers, mut answered) = mpsc::channel(QUEUE);
+    let (answers, mut answered) = mpsc::channel::<Vec<u8>>(QUEUE);
     let awaited = Lane::open(way, true, &answers);
     let rest = Lane::open(way, false, &answers);
     let asking = async {
@@ -145,7 +145,6 @@ async fn converse(way: &Way, pager: UnixStream) -> io::Result<()> {
     };
     let answering = async {
         while let Some(bytes) = answered.recv().await {
-            let bytes: Vec<u8> = bytes;
             to.write_all(&bytes).await?;
         }
         Ok(())
@@ -199,14 +198,6 @@ struct Fetching {
     broken: Option<Instant>,
 }
 
-/// Why a call ended.
-enum Break {
-    /// Nobody asks any more.
-    Over,
-    /// Try again.
-    Broken(Failure),
-}
-
 impl Fetching {
     async fn run(mut self) {
         loop {
@@ -214,7 +205,7 @@ impl Fetching {
                 let Some(request) = self.requests.recv().await else { return };
                 self.open.push_back(request);
             }
-            let Break::Broken(failure) = self.call().await else { return };
+            let Err(failure) = self.call().await else { return };
             let first = self.broken.is_none();
             let since = *self.broken.get_or_insert_with(Instant::now);
             let patience = self.way.context.config.post_copy.recover_within();
@@ -231,14 +222,8 @@ impl Fetching {
         }
     }
 
-    async fn call(&mut self) -> Break {
-        match self.converse().await {
-            Ok(()) => Break::Over,
-            Err(failure) => Break::Broken(failure),
-        }
-    }
-
-    async fn converse(&mut self) -> Result<(), Failure> {
+    /// Calls the source, and passes on what it answers until nobody asks any more.
+    async fn call(&mut self) -> Result<(), Failure> {
         let way = self.way.clone();
         let unreachable = |error: &(dyn std::error::Error + 'static)| {
             way.context.failure(FailureCode::Unavailable, "the source cannot be reached", error).in_phase("fill")

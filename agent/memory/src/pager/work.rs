@@ -268,10 +268,10 @@ impl<'a> Work<'a> {
 
     /// Asks for what nobody waits for.
     fn ask_ahead(&mut self) {
-        let only_waits = self.only_waits();
         let Some(fetching) = &mut self.fetching else { return };
+        let only_waits = |task: &Task| task.pending.is_empty() || task.only_waits();
         // What was not expected anywhere when that was found out, because a mapping was on its way, may be now.
-        if fetching.is_idle() && only_waits {
+        if fetching.is_idle() && self.holding.tasks.iter().all(only_waits) {
             fetching.forget_ahead();
         }
         if !fetching.knows_ahead() {
