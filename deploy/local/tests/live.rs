@@ -3,11 +3,10 @@
 
 mod support;
 
-use podferry_local::FIRST_CONTAINER_ADDRESS;
 use serde_json::Value;
 use support::counter::{Counter, digest};
 use support::noise::Noise;
-use support::{NODES, Stage, churn, redis, redis_address};
+use support::{NODES, Stage, churn, redis_address};
 
 /// As `--strategy live`; a budget that two shared cores keep.
 const LIVE: [&str; 4] = ["--strategy", "live", "--downtime-budget", "1000"];
@@ -26,11 +25,7 @@ fn pages(record: &Value) -> Vec<u64> {
 #[test]
 fn redis_moves_live_on_one_connection_and_most_of_its_memory_before_the_freeze() {
     let stage = Stage::up(&["redis"]);
-    stage.start(&redis("redis", FIRST_CONTAINER_ADDRESS));
-    let mut line = stage.connect(redis_address());
-    assert_eq!(line.ask("DEBUG POPULATE 60000 key 1000"), "+OK");
-    assert_eq!(line.ask("SET counter 0"), "+OK");
-    let counter = Counter::start(line);
+    let counter = Counter::on_redis(&stage, 60000);
     let first_digest = counter.between(digest);
     let mut after_two = None;
     for hop in 1..=6 {
@@ -55,11 +50,7 @@ fn redis_moves_live_on_one_connection_and_most_of_its_memory_before_the_freeze()
 #[test]
 fn a_container_that_moved_live_moves_warm_and_live_again() {
     let stage = Stage::up(&["redis"]);
-    stage.start(&redis("redis", FIRST_CONTAINER_ADDRESS));
-    let mut line = stage.connect(redis_address());
-    assert_eq!(line.ask("DEBUG POPULATE 20000 key 1000"), "+OK");
-    assert_eq!(line.ask("SET counter 0"), "+OK");
-    let counter = Counter::start(line);
+    let counter = Counter::on_redis(&stage, 20000);
     let first_digest = counter.between(digest);
     for (hop, more) in [&LIVE[..], &["--strategy", "warm"], &LIVE, &LIVE].into_iter().enumerate() {
         let record = stage.migrate_with("redis", NODES[(hop + 1) % 2], more);
@@ -71,11 +62,7 @@ fn a_container_that_moved_live_moves_warm_and_live_again() {
 #[test]
 fn memory_that_is_written_faster_than_it_is_sent_is_refused_before_the_freeze() {
     let stage = Stage::up(&["redis"]);
-    stage.start(&redis("redis", FIRST_CONTAINER_ADDRESS));
-    let mut line = stage.connect(redis_address());
-    assert_eq!(line.ask("DEBUG POPULATE 20000 key 1000"), "+OK");
-    assert_eq!(line.ask("SET counter 0"), "+OK");
-    let counter = Counter::start(line);
+    let counter = Counter::on_redis(&stage, 20000);
     let noise = Noise::start(stage.connect(redis_address()), 1500);
     // 6 MB of noise are written anew all the time: over this link they take a second and a half.
     let narrow = ["--strategy", "live", "--downtime-budget", "100", "--bandwidth-limit", "4M", "--no-compression"];

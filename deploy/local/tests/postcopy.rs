@@ -2,11 +2,10 @@
 
 mod support;
 
-use podferry_local::FIRST_CONTAINER_ADDRESS;
 use serde_json::Value;
 use support::counter::{Counter, digest};
 use support::noise::Noise;
-use support::{NODES, Stage, churn, redis, redis_address};
+use support::{NODES, Stage, churn, redis_address};
 
 const POSTCOPY: [&str; 3] = ["--strategy", "postcopy", "--accept-loss"];
 
@@ -17,11 +16,7 @@ fn number(record: &Value, path: &str) -> f64 {
 #[test]
 fn redis_moves_before_its_memory_on_one_connection_and_nothing_is_lost() {
     let stage = Stage::up(&["redis"]);
-    stage.start(&redis("redis", FIRST_CONTAINER_ADDRESS));
-    let mut line = stage.connect(redis_address());
-    assert_eq!(line.ask("DEBUG POPULATE 60000 key 1000"), "+OK");
-    assert_eq!(line.ask("SET counter 0"), "+OK");
-    let counter = Counter::start(line);
+    let counter = Counter::on_redis(&stage, 60000);
     let first_digest = counter.between(digest);
     let mut after_two = None;
     for hop in 1..=4 {
@@ -43,11 +38,7 @@ fn redis_moves_before_its_memory_on_one_connection_and_nothing_is_lost() {
 #[test]
 fn what_does_not_converge_is_fetched_afterwards_when_the_loss_is_accepted() {
     let stage = Stage::up(&["redis"]);
-    stage.start(&redis("redis", FIRST_CONTAINER_ADDRESS));
-    let mut line = stage.connect(redis_address());
-    assert_eq!(line.ask("DEBUG POPULATE 20000 key 1000"), "+OK");
-    assert_eq!(line.ask("SET counter 0"), "+OK");
-    let counter = Counter::start(line);
+    let counter = Counter::on_redis(&stage, 20000);
     let noise = Noise::start(stage.connect(redis_address()), 1500);
     // See the test of live that is refused for this load.
     let narrow = ["--strategy", "hybrid", "--downtime-budget", "100", "--bandwidth-limit", "4M", "--no-compression"];

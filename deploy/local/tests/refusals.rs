@@ -14,11 +14,11 @@ use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use faults::client::{connect, inside};
+use faults::client::connect;
 use faults::leftovers::{difference, settled};
 use faults::stage::{NAME, NODES, Stage, agent};
 use faults::{options, processes, redis, serial, wait_every, wait_for};
-use podferry_common::identity::{Identity, IdentityFiles, LocalCa, Peer};
+use podferry_common::identity::{IdentityFiles, LocalCa, Peer};
 use podferry_common::{MigrationId, tls};
 use podferry_local::{BindMount, LocalCluster, Node, Output, Workload, workspace_root};
 use podferry_proto::Version;
@@ -220,20 +220,6 @@ fn run_onto_a_file(node: &Node, workload: &Workload) -> PathBuf {
     log
 }
 
-/// Runs asynchronous work in a place's network namespace.
-fn run_inside<T: Send>(cluster: &LocalCluster, work: impl Future<Output = T> + Send) -> T {
-    inside(cluster.client(), move || {
-        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
-    })
-}
-
-fn identity(stage: &Stage, peer: &Peer, folder: &str) -> Identity {
-    let files = IdentityFiles::in_folder(stage.folder.path().join(folder));
-    fs::create_dir_all(stage.folder.path().join(folder)).unwrap();
-    stage.cluster.issue(peer, Duration::from_secs(3600), &files).unwrap();
-    Identity::load(files).unwrap()
-}
-
 #[test]
 fn strangers_get_nowhere() {
     let _one_at_a_time = serial();
@@ -269,10 +255,10 @@ fn a_client_of_another_authority(stage: &Stage) {
 fn an_agent_that_plays_coordinator(stage: &Stage) {
     let source = stage.source();
     let target = Peer::Agent(NODES[1].parse().unwrap());
-    let identity = identity(stage, &target, "plays-coordinator");
+    let identity = stage.identity(&target, "plays-coordinator");
     let address = format!("{}:{}", source.address(), podferry_local::AGENT_PORT);
     let expected = Peer::Agent(source.name().parse().unwrap());
-    let refused = run_inside(&stage.cluster, async {
+    let refused = stage.run_inside(async {
         let channel = tls::connect(&address, &identity, &expected).await.unwrap();
         let request = FreezeRequest {
             migration_id: MigrationId::new().to_string(),
@@ -326,13 +312,13 @@ fn an_agent_that_sends_what_another_should(stage: &mut Stage) {
     let id = begun.id();
     begun.wait_phase("freeze");
     let stranger = Peer::Agent("node-c".parse().unwrap());
-    let identity = identity(stage, &stranger, "stranger");
+    let identity = stage.identity(&stranger, "stranger");
     let address = format!("{}:{}", target.address(), podferry_local::AGENT_PORT);
     let expected = Peer::Agent(target.name().parse().unwrap());
     for migration in [id.parse::<MigrationId>().unwrap(), MigrationId::new()] {
         let introduction =
             Introduction { migration_id: migration, source_node: "node-c".parse().unwrap(), version: Version::OURS };
-        let sent = run_inside(&stage.cluster, async {
+        let sent = stage.run_inside(async {
             Sender::connect(&address, &identity, &expected, &introduction, Options::default()).await.map(drop)
         });
         let error = podferry_common::chain(&sent.unwrap_err());

@@ -12,12 +12,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use podferry_local::{FIRST_CONTAINER_ADDRESS, Node, Workload};
+use podferry_local::{FIRST_CONTAINER_ADDRESS, Node};
 use rustix::fs::{SeekFrom, seek};
 use serde_json::Value;
-use support::churn::churn_image;
 use support::counter::{Counter, digest};
-use support::{NODES, Stage, redis, redis_address};
+use support::{NODES, Stage, churn, redis};
 
 /// As `--strategy live --verify`; a budget that two shared cores keep.
 const VERIFIED: [&str; 5] = ["--strategy", "live", "--downtime-budget", "1000", "--verify"];
@@ -36,11 +35,7 @@ fn verified(record: &Value) -> u64 {
 #[test]
 fn all_memory_of_a_busy_redis_is_compared_there_and_back() {
     let stage = Stage::up(&["redis"]);
-    stage.start(&redis("redis", FIRST_CONTAINER_ADDRESS));
-    let mut line = stage.connect(redis_address());
-    assert_eq!(line.ask("DEBUG POPULATE 60000 key 1000"), "+OK");
-    assert_eq!(line.ask("SET counter 0"), "+OK");
-    let counter = Counter::start(line);
+    let counter = Counter::on_redis(&stage, 60000);
     let first_digest = counter.between(digest);
     for hop in 1..=4 {
         let before = counter.between(|_, counted| counted);
@@ -55,14 +50,9 @@ fn all_memory_of_a_busy_redis_is_compared_there_and_back() {
 /// A tree of processes, whose memory is written, mapped, unmapped and moved all the time.
 #[test]
 fn all_memory_of_processes_that_change_it_in_every_way_is_compared() {
-    let stage = Stage::up(&["churn"]);
-    let arguments = ["/bin/podferry-memory-churn", "/tmp/sign", "1", "1", "--fork"];
-    stage.start(&Workload::new("churn", churn_image(stage.folder.path()), arguments, FIRST_CONTAINER_ADDRESS));
-    for hop in 1..=4 {
-        let patient = ["--strategy", "live", "--downtime-budget", "10000", "--verify"];
-        let record = stage.migrate_with("churn", NODES[hop % 2], &patient);
-        assert!(verified(&record) > 4 << 20, "{record:#}");
-    }
+    churn::hop(3, &["--strategy", "live", "--downtime-budget", "10000", "--verify"], |hop, record| {
+        assert!(verified(record) > 4 << 20, "hop {hop}: {record:#}");
+    });
 }
 
 #[test]
@@ -101,11 +91,7 @@ fn spoil(store: &File) -> bool {
 #[test]
 fn one_byte_that_differs_undoes_the_migration_and_is_named() {
     let stage = Stage::up(&["redis"]);
-    stage.start(&redis("redis", FIRST_CONTAINER_ADDRESS));
-    let mut line = stage.connect(redis_address());
-    assert_eq!(line.ask("DEBUG POPULATE 60000 key 1000"), "+OK");
-    assert_eq!(line.ask("SET counter 0"), "+OK");
-    let counter = Counter::start(line);
+    let counter = Counter::on_redis(&stage, 60000);
     let first_digest = counter.between(digest);
     // Back and forth once, for all that is made once and for all, such as the coordinator's connections.
     stage.migrate_with("redis", NODES[1], &VERIFIED);

@@ -6,11 +6,12 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use podferry_common::identity::{Identity, IdentityFiles, Peer};
 use podferry_local::{FIRST_CONTAINER_ADDRESS, LocalCluster, Node, Output, ProcessId, Running, Signal};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::client::{Counting, Redis};
+use super::client::{Counting, Redis, inside};
 use super::leftovers::{self, Inventory};
 use super::processes;
 use super::sampler::{Sampler, running};
@@ -199,6 +200,21 @@ impl Stage {
     /// Ends the limit.
     pub fn speed_up(&self, node: &Node) {
         self.cluster.fabric().shell(&format!("tc qdisc del dev {} root", node.name())).unwrap();
+    }
+
+    /// Does this on the client side's network.
+    pub fn run_inside<T: Send>(&self, work: impl Future<Output = T> + Send) -> T {
+        inside(self.cluster.client(), move || {
+            tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
+        })
+    }
+
+    /// A certificate of the cluster's authority, in a folder of this name.
+    pub fn identity(&self, peer: &Peer, folder: &str) -> Identity {
+        let files = IdentityFiles::in_folder(self.folder.path().join(folder));
+        fs::create_dir_all(self.folder.path().join(folder)).unwrap();
+        self.cluster.issue(peer, Duration::from_secs(3600), &files).unwrap();
+        Identity::load(files).unwrap()
     }
 
     /// Takes a node off the net, or puts it back on.

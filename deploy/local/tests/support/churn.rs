@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::{NODES, Stage, eventually};
 
 /// A root filesystem with the program that changes its memory in every way there is, and checks it.
-pub(crate) fn churn_image(folder: &Path) -> PathBuf {
+fn churn_image(folder: &Path) -> PathBuf {
     let image = folder.join("image");
     let program = podferry_local::default_binaries().join("podferry-memory-churn");
     assert!(program.exists(), "{} is missing: run `cargo build --workspace --bins` first", program.display());

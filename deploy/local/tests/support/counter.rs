@@ -4,7 +4,9 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::Line;
+use podferry_local::FIRST_CONTAINER_ADDRESS;
+
+use super::{Line, Stage, redis, redis_address};
 
 type Job = Box<dyn FnOnce(&mut Line, u64) + Send>;
 
@@ -15,6 +17,15 @@ pub(crate) struct Counter {
 }
 
 impl Counter {
+    /// Starts a Redis with so many values of 1000 bytes on the first node of a stage, and counts on it.
+    pub(crate) fn on_redis(stage: &Stage, values: usize) -> Self {
+        stage.start(&redis("redis", FIRST_CONTAINER_ADDRESS));
+        let mut line = stage.connect(redis_address());
+        assert_eq!(line.ask(&format!("DEBUG POPULATE {values} key 1000")), "+OK");
+        assert_eq!(line.ask("SET counter 0"), "+OK");
+        Self::start(line)
+    }
+
     /// Counts on from 0, which the key `counter` must hold.
     pub(crate) fn start(line: Line) -> Self {
         let (jobs, inbox) = mpsc::channel();
