@@ -13,42 +13,35 @@
 
 mod arrivals;
 mod batch;
+mod dump;
 mod fetched;
+mod order;
 mod pages;
 mod precopy;
 mod sweep;
 
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
-use podferry_common::MigrationId;
 use podferry_common::failure::{Failure, FailureCode, chain};
-use podferry_common::identity::Peer;
-use podferry_criu::{CgroupsMode, DumpRequest};
-use podferry_filesystem::WritableLayer;
-use podferry_network::{ContainerLink, LinkHandle};
-use podferry_runtime::{Container, Externals, Init};
-use podferry_transfer::{Compression, Introduction, Object, Options, Sender, SenderStats, TransferError};
-use tokio::net::UnixListener;
+use podferry_runtime::{Container, Init};
+use podferry_transfer::{Compression, Introduction, Options, Sender};
 use tokio::sync::{Mutex, OwnedMutexGuard, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::context::{Context, blocking};
 use crate::journal::{FetchedBy, Ledger, PartDirs, PartRecord, Role, Standing};
 use crate::parts::Authority;
-use crate::throttle::ThrottleRecord;
 use crate::worker::client::{View, Worker};
-use crate::worker::messages::{DumpJob, Order, Stage, WorkerRecord};
+use crate::worker::messages::{Order, Stage, WorkerRecord};
 use arrivals::Arrivals;
-use precopy::{Converged, Followers, Rest, SendError, Way};
+use precopy::{Converged, Followers, Way};
 
 pub use fetched::PageReader;
+pub use order::{FreezeEvent, FreezeOrder, Verified};
 pub use precopy::{PreCopyOrder, Round};
 
-/// How long CRIU may take to stop all tasks.
-const FREEZE_TIMEOUT_S: u32 = 5;
 /// How long the worker gets to seal: freezing a cgroup of stopped tasks.
 const SEAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the worker gets to undo a dump. CRIU resumes a container in milliseconds.
@@ -61,120 +54,6 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
 pub const LAYER: &str = "upper";
 /// The phase of a failure that the end check has found.
 pub const VERIFY: &str = "verify";
-
-/// What the coordinator wants of a freeze.
-#[derive(Clone, Debug)]
-pub struct FreezeOrder {
-    /// Of which migration.
-    pub migration: MigrationId,
-    /// The container, as it was found.
-    pub container: Container,
-    /// Its link, when it has one that can be cut.
-    pub link: Option<ContainerLink>,
-    /// Where it goes.
-    pub target: Peer,
-    /// host:port of the target's agent.
-    pub target_address: String,
-    /// Whether connections are kept.
-    pub keep_connections: bool,
-    /// Whether pages may be compressed.
-    pub compress: bool,
-    /// The most bytes per second on the link; none for as many as it takes.
-    pub bandwidth_limit: Option<u64>,
-    /// How to pre-copy; none: freeze at once.
-    pub pre_copy: Option<PreCopyOrder>,
-    /// Whether memory that pre-copy has not brought below the budget stays here for the target to fetch.
-    pub post_copy: bool,
-    /// How long after the end of pre-copy an unsealed part undoes itself.
-    pub patience: Duration,
-}
-
-impl FreezeOrder {
-    /// Where to cut the link.
-    fn link_handle(&self) -> Option<LinkHandle> {
-        self.link.as_ref()?.peer.as_ref().map(LinkHandle::new)
-    }
-
-    fn fetched_by(&self) -> Option<FetchedBy> {
-        let Peer::Agent(node) = &self.target else { return None };
-        let (node, compress, bandwidth_limit) = (node.clone(), self.compress, self.bandwidth_limit);
-        self.post_copy.then_some(FetchedBy { node, compress, bandwidth_limit })
-    }
-
-    /// Whether all memory that is sent before the freeze is compared in it.
-    fn verifies(&self) -> bool {
-        self.pre_copy.is_some_and(|pre_copy| pre_copy.verify)
-    }
-
-    /// When an unsealed part undoes itself at the latest.
-    pub fn deadline(&self) -> SystemTime {
-        self.pre_copy.map_or_else(SystemTime::now, |pre_copy| pre_copy.deadline) + self.patience
-    }
-}
-
-/// What a freeze tells while it goes on.
-#[derive(Clone, Debug, PartialEq)]
-pub enum FreezeEvent {
-    /// A round of pre-copy has ended.
-    Round(Round),
-    /// Pre-copy has ended; the freeze begins now.
-    Converged {
-        /// What the memory that is left will add to the downtime, in milliseconds.
-        predicted_ms: f64,
-        /// What a person should know.
-        notes: Vec<String>,
-    },
-    /// The tasks are frozen; milliseconds since the request.
-    Frozen {
-        /// From the request to the freeze.
-        freeze_ms: f64,
-    },
-    /// Bytes so far.
-    Progress {
-        /// Of the workload.
-        raw_bytes: u64,
-        /// On the wire.
-        wire_bytes: u64,
-    },
-    /// All is with the target, verified and stored.
-    Transferred {
-        /// Pages with contents.
-        pages: u64,
-        /// Bytes of the workload.
-        raw_bytes: u64,
-        /// Of them zero pages, which were not sent.
-        zero_bytes: u64,
-        /// Bytes on the wire.
-        wire_bytes: u64,
-        /// From the freeze until CRIU had written everything.
-        dump_ms: f64,
-        /// From then until the target confirmed.
-        transfer_ms: f64,
-        /// What was sent in the freeze, after a pre-copy.
-        last_round: Option<Round>,
-        /// What the end check came to, if there was one.
-        verified: Option<Verified>,
-    },
-}
-
-/// What an end check came to that found no difference.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Verified {
-    /// Bytes that were compared, zero pages included.
-    pub bytes: u64,
-    /// From the first page that was read for it to the target's confirmation.
-    pub duration: Duration,
-}
-
-/// What was sent behind the freeze.
-struct Sent {
-    /// Pages of the last round and of CRIU.
-    pages: u64,
-    /// When CRIU had written everything.
-    dumped_at: Instant,
-    /// What is being compared, and since when.
-    verifying: Option<(u64, Instant)>,
-}
 
 /// The part.
 #[derive(Debug)]
@@ -195,18 +74,6 @@ pub struct SourcePart {
     pre_copying: AtomicBool,
     /// Ends a dump and transfer that go on: a stalled link must not keep the tasks frozen.
     cancelled: CancellationToken,
-}
-
-/// A dump under way.
-struct Dump {
-    /// Where CRIU's page stream comes.
-    pages: UnixListener,
-    /// When it began.
-    at: Instant,
-    /// What had been sent by then.
-    sent_before: SenderStats,
-    /// What pre-copy came to, if there was one.
-    converged: Option<Converged>,
 }
 
 /// The way to the target, which has admitted the transfer.
@@ -397,210 +264,6 @@ impl SourcePart {
 
     fn way(&self, sender: &Arc<Sender>) -> Way {
         Way { sender: Arc::downgrade(sender), cancelled: self.cancelled.clone() }
-    }
-
-    /// Starts the worker, which starts CRIU. To its end, also when nobody waits any more: a worker must be known.
-    async fn start_dump(
-        &self,
-        order: &FreezeOrder,
-        sender: &Sender,
-        converged: Option<Converged>,
-        mut followers: OwnedMutexGuard<Followers>,
-    ) -> Result<Dump, Failure> {
-        let (context, dirs, order) = (self.context.clone(), self.dirs.clone(), order.clone());
-        let (worker, cancelled) = (Arc::clone(&self.worker), self.cancelled.clone());
-        let sent_before = sender.stats();
-        let starting = tokio::spawn(async move {
-            if cancelled.is_cancelled() {
-                return Err(context.refusal(FailureCode::Aborted, "the migration was aborted").in_phase("freeze"));
-            }
-            let hidden = converged.is_some().then(|| hide(&context, &dirs, &mut followers)).transpose()?;
-            let at = Instant::now();
-            let (started, pages) = start_worker(&context, &dirs, &order, hidden).await?;
-            let _never_set_before = worker.set(started);
-            drop(followers);
-            Ok(Dump { pages, at, sent_before, converged })
-        });
-        let what = "the task that starts a dump ended";
-        starting.await.map_err(|error| self.context.failure(FailureCode::Internal, what, &error))?
-    }
-
-    async fn dump_and_send(
-        &self,
-        order: &FreezeOrder,
-        dump: Dump,
-        sender: Arc<Sender>,
-        events: &mpsc::Sender<FreezeEvent>,
-    ) -> Result<(), Failure> {
-        let Dump { pages, at: begun, sent_before, converged } = dump;
-        let worker = self.worker()?;
-        let deadline = SystemTime::now() + order.patience;
-        let forwarding = self.spawn_forwarding(&pages, &sender).await?;
-
-        let frozen = worker.until(patience(deadline), |view| *view != View::Stage(Stage::Freezing)).await;
-        self.check(&frozen)?;
-        if let Some(arrivals) = self.arrivals.get() {
-            // Later words may have come already.
-            arrivals.link_was_cut(if let View::Stage(Stage::Frozen { cut_at }) = frozen {
-                cut_at
-            } else {
-                SystemTime::now()
-            });
-        }
-        let frozen_at = Instant::now();
-        let last_round = self.spawn_last_round(converged.as_ref().map(|converged| converged.rest), &sender).await;
-        let _ = events.send(FreezeEvent::Frozen { freeze_ms: ms(begun, frozen_at) }).await;
-
-        let telling = tell_progress(&sender, events);
-        let sending = self.send_rest(order, deadline, &sender, forwarding, last_round);
-        let sent = tokio::select! {
-            sent = sending => sent?,
-            () = telling => return Err(self.context.refusal(FailureCode::Internal, "progress ended").in_phase("transfer")),
-        };
-        let Some(sender) = Arc::into_inner(sender) else {
-            return Err(self.context.refusal(FailureCode::Internal, "the transfer is still used").in_phase("transfer"));
-        };
-        let stats = sender.finish().await.map_err(|error| self.finish_failed(order, &error))?;
-        let last_round = converged.as_ref().map(|_| Round {
-            pages: sent.pages,
-            raw_bytes: stats.raw_bytes - sent_before.raw_bytes,
-            wire_bytes: stats.wire_bytes - sent_before.wire_bytes,
-            duration: frozen_at.elapsed(),
-            ..Round::default()
-        });
-        let done = FreezeEvent::Transferred {
-            pages: converged.map_or(0, |converged| converged.pages) + sent.pages,
-            raw_bytes: stats.raw_bytes,
-            zero_bytes: stats.zero_bytes,
-            wire_bytes: stats.wire_bytes,
-            dump_ms: ms(frozen_at, sent.dumped_at),
-            transfer_ms: ms(sent.dumped_at, Instant::now()),
-            last_round,
-            verified: sent.verifying.map(|(bytes, since)| Verified { bytes, duration: since.elapsed() }),
-        };
-        let _ = events.send(done).await;
-        Ok(())
-    }
-
-    /// Beside CRIU, which does not look where this looks.
-    async fn spawn_last_round(&self, rest: Option<Rest>, sender: &Arc<Sender>) -> LastRound {
-        let mut followers = Arc::clone(&self.followers).lock_owned().await;
-        let (context, way) = (self.context.clone(), self.way(sender));
-        tokio::task::spawn_blocking(move || match rest {
-            Some(rest) => followers.last_round(&context, &way, rest),
-            None => Ok(0),
-        })
-    }
-
-    /// Waits for the end of CRIU's dump, then sends images and writable layer, and what the end check needs.
-    async fn send_rest(
-        &self,
-        order: &FreezeOrder,
-        deadline: SystemTime,
-        sender: &Arc<Sender>,
-        forwarding: tokio::task::JoinHandle<Result<u64, podferry_criu::CriuError>>,
-        last_round: LastRound,
-    ) -> Result<Sent, Failure> {
-        let dumped = self.worker()?.until(patience(deadline), |view| *view == View::Stage(Stage::Dumped)).await;
-        let forwarded = async {
-            let ended = forwarding.await;
-            ended.map_err(|error| self.context.failure(FailureCode::Internal, "the page stream's task ended", &error))
-        };
-        if dumped != View::Stage(Stage::Dumped) {
-            // The transfer's failure is the cause when there is one: CRIU only sees its socket closed.
-            if let View::Stage(Stage::Undone { .. }) | View::Lost = dumped
-                && let Ok(Err(error)) = forwarded.await
-                && matches!(error, podferry_criu::CriuError::Sink(_))
-            {
-                return Err(self.transfer_failed(&error));
-            }
-            self.check(&dumped)?;
-            let message = "the dump did not end before the migration's deadline";
-            return Err(self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("dump"));
-        }
-        let dumped_at = Instant::now();
-        let mut pages = forwarded.await?.map_err(|error| self.transfer_failed(&error))?;
-        let what = "the task of the last round ended";
-        pages += last_round.await.map_err(|error| self.context.failure(FailureCode::Internal, what, &error))??;
-        self.send_images(sender).await?;
-        self.send_layer(&order.container, sender).await?;
-        let verifying = if order.verifies() { Some(self.verify(order, sender).await?) } else { None };
-        Ok(Sent { pages, dumped_at, verifying })
-    }
-
-    /// Has the target compare all memory that was sent before the freeze. Gives how many bytes, and since when.
-    async fn verify(&self, order: &FreezeOrder, sender: &Arc<Sender>) -> Result<(u64, Instant), Failure> {
-        let mut followers = Arc::clone(&self.followers).lock_owned().await;
-        let (images, way, begun) = (self.dirs.images.clone(), self.way(sender), Instant::now());
-        let sent = tokio::task::spawn_blocking(move || followers.verify(&images, &way));
-        let what = "the task of the end check ended";
-        let sent = sent.await.map_err(|error| self.context.failure(FailureCode::Internal, what, &error))?;
-        match sent {
-            Ok(pages) => Ok((pages * podferry_memory::PAGE_SIZE, begun)),
-            Err(SendError::Transfer(error)) => Err(self.finish_failed(order, &error)),
-            Err(error) => {
-                let what = "the memory of the frozen processes cannot be read for the end check";
-                Err(self.context.failure(FailureCode::Unavailable, what, &error).in_phase(VERIFY))
-            }
-        }
-    }
-
-    async fn spawn_forwarding(
-        &self,
-        pages: &UnixListener,
-        sender: &Arc<Sender>,
-    ) -> Result<tokio::task::JoinHandle<Result<u64, podferry_criu::CriuError>>, Failure> {
-        let what = "the dump worker does not bring CRIU's page stream";
-        let (socket, _) = tokio::time::timeout(Duration::from_secs(10), pages.accept())
-            .await
-            .map_err(|error| self.context.failure(FailureCode::DeadlineExceeded, what, &error))?
-            .map_err(|error| self.context.failure(FailureCode::Internal, what, &error))?;
-        let socket = socket.into_std().and_then(|socket| socket.set_nonblocking(false).map(|()| socket));
-        let socket = socket.map_err(|error| self.context.failure(FailureCode::Internal, what, &error))?;
-        let (pool, sender) = (sender.pool(), Arc::downgrade(sender));
-        Ok(tokio::task::spawn_blocking(move || pages::forward(socket, sender, pool)))
-    }
-
-    async fn send_images(&self, sender: &Arc<Sender>) -> Result<(), Failure> {
-        let images = self.dirs.images.clone();
-        let sender = Arc::clone(sender);
-        let context = self.context.clone();
-        let cancelled = self.cancelled.clone();
-        blocking(move || {
-            for file in files_of(&images).map_err(|error| io_failed(&context, &error))? {
-                send_file(&sender, &file, &cancelled).map_err(|error| {
-                    context
-                        .failure(FailureCode::Unavailable, "an image cannot be sent", error.as_ref())
-                        .in_phase("transfer")
-                })?;
-            }
-            Ok(())
-        })
-        .await
-    }
-
-    async fn send_layer(&self, container: &Container, sender: &Arc<Sender>) -> Result<(), Failure> {
-        let rootfs = container.rootfs.clone();
-        let sender = Arc::clone(sender);
-        let context = self.context.clone();
-        let cancelled = self.cancelled.clone();
-        blocking(move || {
-            let failed = |error: &(dyn std::error::Error + 'static)| {
-                context
-                    .failure(FailureCode::Unavailable, "the writable layer cannot be sent", error)
-                    .in_phase("transfer")
-            };
-            let layer = WritableLayer::of(&rootfs).map_err(|error| failed(&error))?;
-            if matches!(layer, WritableLayer::Plain { .. }) {
-                return Ok(());
-            }
-            let object = Object::Layer(LAYER.to_owned());
-            let writer = sender.open_blocking(&object).map_err(|error| failed(&error))?;
-            let mut out = pages::LayerOut::new(writer, cancelled);
-            podferry_filesystem::pack(&layer, &mut out).map_err(|error| failed(&error))?;
-            out.close().map_err(|error| failed(&error))
-        })
-        .await
     }
 
     /// From now on the part waits for the decision, whatever happens to this agent.
@@ -860,24 +523,11 @@ impl SourcePart {
         transfer_failed(&self.context, error)
     }
 
-    /// As [`Self::transfer_failed`], but for a difference that the end check has found: the transfer is not to blame for that.
-    fn finish_failed(&self, order: &FreezeOrder, error: &TransferError) -> Failure {
-        match (error, &order.target) {
-            (TransferError::Refused(found), Peer::Agent(node)) if found.phase.as_deref() == Some(VERIFY) => {
-                found.as_ref().clone().on(node.as_str())
-            }
-            _ => self.transfer_failed(error),
-        }
-    }
-
     fn wrong_standing(&self, what: &str, standing: Standing) -> Failure {
         let message = format!("cannot {what} a source that is {standing:?}");
         self.context.refusal(FailureCode::FailedPrecondition, message)
     }
 }
-
-/// The last round, on a thread of its own; gives how many pages it sent.
-type LastRound = tokio::task::JoinHandle<Result<u64, Failure>>;
 
 /// Whether the container's init is the one that was found, and not gone.
 fn init_lives(record: &PartRecord) -> bool {
@@ -890,13 +540,6 @@ async fn end_following(followers: Followers) -> Result<(), Failure> {
         Ok(())
     })
     .await
-}
-
-/// Writes down what CRIU is not to see; gives the file.
-fn hide(context: &Context, dirs: &PartDirs, followers: &mut Followers) -> Result<PathBuf, Failure> {
-    let ranges = dirs.run.join("hidden");
-    followers.hide(&ranges).map_err(|error| io_failed(context, &error))?;
-    Ok(ranges)
 }
 
 fn transfer_failed(context: &Context, error: &(dyn std::error::Error + 'static)) -> Failure {
@@ -915,57 +558,6 @@ async fn connect(context: &Context, order: &FreezeOrder) -> Result<Arc<Sender>, 
     connecting.await.map(Arc::new).map_err(|error| transfer_failed(context, &error))
 }
 
-async fn start_worker(
-    context: &Context,
-    dirs: &PartDirs,
-    order: &FreezeOrder,
-    hidden: Option<PathBuf>,
-) -> Result<(Worker, UnixListener), Failure> {
-    let init = order.container.init.ok_or_else(|| not_running(context, &order.container.id))?;
-    let externals = Externals::of(&order.container)
-        .and_then(|externals| externals.write_descriptors(&dirs.images).map(|()| externals))
-        .map_err(|error| {
-            let what = "the container's mounts and namespaces cannot be read";
-            context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("freeze")
-        })?;
-    let pages = UnixListener::bind(dirs.page_socket()).map_err(|error| io_failed(context, &error))?;
-    let tools = &context.config.tools;
-    let throttled = ThrottleRecord::load(&dirs.throttle_file()).map_err(|error| {
-        let what = "the container's own CPU limit is not known";
-        context.failure(FailureCode::Internal, what, &error).in_phase("freeze")
-    })?;
-    let job = DumpJob {
-        migration: order.migration.to_string(),
-        criu: tools.criu.clone(),
-        root: order.container.root.clone(),
-        container: order.container.id.clone(),
-        request: DumpRequest {
-            pid: init.pid,
-            images_dir: dirs.images.clone(),
-            work_dir: dirs.work.clone(),
-            root: order.container.rootfs.clone(),
-            external_mounts: externals.mounts,
-            externals: externals.namespaces,
-            tcp_established: order.keep_connections,
-            freeze_cgroup: None,
-            cgroups: CgroupsMode::Ignore,
-            freeze_timeout_s: FREEZE_TIMEOUT_S,
-        },
-        shim: tools.criu_shim.clone(),
-        programs: dirs.programs(tools).map_err(|error| io_failed(context, &error))?,
-        hidden,
-        link: order.link_handle(),
-        throttled,
-        deadline: SystemTime::now() + order.patience,
-        control: dirs.control_socket(),
-        record: dirs.worker_record(),
-    };
-    let job_file = dirs.job_file();
-    let log = dirs.state.join("worker.log");
-    let worker = Worker::start(&tools.dump_worker, &job, job_file, &dirs.page_socket(), &log).await;
-    worker.map(|worker| (worker, pages)).map_err(|failure| failure.on(context.config.node.as_str()))
-}
-
 async fn tell_progress(sender: &Sender, events: &mpsc::Sender<FreezeEvent>) {
     loop {
         tokio::time::sleep(PROGRESS_INTERVAL).await;
@@ -973,26 +565,6 @@ async fn tell_progress(sender: &Sender, events: &mpsc::Sender<FreezeEvent>) {
         // Nobody listens: the coordinator is gone, and the deadline or its successor decides.
         let _ = events.send(FreezeEvent::Progress { raw_bytes: stats.raw_bytes, wire_bytes: stats.wire_bytes }).await;
     }
-}
-
-fn send_file(sender: &Sender, file: &Path, cancelled: &CancellationToken) -> Result<(), Box<dyn std::error::Error>> {
-    let name = file.file_name().ok_or("an image without a name")?.to_string_lossy().into_owned();
-    let writer = sender.open_blocking(&Object::ImageFile(name))?;
-    let mut out = pages::LayerOut::new(writer, cancelled.clone());
-    std::io::copy(&mut std::fs::File::open(file)?, &mut out)?;
-    Ok(out.close()?)
-}
-
-fn files_of(dir: &Path) -> std::io::Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(dir)? {
-        let entry = entry?;
-        if entry.file_type()?.is_file() {
-            files.push(entry.path());
-        }
-    }
-    files.sort();
-    Ok(files)
 }
 
 fn forget(dirs: &PartDirs) {
