@@ -465,6 +465,19 @@ mod tests {
     }
 
     #[test]
+    fn pages_that_stay_with_the_source_are_taken_in_post_copy_only_and_only_of_a_process_that_comes() {
+        let folder = tempfile::tempdir().unwrap();
+        let later = list(&[(0x1000, 0x2000)]);
+        let mut live = arriving(&folder, &[[1; PAGE]]);
+        let refused = live.take_list(ListOf::Later, 7, &later);
+        assert!(matches!(refused, Err(MemoryError::NotPostCopy { process: 7 })), "{refused:?}");
+        let mut memory = ArrivingMemory { post_copy: true, ..arriving(&folder, &[[1; PAGE]]) };
+        memory.take_list(ListOf::Later, 7, &later).unwrap();
+        let nobodys = memory.complete();
+        assert!(matches!(nobodys, Err(MemoryError::NoProcess { process: 7 })), "{nobodys:?}");
+    }
+
+    #[test]
     fn a_page_that_did_not_arrive_is_a_difference() {
         let folder = tempfile::tempdir().unwrap();
         let different = compared(&mut arriving(&folder, &[[1; PAGE]]), &[[1; PAGE], [0; PAGE], [0; PAGE]]).unwrap_err();
