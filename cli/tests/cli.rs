@@ -121,9 +121,15 @@ fn node(name: &str) -> Node {
         memory_total: 8 << 30,
         memory_available: 4 << 30,
         workloads: vec!["redis".into(), "cart".into()],
-        features: vec!["criu:mem_dirty_track".into(), "kernel:tcp_repair".into()],
+        features: ["agent:post_copy", "criu:mem_dirty_track", "kernel:tcp_repair"].map(String::from).to_vec(),
         complaints: Vec::new(),
     }
+}
+
+/// As on a kernel that tells which pages were written.
+fn tracking(mut node: Node) -> Node {
+    node.features.push("kernel:write_tracking".into());
+    node
 }
 
 fn workload(name: &str, node: &str) -> Workload {
@@ -382,7 +388,7 @@ async fn lists_are_tables_and_json() {
         ..Default::default()
     };
     let script = Script {
-        nodes: vec![node("n1"), lost],
+        nodes: vec![tracking(node("n1")), lost, node("n3"), Node { fit: false, ..node("n4") }],
         workloads: vec![workload("redis", "n1"), workload("cart", "n2")],
         ..Default::default()
     };

@@ -53,12 +53,24 @@ fn state(node: &Node) -> &'static str {
     }
 }
 
+/// The strategies that pay on a node: what it takes part in, without those that its agent or its kernel has nothing for.
+fn strategies(node: &Node) -> String {
+    let has = |feature: &str| node.features.iter().any(|name| name == feature);
+    let tracks = has("kernel:write_tracking");
+    let post_copy = has("agent:post_copy");
+    let offered = [("warm", true), ("live", tracks), ("postcopy", post_copy), ("hybrid", tracks && post_copy)];
+    let able = node.reachable && node.fit;
+    let words: Vec<_> = offered.iter().filter(|(_, can)| able && *can).map(|(name, _)| *name).collect();
+    or_dash(&words.join(","))
+}
+
 /// The nodes, one a row.
 pub(super) fn nodes(nodes: &[Node]) -> String {
     if nodes.is_empty() {
         return "no nodes".to_owned();
     }
-    let header = ["NODE", "STATE", "CRIU", "RUNC", "KERNEL", "CPU", "MEMORY FREE", "WORKLOADS", "ADDRESS"];
+    let header =
+        ["NODE", "STATE", "CRIU", "RUNC", "KERNEL", "CPU", "MEMORY FREE", "STRATEGIES", "WORKLOADS", "ADDRESS"];
     let row = |node: &Node| {
         vec![
             node.name.clone(),
@@ -68,6 +80,7 @@ pub(super) fn nodes(nodes: &[Node]) -> String {
             or_dash(&node.kernel),
             or_dash(&node.cpu_model),
             size(node.memory_available),
+            strategies(node),
             or_dash(&node.workloads.join(",")),
             node.address.clone(),
         ]
