@@ -165,9 +165,12 @@ fn what_criu_cannot_dump_is_refused_with_the_process_that_has_it() {
                 .to_owned(),
             "external-unix-socket",
         ),
+        // IPPROTO_MPTCP of linux/in.h.
+        ("mptcp", "socket(my $s, 2, 1, 262) or die $!;".to_owned(), "mptcp"),
     ];
     let mut options = options(folder.path().join("cluster"));
-    options.workloads = programs.iter().map(|(name, ..)| (*name).to_owned()).chain(["stdio".to_owned()]).collect();
+    options.workloads =
+        programs.iter().map(|(name, ..)| (*name).to_owned()).chain(["stdio", "paused"].map(str::to_owned)).collect();
     let cluster = LocalCluster::up(&options).unwrap();
     let (source, target) = (cluster.node(NODES[0]).unwrap(), cluster.node(NODES[1]).unwrap());
     let workload = |name: &str, script: &str, number: u8| {
@@ -189,6 +192,10 @@ fn what_criu_cannot_dump_is_refused_with_the_process_that_has_it() {
     let stdio = workload("stdio", "", 9);
     target.prepare_workload(&stdio).unwrap();
     let log = run_onto_a_file(&source, &stdio);
+    let paused = workload("paused", "", 10);
+    source.start_workload(&paused).unwrap();
+    target.prepare_workload(&paused).unwrap();
+    source.runc(&["pause", "paused"]).unwrap().success().unwrap();
 
     let before = settled(&cluster);
     for (name, _, kind) in &programs {
@@ -199,12 +206,22 @@ fn what_criu_cannot_dump_is_refused_with_the_process_that_has_it() {
     let words = [source.name(), "host-stdio", "fd 1", &log.display().to_string()];
     assert_refused(&migrate(&cluster, "stdio", target.name()), REFUSED, &words);
     assert!(source.container_process("stdio").unwrap().is_alive());
+    assert_refused(&migrate(&cluster, "paused", target.name()), REFUSED, &[source.name(), "runc", "resume paused"]);
+    assert_eq!(status(&source, "paused"), "paused");
     assert_eq!(difference(&before, &settled(&cluster)), Vec::<String>::new());
 }
 
 fn inner_pid(node: &Node, name: &str) -> u64 {
-    let state: Value = serde_json::from_str(&node.runc(&["state", name]).unwrap().success().unwrap()).unwrap();
-    state["pid"].as_u64().unwrap()
+    state(node, name)["pid"].as_u64().unwrap()
+}
+
+/// What runc says of the container: `running`, `paused`.
+fn status(node: &Node, name: &str) -> String {
+    state(node, name)["status"].as_str().unwrap().to_owned()
+}
+
+fn state(node: &Node, name: &str) -> Value {
+    serde_json::from_str(&node.runc(&["state", name]).unwrap().success().unwrap()).unwrap()
 }
 
 /// As somebody may who runs runc by hand: with the container's output in a file of the node.
