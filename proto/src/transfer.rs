@@ -49,6 +49,9 @@
 //! which: `Open 10 {later of process 7} · Data 10 … · Close 10`, in the form of `existing`. What came of them before is forgotten. Only a
 //! target that was told where to fetch them takes such an object.
 //!
+//! The image file `descriptors.json` comes once, before the freeze where that can be: with it the receiver may begin to restore, as far
+//! as that goes without the rest.
+//!
 //! Objects may be interleaved as the sender likes. `Abort` may stand in place of any frame after `Begin` and is the last
 //! one; a call that ends without `End` or `Abort` counts as aborted too. Whatever the receiver does not accept, it ends the
 //! call with a status that carries `google.rpc.ErrorInfo` (see `podferry_common::failure`); the sender then closes the

@@ -5,6 +5,7 @@ use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fcntl_setfl, mknodat};
 
 use crate::CriuError;
@@ -62,6 +63,14 @@ impl ImageGate {
             };
         }
         Ok(self.reached.is_some())
+    }
+
+    /// Whether a restore had come here, and is gone: it was killed.
+    pub fn is_deserted(&self) -> bool {
+        let Some(pipe) = &self.reached else { return false };
+        let mut end = [PollFd::new(pipe, PollFlags::empty())];
+        // At the end that is written to: nobody has the other one open.
+        poll(&mut end, Some(&Timespec::default())).is_ok() && end[0].revents().contains(PollFlags::ERR)
     }
 
     /// Waits until [`ImageGate::is_reached`], but not longer than this; gives whether it is. `lives` says whether the restore
@@ -150,6 +159,19 @@ mod tests {
         let inventory = vec![7; 200_000];
         gate.open(&inventory).unwrap();
         assert_eq!(reader.recv().unwrap().unwrap(), inventory);
+    }
+
+    #[test]
+    fn who_has_come_and_is_killed_is_missed() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut gate = ImageGate::new(folder.path()).unwrap();
+        let reading =
+            File::options().read(true).custom_flags(flags(OFlags::NONBLOCK)).open(folder.path().join(INVENTORY));
+        assert!(!gate.is_deserted());
+        assert!(gate.is_reached().unwrap() && !gate.is_deserted());
+        drop(reading.unwrap());
+        assert!(gate.is_deserted());
+        assert!(gate.open(b"inventory").is_err());
     }
 
     #[test]

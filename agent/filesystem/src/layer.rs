@@ -99,11 +99,21 @@ impl Overlay {
     }
 }
 
-/// Unmounts a directory. That nothing is mounted there, or that it does not exist, is no error.
+/// Mounts something small and empty on a directory, in memory: for whoever needs a root before its layers are here.
+pub fn mount_placeholder(target: &Path) -> Result<()> {
+    let flags = MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::NOSUID;
+    mount("podferry", target, "tmpfs", flags, Some(c"size=1m,mode=0755"))
+        .map_err(failed("mount a placeholder on", target))
+}
+
+/// Unmounts all that is mounted on a directory. That nothing is, or that it does not exist, is no error.
 pub fn unmount(target: &Path) -> Result<()> {
-    match rustix::mount::unmount(target, UnmountFlags::NOFOLLOW) {
-        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()),
-        Err(errno) => Err(failed("unmount", target)(errno)),
+    loop {
+        match rustix::mount::unmount(target, UnmountFlags::NOFOLLOW) {
+            Ok(()) => {}
+            Err(Errno::INVAL | Errno::NOENT) => return Ok(()),
+            Err(errno) => return Err(failed("unmount", target)(errno)),
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use crate::container::{Container, NamespaceKind};
 use crate::error::Error;
 
 /// File in the image directory that `runc restore` reads before it starts CRIU.
-const DESCRIPTORS: &str = "descriptors.json";
+pub const DESCRIPTORS: &str = "descriptors.json";
 
 /// The external resources of one container.
 #[derive(Debug, Clone, PartialEq, Eq)]

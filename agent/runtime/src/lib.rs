@@ -19,7 +19,7 @@ mod tree;
 pub use cgroup::CgroupPaths;
 pub use container::{Container, ContainerMount, Init, NamespaceKind, Status, discover, find};
 pub use error::Error;
-pub use externals::{Externals, network_namespace};
+pub use externals::{DESCRIPTORS, Externals, network_namespace};
 pub use freezer::{Freezer, FreezerState};
 pub use hook::criu_config;
 pub use host::{CgroupVersion, CpuFeatures, HostFacts};

@@ -8,6 +8,7 @@ use std::process::{Child, ExitStatus, Stdio};
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::mount::{UnmountFlags, mount_bind_recursive, unmount};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::Deserialize;
 
@@ -191,6 +192,16 @@ impl RunningRestore {
             }
             self.poll_exit(left)?;
         }
+    }
+
+    /// Gives CRIU what is mounted on the bundle's root directory now, in place of what was mounted there when runc began. CRIU must
+    /// not have come so far as to look: see `podferry_criu::ImageGate`.
+    pub fn renew_root(&self, rootfs: &Path) -> Result<(), Error> {
+        // runc binds the root there for CRIU, and unmounts it when CRIU is done.
+        let point = self.runc.root.join(&self.id).join("criu-root");
+        unmount(&point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
+            .and_then(|()| mount_bind_recursive(rootfs, &point))
+            .map_err(|errno| Error::io("mount the root filesystem on", &point)(errno.into()))
     }
 
     /// Ends a restore that does not end by itself, and removes all that it made except the root filesystem's content.

@@ -8,7 +8,7 @@ use podferry_common::failure::{Failure, FailureCode};
 use podferry_common::identity::Peer;
 use podferry_criu::{CgroupsMode, DumpRequest};
 use podferry_filesystem::WritableLayer;
-use podferry_runtime::{Container, Externals};
+use podferry_runtime::{Container, DESCRIPTORS, Externals};
 use podferry_transfer::{Object, Sender, SenderStats, TransferError};
 use tokio::net::UnixListener;
 use tokio::sync::{OwnedMutexGuard, mpsc};
@@ -52,10 +52,28 @@ pub(super) struct Dump {
 }
 
 impl SourcePart {
+    /// Tells the target of the container's descriptors, with which it can start its restore before the rest is there.
+    pub(super) async fn describe(&self, order: &FreezeOrder, sender: &Arc<Sender>) -> Result<Externals, Failure> {
+        let (context, container, images) = (self.context.clone(), order.container.clone(), self.dirs.images.clone());
+        let (sender, cancelled) = (Arc::clone(sender), self.cancelled.clone());
+        blocking(move || {
+            let written = Externals::of(&container)
+                .and_then(|externals| externals.write_descriptors(&images).map(|()| externals));
+            let externals = written.map_err(|error| {
+                let what = "the container's mounts and namespaces cannot be read";
+                context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("freeze")
+            })?;
+            send_image(&context, &sender, &images.join(DESCRIPTORS), &cancelled)?;
+            Ok(externals)
+        })
+        .await
+    }
+
     /// Starts the worker, which starts CRIU. To its end, also when nobody waits any more: a worker must be known.
     pub(super) async fn start_dump(
         &self,
         order: &FreezeOrder,
+        externals: Externals,
         sender: &Sender,
         converged: Option<Converged>,
         mut followers: OwnedMutexGuard<Followers>,
@@ -69,7 +87,7 @@ impl SourcePart {
             }
             let hidden = converged.is_some().then(|| hide(&context, &dirs, &mut followers)).transpose()?;
             let at = Instant::now();
-            let (started, pages) = start_worker(&context, &dirs, &order, hidden).await?;
+            let (started, pages) = start_worker(&context, &dirs, &order, externals, hidden).await?;
             let _never_set_before = worker.set(started);
             drop(followers);
             Ok(Dump { pages, at, sent_before, converged })
@@ -101,6 +119,7 @@ impl SourcePart {
             });
         }
         let frozen_at = Instant::now();
+        tracing::debug!(migration = %order.migration, "the tasks stand still");
         let last_round = self.spawn_last_round(converged.as_ref().map(|converged| converged.rest), &sender).await;
         let _ = events.send(FreezeEvent::Frozen { freeze_ms: ms(begun, frozen_at) }).await;
 
@@ -114,6 +133,7 @@ impl SourcePart {
             return Err(self.context.refusal(FailureCode::Internal, "the transfer is still used").in_phase("transfer"));
         };
         let stats = sender.finish().await.map_err(|error| self.finish_failed(order, &error))?;
+        tracing::debug!(migration = %order.migration, "the target has everything");
         let last_round = converged.as_ref().map(|_| Round {
             pages: sent.pages,
             raw_bytes: stats.raw_bytes - sent_before.raw_bytes,
@@ -172,11 +192,15 @@ impl SourcePart {
             return Err(self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("dump"));
         }
         let dumped_at = Instant::now();
+        tracing::debug!(migration = %order.migration, "dumped");
         let mut pages = forwarded.await?.map_err(|error| self.transfer_failed(&error))?;
         let what = "the task of the last round ended";
         pages += last_round.await.map_err(|error| self.context.failure(FailureCode::Internal, what, &error))??;
+        tracing::debug!(migration = %order.migration, "the last round is sent");
         self.send_images(sender).await?;
+        tracing::debug!(migration = %order.migration, "the images are sent");
         self.send_layer(&order.container, sender).await?;
+        tracing::debug!(migration = %order.migration, "the writable layer is sent");
         let verifying = if order.verifies() { Some(self.verify(order, sender).await?) } else { None };
         Ok(Sent { pages, dumped_at, verifying })
     }
@@ -220,14 +244,10 @@ impl SourcePart {
         let context = self.context.clone();
         let cancelled = self.cancelled.clone();
         blocking(move || {
-            for file in files_of(&images).map_err(|error| io_failed(&context, &error))? {
-                send_file(&sender, &file, &cancelled).map_err(|error| {
-                    context
-                        .failure(FailureCode::Unavailable, "an image cannot be sent", error.as_ref())
-                        .in_phase("transfer")
-                })?;
-            }
-            Ok(())
+            let files = files_of(&images).map_err(|error| io_failed(&context, &error))?;
+            // The descriptors are there already.
+            let mut rest = files.iter().filter(|file| !file.ends_with(DESCRIPTORS));
+            rest.try_for_each(|file| send_image(&context, &sender, file, &cancelled))
         })
         .await
     }
@@ -278,15 +298,10 @@ async fn start_worker(
     context: &Context,
     dirs: &PartDirs,
     order: &FreezeOrder,
+    externals: Externals,
     hidden: Option<PathBuf>,
 ) -> Result<(Worker, UnixListener), Failure> {
     let init = order.container.init.ok_or_else(|| not_running(context, &order.container.id))?;
-    let externals = Externals::of(&order.container)
-        .and_then(|externals| externals.write_descriptors(&dirs.images).map(|()| externals))
-        .map_err(|error| {
-            let what = "the container's mounts and namespaces cannot be read";
-            context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("freeze")
-        })?;
     let pages = UnixListener::bind(dirs.page_socket()).map_err(|error| io_failed(context, &error))?;
     let tools = &context.config.tools;
     let throttled = ThrottleRecord::load(&dirs.throttle_file()).map_err(|error| {
@@ -323,6 +338,12 @@ async fn start_worker(
     let log = dirs.state.join("worker.log");
     let worker = Worker::start(&tools.dump_worker, &job, job_file, &dirs.page_socket(), &log).await;
     worker.map(|worker| (worker, pages)).map_err(|failure| failure.on(context.config.node.as_str()))
+}
+
+fn send_image(context: &Context, sender: &Sender, file: &Path, cancelled: &CancellationToken) -> Result<(), Failure> {
+    send_file(sender, file, cancelled).map_err(|error| {
+        context.failure(FailureCode::Unavailable, "an image cannot be sent", error.as_ref()).in_phase("transfer")
+    })
 }
 
 fn send_file(sender: &Sender, file: &Path, cancelled: &CancellationToken) -> Result<(), Box<dyn std::error::Error>> {

@@ -187,7 +187,8 @@ impl SourcePart {
             };
             self.pre_copying.store(false, Ordering::Relaxed);
             self.watch_arrivals(order);
-            let dump = self.start_dump(order, &sender, converged, followers).await?;
+            let externals = self.describe(order, &sender).await?;
+            let dump = self.start_dump(order, externals, &sender, converged, followers).await?;
             self.dump_and_send(order, dump, sender, events).await
         };
         tokio::select! {

@@ -70,9 +70,7 @@ impl Bundle {
     /// # Errors
     /// When it is busy.
     pub fn dismantle(&self) -> io::Result<()> {
-        if self.is_mounted() {
-            podferry_filesystem::unmount(&self.rootfs()).map_err(io::Error::other)?;
-        }
+        podferry_filesystem::unmount(&self.rootfs()).map_err(io::Error::other)?;
         self.wipe_layer()
     }
 

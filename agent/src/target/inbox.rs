@@ -21,12 +21,16 @@ use podferry_common::tls::PeerInfo;
 use podferry_criu::{PageSetWriter, Run, page_flags};
 use podferry_filesystem::Limits;
 use podferry_memory::digest::Comparison;
+use podferry_runtime::DESCRIPTORS;
 use podferry_transfer::{Authorize, Deltas, Introduction, Object, Owner, PageRun, Sink};
 use tokio::sync::watch;
 
 use super::memory::{self, ArrivingMemory, List, ListOf, MemoryError};
 use crate::context;
 use crate::source::{LAYER, VERIFY};
+
+/// Where CRIU's inventory is kept until everything is here: CRIU may be waiting for it at its own place.
+const INVENTORY: (&str, &str) = ("inventory.img", "inventory.arrived");
 
 /// Pieces of the layer that may wait for the disk.
 const LAYER_QUEUE: usize = 4;
@@ -52,6 +56,8 @@ pub struct Inbox {
     layer: PathBuf,
     layer_bytes: u64,
     arrival: watch::Sender<Arrival>,
+    /// Whether the container's descriptors are here, which runc looks at first.
+    described: watch::Sender<bool>,
     taken: Mutex<bool>,
 }
 
@@ -60,9 +66,10 @@ impl Inbox {
     /// the empty folder `layer`. With `post_copy` some memory may stay with the source.
     pub fn new(source: Peer, images: PathBuf, layer: PathBuf, layer_bytes: u64, post_copy: bool) -> Arc<Self> {
         let (arrival, _) = watch::channel(Arrival::Waiting);
+        let (described, _) = watch::channel(false);
         let memory = ArrivingMemory::new(images.clone(), post_copy);
         let open = Mutex::new(Some(Opened { places: HashMap::new(), memory }));
-        Arc::new(Self { open, source, images, layer, layer_bytes, arrival, taken: Mutex::new(false) })
+        Arc::new(Self { open, source, images, layer, layer_bytes, arrival, described, taken: Mutex::new(false) })
     }
 
     /// Takes nothing any more. When this returns, nobody writes into the folders. Blocks for the disk at most.
@@ -78,6 +85,21 @@ impl Inbox {
     fn with_open<T>(&self, work: impl FnOnce(&mut Opened) -> Result<T, Failure>) -> Result<T, Failure> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         work(open.as_mut().ok_or_else(|| failed(io::Error::other("the migration was aborted")))?)
+    }
+
+    /// Waits until the container's descriptors are here. False when they come with all the rest, or not at all.
+    pub async fn is_described(&self) -> bool {
+        let (mut described, mut arrival) = (self.described.subscribe(), self.arrival.subscribe());
+        tokio::select! {
+            biased;
+            _ = arrival.wait_for(|arrival| *arrival != Arrival::Waiting) => false,
+            described = described.wait_for(|described| *described) => described.is_ok(),
+        }
+    }
+
+    /// Whether memory of a process has come beside CRIU's.
+    pub fn has_memory(&self) -> bool {
+        self.with_open(|open| Ok(open.memory.is_there())).unwrap_or(false)
     }
 
     /// To be told when the transfer ends.
@@ -243,7 +265,13 @@ impl Sink for Receiving {
 
     fn close(&mut self, id: u32, _length: u64, _digest: u64) -> Result<(), Failure> {
         self.inbox.with_open(|open| match open.places.remove(&id) {
-            Some(Place::Image(..) | Place::Memory(_)) => Ok(()),
+            Some(Place::Image(path, _)) => {
+                if path.ends_with(DESCRIPTORS) {
+                    self.inbox.described.send_replace(true);
+                }
+                Ok(())
+            }
+            Some(Place::Memory(_)) => Ok(()),
             Some(Place::Pages(Owner::Process(process), images)) => open.memory.dumped(process, images).map_err(failed),
             Some(Place::Pages(Owner::SharedMemory(_), images)) => images.finish().map_err(failed),
             Some(Place::List(list)) => list.finish(&mut open.memory).map_err(failed),
@@ -282,6 +310,7 @@ impl Receiving {
     fn place(&self, object: &Object) -> Result<Place, Failure> {
         let place = match object {
             Object::ImageFile(name) => {
+                let name = if name == INVENTORY.0 { INVENTORY.1 } else { name };
                 let path = self.inbox.images.join(name);
                 match create(&path) {
                     Ok(file) => Place::Image(path, file),
@@ -311,6 +340,19 @@ impl Receiving {
             }
         };
         Ok(place)
+    }
+}
+
+/// CRIU's inventory, which is not in its place yet.
+pub(super) fn arrived_inventory(images: &Path) -> PathBuf {
+    images.join(INVENTORY.1)
+}
+
+/// Puts CRIU's inventory in its place, if it has come. Idempotent.
+pub(super) fn place_inventory(images: &Path) -> io::Result<()> {
+    match std::fs::rename(arrived_inventory(images), images.join(INVENTORY.0)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 

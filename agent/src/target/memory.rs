@@ -136,6 +136,11 @@ impl ArrivingMemory {
         Self { folder, stores: HashMap::new(), existing, later, post_copy, compared: HashSet::new(), dumped }
     }
 
+    /// Whether memory of any process has come, or is to.
+    pub(crate) fn is_there(&self) -> bool {
+        !self.stores.is_empty()
+    }
+
     /// Memory of a process comes.
     pub(crate) fn open(&mut self, process: u32) -> Result<(), MemoryError> {
         if !self.stores.contains_key(&process) {

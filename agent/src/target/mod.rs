@@ -10,6 +10,7 @@
 
 pub mod bundle;
 mod doorstep;
+mod early;
 pub mod fetch;
 pub mod fill;
 pub mod hook;
@@ -46,6 +47,7 @@ use crate::parts::Authority;
 use crate::source::VERIFY;
 use bundle::Bundle;
 use doorstep::Doorstep;
+use early::Started;
 use hook::{Hold, HookKeeper};
 use inbox::{Arrival, Inbox};
 
@@ -79,6 +81,9 @@ pub struct PrepareOrder {
     pub fetch_from: Option<String>,
 }
 
+/// runc's id of the container, the migration, and whether connections are kept.
+type RestoreOrder = (String, MigrationId, bool);
+
 /// The part.
 #[derive(Debug)]
 pub struct TargetPart {
@@ -98,7 +103,7 @@ pub struct TargetPart {
     inbox: Option<Arc<Inbox>>,
     ledger: Ledger,
     /// The restore that this agent started; a sealed one may be an earlier agent's.
-    restore: Arc<Mutex<Option<RunningRestore>>>,
+    restore: Arc<Mutex<Option<Started>>>,
     /// Bringing the layer to the disk, which goes on while the container is restored.
     syncing: Mutex<Option<JoinHandle<podferry_filesystem::Result<()>>>>,
     restoring: AtomicBool,
@@ -221,12 +226,15 @@ impl TargetPart {
         self.restoring.store(true, Ordering::Relaxed);
         let patience = deadline.duration_since(SystemTime::now()).unwrap_or_default();
         let work = async {
+            self.start_early().await;
             self.arrived().await?;
             let begun = Instant::now();
+            tracing::debug!(migration = %self.migration, "everything is here");
             let layer = self.bundle.upper();
             *self.syncing.lock().await = Some(spawn_blocking(move || podferry_filesystem::sync(&layer)));
             self.start_restore().await?;
             self.until_held().await?;
+            tracing::debug!(migration = %self.migration, "the container is held");
             Ok(begun.elapsed().as_secs_f64() * 1e3)
         };
         tokio::select! {
@@ -262,7 +270,7 @@ impl TargetPart {
 
     async fn start_restore(&self) -> Result<(), Failure> {
         let mut running = Arc::clone(&self.restore).lock_owned().await;
-        if running.is_some() {
+        if running.as_ref().is_some_and(|started| !started.is_early()) {
             return Err(self.refused(FailureCode::FailedPrecondition, "this migration is being restored", "restore"));
         }
         if let Some(source) = &self.fetch_from {
@@ -271,7 +279,7 @@ impl TargetPart {
         let context = self.context.clone();
         let bundle = self.bundle.clone();
         let dirs = self.dirs.clone();
-        let order = (self.workload.clone(), self.migration, self.keep_connections);
+        let order = self.order();
         let (cancelled, fetches) = (self.cancelled.clone(), self.fetch_from.is_some());
         // This future may be dropped while pager and runc start. The lock goes along, so that an abort waits for what was started.
         let starting = tokio::spawn(async move {
@@ -282,7 +290,12 @@ impl TargetPart {
             let (at, lazy) = (context.clone(), waiting.is_some());
             let in_dirs = dirs.clone();
             let restoring = blocking(move || {
-                *running = Some(restore_from(&context, &bundle, &dirs, &order, lazy)?);
+                Started::go_on(&mut running, &context, &bundle, &dirs, &order, lazy)?;
+                if running.is_some() {
+                    return Ok(());
+                }
+                mount_root(&context, &bundle)?;
+                *running = Some(Started::now(restore_from(&context, &bundle, &dirs, &order, lazy)?));
                 Ok(())
             });
             // At once: CRIU needs its pager late, and the container stands still meanwhile.
@@ -291,6 +304,10 @@ impl TargetPart {
         });
         let what = "the task that starts a restore ended";
         starting.await.map_err(|error| self.context.failure(FailureCode::Internal, what, &error))?
+    }
+
+    fn order(&self) -> RestoreOrder {
+        (self.workload.clone(), self.migration, self.keep_connections)
     }
 
     /// Ends the pager of a restore that came to nothing, of which no process is left. Gives its last state if there is one.
@@ -418,21 +435,12 @@ impl TargetPart {
     async fn clean_restore(&self, patience: Duration) -> Result<(), Failure> {
         let running = self.restore.lock().await.take();
         let context = self.context.clone();
-        let (workload, bundle, work) = (self.workload.clone(), self.bundle.dir.clone(), self.dirs.work.clone());
+        let (workload, bundle, dirs) = (self.workload.clone(), self.bundle.clone(), self.dirs.clone());
         blocking(move || {
-            if let Some(mut restore) = running {
-                let ended = restore.wait_until(Instant::now() + patience);
-                if matches!(ended, Ok(false)) {
-                    tracing::warn!(workload, "a restore does not end by itself; killing it");
-                    restore.kill_and_clean().map_err(|error| cleanup_failed(&context, &error))?;
-                }
+            if let Some(started) = running {
+                started.end(&context, patience)?;
             }
-            let runc = context.runc(context.config.runc_root());
-            // What has another origin is not ours to kill.
-            if runc.restores_from(&workload).map_err(|error| cleanup_failed(&context, &error))? != Some(work) {
-                return Ok(());
-            }
-            runc.cleanup_killed_restore(&workload, &bundle).map_err(|error| cleanup_failed(&context, &error))
+            clean_up(&context, &bundle, &workload, &dirs)
         })
         .await
     }
@@ -518,7 +526,7 @@ fn waiting_for_pager(
     context: &Context,
     bundle: &Bundle,
     dirs: &PartDirs,
-    (workload, migration, _): &(String, MigrationId, bool),
+    (workload, migration, _): &RestoreOrder,
     fetches: bool,
 ) -> Result<Option<(PagerJob, UnixListener)>, Failure> {
     if !Handover::is_there(&dirs.images) {
@@ -555,23 +563,29 @@ async fn start_pager(
     started.map(drop).map_err(|failure| failure.on(context.config.node.as_str()))
 }
 
-/// Starts `runc restore`; blocks.
+/// Mounts the root filesystem, unless it is mounted; blocks.
+fn mount_root(context: &Context, bundle: &Bundle) -> Result<(), Failure> {
+    if bundle.is_mounted() {
+        return Ok(());
+    }
+    let rootfs = bundle.rootfs();
+    podferry_filesystem::unmount(&rootfs).and_then(|()| bundle.overlay().mount(&rootfs)).map_err(|error| {
+        let what = "the container's root filesystem cannot be mounted";
+        context.failure(FailureCode::Internal, what, &error).in_phase("restore")
+    })
+}
+
+/// Starts `runc restore`; blocks. The root filesystem, or something in its place, has to be mounted.
 fn restore_from(
     context: &Context,
     bundle: &Bundle,
     dirs: &PartDirs,
-    (workload, migration, keep_connections): &(String, MigrationId, bool),
+    (workload, migration, keep_connections): &RestoreOrder,
     lazy_pages: bool,
 ) -> Result<RunningRestore, Failure> {
     let failed = |what: &str, error: &(dyn std::error::Error + 'static)| {
         context.failure(FailureCode::Internal, what, error).in_phase("restore")
     };
-    if !bundle.is_mounted() {
-        bundle
-            .overlay()
-            .mount(&bundle.rootfs())
-            .map_err(|error| failed("the container's root filesystem cannot be mounted", &error))?;
-    }
     let tools = &context.config.tools;
     let criu_config = dirs.run.join("criu.conf");
     fs::write(&criu_config, podferry_runtime::criu_config(&tools.hook, !keep_connections))
@@ -599,9 +613,21 @@ fn restore_from(
         env: variables.into_iter().map(|(name, value)| (name.into(), value)).collect(),
         detach: true,
     };
+    tracing::debug!(%migration, "the output has its keeper");
     let programs = dirs.programs(tools).map_err(|error| io_failed(context, &error))?;
     let runc = context.runc(context.config.runc_root()).with_programs(programs);
     runc.restore(request).map_err(|error| failed("runc restore cannot be started", &error))
+}
+
+/// Removes what a restore that did not come to its end has left, if this migration started it; blocks.
+fn clean_up(context: &Context, bundle: &Bundle, workload: &str, dirs: &PartDirs) -> Result<(), Failure> {
+    let runc = context.runc(context.config.runc_root());
+    let failed = |error: podferry_runtime::Error| cleanup_failed(context, &error);
+    // What has another origin is not ours to kill.
+    if runc.restores_from(workload).map_err(failed)?.as_ref() != Some(&dirs.work) {
+        return Ok(());
+    }
+    runc.cleanup_killed_restore(workload, &bundle.dir).map_err(failed)
 }
 
 /// Removes what a target part made apart from the restore itself. Idempotent.

@@ -43,6 +43,7 @@ impl TargetPart {
             other => return Err(self.wrong_standing("resume", other)),
         }
         self.let_go(&mut record).await?;
+        tracing::debug!(migration = %self.migration, "runc is done with the restore");
         restore_mtu(&record);
         self.note(&mut record, |record| record.standing = Standing::Resumed)?;
         self.context.admissions.forget(self.migration);
@@ -124,6 +125,7 @@ impl TargetPart {
     async fn go(&self, record: &PartRecord) -> Result<(), Failure> {
         self.join_link(record)?;
         Self::announce(record);
+        tracing::debug!(migration = %self.migration, "the container is told to go");
         // A hook that hung up just now is seen by what becomes of its restore.
         let _seen_later = self.hook.tell("go").await;
         Ok(())

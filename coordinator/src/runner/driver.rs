@@ -69,6 +69,7 @@ impl Driver {
     async fn take(&mut self, input: Input) -> Result<(), StoreError> {
         match input {
             Input::Answered { call, answer: Ok(answer), at } => {
+                tracing::debug!(migration = %self.record.id, ?call, "answered");
                 self.record.report.obstacle = None;
                 self.note(call, answer, at);
                 self.apply(Event::Succeeded(call), at).await
