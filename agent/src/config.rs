@@ -101,7 +101,7 @@ pub struct Tools {
     pub stdio_keeper: PathBuf,
     /// `podferry-dump-worker`.
     pub dump_worker: PathBuf,
-    /// `libpodferry_criu_shim.so`, which is preloaded into a dumping CRIU.
+    /// `libpodferry_criu_shim.so`, which is preloaded into CRIU.
     pub criu_shim: PathBuf,
     /// `podferry-pager`.
     pub pager: PathBuf,

@@ -7,6 +7,9 @@ pub const HOOK_SOCKET: &str = "PODFERRY_HOOK_SOCKET";
 /// Environment variable with the migration's id.
 pub const MIGRATION: &str = "PODFERRY_MIGRATION";
 
+/// Environment variable with the hook's path, for the library that is preloaded into CRIU.
+pub const HOOK_PROGRAM: &str = "PODFERRY_CRIU_HOOK";
+
 /// The content of a CRIU configuration file that makes `hook_path` its action script.
 ///
 /// `network-lock skip`: the container's link is cut and opened by the agent, at a cost of microseconds instead of a

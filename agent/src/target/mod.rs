@@ -594,7 +594,9 @@ fn restore_from(
     let log = context.config.runtime.logs_dir.join(format!("{workload}.log"));
     let stdio = podferry_runtime::stdio::spawn_keeper(&tools.stdio_keeper, &log)
         .map_err(|error| failed("the container's output cannot be kept", &error))?;
-    let variables: [(&str, OsString); 3] = [
+    let variables: [(&str, OsString); 5] = [
+        ("LD_PRELOAD", tools.criu_shim.clone().into()),
+        (podferry_runtime::hook::HOOK_PROGRAM, tools.hook.clone().into()),
         ("CRIU_CONFIG_FILE", criu_config.into()),
         (podferry_runtime::hook::HOOK_SOCKET, dirs.hook_socket().into()),
         (podferry_runtime::hook::MIGRATION, migration.to_string().into()),

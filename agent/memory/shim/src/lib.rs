@@ -1,4 +1,4 @@
-//! Spares `criu dump` work that is done already, or that is for nothing.
+//! Spares `criu dump` and `criu restore` work that is done already, or that is for nothing.
 //!
 //! **Memory that has moved.** CRIU asks the kernel with the ioctl `PAGEMAP_SCAN` which pages of a mapping to dump. Preloaded into it (`LD_PRELOAD`), this
 //! library stands in for the C library's `ioctl` and leaves out the ranges that a file names: their pages are neither looked at
@@ -10,9 +10,10 @@
 //! hexadecimal. It is read when CRIU first asks for another process, so that it may be written after CRIU has started.
 //!
 //! It also stands in for `openat`, to answer `/proc/PID/smaps`: see [`smaps`]; and for `sendmsg`, to answer the question for tracked
-//! connections: see [`conntrack`].
+//! connections: see [`conntrack`]; and, on restore, for `system`: see [`scripts`].
 
 mod conntrack;
+mod scripts;
 mod smaps;
 
 use std::collections::HashMap;
@@ -89,7 +90,7 @@ mod interposed {
     use std::ffi::CStr;
     use std::os::fd::IntoRawFd as _;
 
-    use super::{Range, asks_for_guards, conntrack, hidden, process_of, smaps, visible};
+    use super::{Range, asks_for_guards, conntrack, hidden, process_of, scripts, smaps, visible};
 
     /// `_IOWR('f', 16, struct pm_scan_arg)`.
     const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
@@ -198,6 +199,45 @@ mod interposed {
         }
         // SAFETY: what the caller wanted of sendmsg(2), passed on unchanged.
         unsafe { real_sendmsg(fd, message, flags) }
+    }
+
+    /// In place of the C library's `system`.
+    ///
+    /// # Safety
+    /// As system(3): `command` must be null or a string that ends with a zero.
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn system(command: *const libc::c_char) -> libc::c_int {
+        // SAFETY: not null, so it is a string that ends with a zero and does not change meanwhile.
+        let replaced =
+            (!command.is_null()).then(|| without_sigchld(|| scripts::run(unsafe { CStr::from_ptr(command) })));
+        replaced.flatten().unwrap_or_else(|| real_system(command))
+    }
+
+    fn real_system(command: *const libc::c_char) -> libc::c_int {
+        type System = unsafe extern "C" fn(*const libc::c_char) -> libc::c_int;
+        // SAFETY: asks for the function that this one stands in for; a string that ends with a zero.
+        let next = unsafe { libc::dlsym(libc::RTLD_NEXT, c"system".as_ptr()) };
+        if next.is_null() {
+            return -1;
+        }
+        // SAFETY: the C library's `system`, which has this type, and what its caller gave.
+        unsafe { std::mem::transmute::<*mut libc::c_void, System>(next)(command) }
+    }
+
+    /// Does something while this thread is not told of children that end.
+    fn without_sigchld<T>(work: impl FnOnce() -> T) -> T {
+        // SAFETY: all-zero is a valid `sigset_t`; both sets live until the calls return.
+        let before = unsafe {
+            let (mut blocked, mut before): (libc::sigset_t, libc::sigset_t) = (std::mem::zeroed(), std::mem::zeroed());
+            libc::sigemptyset(&raw mut blocked);
+            libc::sigaddset(&raw mut blocked, libc::SIGCHLD);
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const blocked, &raw mut before);
+            before
+        };
+        let done = work();
+        // SAFETY: the mask that this thread had.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut()) };
+        done
     }
 
     /// # Safety
