@@ -11,7 +11,7 @@ RUN := deploy/setup/run.sh
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 
-.PHONY: help setup build demo test local-up local-down bench-stream bench-warm bench-live bench-engine e2e-vm lint
+.PHONY: help setup build demo test local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-engine e2e-vm lint
 
 help:
 	@echo 'make demo          the main job, start to end: two nodes, real workloads under load, migrations there and back'
@@ -22,6 +22,7 @@ help:
 	@echo 'make bench-stream  the transfer stream against raw TCP on the same link'
 	@echo 'make bench-warm    warm migration of Redis at several sizes'
 	@echo 'make bench-live    live migration of Redis at several sizes'
+	@echo 'make bench-postcopy  post-copy migration of Redis at several sizes; bench-hybrid the same with hybrid'
 	@echo 'make bench-engine  live migration of one process against CRIU alone, at several sizes'
 	@echo 'make lint          formatting, clippy, shellcheck, licences'
 
@@ -53,6 +54,12 @@ bench-warm: build
 
 bench-live: build
 	@$(RUN) $(RELEASE)/podferry-bench live
+
+bench-postcopy: build
+	@$(RUN) $(RELEASE)/podferry-bench postcopy
+
+bench-hybrid: build
+	@$(RUN) $(RELEASE)/podferry-bench hybrid
 
 bench-engine: build
 	@$(RUN) $(RELEASE)/podferry-bench-engine

@@ -30,6 +30,10 @@ enum Command {
     Warm(Extent),
     /// Measure live migration of Redis at several sizes.
     Live(Extent),
+    /// Measure post-copy migration of Redis at several sizes.
+    Postcopy(Extent),
+    /// Measure hybrid migration of Redis at several sizes.
+    Hybrid(Extent),
     /// Measure the page stream between two network namespaces against raw TCP, and packing against none.
     Stream(stream::Arguments),
     /// A local cluster to play with, which goes on until it is taken down.
@@ -121,6 +125,8 @@ fn run(command: Command) -> Outcome {
             Command::Demo(extent) => staged(|interrupt| Ok(demo::run(extent.quick, interrupt)?.holds())),
             Command::Warm(extent) => measure(Strategy::Warm, &extent),
             Command::Live(extent) => measure(Strategy::Live, &extent),
+            Command::Postcopy(extent) => measure(Strategy::PostCopy, &extent),
+            Command::Hybrid(extent) => measure(Strategy::Hybrid, &extent),
             Command::Stream(arguments) => {
                 Ok(if stream::run(arguments).await? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
             }
