@@ -11,7 +11,7 @@ RUN := deploy/setup/run.sh
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 
-.PHONY: help setup build demo test local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-engine e2e-vm lint
+.PHONY: help setup build demo test local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-loads bench-engine e2e-vm lint
 
 help:
 	@echo 'make demo          the main job, start to end: two nodes, real workloads under load, migrations there and back'
@@ -22,7 +22,8 @@ help:
 	@echo 'make bench-stream  the transfer stream against raw TCP on the same link'
 	@echo 'make bench-warm    warm migration of Redis at several sizes'
 	@echo 'make bench-live    live migration of Redis at several sizes'
-	@echo 'make bench-postcopy  post-copy migration of Redis at several sizes; bench-hybrid the same with hybrid'
+	@echo 'make bench-postcopy, bench-hybrid  the same with post-copy and hybrid'
+	@echo 'make bench-loads   live migration of containers that are hard to move: which are refused, and why'
 	@echo 'make bench-engine  live migration of one process against CRIU alone, at several sizes'
 	@echo 'make lint          formatting, clippy, shellcheck, licences'
 
@@ -60,6 +61,9 @@ bench-postcopy: build
 
 bench-hybrid: build
 	@$(RUN) $(RELEASE)/podferry-bench hybrid
+
+bench-loads: build
+	@$(RUN) $(RELEASE)/podferry-bench loads
 
 bench-engine: build
 	@$(RUN) $(RELEASE)/podferry-bench-engine

@@ -114,5 +114,6 @@ fn name(kind: Kind) -> &'static str {
         Kind::Cart => "cart",
         Kind::Feed => "feed",
         Kind::Redis => "redis",
+        Kind::Lines => "lines",
     }
 }

@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand};
 use podferry_bench::{
     demo,
     load::{self, Event, Kind, LoadOptions, LoadReport, Readiness, redis_data},
+    loads::{self, Load as HardLoad},
     local, moves,
     stage::{Interrupt, Strategy},
     stream,
@@ -34,6 +35,8 @@ enum Command {
     Postcopy(Extent),
     /// Measure hybrid migration of Redis at several sizes.
     Hybrid(Extent),
+    /// Measure live migration of containers that are hard to move, and say which are refused and why.
+    Loads(LoadsArguments),
     /// Measure the page stream between two network namespaces against raw TCP, and packing against none.
     Stream(stream::Arguments),
     /// A local cluster to play with, which goes on until it is taken down.
@@ -53,6 +56,15 @@ struct Extent {
     /// Fewer moves, smaller sizes.
     #[arg(long, env = "QUICK", value_parser = clap::builder::FalseyValueParser::new(), action = clap::ArgAction::SetTrue)]
     quick: bool,
+}
+
+#[derive(Debug, Args)]
+struct LoadsArguments {
+    #[command(flatten)]
+    extent: Extent,
+    /// Only the load with this name; may be given several times.
+    #[arg(long)]
+    only: Vec<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -127,6 +139,10 @@ fn run(command: Command) -> Outcome {
             Command::Live(extent) => measure(Strategy::Live, &extent),
             Command::Postcopy(extent) => measure(Strategy::PostCopy, &extent),
             Command::Hybrid(extent) => measure(Strategy::Hybrid, &extent),
+            Command::Loads(LoadsArguments { extent, only }) => {
+                let loads = HardLoad::named(&only)?;
+                staged(|interrupt| Ok(loads::run(&loads, extent.quick, interrupt)?.holds()))
+            }
             Command::Stream(arguments) => {
                 Ok(if stream::run(arguments).await? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
             }

@@ -83,6 +83,11 @@ pub struct LaidIn {
 }
 
 impl MigrationRecord {
+    /// Whether its processes were asked to stand still.
+    pub fn was_frozen(&self) -> bool {
+        self.timings.freeze > 0.0
+    }
+
     /// What was laid in behind the running workload, as a note says; nothing without such a note.
     pub fn laid_in(&self) -> LaidIn {
         self.notes.iter().find_map(|note| laid_in(note)).unwrap_or_default()

@@ -44,7 +44,7 @@ pub struct SizeResult {
     pub downtime_ms: f64,
     /// Laying in what was missing behind the running process.
     pub fill_ms: f64,
-    /// MiB that were laid in then; with post-copy they are fetched from the source, beside `wire_mib`.
+    /// MiB that were laid in then. Those that were fetched from the source, with post-copy all of them, are not in `wire_mib`.
     pub laid_in_mib: f64,
     /// How often the process waited for a page of them.
     pub waits: f64,
@@ -176,7 +176,7 @@ fn evaluate(hops: &[Hop], report: &LoadReport) -> SizeResult {
 }
 
 /// Bytes of a page.
-pub(crate) const PAGE_BYTES: u64 = 4096;
+const PAGE_BYTES: u64 = 4096;
 
 #[expect(clippy::cast_precision_loss, reason = "exact up to 2^53")]
 pub(crate) fn whole(value: u64) -> f64 {

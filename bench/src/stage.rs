@@ -28,6 +28,8 @@ pub const NODES: [&str; 2] = ["node-a", "node-b"];
 const LISTEN_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a move may take before it counts as failed: the largest takes seconds.
 const MOVE_DEADLINE: Duration = Duration::from_secs(120);
+/// How long the memory of a source that was destroyed may take to be given back.
+const EXIT_DEADLINE: Duration = Duration::from_secs(10);
 /// How often is looked whether somebody wants the end. Short enough that a move's end is not noticed late.
 const POLL: Duration = Duration::from_millis(200);
 
@@ -256,7 +258,7 @@ impl Stage {
         parse_record(&stdout).map_err(|error| {
             let refusal = parse_refusal(&stdout).or_else(|| parse_refusal(&stderr));
             let said = || format!("`podferry migrate` said {:?}: {error}", format!("{stdout}{stderr}").trim());
-            Error::Misplaced(refusal.unwrap_or_else(said))
+            refusal.map_or_else(|| Error::Misplaced(said()), Error::Refused)
         })
     }
 
@@ -280,15 +282,19 @@ impl Stage {
         Ok((joined(stdout), joined(stderr)))
     }
 
-    /// Fails unless there is one copy, and it is on the target.
+    /// Fails unless there is one copy, and it is on the target. Behind a post-copy the source is destroyed last, and its kernel still
+    /// gives memory back when the migration has ended.
     pub fn check_place(&self, name: &str, source: &str, target: &str) -> Result<()> {
         self.cluster.node(target)?.container_process(name)?;
-        match self.cluster.node(source)?.container_process(name) {
-            Ok(process) => {
-                Err(Error::Misplaced(format!("{name} still runs on {source}, too, as process {}", process.pid)))
+        let since = Instant::now();
+        while let Ok(process) = self.cluster.node(source)?.container_process(name) {
+            if since.elapsed() > EXIT_DEADLINE {
+                let words = format!("{name} still runs on {source}, too, as process {}", process.pid);
+                return Err(Error::Misplaced(words));
             }
-            Err(_) => Ok(()),
+            std::thread::sleep(Duration::from_millis(20));
         }
+        Ok(())
     }
 
     /// On which of [`NODES`] a workload runs; `None` when it runs on none, or on both.

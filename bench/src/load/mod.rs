@@ -9,6 +9,7 @@ mod cart;
 mod catalogue;
 mod connection;
 mod feed;
+mod lines;
 mod recorder;
 mod redis_client;
 pub mod redis_data;
@@ -126,6 +127,7 @@ pub async fn run(options: LoadOptions, stop: CancellationToken, ready: Arc<Readi
                 }
                 Kind::Cart => drive(cart::CartClient::new(target, number), number, recorder, stop, ready).await,
                 Kind::Feed => drive(feed::FeedClient::new(target), number, recorder, stop, ready).await,
+                Kind::Lines => drive(lines::LineClient::new(target), number, recorder, stop, ready).await,
                 Kind::Redis => {
                     drive(redis_client::RedisClient::new(target, number), number, recorder, stop, ready).await
                 }

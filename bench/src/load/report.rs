@@ -16,6 +16,8 @@ pub enum Kind {
     Feed,
     /// Counts, writes and reads in Redis.
     Redis,
+    /// Counts and checks in a service that answers lines.
+    Lines,
 }
 
 /// A pause between two right answers.
