@@ -5,7 +5,7 @@ use std::{io::Read, net::SocketAddr, process::ExitCode};
 use clap::{Args, Parser, Subcommand};
 use podferry_bench::{
     demo,
-    load::{self, Event, Kind, LoadOptions, LoadReport, Readiness, redis_data},
+    load::{self, Event, Kind, LoadOptions, LoadReport, Readiness, redis_data, sql},
     loads::{self, Load as HardLoad},
     local, moves,
     stage::{Interrupt, Strategy},
@@ -47,6 +47,8 @@ enum Command {
     Load(LoadArguments),
     /// Write a data set of a given size into Redis; prints its digest.
     RedisFill(FillArguments),
+    /// Make the tables in `PostgreSQL` that its clients use.
+    SqlFill(Target),
     /// Print the digest of what Redis holds.
     RedisDigest(Target),
 }
@@ -149,6 +151,7 @@ fn run(command: Command) -> Outcome {
             Command::Local(command) => run_local(command),
             Command::Load(arguments) => run_load(arguments).await,
             Command::RedisFill(arguments) => print(&redis_data::fill(arguments.target.target, arguments.mib).await?),
+            Command::SqlFill(target) => print(&sql::fill(target.target).await?),
             Command::RedisDigest(target) => print(&redis_data::state(target.target).await?),
         }
     });

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .podferry/images/NAME/rootfs for a load of `podferry-bench loads` that is a service of another language:
 #
-#   service-image.sh go|node|jvm
+#   service-image.sh go|node|jvm|postgresql
 #
 # Runtimes are those of Debian's packages, unpacked; the host gets none of them. The servers are in bench/workloads/services.
 # Idempotent, safe to run twice at once.
@@ -12,6 +12,8 @@ set -euo pipefail
 # Named, not "stable": the numbers in docs/performance.md are these versions'.
 readonly SUITE=bookworm
 readonly SERVICES=$PODFERRY_ROOT/bench/workloads/services
+# PostgreSQL does not run as root; its data belong to this user.
+readonly POSTGRES_UID=70
 readonly JAVA_HOME_INSIDE=/usr/lib/jvm/java-17-openjdk-amd64
 
 # unpacked NAME PACKAGE...: Debian's packages and all they depend on, in a folder of this image's own.
@@ -68,19 +70,39 @@ make_jvm() {
     rm -rf "$root"
 }
 
+# With a cluster in /data/pg that has checksums, in which everybody on the network may do everything: it holds nothing of anybody's.
+make_postgresql() {
+    local root rootfs=$PODFERRY_STATE/images/postgresql/rootfs bin=/usr/lib/postgresql/15/bin
+    root=$(unpacked postgresql postgresql-15)
+    rm -rf "$root"/usr/lib/llvm-* "$root"/usr/lib/*/libLLVM*
+    base postgresql "$root" "$root$bin/postgres"
+    printf 'postgres:x:%d:%d:postgres:/data:/bin/sh\n' "$POSTGRES_UID" "$POSTGRES_UID" >>"$rootfs/etc/passwd"
+    printf 'postgres:x:%d:\n' "$POSTGRES_UID" >>"$rootfs/etc/group"
+    mkdir -p "$rootfs/data/pg" "$rootfs/run/postgresql"
+    chown -R "$POSTGRES_UID:$POSTGRES_UID" "$rootfs/data"
+    in_image_as "$POSTGRES_UID" postgresql "$bin/initdb" --pgdata /data/pg --username postgres --auth trust --data-checksums \
+        --no-locale --encoding UTF8 --no-sync
+    printf 'host all all 0.0.0.0/0 trust\n' >>"$rootfs/data/pg/pg_hba.conf"
+    rm -rf "$root"
+}
+
 # in_image NAME COMMAND...: in a mount namespace of its own, so that the image's /proc goes when the command ends.
-in_image() {
-    local rootfs=$PODFERRY_STATE/images/$1/rootfs
-    shift
+in_image() { in_image_as 0 "$@"; }
+
+# in_image_as UID NAME COMMAND...
+in_image_as() {
+    local user=$1 rootfs=$PODFERRY_STATE/images/$2/rootfs
+    shift 2
     # shellcheck disable=SC2016 # expanded by the inner shell
-    unshare --mount --pid --fork sh -c 'mount -t proc proc "$0/proc" && exec chroot "$0" "$@"' "$rootfs" "$@" >&2 9>&-
+    unshare --mount --pid --fork bash -c 'mount -t proc proc "$0/proc" && mount --bind /dev "$0/dev" && exec chroot --userspec="$1:$1" "$0" "${@:2}"' \
+        "$rootfs" "$user" "$@" >&2 9>&-
 }
 
 main() {
     local name=${1:-} image stamp
     case $name in
-        go | node | jvm) ;;
-        *) die "usage: service-image.sh go|node|jvm" ;;
+        go | node | jvm | postgresql) ;;
+        *) die "usage: service-image.sh go|node|jvm|postgresql" ;;
     esac
     require_root
     image=$PODFERRY_STATE/images/$name

@@ -18,6 +18,8 @@ pub enum Kind {
     Redis,
     /// Counts and checks in a service that answers lines.
     Lines,
+    /// Inserts, updates and reads in `PostgreSQL`.
+    Sql,
 }
 
 /// A pause between two right answers.

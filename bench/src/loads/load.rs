@@ -10,6 +10,7 @@ use std::{
 use podferry_local::{FIRST_CONTAINER_ADDRESS, Place, Workload};
 
 use crate::{
+    clients,
     error::{Error, Result},
     load::Kind,
     stage::run_script,
@@ -17,7 +18,9 @@ use crate::{
 
 /// The program of the loads that are made up.
 const MADE_UP: &str = "podferry-hard-load";
-/// Where all but `PostgreSQL` listen.
+/// Whose `PostgreSQL`'s data are in its image.
+const POSTGRES_USER: u32 = 70;
+/// Where all of them listen.
 const PORT: u16 = 7000;
 
 /// A container that is hard to move.
@@ -34,11 +37,13 @@ enum Content {
     MadeUp(&'static [&'static str]),
     /// An image of `deploy/setup/service-image.sh`, and what is run in it.
     Service(&'static [&'static str]),
+    /// `PostgreSQL` of such an image, which does not run as root.
+    PostgreSql(&'static [&'static str]),
 }
 
-use Content::{MadeUp, Service};
+use Content::{MadeUp, PostgreSql, Service};
 
-const LOADS: [Load; 11] = [
+const LOADS: [Load; 12] = [
     Load { name: "dirty-1", description: "512 MiB, 1 %/s written", content: MadeUp(&["--mib", "512"]) },
     Load {
         name: "dirty-25",
@@ -90,6 +95,27 @@ const LOADS: [Load; 11] = [
         description: "a service on OpenJDK 17 with 256 MiB of live heap, 768 MiB at most",
         content: Service(&["/usr/bin/java", "-Xms768m", "-Xmx768m", "-cp", "/srv", "LineServer"]),
     },
+    Load {
+        name: "postgresql",
+        description: "PostgreSQL 15 with 512 MiB of shared_buffers, full",
+        content: PostgreSql(&[
+            "/usr/lib/postgresql/15/bin/postgres",
+            "-D",
+            "/data/pg",
+            "-p",
+            "7000",
+            "-c",
+            "listen_addresses=*",
+            "-c",
+            "unix_socket_directories=",
+            "-c",
+            "shared_buffers=512MB",
+            "-c",
+            "max_wal_size=4GB",
+            "-c",
+            "dynamic_shared_memory_type=posix",
+        ]),
+    },
 ];
 
 impl Load {
@@ -128,7 +154,10 @@ impl Load {
 
     /// What its client does.
     pub fn kind(self) -> Kind {
-        Kind::Lines
+        match self.content {
+            MadeUp(_) | Service(_) => Kind::Lines,
+            PostgreSql(_) => Kind::Sql,
+        }
     }
 
     fn ip(self) -> Ipv4Addr {
@@ -143,15 +172,15 @@ impl Load {
                 let program = ["/usr/bin/podferry-hard-load"];
                 (made_up_image(folder)?, [&program, arguments].concat())
             }
-            Service(arguments) => (service_image(self.name)?, arguments.to_vec()),
+            Service(arguments) | PostgreSql(arguments) => (service_image(self.name)?, arguments.to_vec()),
         };
-        Ok(Workload::new(self.name, rootfs, arguments, self.ip()))
+        let user = if matches!(self.content, PostgreSql(_)) { POSTGRES_USER } else { 0 };
+        Ok(Workload { user, ..Workload::new(self.name, rootfs, arguments, self.ip()) })
     }
 
     /// Does from the client side what has to be done once before it is moved.
-    #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "for those that have to be filled")]
-    pub(crate) fn prepare(self, _client: &Place) -> Result<()> {
-        Ok(())
+    pub(crate) fn prepare(self, client: &Place) -> Result<()> {
+        if matches!(self.content, PostgreSql(_)) { clients::fill_sql(client, self.address()) } else { Ok(()) }
     }
 }
 
