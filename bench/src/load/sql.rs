@@ -3,15 +3,15 @@
 use std::{
     collections::HashMap,
     net::SocketAddr,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use podferry_workloads::ballast::split_mix;
 use thiserror::Error as ThisError;
 use tokio::task::JoinHandle;
-use tokio_postgres::{Config, NoTls};
+use tokio_postgres::{Config, NoTls, error::SqlState};
 
-use super::{Client, Fault, connection::chain};
+use super::{CONNECT_DEADLINE, CONNECT_PAUSE, Client, Fault, connection::chain};
 
 /// Rows of the ballast: with their 960 bytes each they fill about 450 MiB of shared buffers.
 const ROWS: i32 = 430_000;
@@ -40,9 +40,22 @@ async fn open(target: SocketAddr) -> Result<Session, tokio_postgres::Error> {
     Ok(Session { client, driver })
 }
 
+/// As [`open`]. A server that listens may still be starting, and then says so.
+async fn open_when_ready(target: SocketAddr) -> Result<Session, tokio_postgres::Error> {
+    let since = Instant::now();
+    loop {
+        match open(target).await {
+            Err(error) if error.code() == Some(&SqlState::CANNOT_CONNECT_NOW) && since.elapsed() < CONNECT_DEADLINE => {
+                tokio::time::sleep(CONNECT_PAUSE).await;
+            }
+            other => return other,
+        }
+    }
+}
+
 /// Why the tables could not be made.
 #[derive(Debug, ThisError)]
-#[error("PostgreSQL at {target}: cannot make its tables: {source}")]
+#[error("PostgreSQL at {target}: cannot make its tables: {}", chain(source))]
 pub struct FillError {
     /// Where it listens.
     pub target: SocketAddr,
@@ -61,7 +74,7 @@ pub async fn fill(target: SocketAddr) -> Result<(), FillError> {
          CHECKPOINT; SELECT pg_prewarm('ballast'); SELECT pg_prewarm('ballast_pkey');"
     );
     let failed = |source| FillError { target, source };
-    let session = open(target).await.map_err(failed)?;
+    let session = open_when_ready(target).await.map_err(failed)?;
     session.client.batch_execute(&statements).await.map_err(failed)
 }
 

@@ -1,5 +1,9 @@
 // A service with a heap that changes all the time and is checked, which answers lines on port 7000: `count` with the next
 // number, `check` with `ok` or `wrong: N blocks` of what it has come across, `check-all` with the same when it has looked at all.
+//
+// Go 1.24 and newer listen with MPTCP, which CRIU cannot dump: podferry refuses such a container and names this remedy.
+
+//go:debug multipathtcp=0
 package main
 
 import (
