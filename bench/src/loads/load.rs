@@ -114,6 +114,9 @@ const LOADS: [Load; 12] = [
             "max_wal_size=4GB",
             "-c",
             "dynamic_shared_memory_type=posix",
+            // Its compiler is not in the image.
+            "-c",
+            "jit=off",
         ]),
     },
 ];
