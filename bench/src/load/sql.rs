@@ -15,6 +15,8 @@ use super::{CONNECT_DEADLINE, CONNECT_PAUSE, Client, Fault, connection::chain};
 
 /// Rows of the ballast: with their 960 bytes each they fill about 450 MiB of shared buffers.
 const ROWS: i32 = 430_000;
+/// One row in so many has its content looked at in the end: to make all of them again would take a minute.
+const SHARE: i32 = 20;
 /// What a row holds, by its number.
 const PAYLOAD: &str = "(SELECT string_agg(md5(id || ':' || part), '') FROM generate_series(1, 30) part)";
 
@@ -140,12 +142,13 @@ impl SqlClient {
         }
     }
 
-    /// All rows, the index against the table, and every number.
+    /// Every page and index entry for damage, some rows for their content, and every number.
     async fn look_at_everything(&self) -> Result<(), Fault> {
         let session = self.session()?;
-        let damaged = format!("SELECT count(*) FILTER (WHERE payload = {PAYLOAD}) FROM ballast");
-        let right: i64 = session.query_one(&damaged, &[]).await.map_err(fault)?.get(0);
-        same("rows of the ballast that are right", i64::from(ROWS), right)?;
+        let looked_at =
+            format!("SELECT count(*) FILTER (WHERE payload = {PAYLOAD}) FROM ballast WHERE id % {SHARE} = 0");
+        let right: i64 = session.query_one(&looked_at, &[]).await.map_err(fault)?.get(0);
+        same("rows of the ballast that are right", i64::from(ROWS / SHARE), right)?;
         let checks = "SELECT bt_index_check('ballast_pkey', true); SELECT bt_index_check('log_pkey', true)";
         session.batch_execute(checks).await.map_err(fault)?;
         let damaged = "SELECT count(*) FROM verify_heapam('ballast')";
