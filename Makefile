@@ -11,7 +11,8 @@ RUN := deploy/setup/run.sh
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 
-.PHONY: help setup build demo test local-up local-down bench-stream bench-warm bench-live bench-engine e2e-vm e2e-versions lint
+.PHONY: help setup build demo test local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-loads \
+	bench-engine e2e-vm e2e-versions lint
 
 help:
 	@echo 'make demo          the main job, start to end: two nodes, real workloads under load, migrations there and back'
@@ -23,6 +24,8 @@ help:
 	@echo 'make bench-stream  the transfer stream against raw TCP on the same link'
 	@echo 'make bench-warm    warm migration of Redis at several sizes'
 	@echo 'make bench-live    live migration of Redis at several sizes'
+	@echo 'make bench-postcopy, bench-hybrid  the same with post-copy and hybrid'
+	@echo 'make bench-loads   live migration of containers that are hard to move: which are refused, and why'
 	@echo 'make bench-engine  live migration of one process against CRIU alone, at several sizes'
 	@echo 'make lint          formatting, clippy, shellcheck, licences'
 
@@ -54,6 +57,15 @@ bench-warm: build
 
 bench-live: build
 	@$(RUN) $(RELEASE)/podferry-bench live
+
+bench-postcopy: build
+	@$(RUN) $(RELEASE)/podferry-bench postcopy
+
+bench-hybrid: build
+	@$(RUN) $(RELEASE)/podferry-bench hybrid
+
+bench-loads: build
+	@$(RUN) $(RELEASE)/podferry-bench loads
 
 bench-engine: build
 	@$(RUN) $(RELEASE)/podferry-bench-engine

@@ -92,6 +92,11 @@ pub fn redis_state(place: &Place, target: SocketAddr) -> Result<RedisState> {
     ask(place, target, &["redis-digest"])
 }
 
+/// Fills `PostgreSQL` from the client side.
+pub fn fill_sql(place: &Place, target: SocketAddr) -> Result<()> {
+    ask(place, target, &["sql-fill"])
+}
+
 fn ask<T: DeserializeOwned>(place: &Place, target: SocketAddr, arguments: &[&str]) -> Result<T> {
     let mut command = place.command(this_program());
     command.args(arguments).args(["--target", &target.to_string()]);
@@ -114,5 +119,7 @@ fn name(kind: Kind) -> &'static str {
         Kind::Cart => "cart",
         Kind::Feed => "feed",
         Kind::Redis => "redis",
+        Kind::Lines => "lines",
+        Kind::Sql => "sql",
     }
 }

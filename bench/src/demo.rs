@@ -86,7 +86,7 @@ fn hop_all(stage: &Stage, rounds: u32, interrupt: &Interrupt, began: Instant) ->
         let place = places.entry(program.name()).or_default();
         let target = (*place + 1) % NODES.len();
         let hop = stage.migrate(program, Strategy::Warm, NODES[*place], NODES[target])?;
-        *place = if hop.outcome.is_ok() { target } else { stage.place(program).unwrap_or(*place) };
+        *place = if hop.outcome.is_ok() { target } else { stage.place(program.name()).unwrap_or(*place) };
         say(began, &describe(hops.len() + 1, all, &hop));
         hops.push(hop);
         if hops.iter().filter(|hop| hop.outcome.is_err()).count() == MAX_FAILURES {

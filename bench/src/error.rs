@@ -43,6 +43,9 @@ pub enum Error {
     /// A result could not be written as JSON.
     #[error("cannot write the result: {0}")]
     Json(#[from] serde_json::Error),
+    /// The command line would not begin; its words.
+    #[error("{0}")]
+    Refused(String),
     /// A workload runs where it should not, or not where it should.
     #[error("{0}")]
     Misplaced(String),

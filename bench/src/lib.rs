@@ -6,6 +6,7 @@ pub mod clients;
 pub mod demo;
 pub mod error;
 pub mod load;
+pub mod loads;
 pub mod local;
 pub mod migration;
 pub mod moves;

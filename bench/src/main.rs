@@ -5,7 +5,8 @@ use std::{io::Read, net::SocketAddr, process::ExitCode};
 use clap::{Args, Parser, Subcommand};
 use podferry_bench::{
     demo,
-    load::{self, Event, Kind, LoadOptions, LoadReport, Readiness, redis_data},
+    load::{self, Event, Kind, LoadOptions, LoadReport, Readiness, redis_data, sql},
+    loads::{self, Load as HardLoad},
     local, moves,
     stage::{Interrupt, Strategy},
     stream,
@@ -30,6 +31,12 @@ enum Command {
     Warm(Extent),
     /// Measure live migration of Redis at several sizes.
     Live(Extent),
+    /// Measure post-copy migration of Redis at several sizes.
+    Postcopy(Extent),
+    /// Measure hybrid migration of Redis at several sizes.
+    Hybrid(Extent),
+    /// Measure live migration of containers that are hard to move, and say which are refused and why.
+    Loads(LoadsArguments),
     /// Measure the page stream between two network namespaces against raw TCP, and packing against none.
     Stream(stream::Arguments),
     /// A local cluster to play with, which goes on until it is taken down.
@@ -40,6 +47,8 @@ enum Command {
     Load(LoadArguments),
     /// Write a data set of a given size into Redis; prints its digest.
     RedisFill(FillArguments),
+    /// Make the tables in `PostgreSQL` that its clients use.
+    SqlFill(Target),
     /// Print the digest of what Redis holds.
     RedisDigest(Target),
 }
@@ -49,6 +58,15 @@ struct Extent {
     /// Fewer moves, smaller sizes.
     #[arg(long, env = "QUICK", value_parser = clap::builder::FalseyValueParser::new(), action = clap::ArgAction::SetTrue)]
     quick: bool,
+}
+
+#[derive(Debug, Args)]
+struct LoadsArguments {
+    #[command(flatten)]
+    extent: Extent,
+    /// Only the load with this name; may be given several times.
+    #[arg(long)]
+    only: Vec<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -121,12 +139,19 @@ fn run(command: Command) -> Outcome {
             Command::Demo(extent) => staged(|interrupt| Ok(demo::run(extent.quick, interrupt)?.holds())),
             Command::Warm(extent) => measure(Strategy::Warm, &extent),
             Command::Live(extent) => measure(Strategy::Live, &extent),
+            Command::Postcopy(extent) => measure(Strategy::PostCopy, &extent),
+            Command::Hybrid(extent) => measure(Strategy::Hybrid, &extent),
+            Command::Loads(LoadsArguments { extent, only }) => {
+                let loads = HardLoad::named(&only)?;
+                staged(|interrupt| Ok(loads::run(&loads, extent.quick, interrupt)?.holds()))
+            }
             Command::Stream(arguments) => {
                 Ok(if stream::run(arguments).await? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
             }
             Command::Local(command) => run_local(command),
             Command::Load(arguments) => run_load(arguments).await,
             Command::RedisFill(arguments) => print(&redis_data::fill(arguments.target.target, arguments.mib).await?),
+            Command::SqlFill(target) => print(&sql::fill(target.target).await?),
             Command::RedisDigest(target) => print(&redis_data::state(target.target).await?),
         }
     });

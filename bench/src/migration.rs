@@ -55,13 +55,55 @@ pub struct MigrationRecord {
     pub wire_bytes: u64,
     /// Time spent in each phase.
     pub timings: Timings,
+    /// The rounds of pre-copy, and that of the freeze as the last.
+    #[serde(default)]
+    pub rounds: Vec<Round>,
+    /// What a person should know.
+    #[serde(default)]
+    pub notes: Vec<String>,
+}
+
+/// Pages that were sent in one go.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Round {
+    /// How many pages were sent.
+    pub pages: u64,
+    /// How many CPUs' time the workload was held to; 0 when it had its own limit.
+    pub cpu_limit: f64,
+}
+
+/// What was laid in behind the running workload.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LaidIn {
+    /// Pages; with post-copy they were fetched from the source.
+    pub pages: u64,
+    /// How often the workload waited for one.
+    pub waits: u64,
 }
 
 impl MigrationRecord {
+    /// Whether its processes were asked to stand still.
+    pub fn was_frozen(&self) -> bool {
+        self.timings.freeze > 0.0
+    }
+
+    /// What was laid in behind the running workload, as a note says; nothing without such a note.
+    pub fn laid_in(&self) -> LaidIn {
+        self.notes.iter().find_map(|note| laid_in(note)).unwrap_or_default()
+    }
+
     /// Whether the workload runs on the target now.
     pub fn succeeded(&self) -> bool {
         self.phase.eq_ignore_ascii_case(SUCCEEDED)
     }
+}
+
+/// Reads the coordinator's note: `N pages were laid in behind the running container, which had to wait for one M times`.
+fn laid_in(note: &str) -> Option<LaidIn> {
+    let (pages, waits) =
+        note.split_once(" pages were laid in behind the running container, which had to wait for one ")?;
+    Some(LaidIn { pages: pages.parse().ok()?, waits: waits.strip_suffix(" times")?.parse().ok()? })
 }
 
 /// Reads what the command line printed: one object, or lines of them of which the last counts.
@@ -145,6 +187,16 @@ mod tests {
             (record.downtime_ms - 81.5).abs() < f64::EPSILON && (record.timings.restore - 31.0).abs() < f64::EPSILON
         );
         assert!(record.timings.fill.abs() < f64::EPSILON);
+        assert_eq!((record.rounds.len(), record.rounds[0].pages), (1, 1));
+        assert_eq!(record.laid_in(), LaidIn::default());
+    }
+
+    #[test]
+    fn what_was_laid_in_is_read_from_the_notes() {
+        let note = "3072 pages were laid in behind the running container, which had to wait for one 17 times";
+        let notes = vec!["node-b: it has room".to_owned(), note.to_owned()];
+        let record = MigrationRecord { notes, ..MigrationRecord::default() };
+        assert_eq!(record.laid_in(), LaidIn { pages: 3072, waits: 17 });
     }
 
     #[test]

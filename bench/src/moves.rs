@@ -44,6 +44,10 @@ pub struct SizeResult {
     pub downtime_ms: f64,
     /// Laying in what was missing behind the running process.
     pub fill_ms: f64,
+    /// MiB that were laid in then. Those that were fetched from the source, with post-copy all of them, are not in `wire_mib`.
+    pub laid_in_mib: f64,
+    /// How often the process waited for a page of them.
+    pub waits: f64,
     /// From the request to the end.
     pub total_ms: f64,
     /// Longest time without an answer that a client saw in a move.
@@ -159,6 +163,8 @@ fn evaluate(hops: &[Hop], report: &LoadReport) -> SizeResult {
         restore_ms: middle(|record| record.timings.restore),
         downtime_ms: middle(|record| record.downtime_ms),
         fill_ms: middle(|record| record.timings.fill),
+        laid_in_mib: middle(|record| mebibytes(record.laid_in().pages * PAGE_BYTES)),
+        waits: middle(|record| whole(record.laid_in().waits)),
         total_ms: middle(|record| record.total_ms),
         client_gap_ms: tenths(median(gaps.iter().copied())),
         client_gap_ms_max: tenths(gaps.iter().copied().reduce(f64::max)),
@@ -169,12 +175,20 @@ fn evaluate(hops: &[Hop], report: &LoadReport) -> SizeResult {
     }
 }
 
-#[expect(clippy::cast_precision_loss, reason = "exact up to 8 PiB")]
-fn mebibytes(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 20)
+/// Bytes of a page.
+const PAGE_BYTES: u64 = 4096;
+
+#[expect(clippy::cast_precision_loss, reason = "exact up to 2^53")]
+pub(crate) fn whole(value: u64) -> f64 {
+    value as f64
 }
 
-fn tenths(value: Option<f64>) -> f64 {
+pub(crate) fn mebibytes(bytes: u64) -> f64 {
+    whole(bytes) / f64::from(1 << 20)
+}
+
+/// Rounded to tenths; nothing is 0.
+pub(crate) fn tenths(value: Option<f64>) -> f64 {
     (value.unwrap_or(0.0) * 10.0).round() / 10.0
 }
 
@@ -193,6 +207,8 @@ pub fn table(result: &MovesResult) -> String {
         "client gap",
         "longest gap",
         "fill",
+        "laid in",
+        "waits",
         "on the wire",
     ];
     let ms = |value: f64| format!("{value:.0} ms");
@@ -210,6 +226,8 @@ pub fn table(result: &MovesResult) -> String {
             ms(size.client_gap_ms),
             ms(size.client_gap_ms_max),
             ms(size.fill_ms),
+            format!("{:.0} MiB", size.laid_in_mib),
+            format!("{:.0}", size.waits),
             format!("{:.0} MiB", size.wire_mib),
         ]
     };
@@ -275,7 +293,7 @@ mod tests {
         let size = SizeResult { mib: 256, resident_mib: 290, ..evaluate(&[hop(0.0, 81.4, true)], &gaps(&[])) };
         let table = table(&MovesResult { strategy: Strategy::Warm, sizes: vec![size] });
         let counts: Vec<usize> = table.lines().map(|line| line.matches('|').count()).collect();
-        assert_eq!(counts, [14, 14, 14]);
+        assert_eq!(counts, [16, 16, 16]);
         assert!(table.contains("| 256 MiB") && table.contains("| 81 ms"));
     }
 }

@@ -28,6 +28,8 @@ pub const NODES: [&str; 2] = ["node-a", "node-b"];
 const LISTEN_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a move may take before it counts as failed: the largest takes seconds.
 const MOVE_DEADLINE: Duration = Duration::from_secs(120);
+/// How long the memory of a source that was destroyed may take to be given back.
+const EXIT_DEADLINE: Duration = Duration::from_secs(10);
 /// How often is looked whether somebody wants the end. Short enough that a move's end is not noticed late.
 const POLL: Duration = Duration::from_millis(200);
 
@@ -39,6 +41,10 @@ pub enum Strategy {
     Warm,
     /// Copy memory while the workload runs, then freeze.
     Live,
+    /// Freeze, resume, fetch the memory behind the running workload.
+    PostCopy,
+    /// Live, and fetch what does not converge.
+    Hybrid,
 }
 
 impl Strategy {
@@ -47,6 +53,8 @@ impl Strategy {
         match self {
             Self::Warm => "warm",
             Self::Live => "live",
+            Self::PostCopy => "postcopy",
+            Self::Hybrid => "hybrid",
         }
     }
 
@@ -55,6 +63,8 @@ impl Strategy {
         match self {
             Self::Warm => &[],
             Self::Live => &["--downtime-budget", "1000"],
+            Self::PostCopy => &["--accept-loss"],
+            Self::Hybrid => &["--downtime-budget", "1000", "--accept-loss"],
         }
     }
 }
@@ -192,10 +202,21 @@ impl Stage {
         start_workload(&self.cluster, program, rootfs)
     }
 
+    /// Starts any container on the first node, prepares the second for it, and waits until it listens on the port.
+    pub fn start_container(&self, workload: &Workload, port: u16, patience: Duration) -> Result<()> {
+        self.interrupt.check()?;
+        start_container(&self.cluster, workload, port, patience)
+    }
+
     /// Removes a workload from both nodes.
     pub fn remove(&self, program: Program) -> Result<()> {
-        for name in NODES {
-            self.cluster.node(name)?.remove_workload(program.name())?;
+        self.remove_container(program.name())
+    }
+
+    /// Removes the container with this name from both nodes.
+    pub fn remove_container(&self, name: &str) -> Result<()> {
+        for node in NODES {
+            self.cluster.node(node)?.remove_workload(name)?;
         }
         // What is started next at this address has another link address, which the clients would not ask for.
         self.cluster.client().check(["ip", "neighbour", "flush", "dev", "eth0"])?;
@@ -220,20 +241,25 @@ impl Stage {
     }
 
     fn try_migrate(&self, program: Program, strategy: Strategy, source: &str, target: &str) -> Result<MigrationRecord> {
-        let move_it = ["migrate", program.name(), "--to", target, "--strategy", strategy.name()];
-        let words = [&move_it[..], strategy.more(), &["--wait", "--output", "json"]].concat();
-        let (stdout, stderr) = self.podferry(&words)?;
-        let record = match parse_record(&stdout) {
-            Ok(record) if record.succeeded() => record,
-            Ok(record) => return Err(Error::Misplaced(format!("{}: {}", record.phase, record.reason))),
-            Err(error) => {
-                let refusal = parse_refusal(&stdout).or_else(|| parse_refusal(&stderr));
-                let said = || format!("`podferry migrate` said {:?}: {error}", format!("{stdout}{stderr}").trim());
-                return Err(Error::Misplaced(refusal.unwrap_or_else(said)));
-            }
-        };
-        self.check_place(program, source, target)?;
+        let how = [&["--strategy", strategy.name()], strategy.more()].concat();
+        let record = self.ask(program.name(), &how, target)?;
+        if !record.succeeded() {
+            return Err(Error::Misplaced(format!("{}: {}", record.phase, record.reason)));
+        }
+        self.check_place(program.name(), source, target)?;
         Ok(record)
+    }
+
+    /// Has a workload moved by the command line, with further words for it, and gives the record of how that ended, well or not.
+    /// A refusal is an error in the command line's words.
+    pub fn ask(&self, workload: &str, how: &[&str], target: &str) -> Result<MigrationRecord> {
+        let words = [&["migrate", workload, "--to", target], how, &["--wait", "--output", "json"]].concat();
+        let (stdout, stderr) = self.podferry(&words)?;
+        parse_record(&stdout).map_err(|error| {
+            let refusal = parse_refusal(&stdout).or_else(|| parse_refusal(&stderr));
+            let said = || format!("`podferry migrate` said {:?}: {error}", format!("{stdout}{stderr}").trim());
+            refusal.map_or_else(|| Error::Misplaced(said()), Error::Refused)
+        })
     }
 
     /// Runs the command line and gives what it wrote to its two streams. An interrupt ends the wait.
@@ -256,21 +282,24 @@ impl Stage {
         Ok((joined(stdout), joined(stderr)))
     }
 
-    /// There is one copy, and it is on the target.
-    fn check_place(&self, program: Program, source: &str, target: &str) -> Result<()> {
-        let name = program.name();
+    /// Fails unless there is one copy, and it is on the target. Behind a post-copy the source is destroyed last, and its kernel still
+    /// gives memory back when the migration has ended.
+    pub fn check_place(&self, name: &str, source: &str, target: &str) -> Result<()> {
         self.cluster.node(target)?.container_process(name)?;
-        match self.cluster.node(source)?.container_process(name) {
-            Ok(process) => {
-                Err(Error::Misplaced(format!("{name} still runs on {source}, too, as process {}", process.pid)))
+        let since = Instant::now();
+        while let Ok(process) = self.cluster.node(source)?.container_process(name) {
+            if since.elapsed() > EXIT_DEADLINE {
+                let words = format!("{name} still runs on {source}, too, as process {}", process.pid);
+                return Err(Error::Misplaced(words));
             }
-            Err(_) => Ok(()),
+            std::thread::sleep(Duration::from_millis(20));
         }
+        Ok(())
     }
 
     /// On which of [`NODES`] a workload runs; `None` when it runs on none, or on both.
-    pub fn place(&self, program: Program) -> Option<usize> {
-        let runs = |name: &str| self.cluster.node(name).and_then(|node| node.container_process(program.name())).is_ok();
+    pub fn place(&self, workload: &str) -> Option<usize> {
+        let runs = |name: &str| self.cluster.node(name).and_then(|node| node.container_process(workload)).is_ok();
         match NODES.map(runs) {
             [true, false] => Some(0),
             [false, true] => Some(1),
@@ -311,7 +340,8 @@ pub fn make_image(program: Program, folder: &Path) -> Result<PathBuf> {
     Ok(image.join("rootfs"))
 }
 
-fn run_script(command: &mut Command) -> Result<()> {
+/// Runs a script of `deploy/setup` that makes an image.
+pub fn run_script(command: &mut Command) -> Result<()> {
     let text = command.get_program().to_string_lossy().into_owned();
     let status = command.stdout(Stdio::null()).status().map_err(fail("run", Path::new(&text)))?;
     if status.success() { Ok(()) } else { Err(Error::Image { command: text, status }) }
@@ -325,27 +355,30 @@ pub fn start_workload(cluster: &LocalCluster, program: Program, rootfs: &Path) -
     };
     let mut workload = Workload::new(program.name(), rootfs, program.arguments().iter().copied(), ip);
     workload.env.push(format!("PORT={}", address.port()));
+    start_container(cluster, &workload, address.port(), LISTEN_DEADLINE)
+}
+
+fn start_container(cluster: &LocalCluster, workload: &Workload, port: u16, patience: Duration) -> Result<()> {
     let [first, second] = NODES;
     let first = cluster.node(first)?;
-    first.start_workload(&workload)?;
-    cluster.node(second)?.prepare_workload(&workload)?;
-    wait_until_it_listens(&first, program)
+    first.start_workload(workload)?;
+    cluster.node(second)?.prepare_workload(workload)?;
+    wait_until_it_listens(&first, &workload.name, port, patience)
 }
 
 /// Looked up in the container's own table: a try to connect would be a connection of its own.
-fn wait_until_it_listens(node: &Node, program: Program) -> Result<()> {
+fn wait_until_it_listens(node: &Node, name: &str, port: u16, patience: Duration) -> Result<()> {
     let since = Instant::now();
-    let port = format!(":{:04X}", program.address().port());
-    while since.elapsed() < LISTEN_DEADLINE {
-        let process = node.container_process(program.name())?;
+    let port = format!(":{port:04X}");
+    while since.elapsed() < patience {
+        let process = node.container_process(name)?;
         let table = |kind: &str| fs::read_to_string(format!("/proc/{}/net/{kind}", process.pid)).unwrap_or_default();
         if listens(&table("tcp"), &port) || listens(&table("tcp6"), &port) {
             return Ok(());
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    let seconds = LISTEN_DEADLINE.as_secs();
-    Err(Error::Misplaced(format!("{} does not listen on its port after {seconds} s", program.name())))
+    Err(Error::Misplaced(format!("{name} does not listen on its port after {} s", patience.as_secs())))
 }
 
 /// Whether a table of `/proc/net/tcp`'s form has a socket in state LISTEN (0A) on the port.

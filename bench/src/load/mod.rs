@@ -9,10 +9,12 @@ mod cart;
 mod catalogue;
 mod connection;
 mod feed;
+mod lines;
 mod recorder;
 mod redis_client;
 pub mod redis_data;
 mod report;
+pub mod sql;
 mod sse;
 
 use std::{
@@ -41,7 +43,7 @@ const PACE: Duration = Duration::from_millis(1);
 /// How long an answer may take before the connection counts as broken. Longer than any migration's freeze here.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(60);
 /// How long the last answer and the final checks may take once the clients are told to end, when nothing is being moved.
-const END_DEADLINE: Duration = Duration::from_secs(10);
+const END_DEADLINE: Duration = Duration::from_secs(30);
 /// How long and at what distance a connection is tried again after it broke, and how long one try may take.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 const CONNECT_TRY: Duration = Duration::from_secs(5);
@@ -126,6 +128,8 @@ pub async fn run(options: LoadOptions, stop: CancellationToken, ready: Arc<Readi
                 }
                 Kind::Cart => drive(cart::CartClient::new(target, number), number, recorder, stop, ready).await,
                 Kind::Feed => drive(feed::FeedClient::new(target), number, recorder, stop, ready).await,
+                Kind::Sql => drive(sql::SqlClient::new(target, number), number, recorder, stop, ready).await,
+                Kind::Lines => drive(lines::LineClient::new(target), number, recorder, stop, ready).await,
                 Kind::Redis => {
                     drive(redis_client::RedisClient::new(target, number), number, recorder, stop, ready).await
                 }

@@ -16,6 +16,10 @@ pub enum Kind {
     Feed,
     /// Counts, writes and reads in Redis.
     Redis,
+    /// Counts and checks in a service that answers lines.
+    Lines,
+    /// Inserts, updates and reads in `PostgreSQL`.
+    Sql,
 }
 
 /// A pause between two right answers.

@@ -59,6 +59,8 @@ pub struct Workload {
     pub ip: Ipv4Addr,
     /// Its network; linked by default.
     pub network: Network,
+    /// Whose user and group number its first process has; root's by default.
+    pub user: u32,
     /// What of the machine it sees besides its root filesystem.
     pub mounts: Vec<BindMount>,
     /// Whether its standard streams are a terminal.
@@ -89,6 +91,7 @@ impl Workload {
             cwd: PathBuf::from("/"),
             ip,
             network: Network::default(),
+            user: 0,
             mounts: Vec::new(),
             terminal: false,
             seccomp: None,
@@ -137,7 +140,7 @@ impl Workload {
             .build()?;
         let mut process = ProcessBuilder::default()
             .terminal(self.terminal)
-            .user(UserBuilder::default().uid(0u32).gid(0u32).build()?)
+            .user(UserBuilder::default().uid(self.user).gid(self.user).build()?)
             .args(self.args.clone())
             .env(env)
             .cwd(self.cwd.clone())
@@ -274,9 +277,11 @@ mod tests {
         workload.env = vec!["PATH=/only".to_owned()];
         workload.memory_limit = Some(1 << 30);
         workload.cpu_quota = Some(150_000);
+        workload.user = 70;
         workload.mounts = vec![BindMount { source: "/host".into(), destination: "/data".into(), read_only: true }];
         let json = serde_json::to_value(workload.spec(Path::new("/c")).unwrap()).unwrap();
         assert_eq!(json["process"]["capabilities"]["bounding"], serde_json::json!(["CAP_KILL"]));
+        assert_eq!((&json["process"]["user"]["uid"], &json["process"]["user"]["gid"]), (&70.into(), &70.into()));
         assert_eq!(json["process"]["env"], serde_json::json!(["PATH=/only"]));
         assert_eq!(json["linux"]["resources"]["memory"]["limit"], 1 << 30);
         let cpu = &json["linux"]["resources"]["cpu"];
