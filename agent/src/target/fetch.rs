@@ -24,7 +24,7 @@ use podferry_transfer::Pool;
 use podferry_transfer::ZeroMap;
 use podferry_transfer::compression::Unpacker;
 use podferry_transfer::parcel;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -130,9 +130,10 @@ async fn serve(way: &Way, listener: &UnixListener) {
 }
 
 async fn converse(way: &Way, pager: UnixStream) -> io::Result<()> {
-    let (mut from, mut to) = pager.into_split();
-    let (answers, mut answered) = mpsc::channel::<Vec<u8>>(QUEUE);
-    let awaited = Lane::open(way, true, &answers);
+    let (mut from, to) = pager.into_split();
+    let (awaited_answers, awaited_answered) = mpsc::channel(QUEUE);
+    let (answers, answered) = mpsc::channel(QUEUE);
+    let awaited = Lane::open(way, true, &awaited_answers);
     let rest = Lane::open(way, false, &answers);
     let asking = async {
         let mut head = [0; HEAD];
@@ -143,15 +144,27 @@ async fn converse(way: &Way, pager: UnixStream) -> io::Result<()> {
             lane.ask(request);
         }
     };
-    let answering = async {
-        while let Some(bytes) = answered.recv().await {
-            to.write_all(&bytes).await?;
-        }
-        Ok(())
-    };
     tokio::select! {
         ended = asking => ended,
-        ended = answering => ended,
+        ended = pass_on(awaited_answered, answered, to) => ended,
+    }
+}
+
+/// Writes answers to the pager, those that are awaited first. Ends when none can come any more.
+async fn pass_on(
+    mut awaited: mpsc::Receiver<Vec<u8>>,
+    mut rest: mpsc::Receiver<Vec<u8>>,
+    mut to: impl AsyncWrite + Unpin,
+) -> io::Result<()> {
+    loop {
+        let next = tokio::select! {
+            biased;
+            Some(answer) = awaited.recv() => Some(answer),
+            Some(answer) = rest.recv() => Some(answer),
+            else => None,
+        };
+        let Some(answer) = next else { return Ok(()) };
+        to.write_all(&answer).await?;
     }
 }
 
@@ -321,6 +334,26 @@ mod tests {
     use podferry_memory::range::PageRange;
 
     use super::*;
+
+    #[tokio::test]
+    async fn what_is_awaited_does_not_stand_behind_what_waits_for_the_pager() {
+        let (awaited, awaited_answered) = mpsc::channel(QUEUE);
+        let (rest, answered) = mpsc::channel(QUEUE);
+        // The pager takes nothing at first.
+        let (to, mut pager) = tokio::io::duplex(1);
+        let passing = tokio::spawn(pass_on(awaited_answered, answered, to));
+        for _ in 0..QUEUE {
+            rest.send(b"rest".to_vec()).await.unwrap();
+        }
+        tokio::task::yield_now().await;
+        awaited.send(b"awaited".to_vec()).await.unwrap();
+        drop((awaited, rest));
+        let mut said = String::new();
+        pager.read_to_string(&mut said).await.unwrap();
+        passing.await.unwrap().unwrap();
+        // One was being written.
+        assert_eq!(said, format!("restawaited{}", "rest".repeat(QUEUE - 1)));
+    }
 
     #[test]
     fn pages_that_are_zero_stand_among_the_others() {
