@@ -31,7 +31,7 @@ main() {
     [[ ${1:-} != --install ]] || return 0
 
     local check failed=()
-    for check in check_format check_clippy check_fuzz check_scripts check_deny; do
+    for check in check_format check_clippy check_fuzz check_scripts check_setup check_deny; do
         log "$check"
         "$check" || failed+=("\"$check\"")
     done
@@ -49,6 +49,16 @@ check_scripts() {
         { apt-get -qq update && apt-get -qq install -y --no-install-recommends shellcheck; } >&2 </dev/null || return 1
     fi
     git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck -x
+}
+
+# A machine without cargo is the one that setup is for.
+check_setup() {
+    local folder status=0
+    folder=$(mktemp -d)
+    ln -s "$(command -v awk)" "$folder/awk"
+    bash -euo pipefail -c '. deploy/setup/setup.sh; PATH=$1; version=$(cargo_version); [[ -z $version ]]' - "$folder" || status=$?
+    rm -rf "$folder"
+    return "$status"
 }
 
 main "$@"
