@@ -15,6 +15,7 @@ use std::time::Duration;
 use podferry_common::MigrationId;
 use podferry_common::failure::{Failure, FailureCode};
 use podferry_common::identity::Peer;
+use podferry_common::tls::{self, TlsError};
 use podferry_memory::PAGE_SIZE;
 use podferry_memory::fetch::{Answer, HEAD, Request};
 use podferry_proto::v1::fetch_request::Kind;
@@ -30,6 +31,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::transport::Channel;
 
 use crate::context::Context;
 use crate::journal::{PartDirs, Role};
@@ -44,6 +46,9 @@ const SILENCE: Duration = Duration::from_secs(15);
 const LOOK: Duration = Duration::from_millis(200);
 /// How long a pager gets until there is a word of it.
 const NO_PAGER: Duration = Duration::from_secs(30);
+/// Bytes that may be under way on a connection: what a pager asks for ahead, and as much again. HTTP/2's usual 64 KiB are a quarter of one
+/// answer, so each would take four journeys there and back.
+const WINDOW: u32 = 8 << 20;
 /// Answers that may wait for the pager.
 const QUEUE: usize = 8;
 /// The most bytes of a response: its pages, and the words around them.
@@ -56,6 +61,21 @@ struct Way {
     migration: MigrationId,
     source: Peer,
     address: String,
+}
+
+impl Way {
+    /// As [`tls::connect`], with room for what the pager asks for ahead.
+    async fn connect(&self) -> Result<Channel, TlsError> {
+        let endpoint = tls::endpoint(&self.address)?.initial_stream_window_size(WINDOW);
+        let endpoint = endpoint.initial_connection_window_size(WINDOW);
+        let dialled =
+            endpoint.connect_with_connector(tls::connector(&self.address, &self.context.identity, &self.source));
+        dialled.await.map_err(|source| TlsError::Channel {
+            peer: self.source.clone(),
+            address: self.address.clone(),
+            source,
+        })
+    }
 }
 
 /// The agent that has the pages.
@@ -241,8 +261,7 @@ impl Fetching {
         let unreachable = |error: &(dyn std::error::Error + 'static)| {
             way.context.failure(FailureCode::Unavailable, "the source cannot be reached", error).in_phase("fill")
         };
-        let connecting = podferry_common::tls::connect(&way.address, &way.context.identity, &way.source);
-        let channel = timeout(SILENCE, connecting).await.map_err(|error| unreachable(&error))?;
+        let channel = timeout(SILENCE, way.connect()).await.map_err(|error| unreachable(&error))?;
         let channel = channel.map_err(|error| unreachable(&error))?;
         let (calls, said) = mpsc::unbounded_channel();
         let begin = FetchBegin { migration_id: way.migration.to_string(), awaited: self.awaited };

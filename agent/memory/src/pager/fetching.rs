@@ -15,6 +15,8 @@ const WINDOW: u64 = 4 << 20;
 const AGAIN: Duration = Duration::from_millis(100);
 /// Bytes that are read at a time.
 const PART: usize = 64 * 1024;
+/// So many parts at most are read before what has come is laid in: 1 MiB.
+const PARTS: usize = 16;
 
 /// Something that came.
 #[derive(Debug, PartialEq, Eq)]
@@ -109,10 +111,11 @@ impl Fetching {
         }
     }
 
-    /// What has come since the last time.
+    /// What has come since the last time, but not without end: somebody may wait for the first of it.
     pub(super) fn receive(&mut self) -> Vec<Arrived> {
         let mut arrived = Vec::new();
-        while let Some(fetcher) = &mut self.fetcher {
+        for _ in 0..PARTS {
+            let Some(fetcher) = &mut self.fetcher else { break };
             let before = self.inbound.len();
             self.inbound.resize(before + PART, 0);
             let read = fetcher.read(&mut self.inbound[before..]);
