@@ -155,7 +155,7 @@ fn what_criu_cannot_dump_is_refused_with_the_process_that_has_it() {
     let accepting = thread::spawn(move || daemon.accept().unwrap());
 
     let setup = if cfg!(target_arch = "x86_64") { 206 } else { 0 };
-    let programs = [
+    let mut programs = vec![
         // io_uring_setup(2) has the same number everywhere.
         ("uring", "my $p = \"\\0\" x 120; syscall(425, 4, $p) >= 0 or die $!;".to_owned(), "io-uring"),
         ("aio", format!("my $c = \"\\0\" x 8; syscall({setup}, 8, $c) == 0 or die $!;"), "async-io"),
@@ -168,6 +168,10 @@ fn what_criu_cannot_dump_is_refused_with_the_process_that_has_it() {
         // IPPROTO_MPTCP of linux/in.h.
         ("mptcp", "socket(my $s, 2, 1, 262) or die $!;".to_owned(), "mptcp"),
     ];
+    // Where root has it, CRIU dumps processes of any user.
+    if !has_sys_resource() {
+        programs.push(("user", "$( = $) = 70; $< = $> = 70; $> == 70 or die $!;".to_owned(), "other-user"));
+    }
     let mut options = options(folder.path().join("cluster"));
     options.workloads =
         programs.iter().map(|(name, ..)| (*name).to_owned()).chain(["stdio", "paused"].map(str::to_owned)).collect();
@@ -209,6 +213,12 @@ fn what_criu_cannot_dump_is_refused_with_the_process_that_has_it() {
     assert_refused(&migrate(&cluster, "paused", target.name()), REFUSED, &[source.name(), "runc", "resume paused"]);
     assert_eq!(status(&source, "paused"), "paused");
     assert_eq!(difference(&before, &settled(&cluster)), Vec::<String>::new());
+}
+
+fn has_sys_resource() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
+    u64::from_str_radix(effective.trim(), 16).unwrap() & 1 << 24 != 0
 }
 
 fn inner_pid(node: &Node, name: &str) -> u64 {

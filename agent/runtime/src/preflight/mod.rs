@@ -10,6 +10,7 @@ mod mounts;
 mod namespaces;
 mod sockets;
 mod timers;
+mod users;
 mod watches;
 
 use std::collections::BTreeSet;
@@ -17,7 +18,7 @@ use std::path::PathBuf;
 use std::thread::sleep;
 use std::time::Duration;
 
-use procfs::process::Process;
+use procfs::process::{Process, Status};
 
 use crate::container::{Container, NamespaceKind, collect_descendants};
 use crate::error::Error;
@@ -105,6 +106,8 @@ pub enum FindingKind {
     Timer,
     /// Under a debugger or tracer.
     Traced,
+    /// Of another user than the agent, which lacks the capability to ask for its limits.
+    OtherUser,
     /// Shares a namespace with the host.
     SharedNamespace,
     /// A namespace inside the container of a kind that CRIU cannot nest.
@@ -226,12 +229,13 @@ fn look(container: &Container) -> Result<Report, Error> {
     let mut threads = 0;
     let mut open = descriptors::Open::default();
     let mounts = mounts::Known::new(init.pid)?;
+    let own = Process::myself().and_then(|process| process.status()).map_err(Error::proc(0, "status"))?;
     let mut tree = BTreeSet::new();
     collect_descendants(init.pid, &mut tree);
     // What `runc exec` started is not dumped: whatever it has does not matter.
     for &pid in &tree {
         let looked = (|| {
-            threads += look_at_process(pid, &mut findings)?;
+            threads += look_at_process(pid, &own, &mut findings)?;
             mappings::look(pid, &mut findings)?;
             descriptors::look(pid, &mounts, &mut findings, &mut open)
         })();
@@ -258,9 +262,11 @@ fn look(container: &Container) -> Result<Report, Error> {
     Ok(Report { facts, findings })
 }
 
-/// Who traces it; the number of its threads.
-fn look_at_process(pid: i32, findings: &mut Vec<Finding>) -> Result<usize, Error> {
+/// Whose it is, and who traces it; the number of its threads. `own` is of this process.
+fn look_at_process(pid: i32, own: &Status, findings: &mut Vec<Finding>) -> Result<usize, Error> {
     let process = Process::new(pid).map_err(Error::proc(pid, "stat"))?;
+    let status = process.status().map_err(Error::proc(pid, "status"))?;
+    findings.extend(users::judge(&status, own).map(|finding| finding.of_process(pid)));
     let mut tracers = BTreeSet::new();
     let mut threads = 0;
     for task in process.tasks().map_err(Error::proc(pid, "task"))? {
