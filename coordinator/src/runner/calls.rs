@@ -20,6 +20,11 @@ use crate::strategy::{Strategy, Wishes};
 
 /// The downtime that a live migration aims at, in milliseconds, when nobody says one.
 const DOWNTIME_BUDGET_MS: f64 = 100.0;
+
+/// The downtime that is aimed at, in ms, where so much was asked for; 0 is nothing asked for.
+pub(super) fn budget_ms(asked: f64) -> f64 {
+    if asked > 0.0 { asked } else { DOWNTIME_BUDGET_MS }
+}
 /// Rounds of pre-copy at most: memory that has not become less by then does not.
 const MAX_ROUNDS: u32 = 30;
 
@@ -284,8 +289,7 @@ impl Job {
     }
 
     fn pre_copy(&self) -> Option<v1::PreCopy> {
-        let downtime_budget_ms =
-            if self.downtime_budget_ms > 0.0 { self.downtime_budget_ms } else { DOWNTIME_BUDGET_MS };
+        let downtime_budget_ms = budget_ms(self.downtime_budget_ms);
         let deadline_ms = whole_milliseconds(self.deadlines.precopy);
         let (max_rounds, verify, throttle) = (MAX_ROUNDS, self.verify, self.throttle);
         let asked = v1::PreCopy { downtime_budget_ms, max_rounds, deadline_ms, verify, throttle };

@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use podferry_proto::v1;
 use tokio::time::Instant;
 
+use super::calls::budget_ms;
 use crate::migration::Phase;
 use crate::store::{Record, Round, told};
 
@@ -93,8 +94,15 @@ impl Meter {
 
     /// The target runs since `at`.
     pub(super) fn resumed(&self, record: &mut Record, at: Instant) {
-        if let Some(frozen) = self.frozen {
-            record.report.downtime_ms = milliseconds(at.saturating_duration_since(frozen));
+        let Some(frozen) = self.frozen else { return };
+        let downtime = milliseconds(at.saturating_duration_since(frozen));
+        record.report.downtime_ms = downtime;
+        let budget = budget_ms(record.downtime_budget_ms);
+        if record.strategy.path().pre_copy && downtime > budget {
+            record.report.note(format!(
+                "the downtime was {downtime:.0} ms, {budget:.0} ms were aimed at: of a freeze only the memory that was left is predicted, with \
+                 an allowance for all else, and all else took longer"
+            ));
         }
     }
 
@@ -126,4 +134,31 @@ impl Meter {
 
 fn milliseconds(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::strategy::Strategy;
+    use crate::testing::record;
+
+    #[test]
+    fn who_stood_still_for_longer_than_was_aimed_at_is_told() {
+        for (strategy, budget, downtime, told) in [
+            (Strategy::Live, 0.0, 99, false),
+            (Strategy::Live, 0.0, 250, true),
+            (Strategy::Live, 300.0, 250, false),
+            (Strategy::Hybrid, 200.0, 250, true),
+            (Strategy::Warm, 0.0, 250, false),
+            (Strategy::Postcopy, 0.0, 250, false),
+        ] {
+            let mut record = Record { strategy, downtime_budget_ms: budget, ..record("redis", "a", "b") };
+            let mut meter = Meter::new(&record);
+            let frozen = Instant::now();
+            meter.frozen(&mut record, frozen, 1.0);
+            meter.resumed(&mut record, frozen + Duration::from_millis(downtime));
+            let notes = format!("{:?}", record.report.notes);
+            assert_eq!(notes.contains("250 ms"), told, "{strategy} {budget} {downtime}: {notes}");
+        }
+    }
 }
