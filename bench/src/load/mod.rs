@@ -42,8 +42,10 @@ pub use self::{
 const PACE: Duration = Duration::from_millis(1);
 /// How long an answer may take before the connection counts as broken. Longer than any migration's freeze here.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(60);
-/// How long the last answer and the final checks may take once the clients are told to end, when nothing is being moved.
-const END_DEADLINE: Duration = Duration::from_secs(30);
+/// How long the last answer may take once the clients are told to end, when nothing is being moved.
+const END_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the final checks may take, some of which look at all memory.
+const CHECKS_DEADLINE: Duration = Duration::from_secs(30);
 /// How long and at what distance a connection is tried again after it broke, and how long one try may take.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 const CONNECT_TRY: Duration = Duration::from_secs(5);
@@ -189,8 +191,9 @@ async fn drive<C: Client>(
     }
     let end = Instant::now();
     if connected {
-        let late = || vec![Fault::Broken(format!("the final checks did not end within {} s", END_DEADLINE.as_secs()))];
-        for fault in timeout(END_DEADLINE, client.finish()).await.unwrap_or_else(|_| late()) {
+        let late =
+            || vec![Fault::Broken(format!("the final checks did not end within {} s", CHECKS_DEADLINE.as_secs()))];
+        for fault in timeout(CHECKS_DEADLINE, client.finish()).await.unwrap_or_else(|_| late()) {
             recorder.fault(&fault);
         }
     }
