@@ -206,7 +206,19 @@ fn named(
 /// A gRPC channel to `address` (`host:port`), connected now. When its connection breaks it dials again at the next call,
 /// with the certificate that is current then.
 pub async fn connect(address: &str, identity: &Identity, expected: &Peer) -> Result<Channel, TlsError> {
-    let endpoint = endpoint(address)?;
+    connect_by(endpoint(address)?, address, identity, expected).await
+}
+
+/// As [`connect`], with settings of one's own on what [`endpoint`] gives for the same address.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_by(
+    endpoint: Endpoint,
+    address: &str,
+    identity: &Identity,
+    expected: &Peer,
+) -> Result<Channel, TlsError> {
     let connected = endpoint.connect_with_connector(connector(address, identity, expected)).await;
     connected.map_err(|source| TlsError::Channel { peer: expected.clone(), address: address.to_owned(), source })
 }

@@ -68,13 +68,7 @@ impl Way {
     async fn connect(&self) -> Result<Channel, TlsError> {
         let endpoint = tls::endpoint(&self.address)?.initial_stream_window_size(WINDOW);
         let endpoint = endpoint.initial_connection_window_size(WINDOW);
-        let dialled =
-            endpoint.connect_with_connector(tls::connector(&self.address, &self.context.identity, &self.source));
-        dialled.await.map_err(|source| TlsError::Channel {
-            peer: self.source.clone(),
-            address: self.address.clone(),
-            source,
-        })
+        tls::connect_by(endpoint, &self.address, &self.context.identity, &self.source).await
     }
 }
 
