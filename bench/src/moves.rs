@@ -94,12 +94,7 @@ pub fn run(strategy: Strategy, quick: bool, interrupt: &Interrupt) -> Result<Mov
         sizes.iter().map(|mib| measure(&stage, strategy, *mib, runs, interrupt)).collect();
     let result =
         MovesResult { strategy, sizes: measured.inspect_err(|_| println!("logs: {}", stage.logs().display()))? };
-    if result.holds() {
-        stage.down()?;
-    } else {
-        println!("logs: {}", stage.logs().display());
-        drop(stage);
-    }
+    stage.finish(result.holds())?;
     println!("\n{}", table(&result));
     println!("{}", serde_json::to_string(&result)?);
     Ok(result)

@@ -313,6 +313,15 @@ impl Stage {
         self.folder.remove()
     }
 
+    /// The end of a measurement: as [`Stage::down`] when all was well; otherwise the logs stay, and it is said where.
+    pub fn finish(self, well: bool) -> Result<()> {
+        if well {
+            return self.down();
+        }
+        println!("logs: {}", self.logs().display());
+        Ok(())
+    }
+
     /// Where the logs are that explain a failure.
     pub fn logs(&self) -> PathBuf {
         self.cluster.logs()

@@ -76,12 +76,7 @@ pub fn run(loads: &[Load], quick: bool, interrupt: &Interrupt) -> Result<LoadsRe
         rows.extend(measured.inspect_err(|_| println!("logs: {}", stage.logs().display()))?);
     }
     let result = LoadsResult { rows };
-    if result.holds() {
-        stage.down()?;
-    } else {
-        println!("logs: {}", stage.logs().display());
-        drop(stage);
-    }
+    stage.finish(result.holds())?;
     println!("\n{}", table(&result));
     println!("{}", serde_json::to_string(&result)?);
     Ok(result)
