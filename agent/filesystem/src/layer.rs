@@ -106,6 +106,15 @@ pub fn mount_placeholder(target: &Path) -> Result<()> {
         .map_err(failed("mount a placeholder on", target))
 }
 
+/// Whether anything is mounted on a directory. One that does not exist has nothing.
+pub fn is_mounted(target: &Path) -> Result<bool> {
+    match target.canonicalize() {
+        Ok(real) => Ok(mountinfo::mounted_on(&real)?.is_some()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(Error::Io { doing: "find", path: target.to_owned(), source }),
+    }
+}
+
 /// Unmounts all that is mounted on a directory. That nothing is, or that it does not exist, is no error.
 pub fn unmount(target: &Path) -> Result<()> {
     loop {

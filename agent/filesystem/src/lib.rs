@@ -22,7 +22,7 @@ mod tree;
 mod unpack;
 
 pub use error::{Error, Result};
-pub use layer::{Overlay, WritableLayer, mount_placeholder, unmount};
+pub use layer::{Overlay, WritableLayer, is_mounted, mount_placeholder, unmount};
 pub use pack::{PackStats, pack};
 pub use tree::{free_bytes, sync, wipe};
 pub use unpack::{Limits, UnpackStats, unpack};

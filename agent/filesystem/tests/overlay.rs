@@ -10,7 +10,9 @@ use std::process::Command;
 use std::time::{Duration, SystemTime};
 
 use common::tree;
-use podferry_filesystem::{Error, Limits, Overlay, WritableLayer, free_bytes, pack, sync, unmount, unpack, wipe};
+use podferry_filesystem::{
+    Error, Limits, Overlay, WritableLayer, free_bytes, is_mounted, mount_placeholder, pack, sync, unmount, unpack, wipe,
+};
 use rustix::fs::{CWD, FileType, Mode, XattrFlags, mknodat, setxattr};
 
 /// An image, and one container's root over it, unmounted when the test ends.
@@ -216,4 +218,21 @@ fn wiping_follows_no_link_and_crosses_no_mount() {
     assert_eq!(fs::read_to_string(container.path("image/etc/motd")).unwrap(), "hello");
     assert!(fs::metadata(&wiped).unwrap().is_dir());
     assert!(fs::metadata(container.path("image")).unwrap().uid() == 0);
+}
+
+#[test]
+fn placeholders_are_empty_and_all_that_is_mounted_is_unmounted() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("root");
+    assert!(!is_mounted(&root).unwrap(), "it does not exist");
+    fs::create_dir(&root).unwrap();
+    fs::write(root.join("below"), "kept").unwrap();
+    for _ in 0..2 {
+        mount_placeholder(&root).unwrap();
+        assert!(is_mounted(&root).unwrap() && fs::read_dir(&root).unwrap().next().is_none());
+        fs::create_dir(root.join("proc")).unwrap();
+    }
+    unmount(&root).unwrap();
+    assert!(!is_mounted(&root).unwrap());
+    assert_eq!(fs::read_to_string(root.join("below")).unwrap(), "kept");
 }

@@ -288,7 +288,8 @@ pub(crate) async fn refuse(context: &Context, wish: &Wish) -> Result<(), Failure
 
 fn bundle_findings(bundle: &Bundle, wish: &Wish) -> Vec<Finding> {
     let mut findings = Vec::new();
-    if bundle.is_mounted() {
+    // Whatever it is: it would be unmounted with what the migration mounts there.
+    if podferry_filesystem::is_mounted(&bundle.rootfs()).unwrap_or(true) {
         let message = format!("{} is mounted: the bundle is in use", bundle.rootfs().display());
         findings.push(refusal("bundle-in-use", message, "end what uses it, and unmount it".to_owned()));
     }
