@@ -18,16 +18,14 @@ use podferry_common::failure::{Failure, FailureCode, chain};
 use podferry_criu::{CriuError, ImageGate};
 use podferry_runtime::RunningRestore;
 
-use super::bundle::Bundle;
-use super::{
-    END_TIMEOUT, GONE_TIMEOUT, RestoreOrder, TargetPart, clean_up, cleanup_failed, inbox, io_failed, mount_root,
-    restore_from,
-};
-use crate::context::{Context, blocking};
-use crate::journal::PartDirs;
+use super::restore::Restoring;
+use super::{GONE_TIMEOUT, TargetPart, inbox, io_failed};
+use crate::context::blocking;
 
 /// How long runc and CRIU get until they wait.
 const REACH_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a restore that waits gets to end when there is nothing for it. It has made nothing yet that would take time to undo.
+const END_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A `runc restore` that was started.
 #[derive(Debug)]
@@ -56,13 +54,11 @@ impl TargetPart {
         if running.is_some() {
             return;
         }
-        let (context, bundle, dirs, order) =
-            (self.context.clone(), self.bundle.clone(), self.dirs.clone(), self.order());
-        let cancelled = self.cancelled.clone();
+        let (restoring, cancelled) = (self.restoring(), self.cancelled.clone());
         // This future may be dropped meanwhile. The lock goes along, so that an abort waits for what was started.
         let starting = tokio::spawn(blocking(move || {
             if !cancelled.is_cancelled() {
-                start(&mut running, &context, &bundle, &dirs, &order, lazy)?;
+                *running = Some(start(&restoring, lazy)?);
             }
             Ok(())
         }));
@@ -75,29 +71,49 @@ impl TargetPart {
     }
 }
 
-fn start(
-    running: &mut Option<Started>,
-    context: &Context,
-    bundle: &Bundle,
-    dirs: &PartDirs,
-    order: &RestoreOrder,
-    lazy: bool,
-) -> Result<(), Failure> {
-    let gate = ImageGate::new(&dirs.images).map_err(|error| not_started(context, &error))?;
-    podferry_filesystem::mount_placeholder(&bundle.rootfs()).map_err(|error| not_started(context, &error))?;
-    let runc = restore_from(context, bundle, dirs, order, lazy)?;
-    let started = running.insert(Started { runc, early: Some(Early { gate, lazy }) });
-    // Also so that the gate's end is held: CRIU reads its end when this agent is killed, and gives up.
-    started.reach_gate().map_err(|error| not_started(context, &error))?;
+/// Starts one that waits, and sees it wait.
+fn start(restoring: &Restoring, lazy: bool) -> Result<Started, Failure> {
+    let failed = |error: &(dyn std::error::Error + 'static)| not_started(restoring, error);
+    let gate = ImageGate::new(&restoring.dirs.images).map_err(|error| failed(&error))?;
+    podferry_filesystem::mount_placeholder(&restoring.bundle.rootfs()).map_err(|error| failed(&error))?;
+    let runc = restoring.start(lazy)?;
+    let mut started = Started { runc, early: Some(Early { gate, lazy }) };
+    // From then on the gate's other end is held: CRIU reads its end when this agent is killed, and gives up.
+    match started.reach_gate() {
+        Ok(true) => Ok(started),
+        Ok(false) => {
+            started.end(restoring, GONE_TIMEOUT)?;
+            let message = "runc and CRIU do not come to wait for their images";
+            Err(restoring.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("restore"))
+        }
+        Err(error) => {
+            started.end(restoring, GONE_TIMEOUT)?;
+            Err(failed(&error))
+        }
+    }
+}
+
+/// Everything is here: lets the restore that was started early have it, or starts one; blocks.
+///
+/// # Errors
+/// When something cannot be put where it belongs, a restore that cannot be used cannot be ended, or none be started.
+pub(super) fn go_on_or_start(running: &mut Option<Started>, restoring: &Restoring, lazy: bool) -> Result<(), Failure> {
+    if let Some(started) = running
+        && started.open_gate(restoring, lazy)?
+    {
+        return Ok(());
+    }
+    if let Some(useless) = running.take() {
+        tracing::warn!(migration = %restoring.migration, "a restore that was started early is of no use; starting anew");
+        useless.end(restoring, END_TIMEOUT)?;
+    }
+    inbox::place_inventory(&restoring.dirs.images).map_err(|error| io_failed(&restoring.context, &error))?;
+    restoring.mount_root()?;
+    *running = Some(Started { runc: restoring.start(lazy)?, early: None });
     Ok(())
 }
 
 impl Started {
-    /// One that does not wait for images.
-    pub(super) fn now(runc: RunningRestore) -> Self {
-        Self { runc, early: None }
-    }
-
     /// Whether it waits for its images.
     pub(super) fn is_early(&self) -> bool {
         self.early.is_some()
@@ -108,52 +124,29 @@ impl Started {
         self.runc.try_wait()
     }
 
-    /// Everything is here: lets a restore that was started early have it. Leaves none when there was none that can be used.
-    ///
-    /// # Errors
-    /// When something cannot be put where it belongs, or a restore that cannot be used cannot be ended.
-    pub(super) fn go_on(
-        running: &mut Option<Self>,
-        context: &Context,
-        bundle: &Bundle,
-        dirs: &PartDirs,
-        (workload, ..): &RestoreOrder,
-        lazy: bool,
-    ) -> Result<(), Failure> {
-        if let Some(started) = running
-            && started.goes_on(context, bundle, dirs, lazy)?
-        {
-            return Ok(());
-        }
-        if let Some(useless) = running.take() {
-            tracing::warn!(workload, "a restore that was started early is of no use; starting anew");
-            useless.end(context, END_TIMEOUT)?;
-            clean_up(context, bundle, workload, dirs)?;
-        }
-        inbox::place_inventory(&dirs.images).map_err(|error| io_failed(context, &error))
-    }
-
-    fn goes_on(&mut self, context: &Context, bundle: &Bundle, dirs: &PartDirs, lazy: bool) -> Result<bool, Failure> {
+    /// Gives it the root filesystem and the inventory; false when it has died, or was told wrongly whether pages come later.
+    fn open_gate(&mut self, restoring: &Restoring, lazy: bool) -> Result<bool, Failure> {
         let as_told = self.early.as_ref().is_some_and(|early| early.lazy == lazy);
-        if !as_told || !self.lives() || !self.reach_gate().map_err(|error| not_started(context, &error))? {
+        if !as_told || self.has_died() {
             return Ok(false);
         }
-        mount_root(context, bundle)?;
-        self.runc.renew_root(&bundle.rootfs()).map_err(|error| not_started(context, &error))?;
-        let inventory = fs::read(inbox::arrived_inventory(&dirs.images)).map_err(|error| io_failed(context, &error))?;
+        let (context, images) = (&restoring.context, &restoring.dirs.images);
+        restoring.mount_root()?;
+        self.runc.renew_root(&restoring.bundle.rootfs()).map_err(|error| not_started(restoring, &error))?;
+        let inventory = fs::read(inbox::arrived_inventory(images)).map_err(|error| io_failed(context, &error))?;
         if let Some(early) = self.early.take() {
-            early.gate.open(&inventory).map_err(|error| not_started(context, &error))?;
+            early.gate.open(&inventory).map_err(|error| not_started(restoring, &error))?;
         }
         // For a restore that has to be done again.
-        inbox::place_inventory(&dirs.images).map_err(|error| io_failed(context, &error))?;
+        inbox::place_inventory(images).map_err(|error| io_failed(context, &error))?;
         Ok(true)
     }
 
-    fn lives(&mut self) -> bool {
-        self.runc.try_wait().is_ok_and(|ended| !ended) && !self.has_lost_criu()
+    fn has_died(&mut self) -> bool {
+        !matches!(self.runc.try_wait(), Ok(false)) || self.has_lost_criu()
     }
 
-    /// Whether its CRIU was killed. runc takes ten seconds to see that.
+    /// Whether its CRIU was killed while it waited. runc takes ten seconds to see that.
     fn has_lost_criu(&self) -> bool {
         self.early.as_ref().is_some_and(|early| early.gate.is_deserted())
     }
@@ -165,29 +158,27 @@ impl Started {
         early.gate.wait(REACH_TIMEOUT, || runc.try_wait().is_ok_and(|ended| !ended))
     }
 
-    /// Waits for its end; one that does not end by itself is killed, and what it made removed.
+    /// Waits for its end, kills it when it does not end by itself, and removes what it made; blocks.
     ///
     /// # Errors
     /// When something stays.
-    pub(super) fn end(self, context: &Context, patience: Duration) -> Result<(), Failure> {
+    pub(super) fn end(self, restoring: &Restoring, patience: Duration) -> Result<(), Failure> {
         let patience = if self.has_lost_criu() { GONE_TIMEOUT } else { patience };
         let Self { mut runc, early } = self;
         // Without its gate it reads nothing, and gives up.
         drop(early);
         match runc.wait_until(Instant::now() + patience) {
+            Ok(true) => {}
             Ok(false) => {
                 tracing::warn!(pid = runc.pid, "a restore does not end by itself; killing it");
-                runc.kill_and_clean().map_err(|error| cleanup_failed(context, &error))
+                runc.kill_and_clean().map_err(|error| restoring.not_removed(&error))?;
             }
-            Ok(true) => Ok(()),
-            Err(error) => {
-                tracing::debug!(error = chain(&error), "a restore has ended");
-                Ok(())
-            }
+            Err(error) => tracing::debug!(error = chain(&error), "a restore has ended"),
         }
+        restoring.clean_up()
     }
 }
 
-fn not_started(context: &Context, error: &(dyn std::error::Error + 'static)) -> Failure {
-    context.failure(FailureCode::Internal, "a restore that waits for its images fails", error).in_phase("restore")
+fn not_started(restoring: &Restoring, error: &(dyn std::error::Error + 'static)) -> Failure {
+    restoring.failed("a restore that waits for its images fails", error)
 }

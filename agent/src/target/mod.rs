@@ -16,13 +16,11 @@ pub mod fill;
 pub mod hook;
 pub mod inbox;
 mod memory;
+mod restore;
 mod resume;
 #[cfg(test)]
 mod tests;
 
-use std::ffi::OsString;
-use std::fs;
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,9 +30,7 @@ use podferry_common::MigrationId;
 use podferry_common::failure::{Failure, FailureCode, chain};
 use podferry_common::identity::Peer;
 use podferry_criu::CriuLog;
-use podferry_memory::handover::Handover;
 use podferry_network::{ContainerLink, LinkHandle, Netns};
-use podferry_runtime::{CgroupsMode, RestoreRequest, RestoreStdio, RunningRestore};
 use tokio::sync::{Mutex, MutexGuard};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio_util::sync::CancellationToken;
@@ -42,7 +38,7 @@ use tokio_util::sync::CancellationToken;
 use crate::context::{Context, blocking};
 use crate::journal::{Ledger, PartDirs, PartRecord, Role, Standing};
 use crate::pager;
-use crate::pager::messages::{PagedContainer, PagerJob, PagerState};
+use crate::pager::messages::PagerState;
 use crate::parts::Authority;
 use crate::source::VERIFY;
 use bundle::Bundle;
@@ -80,9 +76,6 @@ pub struct PrepareOrder {
     /// Post-copy: host:port of the source's agent.
     pub fetch_from: Option<String>,
 }
-
-/// runc's id of the container, the migration, and whether connections are kept.
-type RestoreOrder = (String, MigrationId, bool);
 
 /// The part.
 #[derive(Debug)]
@@ -268,48 +261,6 @@ impl TargetPart {
         }
     }
 
-    async fn start_restore(&self) -> Result<(), Failure> {
-        let mut running = Arc::clone(&self.restore).lock_owned().await;
-        if running.as_ref().is_some_and(|started| !started.is_early()) {
-            return Err(self.refused(FailureCode::FailedPrecondition, "this migration is being restored", "restore"));
-        }
-        if let Some(source) = &self.fetch_from {
-            fetch::start(&self.context, self.migration, source).map_err(|error| io_failed(&self.context, &error))?;
-        }
-        let context = self.context.clone();
-        let bundle = self.bundle.clone();
-        let dirs = self.dirs.clone();
-        let order = self.order();
-        let (cancelled, fetches) = (self.cancelled.clone(), self.fetch_from.is_some());
-        // This future may be dropped while pager and runc start. The lock goes along, so that an abort waits for what was started.
-        let starting = tokio::spawn(async move {
-            if cancelled.is_cancelled() {
-                return Err(context.refusal(FailureCode::Aborted, "the migration was aborted").in_phase("restore"));
-            }
-            let waiting = waiting_for_pager(&context, &bundle, &dirs, &order, fetches)?;
-            let (at, lazy) = (context.clone(), waiting.is_some());
-            let in_dirs = dirs.clone();
-            let restoring = blocking(move || {
-                Started::go_on(&mut running, &context, &bundle, &dirs, &order, lazy)?;
-                if running.is_some() {
-                    return Ok(());
-                }
-                mount_root(&context, &bundle)?;
-                *running = Some(Started::now(restore_from(&context, &bundle, &dirs, &order, lazy)?));
-                Ok(())
-            });
-            // At once: CRIU needs its pager late, and the container stands still meanwhile.
-            let (restoring, paging) = tokio::join!(restoring, start_pager(&at, &in_dirs, waiting));
-            restoring.and(paging)
-        });
-        let what = "the task that starts a restore ended";
-        starting.await.map_err(|error| self.context.failure(FailureCode::Internal, what, &error))?
-    }
-
-    fn order(&self) -> RestoreOrder {
-        (self.workload.clone(), self.migration, self.keep_connections)
-    }
-
     /// Ends the pager of a restore that came to nothing, of which no process is left. Gives its last state if there is one.
     async fn stop_pager(&self) -> Result<Option<PagerState>, Failure> {
         let file = self.dirs.pager_status();
@@ -431,20 +382,6 @@ impl TargetPart {
         self.note(&mut record, |record| record.standing = Standing::Aborted)
     }
 
-    /// Ends a restore, if there is one, and removes what it made.
-    async fn clean_restore(&self, patience: Duration) -> Result<(), Failure> {
-        let running = self.restore.lock().await.take();
-        let context = self.context.clone();
-        let (workload, bundle, dirs) = (self.workload.clone(), self.bundle.clone(), self.dirs.clone());
-        blocking(move || {
-            if let Some(started) = running {
-                started.end(&context, patience)?;
-            }
-            clean_up(&context, &bundle, &workload, &dirs)
-        })
-        .await
-    }
-
     /// How long a restore gets to end by itself. A hook that went without having been told to has lost its CRIU, and runc
     /// takes ten seconds to see that.
     fn patience(&self) -> Duration {
@@ -521,117 +458,6 @@ impl TargetPart {
     }
 }
 
-/// Listens for CRIU in place of whoever will serve the pages that come later; none when there are no such pages.
-fn waiting_for_pager(
-    context: &Context,
-    bundle: &Bundle,
-    dirs: &PartDirs,
-    (workload, migration, _): &RestoreOrder,
-    fetches: bool,
-) -> Result<Option<(PagerJob, UnixListener)>, Failure> {
-    if !Handover::is_there(&dirs.images) {
-        return Ok(None);
-    }
-    let cgroups = podferry_runtime::cgroups_of_bundle(&bundle.dir, workload).map_err(|error| {
-        let what = "the cgroup of the container that is restored cannot be named";
-        context.failure(FailureCode::Internal, what, &error).in_phase("restore")
-    })?;
-    let job = PagerJob {
-        migration: migration.to_string(),
-        handover: dirs.images.clone(),
-        status: dirs.pager_status(),
-        fetch: fetches.then(|| dirs.fetch_socket()),
-        container: PagedContainer {
-            root: context.config.runc_root().to_owned(),
-            id: workload.clone(),
-            cgroups: cgroups.dirs().into_iter().map(Path::to_owned).collect(),
-        },
-    };
-    let listener = pager::client::listen(&dirs.work).map_err(|error| io_failed(context, &error))?;
-    Ok(Some((job, listener)))
-}
-
-async fn start_pager(
-    context: &Context,
-    dirs: &PartDirs,
-    waiting: Option<(PagerJob, UnixListener)>,
-) -> Result<(), Failure> {
-    let Some((job, listener)) = waiting else { return Ok(()) };
-    let job_file = dirs.state.join("pager-job.json");
-    let log = dirs.state.join("pager.log");
-    let started = pager::client::start(&context.config.tools.pager, &job, &job_file, listener, &log).await;
-    started.map(drop).map_err(|failure| failure.on(context.config.node.as_str()))
-}
-
-/// Mounts the root filesystem, unless it is mounted; blocks.
-fn mount_root(context: &Context, bundle: &Bundle) -> Result<(), Failure> {
-    if bundle.is_mounted() {
-        return Ok(());
-    }
-    let rootfs = bundle.rootfs();
-    podferry_filesystem::unmount(&rootfs).and_then(|()| bundle.overlay().mount(&rootfs)).map_err(|error| {
-        let what = "the container's root filesystem cannot be mounted";
-        context.failure(FailureCode::Internal, what, &error).in_phase("restore")
-    })
-}
-
-/// Starts `runc restore`; blocks. The root filesystem, or something in its place, has to be mounted.
-fn restore_from(
-    context: &Context,
-    bundle: &Bundle,
-    dirs: &PartDirs,
-    (workload, migration, keep_connections): &RestoreOrder,
-    lazy_pages: bool,
-) -> Result<RunningRestore, Failure> {
-    let failed = |what: &str, error: &(dyn std::error::Error + 'static)| {
-        context.failure(FailureCode::Internal, what, error).in_phase("restore")
-    };
-    let tools = &context.config.tools;
-    let criu_config = dirs.run.join("criu.conf");
-    fs::write(&criu_config, podferry_runtime::criu_config(&tools.hook, !keep_connections))
-        .map_err(|error| io_failed(context, &error))?;
-    fs::create_dir_all(&context.config.runtime.logs_dir).map_err(|error| io_failed(context, &error))?;
-    let log = context.config.runtime.logs_dir.join(format!("{workload}.log"));
-    let stdio = podferry_runtime::stdio::spawn_keeper(&tools.stdio_keeper, &log)
-        .map_err(|error| failed("the container's output cannot be kept", &error))?;
-    let variables: [(&str, OsString); 5] = [
-        ("LD_PRELOAD", tools.criu_shim.clone().into()),
-        (podferry_runtime::hook::HOOK_PROGRAM, tools.hook.clone().into()),
-        ("CRIU_CONFIG_FILE", criu_config.into()),
-        (podferry_runtime::hook::HOOK_SOCKET, dirs.hook_socket().into()),
-        (podferry_runtime::hook::MIGRATION, migration.to_string().into()),
-    ];
-    let request = RestoreRequest {
-        id: workload.clone(),
-        bundle: bundle.dir.clone(),
-        image_path: dirs.images.clone(),
-        work_path: dirs.work.clone(),
-        pid_file: Some(dirs.run.join("pid")),
-        stdio: RestoreStdio::Fds { stdin: stdio.stdin, stdout: stdio.stdout, stderr: stdio.stderr },
-        tcp_established: *keep_connections,
-        file_locks: true,
-        lazy_pages,
-        cgroups_mode: CgroupsMode::Ignore,
-        env: variables.into_iter().map(|(name, value)| (name.into(), value)).collect(),
-        detach: true,
-    };
-    tracing::debug!(%migration, "the output has its keeper");
-    let programs = dirs.programs(tools).map_err(|error| io_failed(context, &error))?;
-    let runc = context.runc(context.config.runc_root()).with_programs(programs);
-    runc.restore(request).map_err(|error| failed("runc restore cannot be started", &error))
-}
-
-/// Removes what a restore that did not come to its end has left, if this migration started it; blocks.
-fn clean_up(context: &Context, bundle: &Bundle, workload: &str, dirs: &PartDirs) -> Result<(), Failure> {
-    let runc = context.runc(context.config.runc_root());
-    let failed = |error: podferry_runtime::Error| cleanup_failed(context, &error);
-    // What has another origin is not ours to kill.
-    if runc.restores_from(workload).map_err(failed)?.as_ref() != Some(&dirs.work) {
-        return Ok(());
-    }
-    runc.cleanup_killed_restore(workload, &bundle.dir).map_err(failed)
-}
-
 /// Removes what a target part made apart from the restore itself. Idempotent.
 async fn remove(context: &Context, record: &PartRecord, bundle: &Bundle, dirs: &PartDirs) -> Result<(), Failure> {
     let runc = context.runc(context.config.runc_root());
@@ -689,11 +515,6 @@ fn set_mtu(netns: &Path, mtu: u32) {
 fn host_interface(migration: MigrationId) -> String {
     let id = migration.to_string().replace('-', "");
     format!("pf{}", &id[id.len().saturating_sub(12)..])
-}
-
-fn cleanup_failed(context: &Context, error: &podferry_runtime::Error) -> Failure {
-    let what = "what a restore left cannot be removed";
-    context.failure(FailureCode::Internal, what, error).in_phase("rollback")
 }
 
 fn io_failed(context: &Context, error: &std::io::Error) -> Failure {

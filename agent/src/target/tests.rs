@@ -1,5 +1,6 @@
 //! A target's part whose hook is played by the test.
 
+use std::fs;
 use std::net::Ipv4Addr;
 
 use oci_spec::runtime::Spec;
