@@ -7,9 +7,10 @@
 //! ```
 //!
 //! Each process of the container's tree is followed by a tracker of its own. A round asks each what was written since the one
-//! before (the first time: all there is), and sends that. What is left when the container is frozen is sent in the freeze. CRIU
+//! before (the first time: all there is), and sends that. What large files of its writable layer hold is sent [with it](seeds). What is left when the container is frozen is sent in the freeze. CRIU
 //! does not see the memory that is moved this way; all of a process that cannot be followed is left to it.
 
+mod seeds;
 mod verify;
 
 use std::collections::{BTreeSet, HashSet};
@@ -35,6 +36,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::FreezeEvent;
 use super::batch::Parted;
+use seeds::Seeds;
 use crate::context::Context;
 use crate::throttle::Throttle;
 
@@ -61,7 +63,7 @@ pub struct PreCopyOrder {
 pub struct Round {
     /// Pages that were sent.
     pub pages: u64,
-    /// Their bytes.
+    /// Their bytes, and those of files.
     pub raw_bytes: u64,
     /// Bytes on the wire.
     pub wire_bytes: u64,
@@ -98,6 +100,9 @@ pub(super) enum SendError {
     /// The transfer is broken.
     #[error(transparent)]
     Transfer(#[from] TransferError),
+    /// The writable layer cannot be gone over, or what its files hold cannot be sent.
+    #[error(transparent)]
+    Layer(#[from] podferry_filesystem::Error),
     /// The migration was aborted.
     #[error("the migration was aborted")]
     Aborted,
@@ -195,6 +200,8 @@ pub(super) struct Followers {
     /// What a person should know.
     notes: BTreeSet<String>,
     round: u32,
+    /// What of the writable layer's files was sent.
+    pub(super) seeds: Seeds,
     /// How much of what was sent may be kept, of all processes together.
     budget: Budget,
     /// Why the container is not throttled, or not further, though that was asked for.
@@ -363,6 +370,7 @@ impl Followers {
         self.round += 1;
         let (begun, wire_before) = (Instant::now(), job.way.wire_bytes());
         let number = self.round;
+        let layer = self.seeds.round(&job.container.rootfs, &job.way)?;
         let mut round = Round::default();
         let mut lost = Vec::new();
         for (index, followed) in self.followed.iter_mut().enumerate() {
@@ -380,7 +388,7 @@ impl Followers {
                 self.leave(followed.member, &error);
             }
         }
-        round.raw_bytes = round.pages * podferry_memory::PAGE_SIZE;
+        round.raw_bytes = round.pages * podferry_memory::PAGE_SIZE + layer.data_bytes;
         round.wire_bytes = job.way.wire_bytes() - wire_before;
         round.duration = begun.elapsed();
         // What this round sent was written during the one before; the first sends all there is and says nothing of that.
@@ -404,19 +412,27 @@ impl Followers {
         std::fs::write(file, hide::describe(ranges))
     }
 
-    /// Sends what was written since the last round, or which pages these are, and which pages there are. The container must stand
-    /// still. Blocks.
+    /// Sends what was written since the last round, or which pages these are, and which pages there are; and what is new in files. The
+    /// container must stand still. Blocks.
     ///
     /// # Errors
     /// When the transfer breaks, or something came where CRIU does not look.
-    pub(super) fn last_round(&mut self, context: &Context, way: &Way, rest: Rest) -> Result<u64, Failure> {
+    pub(super) fn last_round(
+        &mut self,
+        context: &Context,
+        rootfs: &Path,
+        way: &Way,
+        rest: Rest,
+    ) -> Result<u64, Failure> {
+        let failed = |error: &SendError| failed(context, "the last round", error).in_phase("transfer");
         self.round += 1;
         let number = self.round;
         let mut pages = 0;
         for followed in self.followed.iter_mut().filter(|followed| followed.member.is_alive()) {
             let sent = followed.last_round(number, way, rest);
-            pages += sent.map_err(|error| failed(context, "the last round", &error).in_phase("transfer"))?;
+            pages += sent.map_err(|error| failed(&error))?;
         }
+        self.seeds.last_round(rootfs, way).map_err(|error| failed(&error))?;
         Ok(pages)
     }
 }
@@ -440,7 +456,9 @@ fn facts(round: &Round) -> RoundFacts {
         reason = "a rate, from positive numbers"
     )]
     let wire_rate = if seconds > 0.0 { (round.wire_bytes as f64 / seconds) as u64 } else { 0 };
-    RoundFacts { pages: round.pages, bytes: round.wire_bytes, duration: round.duration, wire_rate, cpu_rate: 0 }
+    // What files hold has to be sent like memory.
+    let pages = round.raw_bytes.div_ceil(podferry_memory::PAGE_SIZE);
+    RoundFacts { pages, bytes: round.wire_bytes, duration: round.duration, wire_rate, cpu_rate: 0 }
 }
 
 impl Job {

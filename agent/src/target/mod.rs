@@ -18,6 +18,7 @@ pub mod inbox;
 mod memory;
 mod restore;
 mod resume;
+mod seeds;
 #[cfg(test)]
 mod tests;
 
@@ -151,7 +152,8 @@ impl TargetPart {
         let layer_bytes = podferry_filesystem::free_bytes(&bundle.dir).unwrap_or(u64::MAX);
         let source = order.source.clone();
         let post_copy = order.fetch_from.is_some();
-        let inbox = Inbox::new(order.source, dirs.images.clone(), bundle.upper(), layer_bytes, post_copy);
+        let folders = (bundle.upper(), bundle.seeds());
+        let inbox = Inbox::new(order.source, dirs.images.clone(), folders, layer_bytes, post_copy);
         context.admissions.expect(order.migration, Arc::clone(&inbox));
         let fetch_from = fetch::Source::of(&record.role);
         Ok(Self {

@@ -3,7 +3,8 @@
 use std::fmt;
 
 use podferry_proto::v1::{
-    DigestsObject, ExistingObject, LaterObject, MemoryObject, PagesObject, TransferOpen, pages_object, transfer_open,
+    DigestsObject, ExistingObject, LaterObject, MemoryObject, PagesObject, SeedsObject, TransferOpen, pages_object,
+    transfer_open,
 };
 use thiserror::Error;
 
@@ -54,6 +55,13 @@ pub enum Object {
         /// The process: its id inside the container.
         process: u32,
     },
+    /// What large files of a layer hold that is still written to.
+    Seeds {
+        /// The layer, by its name.
+        layer: String,
+        /// Tells this object from others of the same layer.
+        round: u32,
+    },
 }
 
 impl fmt::Display for Object {
@@ -69,6 +77,7 @@ impl fmt::Display for Object {
             Self::Existing { process } => write!(f, "list of the existing pages of process {process}"),
             Self::Later { process } => write!(f, "list of the pages of process {process} that come later"),
             Self::Digests { process } => write!(f, "digests of the pages of process {process}"),
+            Self::Seeds { layer, round } => write!(f, "seeds of layer {layer}, round {round}"),
         }
     }
 }
@@ -98,7 +107,7 @@ impl Object {
     /// Checks the name, if it has one.
     pub fn check(&self) -> Result<(), InvalidObject> {
         match self {
-            Self::ImageFile(name) | Self::Layer(name) => check_name(name),
+            Self::ImageFile(name) | Self::Layer(name) | Self::Seeds { layer: name, .. } => check_name(name),
             Self::Pages { .. }
             | Self::Memory { .. }
             | Self::Existing { .. }
@@ -135,6 +144,9 @@ impl From<&Object> for TransferOpen {
             Object::Existing { process } => transfer_open::Object::Existing(ExistingObject { process: *process }),
             Object::Later { process } => transfer_open::Object::Later(LaterObject { process: *process }),
             Object::Digests { process } => transfer_open::Object::Digests(DigestsObject { process: *process }),
+            Object::Seeds { layer, round } => {
+                transfer_open::Object::Seeds(SeedsObject { layer: layer.clone(), round: *round })
+            }
         };
         Self { object: Some(object) }
     }
@@ -158,6 +170,7 @@ impl TryFrom<TransferOpen> for Object {
             transfer_open::Object::Existing(ExistingObject { process }) => Self::Existing { process },
             transfer_open::Object::Later(LaterObject { process }) => Self::Later { process },
             transfer_open::Object::Digests(DigestsObject { process }) => Self::Digests { process },
+            transfer_open::Object::Seeds(SeedsObject { layer, round }) => Self::Seeds { layer, round },
         };
         object.check()?;
         Ok(object)
@@ -172,7 +185,8 @@ mod tests {
     fn names_that_could_leave_the_folder_are_refused() {
         let long = "x".repeat(MAX_NAME_LENGTH + 1);
         for name in ["", ".", "..", ".hidden", "a/b", "/etc/passwd", "a\0b", "a b", "ä", "-\n", &long] {
-            for object in [Object::ImageFile(name.to_owned()), Object::Layer(name.to_owned())] {
+            let seeds = Object::Seeds { layer: name.to_owned(), round: 1 };
+            for object in [Object::ImageFile(name.to_owned()), Object::Layer(name.to_owned()), seeds] {
                 assert!(Object::try_from(TransferOpen::from(&object)).is_err(), "{name:?}");
             }
         }
@@ -189,6 +203,7 @@ mod tests {
             Object::Existing { process: u32::MAX },
             Object::Later { process: u32::MAX },
             Object::Digests { process: 7 },
+            Object::Seeds { layer: "upper".to_owned(), round: u32::MAX },
         ] {
             assert_eq!(Object::try_from(TransferOpen::from(&object)), Ok(object));
         }
