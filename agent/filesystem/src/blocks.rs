@@ -36,29 +36,40 @@ impl Block {
 }
 
 /// One block as it was read: its bytes that are in no hole.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct BlockBuffer {
     index: u64,
     /// Offsets in the file, and lengths; ascending.
     pieces: Vec<(u64, usize)>,
-    bytes: Vec<u8>,
+    /// As many as a block has, of which so many were read: nothing is cleared that is read over.
+    room: Box<[u8]>,
+    length: usize,
+    /// What is hashed besides.
+    layout: Vec<u8>,
+}
+
+impl Default for BlockBuffer {
+    fn default() -> Self {
+        let room = vec![0; BLOCK].into_boxed_slice();
+        Self { index: 0, pieces: Vec::new(), room, length: 0, layout: Vec::new() }
+    }
 }
 
 impl BlockBuffer {
     fn begin(&mut self, index: u64) {
         self.index = index;
         self.pieces.clear();
-        self.bytes.clear();
+        self.length = 0;
     }
 
     /// All bytes, one piece after the other.
     pub(crate) fn bytes(&self) -> &[u8] {
-        &self.bytes
+        &self.room[..self.length]
     }
 
     /// Its runs of bytes, with their offsets in the file.
     pub(crate) fn pieces(&self) -> impl Iterator<Item = (u64, &[u8])> {
-        let mut rest = self.bytes.as_slice();
+        let mut rest = self.bytes();
         self.pieces.iter().map(move |(offset, length)| {
             let (piece, behind) = rest.split_at(*length);
             rest = behind;
@@ -68,32 +79,32 @@ impl BlockBuffer {
 
     /// What it is remembered by.
     pub(crate) fn hashed(&mut self, secret: &[u8; SECRET_LENGTH]) -> Block {
-        let length = self.bytes.len();
+        let hash = |bytes: &[u8]| XxHash3_128::oneshot_with_secret(secret, bytes).expect("the secret has its length");
+        let content = hash(self.bytes());
+        self.layout.clear();
+        self.layout.extend(content.to_le_bytes());
         for (offset, length) in &self.pieces {
-            self.bytes.extend(offset.to_le_bytes());
-            self.bytes.extend(length.to_le_bytes());
+            self.layout.extend(offset.to_le_bytes());
+            self.layout.extend(length.to_le_bytes());
         }
-        let hash = XxHash3_128::oneshot_with_secret(secret, &self.bytes).expect("the secret has its length");
-        self.bytes.truncate(length);
-        let bytes = hash.to_le_bytes();
+        let bytes = hash(&self.layout).to_le_bytes();
         let half = |at: usize| u64::from_le_bytes(std::array::from_fn(|index| bytes[at + index]));
         Block { index: self.index, hash: [half(0), half(8)] }
     }
 
     /// Reads the file from `position` up to `end`, which lie in this block. False when it ends before.
     fn read(&mut self, file: &OwnedFd, position: u64, end: u64) -> rustix::io::Result<bool> {
-        let begun = self.bytes.len();
         // Both lie in one block.
         let wanted = usize::try_from(end - position).unwrap_or(BLOCK);
-        self.bytes.resize(begun + wanted, 0);
+        let room = &mut self.room[self.length..self.length + wanted];
         let mut done = 0;
         while done < wanted {
-            match rustix::io::pread(file, &mut self.bytes[begun + done..], position + done as u64)? {
+            match rustix::io::pread(file, &mut room[done..], position + done as u64)? {
                 0 => break,
                 read => done += read,
             }
         }
-        self.bytes.truncate(begun + done);
+        self.length += done;
         if done > 0 {
             self.pieces.push((position, done));
         }

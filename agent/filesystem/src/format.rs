@@ -206,9 +206,12 @@ impl<R: Read> FrameReader<R> {
         if length > longest {
             return Err(beyond(b"", "bytes in one frame", longest as u64));
         }
-        self.buffer.resize(length, 0);
-        self.input.read_exact(&mut self.buffer).map_err(Error::Stream)?;
-        Ok((kind, &self.buffer))
+        if self.buffer.len() < length {
+            self.buffer.resize(length, 0);
+        }
+        let payload = &mut self.buffer[..length];
+        self.input.read_exact(payload).map_err(Error::Stream)?;
+        Ok((kind, payload))
     }
 }
 

@@ -86,6 +86,7 @@ pub struct SeedsSent {
 #[derive(Debug)]
 pub struct Seeder {
     secret: [u8; SECRET_LENGTH],
+    buffer: BlockBuffer,
     seeds: HashMap<(u64, u64), Seed>,
     last_id: u64,
     /// Blocks of all seeds.
@@ -143,7 +144,8 @@ impl Default for Seeder {
         for (index, part) in secret.chunks_mut(8).enumerate() {
             part.copy_from_slice(&random.hash_one(index).to_le_bytes()[..part.len()]);
         }
-        Self { secret, seeds: HashMap::new(), last_id: 0, blocks: 0, pass: 0, settled: false }
+        let (buffer, seeds) = (BlockBuffer::default(), HashMap::new());
+        Self { secret, buffer, seeds, last_id: 0, blocks: 0, pass: 0, settled: false }
     }
 }
 
@@ -201,8 +203,9 @@ impl Seeder {
         if inode(&before) != inode(stat) {
             return Ok(());
         }
-        let at_rest =
-            Fingerprint::of(&before).is_old(now) && notes_mapped_writes(&file) && sending.host.has_no_writer(file.as_fd());
+        let at_rest = Fingerprint::of(&before).is_old(now)
+            && notes_mapped_writes(&file)
+            && sending.host.has_no_writer(file.as_fd());
         if let Some(seed) = self.seeds.get_mut(&inode(stat))
             && sending.pass == Pass::Running
             && seed.print == Fingerprint::of(&before)
@@ -235,7 +238,8 @@ impl Seeder {
         };
         self.last_id = self.last_id.max(id);
         let mut change = Change { id, begun: false, old: blocks.into_iter().peekable(), new: Vec::new(), hole: None };
-        match change.run(sending, file, size_of(before), size, &self.secret) {
+        let reading = Reading { file, size: size_of(before), buffer: &mut self.buffer, secret: &self.secret };
+        match change.run(sending, reading, size) {
             Ok(()) => {}
             Err(error @ Error::Stream(_)) => return Err(error),
             // It cannot be read: nobody knows what the target has of it now.
@@ -264,14 +268,13 @@ struct Sending<'a, W> {
     frames: FrameWriter<W>,
     host: &'a dyn Host,
     pass: Pass,
-    buffer: BlockBuffer,
     sent: SeedsSent,
 }
 
 impl<'a, W: Write> Sending<'a, W> {
     fn new(out: W, host: &'a dyn Host, pass: Pass) -> Self {
         let frames = FrameWriter::new(out, SEEDS_MAGIC);
-        Self { frames, host, pass, buffer: BlockBuffer::default(), sent: SeedsSent::default() }
+        Self { frames, host, pass, sent: SeedsSent::default() }
     }
 
     /// Whether a file may have changed since it was read, or reading it now could save that in the freeze.
@@ -295,6 +298,14 @@ impl<'a, W: Write> Sending<'a, W> {
     }
 }
 
+/// A file that is read, up to so many bytes.
+struct Reading<'a> {
+    file: &'a OwnedFd,
+    size: u64,
+    buffer: &'a mut BlockBuffer,
+    secret: &'a [u8; SECRET_LENGTH],
+}
+
 /// What is different in one file.
 struct Change {
     id: u64,
@@ -309,24 +320,15 @@ struct Change {
 }
 
 impl Change {
-    /// Reads so many bytes of the file. `known` is the size that the target knows.
-    fn run<W: Write>(
-        &mut self,
-        sending: &mut Sending<'_, W>,
-        file: &OwnedFd,
-        size: u64,
-        known: Option<u64>,
-        secret: &[u8; SECRET_LENGTH],
-    ) -> Result<()> {
-        let mut buffer = std::mem::take(&mut sending.buffer);
-        let read = read_blocks(file, size, &mut buffer, |block| {
+    /// Reads a file, and sends what is different. `known` is the size that the target knows.
+    fn run<W: Write>(&mut self, sending: &mut Sending<'_, W>, reading: Reading<'_>, known: Option<u64>) -> Result<()> {
+        let Reading { file, size, buffer, secret } = reading;
+        read_blocks(file, size, buffer, |block| {
             if sending.host.is_cancelled() {
                 return Err(Error::Stream(io::Error::other("the migration was aborted")));
             }
             self.block(sending, block, secret)
-        });
-        sending.buffer = buffer;
-        read?;
+        })?;
         while let Some(gone) = self.old.next() {
             // What lies behind the end is cut off.
             if gone.start() < size {

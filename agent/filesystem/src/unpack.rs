@@ -191,7 +191,13 @@ impl Unpacker<'_> {
             }
             Kind::Regular if entry.seed != 0 => {
                 let unknown = || refused(&entry.path, "a seed that did not come, or is another file already");
-                let seed = self.seeds.as_mut().map(|seeds| seeds.take(entry.seed)).transpose()?.flatten().ok_or_else(unknown)?;
+                let seed = self
+                    .seeds
+                    .as_mut()
+                    .map(|seeds| seeds.take(entry.seed))
+                    .transpose()?
+                    .flatten()
+                    .ok_or_else(unknown)?;
                 made(seed.rename(&level.dir, name))?;
                 self.file = Some(Open { file: seed.file, entry, position: 0, seeded: Some(seed.size) });
                 return Ok(());

@@ -326,7 +326,10 @@ fn seeds_keep_to_the_limits_of_the_layer() {
         assert!(matches!(&error, Error::Limit { what: said, .. } if *said == what), "{error}");
     };
     beyond(SeedForger::new().seed(1).data(0, &[1; 600]).data(600, &[1; 600]).size(1200), "bytes of content");
-    beyond(SeedForger::new().seed(1).data(0, &[1; 600]).size(600).seed(2).data(0, &[1; 600]).size(600), "bytes of content");
+    beyond(
+        SeedForger::new().seed(1).data(0, &[1; 600]).size(600).seed(2).data(0, &[1; 600]).size(600),
+        "bytes of content",
+    );
     beyond(SeedForger::new().seed(1).data(9_999, b"xy").size(10_001), "bytes in one file");
     beyond(SeedForger::new().seed(1).data(u64::MAX, b"xy").size(1), "bytes in one file");
     beyond(SeedForger::new().seed(1).hole(u64::MAX, 2).size(1), "bytes in one file");
@@ -349,7 +352,8 @@ fn seeds_keep_to_the_limits_of_the_layer() {
 #[test]
 fn a_layer_takes_a_seed_once_and_as_it_is() {
     let with = |id, path| Entry { seed: id, ..entry(Kind::Regular, path) };
-    let layer = || Forger { stream: MAGIC_WITH_SEEDS.to_vec(), totals: Totals::default() }.entry(&entry(Kind::Directory, ""));
+    let layer =
+        || Forger { stream: MAGIC_WITH_SEEDS.to_vec(), totals: Totals::default() }.entry(&entry(Kind::Directory, ""));
     let end = |forger: Forger, size: u64| forger.frame(3, &size.to_le_bytes());
     let arriving = || {
         let mut arriving = Arriving::new();
@@ -372,7 +376,10 @@ fn a_layer_takes_a_seed_once_and_as_it_is() {
     refused(end(layer().file("f", &[], 0).entry(&with(7, "f")), 3), "twice");
     refused(end(layer().entry(&link(Kind::Symlink, "l", "../secret")).entry(&with(7, "l")), 3), "twice");
     refused(end(layer().entry(&with(7, "../f")), 3), "out of order");
-    assert!(matches!(receive(&end(layer().entry(&with(7, "f")), 3).end()), Err(Error::Refused { .. })), "without any seeds");
+    assert!(
+        matches!(receive(&end(layer().entry(&with(7, "f")), 3).end()), Err(Error::Refused { .. })),
+        "without any seeds"
+    );
 }
 
 proptest! {

@@ -36,9 +36,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::FreezeEvent;
 use super::batch::Parted;
-use seeds::Seeds;
 use crate::context::Context;
 use crate::throttle::Throttle;
+use seeds::Seeds;
 
 /// Bytes that are read and sent at a time: one frame of the transfer.
 const BATCH: usize = 1 << 20;

@@ -169,7 +169,8 @@ fn a_target_whose_disk_fills_up_while_files_come_in_is_undone_and_named() {
     let bundles = node.bundles().display().to_string();
     node.remove_workload(NAME).unwrap();
     node.shell(&format!("mount -t tmpfs -o size=512m tmpfs {bundles}")).unwrap();
-    let workload = Workload::new(NAME, stage.folder.path().join("image/rootfs"), ["/bin/true"], FIRST_CONTAINER_ADDRESS);
+    let workload =
+        Workload::new(NAME, stage.folder.path().join("image/rootfs"), ["/bin/true"], FIRST_CONTAINER_ADDRESS);
     stage.cluster.prepare_workload(node.name(), &workload).unwrap();
     let id = begin_slowly(&stage);
     let used = node.shell(&format!("df --output=used -BM {bundles} | tail -1 | tr -dc 0-9")).unwrap();

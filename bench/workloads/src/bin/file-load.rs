@@ -229,9 +229,10 @@ impl Files {
     }
 
     fn look(&self) -> String {
-        let rest = self.rest.iter().map(|(path, seed)| {
-            Known { path: path.clone(), content: noise(self.rest_length, *seed) }.look()
-        });
+        let rest = self
+            .rest
+            .iter()
+            .map(|(path, seed)| Known { path: path.clone(), content: noise(self.rest_length, *seed) }.look());
         let known = [&self.log, &self.blocks, &self.mapped, &self.touched, &self.sparse, &self.young];
         let mut wrong = rest.chain(known.into_iter().map(Known::look)).flatten();
         wrong.next().map_or_else(|| "ok".to_owned(), |what| format!("wrong: {what}"))
