@@ -11,8 +11,6 @@ use crate::error::{Result, failed};
 
 /// Bytes of a block. Of one that has changed all is sent: larger ones send more, smaller ones take more memory.
 pub(crate) const BLOCK: usize = 64 * 1024;
-/// Bytes of a hash's secret (`XXH3_SECRET_DEFAULT_SIZE`).
-pub(crate) const SECRET_LENGTH: usize = 192;
 
 /// A block by its content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,16 +76,15 @@ impl BlockBuffer {
     }
 
     /// What it is remembered by.
-    pub(crate) fn hashed(&mut self, secret: &[u8; SECRET_LENGTH]) -> Block {
-        let hash = |bytes: &[u8]| XxHash3_128::oneshot_with_secret(secret, bytes).expect("the secret has its length");
-        let content = hash(self.bytes());
+    pub(crate) fn hashed(&mut self, secret: u64) -> Block {
+        let content = XxHash3_128::oneshot_with_seed(secret, self.bytes());
         self.layout.clear();
         self.layout.extend(content.to_le_bytes());
         for (offset, length) in &self.pieces {
             self.layout.extend(offset.to_le_bytes());
             self.layout.extend(length.to_le_bytes());
         }
-        let bytes = hash(&self.layout).to_le_bytes();
+        let bytes = XxHash3_128::oneshot_with_seed(secret, &self.layout).to_le_bytes();
         let half = |at: usize| u64::from_le_bytes(std::array::from_fn(|index| bytes[at + index]));
         Block { index: self.index, hash: [half(0), half(8)] }
     }

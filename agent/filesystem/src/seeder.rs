@@ -23,8 +23,8 @@
 //!
 //! A clock that is set back could let a change time come again, to the nanosecond; no other is believed.
 //!
-//! Blocks are told apart by XXH3-128 under a secret of this seeder's own: whoever writes to the files cannot make two that are taken
-//! for the same.
+//! Blocks are told apart by XXH3-128, seeded with a secret of this seeder's own: whoever writes to the files cannot make two that are
+//! taken for the same.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -36,7 +36,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use prost::Message;
 use rustix::fs::{self, Stat};
 
-use crate::blocks::{Block, BlockBuffer, SECRET_LENGTH, read_blocks};
+use crate::blocks::{BLOCK, Block, BlockBuffer, read_blocks};
 use crate::error::{Error, Result};
 use crate::format::{DATA, DROP, END, FILE_END, FrameWriter, HOLE, SEED, SEEDS_MAGIC, Totals};
 use crate::layer::WritableLayer;
@@ -85,7 +85,8 @@ pub struct SeedsSent {
 /// Remembers what a target has of a layer's large files.
 #[derive(Debug)]
 pub struct Seeder {
-    secret: [u8; SECRET_LENGTH],
+    /// The hashes' seed, which nobody else knows.
+    secret: u64,
     buffer: BlockBuffer,
     seeds: HashMap<(u64, u64), Seed>,
     last_id: u64,
@@ -139,11 +140,7 @@ impl Fingerprint {
 impl Default for Seeder {
     fn default() -> Self {
         // Its keys are the operating system's random numbers.
-        let random = RandomState::new();
-        let mut secret = [0; SECRET_LENGTH];
-        for (index, part) in secret.chunks_mut(8).enumerate() {
-            part.copy_from_slice(&random.hash_one(index).to_le_bytes()[..part.len()]);
-        }
+        let secret = RandomState::new().hash_one(());
         let (buffer, seeds) = (BlockBuffer::default(), HashMap::new());
         Self { secret, buffer, seeds, last_id: 0, blocks: 0, pass: 0, settled: false }
     }
@@ -238,7 +235,7 @@ impl Seeder {
         };
         self.last_id = self.last_id.max(id);
         let mut change = Change { id, begun: false, old: blocks.into_iter().peekable(), new: Vec::new(), hole: None };
-        let reading = Reading { file, size: size_of(before), buffer: &mut self.buffer, secret: &self.secret };
+        let reading = Reading { file, size: size_of(before), buffer: &mut self.buffer, secret: self.secret };
         match change.run(sending, reading, size) {
             Ok(()) => {}
             Err(error @ Error::Stream(_)) => return Err(error),
@@ -303,7 +300,7 @@ struct Reading<'a> {
     file: &'a OwnedFd,
     size: u64,
     buffer: &'a mut BlockBuffer,
-    secret: &'a [u8; SECRET_LENGTH],
+    secret: u64,
 }
 
 /// What is different in one file.
@@ -343,12 +340,7 @@ impl Change {
     }
 
     /// The next block that is not wholly a hole.
-    fn block<W: Write>(
-        &mut self,
-        sending: &mut Sending<'_, W>,
-        found: &mut BlockBuffer,
-        secret: &[u8; SECRET_LENGTH],
-    ) -> Result<()> {
+    fn block<W: Write>(&mut self, sending: &mut Sending<'_, W>, found: &mut BlockBuffer, secret: u64) -> Result<()> {
         sending.sent.read_bytes += found.bytes().len() as u64;
         let now = found.hashed(secret);
         while let Some(gone) = self.old.next_if(|old| old.index < now.index) {
@@ -415,7 +407,7 @@ fn size_of(stat: &Stat) -> u64 {
 /// How many blocks a file can have that are not wholly holes: each has a page at least.
 fn most_blocks(stat: &Stat) -> usize {
     let pages = u64::try_from(stat.st_blocks).unwrap_or(0) / 8 + 1;
-    usize::try_from(pages.min(size_of(stat) / crate::blocks::BLOCK as u64 + 1)).unwrap_or(usize::MAX)
+    usize::try_from(pages.min(size_of(stat) / BLOCK as u64 + 1)).unwrap_or(usize::MAX)
 }
 
 fn notes_mapped_writes(file: &OwnedFd) -> bool {
