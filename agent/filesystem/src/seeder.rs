@@ -51,7 +51,7 @@ pub(crate) const MARGIN: Duration = Duration::from_secs(1);
 const MOST_SEEDS: usize = 100_000;
 const MOST_BLOCKS: usize = 4 << 20;
 /// The file systems that set a file's times when a mapping is written to (linux/magic.h): ext4, XFS, Btrfs.
-const NOTE_MAPPED_WRITES: [i64; 3] = [0xef53, 0x5846_5342, 0x9123_683e];
+const NOTE_MAPPED_WRITES: [fs::FsWord; 3] = [0xef53, 0x5846_5342, 0x9123_683e];
 
 /// What a seeder has to be told by whoever runs it.
 pub trait Host {
@@ -115,13 +115,13 @@ struct Seed {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Fingerprint {
     size: i64,
-    modified: (i64, u64),
-    changed: (i64, u64),
+    modified: (i64, u32),
+    changed: (i64, u32),
 }
 
 impl Fingerprint {
     fn of(stat: &Stat) -> Self {
-        let nanoseconds = |value| u64::try_from(value).unwrap_or(u64::MAX);
+        let nanoseconds = |value| u32::try_from(value).unwrap_or(u32::MAX);
         Self {
             size: stat.st_size,
             modified: (stat.st_mtime, nanoseconds(stat.st_mtime_nsec)),
@@ -132,7 +132,8 @@ impl Fingerprint {
     /// Whether its last change lies the margin or more before this moment.
     fn is_old(&self, now: SystemTime) -> bool {
         let since = u64::try_from(self.changed.0).ok().map(|seconds| Duration::new(seconds, 0));
-        let changed = since.and_then(|since| UNIX_EPOCH.checked_add(since + Duration::from_nanos(self.changed.1)));
+        let changed =
+            since.and_then(|since| UNIX_EPOCH.checked_add(since + Duration::from_nanos(self.changed.1.into())));
         changed.is_some_and(|changed| now.duration_since(changed).is_ok_and(|age| age >= MARGIN))
     }
 }
@@ -411,7 +412,5 @@ fn most_blocks(stat: &Stat) -> usize {
 }
 
 fn notes_mapped_writes(file: &OwnedFd) -> bool {
-    // The type's width differs between machines.
-    #[allow(clippy::useless_conversion, reason = "not useless everywhere")]
-    fs::fstatfs(file).is_ok_and(|system| NOTE_MAPPED_WRITES.contains(&i64::from(system.f_type)))
+    fs::fstatfs(file).is_ok_and(|system| NOTE_MAPPED_WRITES.contains(&system.f_type))
 }

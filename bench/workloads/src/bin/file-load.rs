@@ -211,7 +211,7 @@ impl Files {
         let place = self.below(SPARSE - STRETCH);
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&file, flags, place as u64, STRETCH as u64)?;
-        self.sparse.put(place, &[0; STRETCH]);
+        self.sparse.content[place..place + STRETCH].fill(0);
         let place = self.below(SPARSE - STRETCH);
         let bytes = noise(STRETCH, turn);
         file.write_all_at(&bytes, place as u64)?;
