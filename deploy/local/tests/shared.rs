@@ -3,11 +3,12 @@
 
 mod support;
 
+use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use podferry_local::{FIRST_CONTAINER_ADDRESS, Workload, workspace_root};
+use podferry_local::{FIRST_CONTAINER_ADDRESS, Signal, Workload, workspace_root};
 use serde_json::Value;
 use support::{Line, NODES, Stage};
 
@@ -16,6 +17,7 @@ const LIVE: [&str; 4] = ["--strategy", "live", "--downtime-budget", "5000"];
 /// MiB of shared memory, and the pages that it has.
 const MIB: u64 = 96;
 const PAGES: u64 = MIB * 256;
+const LIBRARY: &str = "libpodferry_criu_shim.so";
 
 fn image(folder: &Path) -> PathBuf {
     let image = folder.join("image");
@@ -73,6 +75,31 @@ fn shared_memory_that_alone_takes_longer_than_the_budget_is_refused_before_the_f
     let reason = record["reason"].as_str().unwrap();
     assert!(reason.contains("for all shared memory") && reason.contains("precopy"), "{record:#}");
     assert_eq!(record["downtime_ms"].as_f64(), Some(0.0), "{record:#}");
+    assert_eq!(stage.places("load"), [NODES[0]]);
+    assert_eq!(line.ask("check-all"), "ok");
+}
+
+/// CRIU makes the segment, and nobody fills it.
+#[test]
+fn shared_memory_that_the_target_cannot_lay_in_undoes_the_migration() {
+    let stage = Stage::up(&["load"]);
+    let mut line = start(&stage, "1");
+    let target = stage.node(NODES[1]);
+    let config = fs::read_to_string(target.agent_config()).unwrap();
+    let ours = podferry_local::default_binaries().canonicalize().unwrap().join(LIBRARY);
+    // One that does no harm, and nothing else.
+    let other = stage.folder.path().join("other.so");
+    fs::copy("/lib/x86_64-linux-gnu/libm.so.6", &other).unwrap();
+    let changed = config.replace(&ours.display().to_string(), &other.display().to_string());
+    assert_ne!(changed, config);
+    fs::write(target.agent_config(), changed).unwrap();
+    target.kill_agent(Signal::TERM).unwrap();
+    target.start_agent().unwrap();
+    target.wait_ready().unwrap();
+    let record = stage.try_migrate_with("load", NODES[1], &LIVE).unwrap();
+    assert_eq!(record["phase"], "failed", "{record:#}");
+    let reason = record["reason"].as_str().unwrap();
+    assert!(reason.contains("without what was sent of it") && reason.contains("criu_shim"), "{record:#}");
     assert_eq!(stage.places("load"), [NODES[0]]);
     assert_eq!(line.ask("check-all"), "ok");
 }
