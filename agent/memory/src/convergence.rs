@@ -25,10 +25,11 @@
 //!
 //! 1. *Freeze* when L(k) or `pages(k)` is less than 1024 pages (4 MiB) and M(k) ≤ budget. Another round would cost more than it saves.
 //!    For the first round, of which nothing is left over that is known, `pages(1)` stands for L(1).
-//! 2. *Another* after the first round, if that can pay.
+//! 2. *Another* after the first round.
 //! 3. *Freeze* when M(k) ≤ T.
 //! 4. When another round would not pay, because L shrank by less than a tenth twice in a row or because all rounds are used up:
-//!    *freeze* when M(k) ≤ budget, else *give up*. No round pays where shared(k) alone is more than the budget.
+//!    *freeze* when M(k) ≤ budget, else *give up*. From the second round on none pays where shared(k) alone is
+//!    more than the budget.
 //! 5. *Another*.
 //!
 //! A freeze that rule 4 allows may exceed the budget by the fixed part: the alternative is one that stands still for all its
@@ -273,7 +274,8 @@ impl Convergence {
         self.predicted = predicted;
         let few = outlook.left < real(FEW_PAGES) || facts.pages < FEW_PAGES;
         let is_last = self.rounds >= self.plan.most_rounds;
-        let hopeless = facts.shared > self.plan.budget;
+        // The first round takes longer than any later one, since all of it is new.
+        let hopeless = !is_first && facts.shared > self.plan.budget;
         let does_not_pay = is_last || hopeless || self.idle >= if self.throttled.is_some() { 1 } else { 2 };
         if few && memory <= self.plan.budget {
             Verdict::Freeze { predicted }

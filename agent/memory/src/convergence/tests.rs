@@ -159,10 +159,11 @@ fn one_that_hardly_uses_the_processor_is_not_throttled() {
 }
 
 #[test]
-fn shared_memory_that_takes_longer_than_the_budget_by_itself_is_said_at_once() {
+fn shared_memory_that_takes_longer_than_the_budget_by_itself_is_said_after_two_rounds() {
     let mut convergence = Convergence::new(budget(200)).with_throttle(10_000);
     let shared = Duration::from_millis(201);
     let facts = RoundFacts { shared, cpu_rate: 1_000_000, ..round(2000, SENT_PER_SECOND) };
+    assert_eq!(convergence.after_round(facts), Verdict::Another);
     let Verdict::GiveUp { why } = convergence.after_round(facts) else { panic!("no round helps, and no throttle") };
     assert!(why.contains("201 ms for all shared memory"), "{why}");
     let mut convergence = Convergence::new(budget(200));
