@@ -43,6 +43,10 @@
 //! The pages of `existing` that CRIU's own page objects do not have are laid in behind the restored process. The memory objects of a
 //! process for which no `existing` comes are forgotten: it has ended.
 //!
+//! A segment of shared memory is the owner of such objects in the same way, by CRIU's number of it, and its offsets are addresses. Its
+//! pages are laid in when CRIU restores it, before anything runs. One for which no `existing` comes, or no page object of CRIU's, is
+//! forgotten. Nothing else is said of it: no digests, and no pages that come later.
+//!
 //! With an end check the source then says what the existing pages hold, which it reads anew, when nothing of the process runs or is
 //! run by CRIU any more:
 //!

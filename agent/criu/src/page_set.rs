@@ -91,6 +91,11 @@ impl PageSetWriter {
         self.finish_with_lazy(&[]).map(drop)
     }
 
+    /// Those of these runs, which must ascend, that were not added.
+    pub fn missing(&self, runs: &[Run]) -> Vec<Run> {
+        without(runs, &self.runs)
+    }
+
     /// Completes both files; the pages of `lazy`, which must ascend, come later, from the one who serves
     /// `criu restore --lazy-pages`. A page that CRIU dumped is taken from there and is not lazy. Returns what is.
     ///

@@ -4,8 +4,6 @@
 //! to one of the two memories can make pages with equal digests.
 
 use std::io;
-use std::num::NonZero;
-use std::thread;
 
 use nix::unistd::Pid;
 use thiserror::Error;
@@ -13,6 +11,7 @@ use twox_hash::XxHash3_64;
 
 use crate::PAGE_SIZE;
 use crate::copier::Copier;
+use crate::parallel::{threads, together};
 use crate::range::{PageRange, PageRanges};
 use crate::store::Store;
 
@@ -22,8 +21,6 @@ pub const DIGEST: usize = 8;
 const SHARE: u64 = 16 * 1024;
 /// The fewest pages that are worth a thread.
 const LEAST: usize = 512;
-/// The most threads: memory has no more bandwidth than for so many.
-const MOST_THREADS: usize = 16;
 /// Bytes that a thread reads at a time.
 const BATCH: usize = 1 << 20;
 #[expect(clippy::cast_possible_truncation, reason = "4096")]
@@ -193,22 +190,6 @@ impl Cursor {
         }
         taken
     }
-}
-
-fn threads() -> usize {
-    thread::available_parallelism().map_or(1, NonZero::get).min(MOST_THREADS)
-}
-
-/// Works on all of these at once; gives what comes of it in their order.
-fn together<T: Sync, R: Send>(all: &[T], work: impl Fn(&T) -> R + Sync) -> Vec<R> {
-    if let [one] = all {
-        return vec![work(one)];
-    }
-    let work = &work;
-    thread::scope(|scope| {
-        let begun: Vec<_> = all.iter().map(|one| scope.spawn(move || work(one))).collect();
-        begun.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
-    })
 }
 
 #[cfg(test)]

@@ -1,9 +1,9 @@
 //! Which memory CRIU is not to see, because it was moved already, and what it need not ask the kernel again.
 //!
 //! `libpodferry_criu_shim.so`, preloaded into `criu dump`, reads two files. One says what to hide: a line for each range with the
-//! process id that CRIU sees, and in hexadecimal the first address and the first one behind. The other one has the flags of all
-//! mappings, from which the library answers what CRIU would read from `/proc/PID/smaps`: there the kernel counts all pages
-//! meanwhile, 16 ms for each GiB.
+//! process id that CRIU sees, and in hexadecimal the first address and the first one behind; and for each segment of shared memory
+//! one with `shared` and in hexadecimal device and inode. The other one has the flags of all mappings, from which the library answers
+//! what CRIU would read from `/proc/PID/smaps`: there the kernel counts all pages meanwhile, 16 ms for each GiB.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -21,12 +21,19 @@ pub const MAPPINGS_VARIABLE: &str = "PODFERRY_CRIU_MAPPINGS";
 /// The library's file name.
 pub const LIBRARY: &str = "libpodferry_criu_shim.so";
 
-/// The text of the file of hidden ranges.
-pub fn describe(ranges: impl IntoIterator<Item = (i32, PageRange)>) -> String {
-    ranges.into_iter().fold(String::new(), |mut text, (pid, range)| {
+/// The text of the file of hidden memory: ranges of processes, and whole segments of shared memory by device and inode.
+pub fn describe(
+    ranges: impl IntoIterator<Item = (i32, PageRange)>,
+    shared: impl IntoIterator<Item = (u64, u64)>,
+) -> String {
+    let mut text = String::new();
+    for (pid, range) in ranges {
         let _ = writeln!(text, "{pid} {:x} {:x}", range.start, range.end);
-        text
-    })
+    }
+    for (device, inode) in shared {
+        let _ = writeln!(text, "shared {device:x} {inode:x}");
+    }
+    text
 }
 
 /// A process's part of the file of mappings: a line `process PID`, and for each mapping its lines of `maps` and of flags. Empty for

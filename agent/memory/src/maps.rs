@@ -48,7 +48,7 @@ impl Mapping {
     /// Whether CRIU put it there, to work inside the frozen process: gone before that runs again. It may come to where the process
     /// unmapped something just before, also in a range that was kept from CRIU. A process's own of that name does no harm: what is in
     /// shared memory is not looked for in `pagemap`.
-    fn is_crius(&self) -> bool {
+    pub(crate) fn is_crius(&self) -> bool {
         !self.private && self.name == "/memfd:CRIUMFD (deleted)"
     }
 

@@ -35,6 +35,17 @@ impl PageRange {
         (self.start / PAGE_SIZE..self.end / PAGE_SIZE).map(|page| Self::new(page * PAGE_SIZE, (page + 1) * PAGE_SIZE))
     }
 
+    /// The same in pieces of so many bytes, a multiple of the page's; the last one may be shorter.
+    pub fn cut(self, most: u64) -> impl Iterator<Item = Self> {
+        debug_assert!(most > 0 && most.is_multiple_of(PAGE_SIZE));
+        let mut start = self.start;
+        std::iter::from_fn(move || {
+            let piece = Self::new(start, self.end.min(start + most));
+            start = piece.end;
+            (!piece.is_empty()).then_some(piece)
+        })
+    }
+
     /// Whether there is nothing in it.
     pub const fn is_empty(self) -> bool {
         self.start == self.end

@@ -57,6 +57,17 @@ pub(crate) struct Chunk {
     pub(crate) zeros: Bitmap,
 }
 
+/// Where pages lie that follow each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placed {
+    /// The address of the first.
+    pub address: u64,
+    /// Where it begins in the store's file.
+    pub place: u64,
+    /// Bytes.
+    pub length: u64,
+}
+
 /// What pages hold.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Contents<'a> {
@@ -181,6 +192,28 @@ impl Store {
             }
         }
         all
+    }
+
+    /// Where the pages that are not zero lie in the store's file, by ascending address.
+    #[must_use]
+    pub fn placed(&self) -> Vec<Placed> {
+        let mut keys: Vec<u64> = self.chunks.keys().copied().collect();
+        keys.sort_unstable();
+        let runs = keys.into_iter().flat_map(|key| {
+            let chunk = self.chunks[&key];
+            let bytes = |pages: usize| (pages * PAGE) as u64;
+            chunk
+                .pages
+                .without(&chunk.zeros)
+                .runs()
+                .map(move |run| Placed {
+                    address: key * CHUNK + bytes(run.start),
+                    place: (chunk.place * CHUNK_LENGTH) as u64 + bytes(run.start),
+                    length: bytes(run.len()),
+                })
+                .collect::<Vec<_>>()
+        });
+        runs.collect()
     }
 
     /// Forgets all pages but these, and gives the memory back.

@@ -7,10 +7,12 @@
 //! ```
 //!
 //! Each process of the container's tree is followed by a tracker of its own. A round asks each what was written since the one
-//! before (the first time: all there is), and sends that. What large files of its writable layer hold is sent [with it](seeds). What is left when the container is frozen is sent in the freeze. CRIU
-//! does not see the memory that is moved this way; all of a process that cannot be followed is left to it.
+//! before (the first time: all there is), and sends that. What large files of the writable layer hold is sent [beside it](seeds). What is
+//! left when the container is frozen is sent in the freeze. CRIU does not see the memory that is moved this way; all of a process that
+//! cannot be followed is left to it.
 
 mod seeds;
+mod shared;
 mod verify;
 
 use std::collections::{BTreeSet, HashSet};
@@ -30,10 +32,11 @@ use podferry_memory::previous::{Budget, PreviousPages};
 use podferry_memory::range::PageRanges;
 use podferry_memory::tracker::{self, NotFollowed, Preference, TrackError, Untracked, WriteTracker};
 use podferry_runtime::{Container, Member};
-use podferry_transfer::{Object, ObjectWriter, Pool, Sender, TransferError};
+use podferry_transfer::{Object, ObjectWriter, Owner, Pool, Sender, TransferError};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use self::shared::Segments;
 use super::FreezeEvent;
 use super::batch::Parted;
 use crate::context::Context;
@@ -197,6 +200,8 @@ pub(super) struct Followers {
     followed: Vec<Followed>,
     /// Those that are left to CRIU.
     left: HashSet<Member>,
+    /// What they share.
+    shared: Segments,
     /// What a person should know.
     notes: BTreeSet<String>,
     round: u32,
@@ -246,7 +251,7 @@ impl Followers {
             }
             let begun = Instant::now();
             let mut round = self.one_round(job, before).map_err(|error| job.failed("pre-copy", &error))?;
-            let mut facts = facts(&round);
+            let mut facts = facts(&round, self.shared.cost());
             if let Some(throttle) = &mut throttle {
                 throttle.wait_for_some_periods(begun);
                 (round.duration, round.throttle) = (begun.elapsed(), throttle.held());
@@ -340,7 +345,9 @@ impl Followers {
     fn follow_new(&mut self, job: &Job) -> Result<usize, podferry_runtime::Error> {
         self.followed.retain(|followed| followed.member.is_alive());
         let known = self.followed.len();
-        for member in job.container.tree()? {
+        let members = job.container.tree()?;
+        self.shared.find(&members, &self.budget);
+        for member in members {
             let known = self.followed.iter().any(|followed| followed.member == member);
             if known || self.left.contains(&member) {
                 continue;
@@ -388,6 +395,9 @@ impl Followers {
                 self.leave(followed.member, &error);
             }
         }
+        let (pages, left) = self.shared.round(number, &job.way)?;
+        round.pages += pages;
+        self.notes.extend(left);
         round.raw_bytes = round.pages * podferry_memory::PAGE_SIZE + layer.data_bytes;
         round.wire_bytes = job.way.wire_bytes() - wire_before;
         round.duration = begun.elapsed();
@@ -409,7 +419,7 @@ impl Followers {
             let pid = followed.member.pid;
             followed.hidden.iter().map(move |range| (pid, range))
         });
-        std::fs::write(file, hide::describe(ranges))
+        std::fs::write(file, hide::describe(ranges, self.shared.files()?))
     }
 
     /// Sends what was written since the last round, or which pages these are, and which pages there are; and what is new in files. The
@@ -432,6 +442,8 @@ impl Followers {
             let sent = followed.last_round(number, way, rest);
             pages += sent.map_err(|error| failed(&error))?;
         }
+        let shared = self.shared.last_round(number, way);
+        pages += shared.map_err(|error| failed(&error))?;
         self.seeds.last_round(rootfs, way).map_err(|error| failed(&error))?;
         Ok(pages)
     }
@@ -440,14 +452,14 @@ impl Followers {
 /// Tells the target of whom memory comes, also of whom none may come before the freeze.
 fn announce(followed: &[Followed], way: &Way) -> Result<(), SendError> {
     for followed in followed {
-        let (writer, _) = way.open(&Object::Memory { process: followed.process(), round: 0 })?;
+        let (writer, _) = way.open(&Object::Memory { owner: followed.owner(), round: 0 })?;
         writer.close_blocking()?;
     }
     Ok(())
 }
 
 /// What convergence has to know of a round.
-fn facts(round: &Round) -> RoundFacts {
+fn facts(round: &Round, shared: Duration) -> RoundFacts {
     let seconds = round.duration.as_secs_f64();
     #[expect(
         clippy::cast_possible_truncation,
@@ -458,7 +470,7 @@ fn facts(round: &Round) -> RoundFacts {
     let wire_rate = if seconds > 0.0 { (round.wire_bytes as f64 / seconds) as u64 } else { 0 };
     // What files hold has to be sent like memory.
     let pages = round.raw_bytes.div_ceil(podferry_memory::PAGE_SIZE);
-    RoundFacts { pages, bytes: round.wire_bytes, duration: round.duration, wire_rate, cpu_rate: 0 }
+    RoundFacts { pages, bytes: round.wire_bytes, duration: round.duration, wire_rate, cpu_rate: 0, shared }
 }
 
 impl Job {
@@ -503,6 +515,10 @@ impl Followed {
         self.member.inner.unsigned_abs()
     }
 
+    fn owner(&self) -> Owner {
+        Owner::Process(self.process())
+    }
+
     fn round(&mut self, number: u32, way: &Way) -> Result<u64, SendError> {
         let written = self.tracker.round()?;
         self.previous.begin_round();
@@ -513,7 +529,7 @@ impl Followed {
         if pages.is_empty() {
             return Ok(0);
         }
-        let (mut writer, pool) = way.open(&Object::Memory { process: self.process(), round })?;
+        let (mut writer, pool) = way.open(&Object::Memory { owner: self.owner(), round })?;
         let pid = self.member.pid;
         let previous = &mut self.previous;
         let copied = self.copier.read::<SendError>(pages, |batch| {
@@ -550,7 +566,7 @@ impl Followed {
             }
         };
         self.existing = frozen.existing;
-        Self::send_list(&Object::Existing { process }, &self.existing, way)?;
+        Self::send_list(&Object::Existing { owner: self.owner() }, &self.existing, way)?;
         Ok(pages)
     }
 

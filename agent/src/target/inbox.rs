@@ -179,8 +179,8 @@ struct Opened {
 enum Place {
     Image(PathBuf, File),
     Pages(Owner, PageSetWriter),
-    /// Memory of this process.
-    Memory(u32),
+    /// Memory of this owner.
+    Memory(Owner),
     List(List),
     /// Digests of this process's pages.
     Digests(u32, Comparison),
@@ -232,8 +232,8 @@ impl Sink for Receiving {
     fn open(&mut self, id: u32, object: &Object) -> Result<(), Failure> {
         let place = self.place(object)?;
         self.inbox.with_open(|open| {
-            if let Place::Memory(process) = place {
-                open.memory.open(process).map_err(failed)?;
+            if let Place::Memory(owner) = place {
+                open.memory.open(owner).map_err(failed)?;
             }
             open.places.insert(id, place);
             Ok(())
@@ -261,14 +261,14 @@ impl Sink for Receiving {
         self.inbox.with_open(|open| match open.places.get_mut(&run.object) {
             Some(Place::Pages(_, images)) => add_pages(images, &run),
             Some(Place::Memory(_)) if run.absent => Err(failed(io::Error::other("memory without contents"))),
-            Some(Place::Memory(process)) => open.memory.keep(*process, &run).map_err(failed),
+            Some(Place::Memory(owner)) => open.memory.keep(*owner, &run).map_err(failed),
             _ => Err(failed(io::Error::other("pages for what takes none"))),
         })
     }
 
     fn deltas(&mut self, deltas: Deltas) -> Result<(), Failure> {
         self.inbox.with_open(|open| match open.places.get(&deltas.object()) {
-            Some(Place::Memory(process)) => open.memory.change(*process, &deltas).map_err(failed),
+            Some(Place::Memory(owner)) => open.memory.change(*owner, &deltas).map_err(failed),
             _ => Err(failed(io::Error::other("changes of pages for what keeps none"))),
         })
     }
@@ -282,8 +282,7 @@ impl Sink for Receiving {
                 Ok(())
             }
             Some(Place::Memory(_)) => Ok(()),
-            Some(Place::Pages(Owner::Process(process), images)) => open.memory.dumped(process, images).map_err(failed),
-            Some(Place::Pages(Owner::SharedMemory(_), images)) => images.finish().map_err(failed),
+            Some(Place::Pages(owner, images)) => open.memory.dumped(owner, images).map_err(failed),
             Some(Place::List(list)) => list.finish(&mut open.memory).map_err(failed),
             Some(Place::Digests(process, comparison)) => memory::verdict(process, comparison).map_err(different),
             Some(Place::Layer(unpacking)) => unpacking.finish().map_err(failed),
@@ -345,9 +344,9 @@ impl Receiving {
             Object::Layer(name) | Object::Seeds { layer: name, .. } => {
                 return Err(failed(io::Error::other(format!("no layer named {name} is expected"))));
             }
-            Object::Memory { process, .. } => Place::Memory(*process),
-            Object::Existing { process } => Place::List(List::of(ListOf::Existing, *process)),
-            Object::Later { process } => Place::List(List::of(ListOf::Later, *process)),
+            Object::Memory { owner, .. } => Place::Memory(*owner),
+            Object::Existing { owner } => Place::List(List::of(ListOf::Existing(*owner))),
+            Object::Later { process } => Place::List(List::of(ListOf::Later(*process))),
             Object::Digests { process } => {
                 let comparison = self.inbox.with_open(|open| open.memory.open_digests(*process).map_err(failed))?;
                 Place::Digests(*process, comparison)

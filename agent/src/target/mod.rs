@@ -31,6 +31,7 @@ use podferry_common::MigrationId;
 use podferry_common::failure::{Failure, FailureCode, chain};
 use podferry_common::identity::Peer;
 use podferry_criu::CriuLog;
+use podferry_memory::shared::laying;
 use podferry_network::{ContainerLink, LinkHandle, Netns};
 use tokio::sync::{Mutex, MutexGuard};
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -289,6 +290,7 @@ impl TargetPart {
     async fn until_held(&self) -> Result<(), Failure> {
         loop {
             if let Some(init) = self.hook.until(LOOK, |hold| hold.pid().is_some()).await.pid() {
+                self.check_shared_memory()?;
                 return self.wake_loopback(init);
             }
             let mut running = self.restore.lock().await;
@@ -300,6 +302,16 @@ impl TargetPart {
                 return Err(self.refused(FailureCode::Internal, message, "restore"));
             }
         }
+    }
+
+    /// Fails when shared memory that is here was not laid in, and so would be zero.
+    fn check_shared_memory(&self) -> Result<(), Failure> {
+        let not_laid = laying::not_laid(&self.dirs.images).map_err(|error| io_failed(&self.context, &error))?;
+        let Some(number) = not_laid.first() else { return Ok(()) };
+        let message = format!("CRIU restored the shared memory {number} without what was sent of it before the freeze");
+        let failure = self.refused(FailureCode::Internal, message, "restore");
+        Err(failure
+            .remedy("see whether the agent's criu_shim is the one that came with it; `--strategy warm` does without"))
     }
 
     /// A network namespace that is not ours to make is CRIU's, and its loopback is down.

@@ -10,6 +10,7 @@ use std::time::Duration;
 use podferry_common::MigrationId;
 use podferry_common::failure::{Failure, FailureCode};
 use podferry_memory::handover::Handover;
+use podferry_memory::shared::laying;
 use podferry_runtime::{CgroupsMode, RestoreRequest, RestoreStdio, RunningRestore};
 
 use super::bundle::Bundle;
@@ -140,7 +141,9 @@ impl Restoring {
         let stdio = podferry_runtime::stdio::spawn_keeper(&tools.stdio_keeper, &log)
             .map_err(|error| self.failed("the container's output cannot be kept", &error))?;
         tracing::debug!(%migration, "the output has its keeper");
-        let variables: [(&str, OsString); 5] = [
+        laying::begin_again(&dirs.images).map_err(|error| io_failed(context, &error))?;
+        let variables: [(&str, OsString); 6] = [
+            (laying::VARIABLE, laying::index(&dirs.images).into()),
             ("LD_PRELOAD", tools.criu_shim.clone().into()),
             (podferry_runtime::hook::HOOK_PROGRAM, tools.hook.clone().into()),
             ("CRIU_CONFIG_FILE", criu_config.into()),

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use podferry_common::failure::{Failure, FailureCode, chain};
+use podferry_memory::shared::laying;
 use podferry_network::{Announcer, Netns, Replayer};
 use tokio::sync::MutexGuard;
 
@@ -47,8 +48,12 @@ impl TargetPart {
         restore_mtu(&record);
         self.note(&mut record, |record| record.standing = Standing::Resumed)?;
         self.context.admissions.forget(self.migration);
-        // Otherwise its pages are there until they are in place.
-        if !fill::is_under_way(&self.dirs) {
+        if fill::is_under_way(&self.dirs) {
+            // Private pages are there until they are in place; shared memory is in place, and takes its room twice until then.
+            if let Err(error) = laying::remove(&self.dirs.images) {
+                tracing::warn!(%error, "shared memory that was laid in cannot be removed");
+            }
+        } else {
             self.dirs.wipe_volatile();
         }
         Ok(self.init_pid())

@@ -3,20 +3,29 @@
 use std::fmt;
 
 use podferry_proto::v1::{
-    DigestsObject, ExistingObject, LaterObject, MemoryObject, PagesObject, SeedsObject, TransferOpen, pages_object,
-    transfer_open,
+    DigestsObject, ExistingObject, LaterObject, MemoryObject, PagesObject, SeedsObject, TransferOpen, existing_object,
+    memory_object, pages_object, transfer_open,
 };
 use thiserror::Error;
 
 use crate::limits::MAX_NAME_LENGTH;
 
 /// Whose memory pages are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Owner {
     /// Of a process: its id inside the container.
     Process(u32),
     /// Of a shared memory segment: CRIU's id of it.
     SharedMemory(u64),
+}
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process(pid) => write!(f, "process {pid}"),
+            Self::SharedMemory(segment) => write!(f, "shared memory {segment}"),
+        }
+    }
 }
 
 /// One thing that is sent.
@@ -33,17 +42,18 @@ pub enum Object {
         /// CRIU's pages id: the number in `pages-<id>.img`.
         id: u32,
     },
-    /// Memory pages of a process that runs; a page that comes again replaces the earlier one.
+    /// Memory pages of a container that runs; a page that comes again replaces the earlier one. Those of shared memory have its offsets
+    /// for addresses.
     Memory {
-        /// The process: its id inside the container.
-        process: u32,
-        /// Tells this object from others of the same process.
+        /// Whose they are.
+        owner: Owner,
+        /// Tells this object from others of the same owner.
         round: u32,
     },
-    /// Which pages of a process's memory objects it has in the end.
+    /// Which pages of an owner's memory objects it has in the end.
     Existing {
-        /// The process: its id inside the container.
-        process: u32,
+        /// Whose they are.
+        owner: Owner,
     },
     /// Which of these the source keeps for the target to fetch.
     Later {
@@ -69,12 +79,9 @@ impl fmt::Display for Object {
         match self {
             Self::ImageFile(name) => write!(f, "image file {name}"),
             Self::Layer(name) => write!(f, "layer {name}"),
-            Self::Pages { owner: Owner::Process(pid), id } => write!(f, "pages {id} of process {pid}"),
-            Self::Pages { owner: Owner::SharedMemory(segment), id } => {
-                write!(f, "pages {id} of shared memory {segment}")
-            }
-            Self::Memory { process, round } => write!(f, "memory of process {process}, round {round}"),
-            Self::Existing { process } => write!(f, "list of the existing pages of process {process}"),
+            Self::Pages { owner, id } => write!(f, "pages {id} of {owner}"),
+            Self::Memory { owner, round } => write!(f, "memory of {owner}, round {round}"),
+            Self::Existing { owner } => write!(f, "list of the existing pages of {owner}"),
             Self::Later { process } => write!(f, "list of the pages of process {process} that come later"),
             Self::Digests { process } => write!(f, "digests of the pages of process {process}"),
             Self::Seeds { layer, round } => write!(f, "seeds of layer {layer}, round {round}"),
@@ -138,10 +145,20 @@ impl From<&Object> for TransferOpen {
                 };
                 transfer_open::Object::Pages(PagesObject { owner: Some(owner), id: *id })
             }
-            Object::Memory { process, round } => {
-                transfer_open::Object::Memory(MemoryObject { process: *process, round: *round })
+            Object::Memory { owner, round } => {
+                let owner = match *owner {
+                    Owner::Process(pid) => memory_object::Owner::Process(pid),
+                    Owner::SharedMemory(segment) => memory_object::Owner::SharedMemory(segment),
+                };
+                transfer_open::Object::Memory(MemoryObject { owner: Some(owner), round: *round })
             }
-            Object::Existing { process } => transfer_open::Object::Existing(ExistingObject { process: *process }),
+            Object::Existing { owner } => {
+                let owner = match *owner {
+                    Owner::Process(pid) => existing_object::Owner::Process(pid),
+                    Owner::SharedMemory(segment) => existing_object::Owner::SharedMemory(segment),
+                };
+                transfer_open::Object::Existing(ExistingObject { owner: Some(owner) })
+            }
             Object::Later { process } => transfer_open::Object::Later(LaterObject { process: *process }),
             Object::Digests { process } => transfer_open::Object::Digests(DigestsObject { process: *process }),
             Object::Seeds { layer, round } => {
@@ -166,8 +183,20 @@ impl TryFrom<TransferOpen> for Object {
                 };
                 Self::Pages { owner, id: pages.id }
             }
-            transfer_open::Object::Memory(MemoryObject { process, round }) => Self::Memory { process, round },
-            transfer_open::Object::Existing(ExistingObject { process }) => Self::Existing { process },
+            transfer_open::Object::Memory(MemoryObject { owner, round }) => {
+                let owner = match owner.ok_or(InvalidObject::Unknown)? {
+                    memory_object::Owner::Process(pid) => Owner::Process(pid),
+                    memory_object::Owner::SharedMemory(segment) => Owner::SharedMemory(segment),
+                };
+                Self::Memory { owner, round }
+            }
+            transfer_open::Object::Existing(ExistingObject { owner }) => {
+                let owner = match owner.ok_or(InvalidObject::Unknown)? {
+                    existing_object::Owner::Process(pid) => Owner::Process(pid),
+                    existing_object::Owner::SharedMemory(segment) => Owner::SharedMemory(segment),
+                };
+                Self::Existing { owner }
+            }
             transfer_open::Object::Later(LaterObject { process }) => Self::Later { process },
             transfer_open::Object::Digests(DigestsObject { process }) => Self::Digests { process },
             transfer_open::Object::Seeds(SeedsObject { layer, round }) => Self::Seeds { layer, round },
@@ -199,8 +228,10 @@ mod tests {
             Object::Layer("x".repeat(MAX_NAME_LENGTH)),
             Object::Pages { owner: Owner::Process(0), id: 0 },
             Object::Pages { owner: Owner::SharedMemory(u64::MAX), id: u32::MAX },
-            Object::Memory { process: 1, round: 0 },
-            Object::Existing { process: u32::MAX },
+            Object::Memory { owner: Owner::Process(1), round: 0 },
+            Object::Memory { owner: Owner::SharedMemory(0), round: u32::MAX },
+            Object::Existing { owner: Owner::Process(u32::MAX) },
+            Object::Existing { owner: Owner::SharedMemory(7) },
             Object::Later { process: u32::MAX },
             Object::Digests { process: 7 },
             Object::Seeds { layer: "upper".to_owned(), round: u32::MAX },

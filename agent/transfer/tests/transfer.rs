@@ -468,7 +468,7 @@ async fn scattered_pages_of_a_running_process_arrive_where_they_belong() {
     assert_eq!(sender.version(), Version::OURS.current);
     let bytes = mixed(200);
     let places: Vec<Place> = (0..100).map(|run| Place { vaddr: run * 0x10_0000 + 0x1000, count: 2 }).collect();
-    let mut writer = sender.open(&Object::Memory { process: 7, round: 1 }).await.unwrap();
+    let mut writer = sender.open(&Object::Memory { owner: Owner::Process(7), round: 1 }).await.unwrap();
     writer.scattered(&places, Bytes::from(bytes.clone())).await.unwrap();
     writer.close().await.unwrap();
     sender.finish().await.unwrap();
@@ -508,11 +508,11 @@ fn write_one_byte(pages: &mut [u8], vaddr: u64, touched: &[usize], new: u8) -> C
 /// Sends pages in one round, and in the next what has changed in some of them; none for nothing, not even a frame.
 async fn send_two_rounds(cluster: &Cluster, options: Options, pages: &[u8], changes: Option<Changes>) -> SenderStats {
     let sender = connect(cluster, options).await.unwrap();
-    let mut first = sender.open(&Object::Memory { process: 7, round: 1 }).await.unwrap();
+    let mut first = sender.open(&Object::Memory { owner: Owner::Process(7), round: 1 }).await.unwrap();
     let count = (pages.len() / PAGE) as u64;
     first.scattered(&[Place { vaddr: 0x10_0000, count }], Bytes::copy_from_slice(pages)).await.unwrap();
     first.close().await.unwrap();
-    let mut second = sender.open(&Object::Memory { process: 7, round: 2 }).await.unwrap();
+    let mut second = sender.open(&Object::Memory { owner: Owner::Process(7), round: 2 }).await.unwrap();
     if let Some(changes) = changes {
         second.deltas(changes).await.unwrap();
     }
@@ -574,7 +574,7 @@ async fn changes_of_what_the_other_side_does_not_have_fail_the_transfer() {
         pages[2 * PAGE + 77] ^= u8::from(spoiled);
         let changes = write_one_byte(&mut pages, vaddr, &[1, 2], 0xaa);
         let sender = connect(&cluster, Options::default()).await.unwrap();
-        let mut writer = sender.open(&Object::Memory { process: 7, round: 1 }).await.unwrap();
+        let mut writer = sender.open(&Object::Memory { owner: Owner::Process(7), round: 1 }).await.unwrap();
         let places = [Place { vaddr: 0x10_0000, count: 4 }];
         writer.scattered(&places, Bytes::copy_from_slice(&before)).await.unwrap();
         writer.deltas(changes).await.unwrap();
@@ -591,6 +591,6 @@ async fn only_memory_of_a_running_process_has_changes() {
     let changes = || write_one_byte(&mut noise(PAGE, 1), 0x1000, &[0], 0xaa);
     let mut pages = sender.open(&memory(1)).await.unwrap();
     assert!(matches!(pages.deltas(changes()).await, Err(TransferError::NoPages { .. })));
-    let mut running = sender.open(&Object::Memory { process: 7, round: 1 }).await.unwrap();
+    let mut running = sender.open(&Object::Memory { owner: Owner::Process(7), round: 1 }).await.unwrap();
     assert!(matches!(running.deltas(Changes::default()).await, Err(TransferError::NoPages { .. })));
 }

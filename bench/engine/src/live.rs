@@ -234,7 +234,7 @@ fn write_hidden(followed: &mut [Followed], hidden: &Path, mapped: &Path) -> Resu
     }
     let ranges =
         followed.iter().flat_map(|process| process.hidden.iter().map(|range| (process.member.host.as_raw(), range)));
-    fs::write(hidden, hide::describe(ranges)).map_err(file("write", hidden))?;
+    fs::write(hidden, hide::describe(ranges, [])).map_err(file("write", hidden))?;
     // Last, so that as little as possible changes before the freeze. CRIU asks the kernel about those that are not in it.
     let mappings: String = followed.iter().filter_map(|process| hide::mappings(process.member.host).ok()).collect();
     fs::write(mapped, mappings).map_err(file("write", mapped))

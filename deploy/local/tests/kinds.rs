@@ -22,9 +22,10 @@ const LIVE: &[&str] = &["--strategy", "live", "--downtime-budget", "1000"];
 /// The kind that CRIU 4.2.1 does not dump: a watch on a file of an overlay.
 const INOTIFY: &str = "inotify";
 /// All others, as the program names them.
-const KINDS: [&str; 39] = [
+const KINDS: [&str; 40] = [
     "alarm-clock",
     "appended-file",
+    "changing-memfd",
     "deleted-file",
     "environment",
     "epoll-eventfd",

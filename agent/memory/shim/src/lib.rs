@@ -9,14 +9,20 @@
 //! The file has a line for each range: the process id that CRIU sees, the first address and the first one behind, these two in
 //! hexadecimal. It is read when CRIU first asks for another process, so that it may be written after CRIU has started.
 //!
+//! **Shared memory that has moved.** Where a segment of shared memory has pages, CRIU asks with `lseek(SEEK_DATA)` of its file. Of
+//! a segment that the same file names, by a line `shared` with device and inode in hexadecimal, it is told that it has none. On
+//! restore what is kept of it is laid in: see [`shared`], for which this library stands in for `ftruncate` and `openat`.
+//!
 //! It also stands in for `openat`, to answer `/proc/PID/smaps`: see [`smaps`]; and for `sendmsg`, to answer the question for tracked
 //! connections: see [`conntrack`]; and, on restore, for `system`: see [`scripts`].
 
 mod conntrack;
+mod mapping;
 mod scripts;
+mod shared;
 mod smaps;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::OnceLock;
 
 /// The environment variable that names the file; `podferry_memory::hide` writes it.
@@ -25,19 +31,29 @@ const HIDE_VARIABLE: &str = "PODFERRY_CRIU_HIDE";
 /// Addresses from the first to before the second.
 type Range = (u64, u64);
 
-/// The ranges of each process, ascending.
-type Hidden = HashMap<i32, Vec<Range>>;
+/// What CRIU is not to see.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Hidden {
+    /// The ranges of each process, ascending.
+    ranges: HashMap<i32, Vec<Range>>,
+    /// Segments of shared memory: device and inode.
+    shared: HashSet<(u64, u64)>,
+}
 
 fn parse(text: &str) -> Option<Hidden> {
-    let mut hidden = Hidden::new();
+    let mut hidden = Hidden::default();
     for line in text.lines() {
         let mut words = line.split(' ');
-        let pid = words.next()?.parse().ok()?;
-        let mut address = || u64::from_str_radix(words.next()?, 16).ok();
-        let range = (address()?, address()?);
-        (range.0 < range.1).then(|| hidden.entry(pid).or_default().push(range))?;
+        let whose = words.next()?;
+        let mut number = || u64::from_str_radix(words.next()?, 16).ok();
+        let two = (number()?, number()?);
+        if whose == "shared" {
+            hidden.shared.insert(two);
+        } else {
+            (two.0 < two.1).then(|| Some(hidden.ranges.entry(whose.parse().ok()?).or_default().push(two))).flatten()?;
+        }
     }
-    for ranges in hidden.values_mut() {
+    for ranges in hidden.ranges.values_mut() {
         ranges.sort_unstable();
     }
     Some(hidden)
@@ -90,7 +106,7 @@ mod interposed {
     use std::ffi::CStr;
     use std::os::fd::IntoRawFd as _;
 
-    use super::{Range, asks_for_guards, conntrack, hidden, process_of, scripts, smaps, visible};
+    use super::{Range, asks_for_guards, conntrack, hidden, process_of, scripts, shared, smaps, visible};
 
     /// `_IOWR('f', 16, struct pm_scan_arg)`.
     const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
@@ -129,7 +145,7 @@ mod interposed {
         if request != PAGEMAP_SCAN {
             return real(fd, request, argument);
         }
-        let Some(ranges) = process_of(fd).and_then(|pid| hidden().get(&pid)) else {
+        let Some(ranges) = process_of(fd).and_then(|pid| hidden().ranges.get(&pid)) else {
             return real(fd, request, argument);
         };
         // SAFETY: the caller passes a `struct pm_scan_arg` with this request, which it does not use meanwhile.
@@ -153,12 +169,63 @@ mod interposed {
         mode: libc::mode_t,
     ) -> libc::c_int {
         // SAFETY: the caller passes a string that ends with a zero and does not change meanwhile; null is looked for before.
-        let is_smaps = !path.is_null() && unsafe { CStr::from_ptr(path) } == c"smaps";
-        if let Some(answer) = is_smaps.then(|| smaps::answer(folder)).flatten() {
+        let name = if path.is_null() { c"" } else { unsafe { CStr::from_ptr(path) } };
+        if let Some(answer) = (name == c"smaps").then(|| smaps::answer(folder)).flatten() {
             return answer.into_raw_fd();
         }
         // SAFETY: what the caller wanted of openat(2), passed on unchanged; sets `errno` as it does.
         let result = unsafe { libc::syscall(libc::SYS_openat, folder, path, flags, mode) };
+        let fd = libc::c_int::try_from(result).unwrap_or(-1);
+        match shared::opens(name.to_bytes()) {
+            Err(error) if fd >= 0 => fail_with(error.raw_os_error().unwrap_or(libc::EIO), Some(fd)),
+            _ => fd,
+        }
+    }
+
+    /// What a function of the C library gives that fails; closes what is not given away then.
+    fn fail_with(error: libc::c_int, fd: Option<libc::c_int>) -> libc::c_int {
+        // SAFETY: a descriptor that was opened just now, and that nobody else knows; a number of this thread's own.
+        unsafe {
+            fd.map(|fd| libc::close(fd));
+            *libc::__errno_location() = error;
+        }
+        -1
+    }
+
+    /// In place of the C library's `lseek`, by the name that CRIU uses.
+    ///
+    /// # Safety
+    /// None but those of lseek(2).
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn lseek64(fd: libc::c_int, offset: libc::off64_t, whence: libc::c_int) -> libc::off64_t {
+        if whence == libc::SEEK_DATA
+            && !hidden().shared.is_empty()
+            && file_of(fd).is_some_and(|file| hidden().shared.contains(&file))
+        {
+            return fail_with(libc::ENXIO, None).into();
+        }
+        // SAFETY: what the caller wanted of lseek(2), passed on unchanged; sets `errno` as it does.
+        unsafe { libc::syscall(libc::SYS_lseek, fd, offset, whence) }
+    }
+
+    /// Device and inode of a file.
+    fn file_of(fd: libc::c_int) -> Option<(u64, u64)> {
+        // SAFETY: all-zero is a valid `stat`, which the call fills in.
+        unsafe {
+            let mut found: libc::stat64 = std::mem::zeroed();
+            (libc::fstat64(fd, &raw mut found) == 0).then_some((found.st_dev, found.st_ino))
+        }
+    }
+
+    /// In place of the C library's `ftruncate`, by the name that CRIU uses.
+    ///
+    /// # Safety
+    /// None but those of ftruncate(2).
+    #[unsafe(no_mangle)]
+    unsafe extern "C" fn ftruncate64(fd: libc::c_int, length: libc::off64_t) -> libc::c_int {
+        shared::sized(fd);
+        // SAFETY: what the caller wanted of ftruncate(2), passed on unchanged; sets `errno` as it does.
+        let result = unsafe { libc::syscall(libc::SYS_ftruncate, fd, length) };
         libc::c_int::try_from(result).unwrap_or(-1)
     }
 
@@ -336,16 +403,15 @@ mod tests {
     #[test]
     fn what_is_described_is_understood() {
         let range = podferry_memory::range::PageRange::new;
-        let text = podferry_memory::hide::describe([
-            (7, range(0x2000, 0x3000)),
-            (7, range(0x1000, 0x2000)),
-            (9, range(0x7fff_0000_0000, 0x7fff_0000_1000)),
-        ]);
+        let ranges =
+            [(7, range(0x2000, 0x3000)), (7, range(0x1000, 0x2000)), (9, range(0x7fff_0000_0000, 0x7fff_0000_1000))];
+        let text = podferry_memory::hide::describe(ranges, [(1, 4711), (1, 12)]);
         assert_eq!(podferry_memory::hide::HIDE_VARIABLE, HIDE_VARIABLE);
         let hidden = parse(&text).unwrap();
-        assert_eq!(hidden[&7], [(0x1000, 0x2000), (0x2000, 0x3000)]);
-        assert_eq!(hidden[&9], [(0x7fff_0000_0000, 0x7fff_0000_1000)]);
-        for bad in ["7 1000", "x 1000 2000", "7 2000 1000", "7 1000 2000\n\n"] {
+        assert_eq!(hidden.ranges[&7], [(0x1000, 0x2000), (0x2000, 0x3000)]);
+        assert_eq!(hidden.ranges[&9], [(0x7fff_0000_0000, 0x7fff_0000_1000)]);
+        assert_eq!(hidden.shared, HashSet::from([(1, 12), (1, 4711)]));
+        for bad in ["7 1000", "x 1000 2000", "7 2000 1000", "7 1000 2000\n\n", "shared 1", "shared x 1"] {
             assert_eq!(parse(bad), None, "{bad:?}");
         }
     }

@@ -11,7 +11,14 @@ fn budget(ms: u64) -> Plan {
 
 fn round(pages: u64, rate: u64) -> RoundFacts {
     let duration = Duration::from_secs_f64(real(pages) / real(rate) + 0.0005);
-    RoundFacts { pages, bytes: pages * PAGE_SIZE, duration, wire_rate: rate * PAGE_SIZE, cpu_rate: 0 }
+    RoundFacts {
+        pages,
+        bytes: pages * PAGE_SIZE,
+        duration,
+        wire_rate: rate * PAGE_SIZE,
+        cpu_rate: 0,
+        shared: Duration::ZERO,
+    }
 }
 
 /// A process with so many pages that writes so many per second, sent at this rate. Gives the rounds and the last verdict.
@@ -159,6 +166,21 @@ fn one_that_hardly_uses_the_processor_is_not_throttled() {
 }
 
 #[test]
+fn shared_memory_that_takes_longer_than_the_budget_by_itself_is_said_after_two_rounds() {
+    let mut convergence = Convergence::new(budget(200)).with_throttle(10_000);
+    let shared = Duration::from_millis(201);
+    let facts = RoundFacts { shared, cpu_rate: 1_000_000, ..round(2000, SENT_PER_SECOND) };
+    assert_eq!(convergence.after_round(facts), Verdict::Another);
+    let Verdict::GiveUp { why } = convergence.after_round(facts) else { panic!("no round helps, and no throttle") };
+    assert!(why.contains("201 ms for all shared memory"), "{why}");
+    let mut convergence = Convergence::new(budget(200));
+    let little = RoundFacts { shared: Duration::from_millis(50), ..facts };
+    assert_eq!(convergence.after_round(little), Verdict::Another);
+    let Verdict::Freeze { predicted } = convergence.after_round(RoundFacts { pages: 10, ..little }) else { panic!() };
+    assert!(predicted >= Plan::FIXED + little.shared, "{predicted:?}");
+}
+
+#[test]
 fn who_cannot_be_throttled_any_further_is_given_up() {
     let mut convergence = Convergence::new(budget(200)).with_throttle(10_000);
     let fast = || RoundFacts { cpu_rate: 1_000_000, ..round(SENT_PER_SECOND, SENT_PER_SECOND) };
@@ -170,15 +192,16 @@ fn who_cannot_be_throttled_any_further_is_given_up() {
 
 fn facts() -> impl Strategy<Value = RoundFacts> {
     let or_none = |most: u64| prop_oneof![Just(0), 0..most];
-    (0_u64..1 << 40, 0_u64..1 << 52, 0_u64..1 << 40, or_none(1 << 40), or_none(1 << 30)).prop_map(
-        |(pages, bytes, nanoseconds, wire_rate, cpu_rate)| RoundFacts {
-            pages,
-            bytes,
-            duration: Duration::from_nanos(nanoseconds),
-            wire_rate,
-            cpu_rate,
-        },
-    )
+    let numbers =
+        (0_u64..1 << 40, 0_u64..1 << 52, 0_u64..1 << 40, or_none(1 << 40), or_none(1 << 30), or_none(1 << 32));
+    numbers.prop_map(|(pages, bytes, nanoseconds, wire_rate, cpu_rate, shared)| RoundFacts {
+        pages,
+        bytes,
+        duration: Duration::from_nanos(nanoseconds),
+        wire_rate,
+        cpu_rate,
+        shared: Duration::from_nanos(shared),
+    })
 }
 
 proptest! {

@@ -176,7 +176,7 @@ fn scattered(places: &[Place], zero: Vec<u8>, full: usize) -> Frame {
 #[test]
 fn pages_that_lie_apart_come_as_runs() {
     let mut session = opened();
-    send(&mut session, open(3, &Object::Memory { process: 1, round: 1 })).unwrap();
+    send(&mut session, open(3, &Object::Memory { owner: Owner::Process(1), round: 1 })).unwrap();
     let places = [Place { vaddr: 0x3000, count: 2 }, Place { vaddr: 0x9000, count: 3 }];
     // The second page of each run is zero.
     let Event::Scattered(event) = send(&mut session, scattered(&places, vec![0b1010], 3)).unwrap() else {
@@ -203,7 +203,7 @@ fn scattered_pages_that_cannot_be_are_refused() {
     ];
     for frame in refused {
         let mut session = opened();
-        send(&mut session, open(3, &Object::Memory { process: 1, round: 1 })).unwrap();
+        send(&mut session, open(3, &Object::Memory { owner: Owner::Process(1), round: 1 })).unwrap();
         assert!(send(&mut session, frame.clone()).is_err(), "{frame:?}");
     }
     // CRIU's own pages ascend: they never lie apart in one frame.
@@ -223,7 +223,7 @@ const DELTA: [u8; 10] = [1, 1, 5, 0, 0, 0, 0, 0, 0, 9];
 
 fn with_memory() -> Session {
     let mut session = opened();
-    send(&mut session, open(3, &Object::Memory { process: 1, round: 1 })).unwrap();
+    send(&mut session, open(3, &Object::Memory { owner: Owner::Process(1), round: 1 })).unwrap();
     session
 }
 

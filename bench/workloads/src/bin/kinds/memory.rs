@@ -7,7 +7,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use podferry_workloads::ballast::split_mix;
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 use vm_memory::volatile_memory::VolatileMemory;
 use vm_memory::{Bytes, FileOffset, MmapRegion};
 
@@ -24,6 +25,7 @@ pub(crate) fn make() -> Outcome<Vec<Kind>> {
     Ok(vec![
         heap(),
         shared_anonymous()?,
+        changing_memfd()?,
         of_file("mapped-file", Path::new("/data/mapped"))?,
         of_file("posix-shared-memory", Path::new("/dev/shm/kinds"))?,
     ])
@@ -78,6 +80,49 @@ fn shared_anonymous() -> Outcome<Kind> {
         same("the counter", &slice.load::<u64>(0, Ordering::Acquire)?, &count)?;
         count += 1;
         Ok(slice.store(count, 0, Ordering::Release)?)
+    }))
+}
+
+/// Bytes of shared memory that is more than a few pages.
+const MUCH: usize = 8 << 20;
+const PAGE: usize = 4096;
+
+/// Shared memory that is written through its mapping and its descriptor, gives pages back, and gets shorter and longer.
+fn changing_memfd() -> Outcome<Kind> {
+    let file = Arc::new(File::from(memfd_create("much", MemfdFlags::CLOEXEC)?));
+    file.set_len(u64::try_from(MUCH)?)?;
+    let region = Region::from_file(FileOffset::from_arc(Arc::clone(&file), 0), MUCH)?;
+    let (mut expected, mut state, mut length) = (vec![0_u8; MUCH], 7_u64, MUCH);
+    Ok(Kind::new("changing-memfd", move || {
+        same("the length", &file.metadata()?.len(), &u64::try_from(length)?)?;
+        let mut found = vec![0; length];
+        file.read_exact_at(&mut found, 0)?;
+        if let Some(wrong) = found.iter().zip(&expected).position(|(found, expected)| found != expected) {
+            return Err(format!("byte {wrong} of the memfd is {}, not {}", found[wrong], expected[wrong]).into());
+        }
+        for _ in 0..200 {
+            let random = split_mix(&mut state);
+            let page = usize::try_from(random >> 8)? % (MUCH / PAGE) * PAGE;
+            let bytes = [u8::try_from(random % 251)?; PAGE];
+            match random % 7 {
+                // Pages behind the end cannot be written through the mapping.
+                0..3 if page < length => region.as_volatile_slice().write_slice(&bytes, page)?,
+                3 | 4 if page < length => file.write_all_at(&bytes, u64::try_from(page)?)?,
+                5 => {
+                    let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                    fallocate(&file, punch, u64::try_from(page)?, u64::try_from(PAGE)?)?;
+                    expected[page..page + PAGE].fill(0);
+                    continue;
+                }
+                _ => continue,
+            }
+            expected[page..page + PAGE].copy_from_slice(&bytes);
+        }
+        // Between half and all of it, and sometimes in the middle of a page.
+        let shorter = MUCH / 2 + usize::try_from(split_mix(&mut state))? % (MUCH / 2);
+        length = if length == MUCH { shorter } else { MUCH };
+        file.set_len(u64::try_from(length)?)?;
+        Ok(expected[length..].fill(0))
     }))
 }
 
