@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{self, SeekFrom};
 use rustix::io::Errno;
@@ -44,12 +45,14 @@ pub(crate) struct BlockBuffer {
     length: usize,
     /// What is hashed besides.
     layout: Vec<u8>,
+    /// How long reading and hashing took.
+    spent: Duration,
 }
 
 impl Default for BlockBuffer {
     fn default() -> Self {
         let room = vec![0; BLOCK].into_boxed_slice();
-        Self { index: 0, pieces: Vec::new(), room, length: 0, layout: Vec::new() }
+        Self { index: 0, pieces: Vec::new(), room, length: 0, layout: Vec::new(), spent: Duration::ZERO }
     }
 }
 
@@ -75,8 +78,14 @@ impl BlockBuffer {
         })
     }
 
+    /// How long reading and hashing took since this was asked last.
+    pub(crate) fn take_spent(&mut self) -> Duration {
+        std::mem::take(&mut self.spent)
+    }
+
     /// What it is remembered by.
     pub(crate) fn hashed(&mut self, secret: u64) -> Block {
+        let begun = Instant::now();
         let content = XxHash3_128::oneshot_with_seed(secret, self.bytes());
         self.layout.clear();
         self.layout.extend(content.to_le_bytes());
@@ -85,12 +94,14 @@ impl BlockBuffer {
             self.layout.extend(length.to_le_bytes());
         }
         let bytes = XxHash3_128::oneshot_with_seed(secret, &self.layout).to_le_bytes();
+        self.spent += begun.elapsed();
         let half = |at: usize| u64::from_le_bytes(std::array::from_fn(|index| bytes[at + index]));
         Block { index: self.index, hash: [half(0), half(8)] }
     }
 
     /// Reads the file from `position` up to `end`, which lie in this block. False when it ends before.
     fn read(&mut self, file: &OwnedFd, position: u64, end: u64) -> rustix::io::Result<bool> {
+        let begun = Instant::now();
         // Both lie in one block.
         let wanted = usize::try_from(end - position).unwrap_or(BLOCK);
         let room = &mut self.room[self.length..self.length + wanted];
@@ -101,6 +112,7 @@ impl BlockBuffer {
                 read => done += read,
             }
         }
+        self.spent += begun.elapsed();
         self.length += done;
         if done > 0 {
             self.pieces.push((position, done));

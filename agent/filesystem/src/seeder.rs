@@ -5,11 +5,11 @@
 //! again only the blocks go that differ. A file that cannot be read, or that vanishes, is given up as a seed and left to
 //! [`pack`](crate::pack), which knows what to say of it.
 //!
-//! # When a file is not read in the freeze
+//! # When a file is not read again
 //!
 //! Nothing may be missed, and times alone say too little: `write(2)` sets them when it begins, which for a large one is seconds before
-//! its last byte is in the file, and a page that is mapped and dirty already is written to without any time being set. So in the freeze
-//! every file is read and compared, but for those that were *at rest* when they were read last, and have had the same size, times and
+//! its last byte is in the file, and a page that is mapped and dirty already is written to without any time being set. So every pass
+//! reads and compares all files but those that were *at rest* when they were read last, and have had the same size, times and
 //! inode number ever since. At rest means, before the reading and in this order:
 //!
 //! 1. its change time lay [`MARGIN`] or more in the past. The kernel's time stamps are coarse (10 ms at 100 Hz), so that any later
@@ -78,8 +78,12 @@ pub struct SeedsSent {
     pub seeds: u64,
     /// Bytes of content that were sent.
     pub data_bytes: u64,
-    /// Bytes that were read for it.
+    /// Bytes that were read and compared for it,
     pub read_bytes: u64,
+    /// and how long that took, without the sending.
+    pub read_time: Duration,
+    /// Bytes of files that are not at rest: the next pass reads them again.
+    pub restless_bytes: u64,
 }
 
 /// Remembers what a target has of a layer's large files.
@@ -162,7 +166,7 @@ impl Seeder {
         let WritableLayer::Overlay(overlay) = layer else { return Ok(SeedsSent::default()) };
         self.settled = false;
         self.pass += 1;
-        let mut sending = Sending::new(out, host, pass);
+        let mut sending = Sending::new(out, host);
         let root = open_root(&overlay.upper)?;
         each_file(root, |dir, name, stat| self.visit(&mut sending, dir, name, stat))?;
         self.drop_unseen(&mut sending)?;
@@ -189,7 +193,7 @@ impl Seeder {
         }
         let pass = self.pass;
         if let Some(seed) = self.seeds.get_mut(&inode(stat))
-            && (seed.pass == pass || !sending.has_to_look(seed, stat))
+            && (seed.pass == pass || seed.at_rest && seed.print == Fingerprint::of(stat))
         {
             seed.pass = pass;
             return Ok(());
@@ -204,15 +208,6 @@ impl Seeder {
         let at_rest = Fingerprint::of(&before).is_old(now)
             && notes_mapped_writes(&file)
             && sending.host.has_no_writer(file.as_fd());
-        if let Some(seed) = self.seeds.get_mut(&inode(stat))
-            && sending.pass == Pass::Running
-            && seed.print == Fingerprint::of(&before)
-            && !at_rest
-        {
-            // To read it again now would not save that in the freeze.
-            seed.pass = pass;
-            return Ok(());
-        }
         self.bring(sending, &file, &before, at_rest)
     }
 
@@ -246,6 +241,8 @@ impl Seeder {
         }
         let (blocks, print) = (change.new, Fingerprint::of(before));
         self.blocks += blocks.len();
+        sending.sent.read_time += self.buffer.take_spent();
+        sending.sent.restless_bytes += if at_rest { 0 } else { (blocks.len() * BLOCK) as u64 };
         self.seeds.insert(inode(before), Seed { id, size: size_of(before), blocks, print, at_rest, pass: self.pass });
         Ok(())
     }
@@ -265,21 +262,12 @@ impl Seeder {
 struct Sending<'a, W> {
     frames: FrameWriter<W>,
     host: &'a dyn Host,
-    pass: Pass,
     sent: SeedsSent,
 }
 
 impl<'a, W: Write> Sending<'a, W> {
-    fn new(out: W, host: &'a dyn Host, pass: Pass) -> Self {
-        let frames = FrameWriter::new(out, SEEDS_MAGIC);
-        Self { frames, host, pass, sent: SeedsSent::default() }
-    }
-
-    /// Whether a file may have changed since it was read, or reading it now could save that in the freeze.
-    fn has_to_look(&self, seed: &Seed, stat: &Stat) -> bool {
-        let print = Fingerprint::of(stat);
-        let rests = seed.at_rest || self.pass == Pass::Running && !print.is_old(SystemTime::now());
-        seed.print != print || !rests
+    fn new(out: W, host: &'a dyn Host) -> Self {
+        Self { frames: FrameWriter::new(out, SEEDS_MAGIC), host, sent: SeedsSent::default() }
     }
 
     fn drop_seed(&mut self, id: u64) -> Result<()> {

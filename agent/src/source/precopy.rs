@@ -251,7 +251,7 @@ impl Followers {
             }
             let begun = Instant::now();
             let mut round = self.one_round(job, before).map_err(|error| job.failed("pre-copy", &error))?;
-            let mut facts = facts(&round, self.shared.cost());
+            let mut facts = facts(&round, self.shared.cost() + self.seeds.cost());
             if let Some(throttle) = &mut throttle {
                 throttle.wait_for_some_periods(begun);
                 (round.duration, round.throttle) = (begun.elapsed(), throttle.held());

@@ -195,3 +195,79 @@ impl Read for Pieces {
         Ok(taken)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::BorrowedFd;
+    use std::path::Path;
+
+    use podferry_filesystem::{Host, Overlay, Pass, Seeder, WritableLayer, pack_with_seeds};
+
+    use super::*;
+
+    struct Alone;
+
+    impl Host for Alone {
+        fn is_cancelled(&self) -> bool {
+            false
+        }
+
+        fn has_no_writer(&self, _: BorrowedFd<'_>) -> bool {
+            false
+        }
+    }
+
+    /// A layer of one file: its seeds, and itself.
+    fn streams(upper: &Path) -> (Bytes, Bytes) {
+        std::fs::create_dir(upper).unwrap();
+        std::fs::write(upper.join("file"), [7; 100_000]).unwrap();
+        let overlay = Overlay { lower: Vec::new(), upper: upper.to_owned(), work: PathBuf::new() };
+        let (layer, mut seeder) = (WritableLayer::Overlay(overlay), Seeder::default());
+        let (mut seeds, mut tree) = (Vec::new(), Vec::new());
+        seeder.pass(&layer, Pass::Frozen, &Alone, &mut seeds).unwrap();
+        pack_with_seeds(&layer, &seeder, &mut tree).unwrap();
+        (seeds.into(), tree.into())
+    }
+
+    fn arriving(folder: &Path) -> ArrivingSeeds {
+        std::fs::create_dir(folder.join("dest")).unwrap();
+        ArrivingSeeds::new(folder.join("seeds"), Limits::default())
+    }
+
+    #[test]
+    fn a_layer_is_made_of_its_seeds_and_their_folder_goes() {
+        let folder = tempfile::tempdir().unwrap();
+        let (seeds, tree) = streams(&folder.path().join("upper"));
+        let mut arriving = arriving(folder.path());
+        let mut receiving = arriving.receive().unwrap();
+        receiving.write(seeds).unwrap();
+        arriving.put_back(receiving.finish().unwrap());
+        let mut unpacking = arriving.unpack(folder.path().join("dest"), Limits::default()).unwrap();
+        unpacking.write(tree).unwrap();
+        unpacking.finish().unwrap();
+        assert_eq!(std::fs::read(folder.path().join("dest/file")).unwrap(), [7; 100_000]);
+        assert!(!folder.path().join("seeds").exists());
+        assert!(arriving.receive().is_err(), "seeds behind their layer");
+        assert!(arriving.unpack(folder.path().join("dest"), Limits::default()).is_err(), "a second layer");
+        arriving.shut();
+    }
+
+    #[test]
+    fn what_comes_before_seeds_are_complete_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut arriving = arriving(folder.path());
+        let receiving = arriving.receive().unwrap();
+        assert!(arriving.receive().is_err());
+        assert!(arriving.unpack(folder.path().join("dest"), Limits::default()).is_err());
+        assert!(receiving.finish().is_err(), "nothing has come");
+    }
+
+    #[test]
+    fn the_first_error_is_told_while_more_comes() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut receiving = arriving(folder.path()).receive().unwrap();
+        let noise = Bytes::from_static(b"no stream of seeds");
+        let told = (0..1000).find_map(|_| receiving.write(noise.clone()).err()).unwrap();
+        assert!(told.to_string().contains("refused"), "{told}");
+    }
+}

@@ -1,14 +1,14 @@
 //! What the container's large files hold goes to the target in the rounds, too, as seeds of its writable layer.
 //!
 //! A round goes over the layer first and then over memory: what memory is written meanwhile is then sent once, in that round. The first
-//! round sends all large files and lasts as long as that takes, so nothing is decided before; a later one reads only what has
-//! changed. In the freeze comes a last pass, beside CRIU's dump: nobody writes any more, and what the seeds hold then is what
+//! round sends all large files and lasts as long as that takes, so nothing is decided before; a later one reads what is not at rest. In the freeze comes a last pass, beside CRIU's dump: nobody writes any more, and what the seeds hold then is what
 //! the layer says of its files. Convergence counts 4 KiB of files as a page: what of them is written in a round has to be sent in
-//! the next one, or in the freeze, like memory.
+//! the next one, or in the freeze, like memory. What reading them will take then is part of what a freeze is predicted to take.
 
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 use std::path::Path;
+use std::time::Duration;
 
 use podferry_filesystem::{Host, Pass, Seeder, SeedsSent, WritableLayer};
 use podferry_memory::writers;
@@ -23,6 +23,8 @@ use crate::source::pages::LayerOut;
 pub(in crate::source) struct Seeds {
     seeder: Seeder,
     round: u32,
+    /// What the last pass was like.
+    last: SeedsSent,
 }
 
 impl Seeds {
@@ -45,6 +47,14 @@ impl Seeds {
         self.pass(rootfs, way, Pass::Frozen)
     }
 
+    /// What files add to a freeze that have to be read then, however little of them is written: as much as it took in the last pass.
+    pub(super) fn cost(&self) -> Duration {
+        let SeedsSent { read_bytes, read_time, restless_bytes, .. } = self.last;
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let part = restless_bytes.min(read_bytes) as f64 / read_bytes.max(1) as f64;
+        read_time.mul_f64(part)
+    }
+
     /// For the layer, which refers to them.
     pub(in crate::source) const fn seeder(&self) -> &Seeder {
         &self.seeder
@@ -57,6 +67,7 @@ impl Seeds {
         let mut out = SeedsOut { way, object, open: None };
         let sent = self.seeder.pass(&layer, pass, &Watch(way), &mut out)?;
         out.close()?;
+        self.last = sent;
         tracing::debug!(round = self.round, ?pass, ?sent, "a pass over the writable layer");
         Ok(sent)
     }
