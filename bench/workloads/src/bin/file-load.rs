@@ -2,7 +2,7 @@
 //! file has to hold.
 //!
 //! In `/data`: `rest-N`, written once; `log`, which grows line by line; `blocks`, of which blocks are written anew in place; `mapped`, which
-//! is written to through a mapping that stays; `touched`, which is opened, mapped, changed and closed again, and has its old
+//! is written to through a mapping that stays, as is `hot`, but always in the same pages, so that no time tells of it; `touched`, which is opened, mapped, changed and closed again, and has its old
 //! modification time then; `sparse`, in which holes come and go; `young`, which is made anew all the time.
 //!
 //! It listens on port 7000 and answers lines. `count`: the next number, beginning with 1. `check`: `ok`, or `wrong: WHAT`, when all
@@ -34,6 +34,7 @@ const PAGE: usize = 4096;
 /// Sizes of the files that are written all the time.
 const BLOCKS: usize = 4 * MIB;
 const MAPPED: usize = 2 * MIB;
+const HOT: usize = MIB / 4;
 const TOUCHED: usize = 2 * MIB;
 const SPARSE: usize = 8 * MIB;
 /// What of the sparse file comes and goes at a time.
@@ -127,6 +128,8 @@ struct Files {
     writing: File,
     mapped: Known,
     mapping: Region,
+    hot: Known,
+    hot_mapping: Region,
     touched: Known,
     sparse: Known,
     young: Known,
@@ -146,6 +149,7 @@ impl Files {
         let log = Known::make(folder, "log", Vec::new())?;
         let blocks = Known::make(folder, "blocks", noise(BLOCKS, 1000))?;
         let mapped = Known::make(folder, "mapped", noise(MAPPED, 1001))?;
+        let hot = Known::make(folder, "hot", noise(HOT, 1003))?;
         Ok(Self {
             rest,
             rest_length,
@@ -155,6 +159,8 @@ impl Files {
             blocks,
             mapping: mapped.map(mapped.open()?)?,
             mapped,
+            hot_mapping: hot.map(hot.open()?)?,
+            hot,
             touched: Known::make(folder, "touched", noise(TOUCHED, 1002))?,
             sparse: Known::make(folder, "sparse", vec![0; SPARSE])?,
             young: Known::make(folder, "young", Vec::new())?,
@@ -184,6 +190,11 @@ impl Files {
         let place = self.below(MAPPED / 8) * 8;
         self.mapping.as_volatile_slice().write_slice(&turn.to_le_bytes(), place).map_err(io::Error::other)?;
         self.mapped.put(place, &turn.to_le_bytes());
+
+        // Seconds pass until a word is written again, and hides that an older one was there.
+        let place = HOT / 2 + usize::try_from(turn).unwrap_or_default() * 8 % (4 * PAGE);
+        self.hot_mapping.as_volatile_slice().write_slice(&turn.to_le_bytes(), place).map_err(io::Error::other)?;
+        self.hot.put(place, &turn.to_le_bytes());
 
         match turn % 50 {
             10 => self.touch(turn),
@@ -233,7 +244,7 @@ impl Files {
             .rest
             .iter()
             .map(|(path, seed)| Known { path: path.clone(), content: noise(self.rest_length, *seed) }.look());
-        let known = [&self.log, &self.blocks, &self.mapped, &self.touched, &self.sparse, &self.young];
+        let known = [&self.log, &self.blocks, &self.mapped, &self.hot, &self.touched, &self.sparse, &self.young];
         let mut wrong = rest.chain(known.into_iter().map(Known::look)).flatten();
         wrong.next().map_or_else(|| "ok".to_owned(), |what| format!("wrong: {what}"))
     }
