@@ -123,6 +123,11 @@ impl SharedMemory {
         Ok((metadata.dev(), metadata.ino()))
     }
 
+    /// The digests of the pages that were there at the last look, ascending, as [`digest`] has them.
+    pub fn digests(&self) -> Vec<u8> {
+        self.digests.iter().filter(|digest| **digest != 0).flat_map(|digest| digest.to_le_bytes()).collect()
+    }
+
     /// Bytes that were compared last.
     pub fn compared_bytes(&self) -> u64 {
         self.digests.iter().filter(|digest| **digest != 0).count() as u64 * PAGE_SIZE
