@@ -2,6 +2,7 @@
 
 #![expect(unsafe_code, reason = "ioctl(2) and ptrace(2) requests with pointers; the only such code of this crate")]
 
+pub(crate) mod counter;
 pub(crate) mod memory;
 pub(crate) mod pagemap;
 pub(crate) mod ptrace;
