@@ -1,22 +1,28 @@
 //! What CRIU is told of the mappings of the processes that it dumps, so that the kernel need not count all their pages in the freeze.
 //!
 //! ```text
-//!   watch ─▶ CRIU starts ─▶ pre-dump: flags are read, file written ─▶ all stand still: has the watch seen anything? ─▶ CRIU reads the file
-//!                                                                        └ then the file goes, and CRIU asks the kernel
+//!   watch ─▶ CRIU starts ····· pre-dump: file written ─▶ all stand still: has the watch seen anything? ─▶ CRIU reads the file
+//!            └ flags are read ─┘                           └ then the file goes, and CRIU asks the kernel
 //! ```
 //!
 //! See [`podferry_memory::hide::mappings`]. Whatever goes wrong here costs time in the freeze and nothing else. A call that was begun
-//! before the watch and has not ended when flags are read, behind CRIU's start, would not be seen; a throttled process may stand still in
-//! the middle of one for that long, so it is not told of (`DumpJob::mappings`).
+//! before the watch and has not ended a pause later would not be seen; a throttled process may stand still in the middle of one for that
+//! long, so it is not told of (`DumpJob::mappings`).
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use nix::unistd::Pid;
 use podferry_common::failure::chain;
 use podferry_memory::flags::FlagWatch;
 use podferry_memory::hide;
+use podferry_runtime::Container;
+
+/// How long calls that were begun before the watch get to end: they take microseconds.
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// What is told, or nothing.
 #[derive(Debug, Default)]
@@ -26,48 +32,57 @@ pub(super) struct Mappings(Option<Watched>);
 struct Watched {
     file: PathBuf,
     watch: FlagWatch,
+    /// Reads what is to be told.
+    reading: Option<JoinHandle<String>>,
 }
 
 impl Mappings {
-    /// Begins to watch, when there is a file to be written.
-    pub(super) fn watch(file: Option<&Path>) -> Self {
+    /// Begins to watch, and to read of the processes of a container what is to be told, when there is a file to be written.
+    pub(super) fn watch(file: Option<&Path>, container: &Container) -> Self {
         let Some(file) = file else { return Self::default() };
-        match FlagWatch::start() {
-            Ok(watch) => Self(Some(Watched { file: file.to_owned(), watch })),
-            Err(error) => {
-                tracing::debug!(error = chain(&error), "flags of mappings cannot be watched; CRIU asks the kernel for them");
-                Self(None)
-            }
+        match container.tree() {
+            Ok(tree) => Self::watch_processes(file, tree.iter().map(|member| Pid::from_raw(member.pid)).collect()),
+            Err(error) => Self::nothing(&error),
         }
     }
 
+    fn watch_processes(file: &Path, processes: Vec<Pid>) -> Self {
+        match FlagWatch::start() {
+            Ok(watch) => {
+                let reading = Some(thread::spawn(move || {
+                    thread::sleep(PAUSE);
+                    // One that has ended meanwhile has no mappings.
+                    processes.into_iter().filter_map(|process| hide::mappings(process).ok()).collect()
+                }));
+                Self(Some(Watched { file: file.to_owned(), watch, reading }))
+            }
+            Err(error) => Self::nothing(&error),
+        }
+    }
+
+    fn nothing(error: &(dyn std::error::Error + 'static)) -> Self {
+        tracing::debug!(error = chain(error), "CRIU asks the kernel for the flags of mappings");
+        Self(None)
+    }
+
     /// Writes the file. The processes run, and CRIU is about to stop them.
-    pub(super) fn tell(&self, processes: impl FnOnce() -> Result<Vec<Pid>, podferry_runtime::Error>) {
-        let Some(watched) = &self.0 else { return };
-        let written = processes().map_err(|error| chain(&error));
-        let written = written.and_then(|processes| watched.write(&processes).map_err(|error| chain(&error)));
-        if let Err(error) = written {
-            tracing::debug!(error, "flags of mappings cannot be told; CRIU asks the kernel for them");
+    pub(super) fn tell(&mut self) {
+        let Some(Watched { file, reading, .. }) = &mut self.0 else { return };
+        let text = reading.take().and_then(|reading| reading.join().ok()).unwrap_or_default();
+        if let Err(error) = fs::write(file, text) {
+            *self = Self::nothing(&error);
         }
     }
 
     /// The processes stand still: what was written goes when it may be wrong.
     pub(super) fn check(&mut self) {
-        let Some(Watched { file, watch }) = self.0.take() else { return };
+        let Some(Watched { file, watch, .. }) = self.0.take() else { return };
         if !watch.has_seen_any().is_ok_and(|seen| !seen) {
             tracing::debug!("flags of mappings were changed meanwhile; CRIU asks the kernel for them");
             remove(&file);
         }
         // It takes the kernel a while to end it, and the container stands still.
-        std::thread::spawn(move || drop(watch));
-    }
-}
-
-impl Watched {
-    fn write(&self, processes: &[Pid]) -> io::Result<()> {
-        // One that has ended meanwhile has no mappings.
-        let text: String = processes.iter().filter_map(|process| hide::mappings(*process).ok()).collect();
-        fs::write(&self.file, text)
+        thread::spawn(move || drop(watch));
     }
 }
 
@@ -92,8 +107,8 @@ mod tests {
     fn told(meanwhile: impl Fn()) -> Option<String> {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("mappings");
-        let mut mappings = Mappings::watch(Some(&file));
-        mappings.tell(|| Ok(vec![Pid::this()]));
+        let mut mappings = Mappings::watch_processes(&file, vec![Pid::this()]);
+        mappings.tell();
         meanwhile();
         mappings.check();
         fs::read_to_string(file).ok()
@@ -107,12 +122,5 @@ mod tests {
         let all_well = || told(|| memory.advise(Advice::WillNeed).unwrap());
         assert!((0..5).any(|_| all_well().is_some_and(|text| text.starts_with(&heading) && text.contains("VmFlags:"))));
         assert_eq!(told(|| memory.advise(Advice::DontDump).unwrap()), None);
-    }
-
-    #[test]
-    fn without_a_file_nothing_is_watched() {
-        let mut mappings = Mappings::watch(None);
-        mappings.tell(|| unreachable!("nobody is to be told"));
-        mappings.check();
     }
 }

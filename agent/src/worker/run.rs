@@ -51,7 +51,7 @@ struct Dump {
 pub fn run(job: DumpJob, page_socket: OwnedFd) -> Result<(), Box<dyn std::error::Error>> {
     let control = Control::listen(&job.control)?;
     let container = podferry_runtime::find(std::slice::from_ref(&job.root), &job.container)?;
-    let mappings = Mappings::watch(job.mappings.as_deref());
+    let mappings = Mappings::watch(job.mappings.as_deref(), &container);
     let record = WorkerRecord::default();
     let mut dump = Dump { job, container, control, record, given_up: None, link_cut: None, mappings };
     let last = dump.go(page_socket);
@@ -110,8 +110,7 @@ impl Dump {
         tracing::debug!(name = notification.name, "CRIU notifies");
         match notification.name.as_str() {
             "pre-dump" => {
-                let tree = || Ok(self.container.tree()?.iter().map(|member| nix::unistd::Pid::from_raw(member.pid)).collect());
-                self.mappings.tell(tree);
+                self.mappings.tell();
                 self.unless_aborted()
             }
             "network-lock" => self.on_frozen(),
