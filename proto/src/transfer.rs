@@ -45,7 +45,7 @@
 //!
 //! A segment of shared memory is the owner of such objects in the same way, by CRIU's number of it, and its offsets are addresses. Its
 //! pages are laid in when CRIU restores it, before anything runs. One for which no `existing` comes, or no page object of CRIU's, is
-//! forgotten. Nothing else is said of it: no digests, and no pages that come later.
+//! forgotten. None of its pages come later.
 //!
 //! With an end check the source then says what the existing pages hold, which it reads anew, when nothing of the process runs or is
 //! run by CRIU any more:
@@ -56,9 +56,9 @@
 //!
 //! The data are the XXH3-64 (seed 0) of the 4096 bytes of each page in `existing`, in that order, 8 bytes little endian each, and no
 //! frame ends inside of one. A page that the receiver does not have differs, and a page that was sent as a zero page counts as 4096
-//! zeros. Refused are digests of a process without `memory` or without a complete `existing` before them, more or fewer than there are
-//! pages, and any memory of the process behind them. Whoever has compared fails the call at `Close`, with `INTERNAL`, the phase
-//! `verify`, and in the text the process, how many pages differ, and which ones first. A process without existing pages needs none.
+//! zeros. Refused are digests of an owner without `memory` or without a complete `existing` before them, more or fewer than there are
+//! pages, and any memory of the owner behind them. Whoever has compared fails the call at `Close`, with `INTERNAL`, the phase
+//! `verify`, and in the text the owner, how many pages differ, and which ones first. An owner without existing pages needs none.
 //!
 //! In post-copy (see [`crate::fetch`]) some of the existing pages stay with the source. An object for each process that has such says
 //! which: `Open 10 {later of process 7} · Data 10 … · Close 10`, in the form of `existing`. What came of them before is forgotten. Only a

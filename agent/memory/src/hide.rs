@@ -11,6 +11,7 @@ use std::io;
 
 use nix::unistd::Pid;
 
+use crate::flags::has_rare_flags;
 use crate::maps::{self, Mapping};
 use crate::range::PageRange;
 
@@ -37,29 +38,37 @@ pub fn describe(
 }
 
 /// A process's part of the file of mappings: a line `process PID`, and for each mapping its lines of `maps` and of flags. Empty for
-/// a process with locked memory, which the library leaves to the kernel.
+/// a process that the library is to leave to the kernel: one with locked memory, with rare flags ([`crate::flags`]), or of 32 bits.
 ///
-/// To be called as late as can be before CRIU stops the process. The library compares the mappings with those of the stopped
-/// process and asks the kernel when they differ, but flags that change without their mapping it cannot see; `docs/engine.md`
-/// says which these are.
+/// To be called as late as can be before CRIU stops the process, and while a [`FlagWatch`](crate::flags::FlagWatch) counts. The library
+/// compares the mappings with those of the stopped process and asks the kernel when they differ, but flags that change without their
+/// mapping it cannot see: when the watch has seen any, the file has to go.
 pub fn mappings(process: Pid) -> io::Result<String> {
     if maps::status_kib(process, "VmLck:")? > 0 {
         return Ok(String::new());
     }
     let smaps = fs::read(format!("/proc/{process}/smaps"))?;
     // A name that is no UTF-8 comes out different here and in the library's comparison: the kernel is asked.
-    Ok(section(process, &String::from_utf8_lossy(&smaps)))
+    Ok(section(process, &String::from_utf8_lossy(&smaps)).unwrap_or_default())
 }
 
-fn section(process: Pid, smaps: &str) -> String {
+fn section(process: Pid, smaps: &str) -> Option<String> {
     let mut text = format!("process {process}\n");
+    let (mut name, mut end) = (String::new(), 0);
     for line in smaps.lines() {
-        if line.starts_with("VmFlags:") || Mapping::parse(line).is_some() {
-            text.push_str(line);
-            text.push('\n');
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            (!has_rare_flags(&name, flags)).then_some(())?;
+        } else if let Some(mapping) = Mapping::parse(line) {
+            // The last of 64 bits, which says nothing, is there for all.
+            end = if mapping.is_kernels() { end } else { mapping.range.end };
+            name = mapping.name;
+        } else {
+            continue;
         }
+        text.push_str(line);
+        text.push('\n');
     }
-    text
+    (end > 1 << 32).then_some(text)
 }
 
 #[cfg(test)]
@@ -71,9 +80,21 @@ mod tests {
         let smaps = "7f0000000000-7f0000400000 rw-p 00000000 00:00 0 \nSize:               4096 kB\nLocked:   0 kB\n\
                      VmFlags: rd wr mr mw me ac sd \n\
                      7f0000400000-7f0000500000 rw-p 00000000 00:00 0          [heap]\nSize:               1024 kB\n\
-                     VmFlags: rd wr mr mw me ac dc \n";
+                     VmFlags: rd wr mr mw me ac hg \n";
         let expected = "process 7\n7f0000000000-7f0000400000 rw-p 00000000 00:00 0 \nVmFlags: rd wr mr mw me ac sd \n\
-                        7f0000400000-7f0000500000 rw-p 00000000 00:00 0          [heap]\nVmFlags: rd wr mr mw me ac dc \n";
-        assert_eq!(section(Pid::from_raw(7), smaps), expected);
+                        7f0000400000-7f0000500000 rw-p 00000000 00:00 0          [heap]\nVmFlags: rd wr mr mw me ac hg \n";
+        assert_eq!(section(Pid::from_raw(7), smaps).as_deref(), Some(expected));
+    }
+
+    #[test]
+    fn processes_of_which_flags_are_rare_or_addresses_short_are_left_to_the_kernel() {
+        let smaps = |range: &str, flags: &str| format!("{range} rw-p 00000000 00:00 0 \nVmFlags: {flags}\n");
+        let section = |smaps: String| section(Pid::from_raw(7), &smaps);
+        let (long, short) = ("7f0000000000-7f0000400000", "f7000000-f7400000");
+        assert!(section(smaps(long, "rd wr")).is_some());
+        assert_eq!(section(smaps(long, "rd wr") + &smaps("7f0000400000-7f0000500000", "rd wr wf")), None);
+        assert_eq!(section(smaps(short, "rd wr")), None);
+        let kernels = "7fff00000000-7fff00001000 r--p 00000000 00:00 0     [vvar]\nVmFlags: rd pf io dd\n";
+        assert_eq!(section(smaps(short, "rd wr") + kernels), None);
     }
 }

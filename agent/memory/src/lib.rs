@@ -13,6 +13,7 @@ pub mod convergence;
 pub mod copier;
 pub mod digest;
 pub mod fetch;
+pub mod flags;
 pub mod handover;
 pub mod hazard;
 pub mod hide;

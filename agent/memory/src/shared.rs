@@ -19,6 +19,7 @@
 
 pub mod laying;
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
@@ -50,8 +51,46 @@ const PAGE: usize = PAGE_SIZE as usize;
 pub struct SharedMemory {
     number: u32,
     file: File,
-    /// The digest of each page as it was read last; 0: it never was, or there was none.
-    digests: Vec<u64>,
+    /// What it had at the last look.
+    existing: PageRanges,
+    digests: Digests,
+}
+
+/// The digest of each page as it was read last; 0: it never was, or there was none. A segment may be huge and have little in it, so
+/// only groups exist in which there is something.
+#[derive(Debug, Default)]
+struct Digests(HashMap<u64, Box<[u64; GROUP]>>);
+
+/// Pages of a group.
+const GROUP: usize = 64;
+
+impl Digests {
+    fn place(page: PageRange) -> (u64, usize) {
+        let number = page.start / PAGE_SIZE;
+        (number / GROUP as u64, usize::try_from(number % GROUP as u64).unwrap_or(0))
+    }
+
+    fn of(&self, page: PageRange) -> u64 {
+        let (group, index) = Self::place(page);
+        self.0.get(&group).map_or(0, |group| group[index])
+    }
+
+    fn set(&mut self, page: PageRange, digest: u64) {
+        let (group, index) = Self::place(page);
+        self.0.entry(group).or_insert_with(|| Box::new([0; GROUP]))[index] = digest;
+    }
+
+    fn forget(&mut self, pages: &PageRanges) {
+        for page in pages.iter().flat_map(PageRange::single_pages) {
+            let (group, index) = Self::place(page);
+            if let Some(digests) = self.0.get_mut(&group) {
+                digests[index] = 0;
+                if digests.iter().all(|digest| *digest == 0) {
+                    self.0.remove(&group);
+                }
+            }
+        }
+    }
 }
 
 /// What a round found in a segment.
@@ -106,7 +145,11 @@ impl SharedMemory {
         let file = File::open(format!("/proc/{process}/map_files/{start:x}-{end:x}")).ok()?;
         let found = file.metadata().ok()?;
         let is_it = found.ino() == mapping.inode && Some(found.dev()) == device();
-        (is_it && found.len() >= LEAST_LENGTH).then(|| Self { number, file, digests: Vec::new() })
+        (is_it && found.len() >= LEAST_LENGTH).then(|| Self::of(number, file))
+    }
+
+    fn of(number: u32, file: File) -> Self {
+        Self { number, file, existing: PageRanges::new(), digests: Digests::default() }
     }
 
     /// CRIU's number of it: that of its inode.
@@ -123,9 +166,15 @@ impl SharedMemory {
         Ok((metadata.dev(), metadata.ino()))
     }
 
+    /// The digests of the pages that were there at the last look, ascending, as [`digest`] has them.
+    pub fn digests(&self) -> Vec<u8> {
+        let pages = self.existing.iter().flat_map(PageRange::single_pages);
+        pages.flat_map(|page| self.digests.of(page).to_le_bytes()).collect()
+    }
+
     /// Bytes that were compared last.
     pub fn compared_bytes(&self) -> u64 {
-        self.digests.iter().filter(|digest| **digest != 0).count() as u64 * PAGE_SIZE
+        self.existing.pages() * PAGE_SIZE
     }
 
     /// Reads all that there is, on so many threads, and hands over what is not as it was handed over last, batch by batch, ascending.
@@ -138,10 +187,10 @@ impl SharedMemory {
         threads: usize,
         mut take: impl FnMut(Batch<'_>) -> Result<(), E>,
     ) -> Result<Compared, E> {
-        let existing = self.existing()?;
-        let pages = existing.as_slice().last().map_or(0, |last| last.end / PAGE_SIZE);
-        self.digests.resize(usize::try_from(pages).unwrap_or(usize::MAX), 0);
-        self.forget_holes(&existing);
+        let existing = self.look()?;
+        // What is a hole now and comes again later is sent again.
+        self.digests.forget(&self.existing.difference(&existing));
+        self.existing = existing.clone();
         let shares: Vec<PageRange> = existing.iter().flat_map(|range| range.cut(SHARE)).collect();
         let mut compared = Compared { existing, changed: 0 };
         for group in shares.chunks(threads.max(1)) {
@@ -150,7 +199,7 @@ impl SharedMemory {
                     take(Batch { ranges: ranges.as_slice(), contents: &contents })?;
                     compared.changed += ranges.pages();
                     for (page, digest) in ranges.iter().flat_map(PageRange::single_pages).zip(digests) {
-                        self.digests[index_of(page.start)] = digest;
+                        self.digests.set(page, digest);
                     }
                 }
             }
@@ -159,7 +208,7 @@ impl SharedMemory {
     }
 
     /// What exists: the kernel counts a page that was never written, or was given back, as a hole.
-    fn existing(&self) -> io::Result<PageRanges> {
+    fn look(&self) -> io::Result<PageRanges> {
         let mut existing = PageRanges::new();
         let mut position = 0;
         loop {
@@ -180,15 +229,6 @@ impl SharedMemory {
         }
     }
 
-    /// What is a hole now and comes again later is sent again: a digest is of a page that exists.
-    fn forget_holes(&mut self, existing: &PageRanges) {
-        let mut cursor = 0;
-        for range in existing {
-            self.digests[cursor..index_of(range.start)].fill(0);
-            cursor = index_of(range.end);
-        }
-    }
-
     /// Reads a share, and keeps what is not as it was.
     fn changed(&self, share: PageRange) -> io::Result<Vec<Changed>> {
         let mut buffer = vec![0; PIECE];
@@ -205,7 +245,7 @@ impl SharedMemory {
             for (page, contents) in piece.single_pages().zip(buffer.chunks_exact(PAGE)) {
                 // Never 0, which stands for none.
                 let digest = u64::from_le_bytes(digest::of_page(contents)).max(1);
-                if self.digests[index_of(page.start)] != digest {
+                if self.digests.of(page) != digest {
                     changed.ranges.push(page);
                     changed.contents.extend_from_slice(contents);
                     changed.digests.push(digest);
@@ -222,10 +262,6 @@ struct Changed {
     ranges: PageRanges,
     contents: Vec<u8>,
     digests: Vec<u64>,
-}
-
-fn index_of(offset: u64) -> usize {
-    usize::try_from(offset / PAGE_SIZE).unwrap_or(usize::MAX)
 }
 
 /// Reads from a file that others may make shorter meanwhile: what is behind its end is zero.
@@ -255,7 +291,7 @@ mod tests {
     fn segment(pages: u64) -> SharedMemory {
         let file = memfd_create("segment", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&file, pages * PAGE_SIZE).unwrap();
-        SharedMemory { number: 7, file: file.into(), digests: Vec::new() }
+        SharedMemory::of(7, file.into())
     }
 
     fn write(segment: &SharedMemory, page: u64, byte: u8) {
@@ -322,6 +358,19 @@ mod tests {
         let mut copy = BTreeMap::new();
         follow(&mut segment, 1, &mut copy);
         assert_eq!((copy.len(), &copy[&2][..4]), (1, &b"end\0"[..]));
+    }
+
+    /// A digest for each page up to its end would take 32 GiB.
+    #[test]
+    fn a_huge_segment_with_little_in_it_takes_little() {
+        let (mut segment, mut copy) = (segment(1 << 32), BTreeMap::new());
+        write(&segment, (1 << 32) - 1, 5);
+        write(&segment, 1 << 20, 6);
+        assert_eq!(follow(&mut segment, 1, &mut copy).changed, 2);
+        assert_eq!((segment.digests.0.len(), segment.digests().len()), (2, 16));
+        ftruncate(&segment.file, 1 << 33).unwrap();
+        follow(&mut segment, 1, &mut copy);
+        assert_eq!(segment.digests.0.len(), 1);
     }
 
     #[test]

@@ -329,6 +329,8 @@ async fn start_worker(
         },
         shim: tools.criu_shim.clone(),
         programs: dirs.programs(tools).map_err(|error| io_failed(context, &error))?,
+        // Throttled processes: see the worker.
+        mappings: hidden.as_ref().filter(|_| throttled.is_none()).map(|_| dirs.run.join("mappings")),
         hidden,
         link: order.link_handle(),
         throttled,

@@ -182,8 +182,8 @@ enum Place {
     /// Memory of this owner.
     Memory(Owner),
     List(List),
-    /// Digests of this process's pages.
-    Digests(u32, Comparison),
+    /// Digests of this owner's pages.
+    Digests(Owner, Comparison),
     Layer(Unpacking<()>),
     Seeds(Unpacking<SeedStore>),
 }
@@ -248,9 +248,7 @@ impl Sink for Receiving {
             Some(Place::Layer(unpacking)) => unpacking.write(data).map_err(failed),
             Some(Place::Seeds(receiving)) => receiving.write(data).map_err(failed),
             Some(Place::List(list)) => list.extend(&data).map_err(failed),
-            Some(Place::Digests(process, comparison)) => {
-                open.memory.compare(*process, comparison, &data).map_err(failed)
-            }
+            Some(Place::Digests(owner, comparison)) => open.memory.compare(*owner, comparison, &data).map_err(failed),
             Some(Place::Pages(..) | Place::Memory(_)) | None => {
                 Err(failed(io::Error::other("data for what takes none")))
             }
@@ -284,7 +282,7 @@ impl Sink for Receiving {
             Some(Place::Memory(_)) => Ok(()),
             Some(Place::Pages(owner, images)) => open.memory.dumped(owner, images).map_err(failed),
             Some(Place::List(list)) => list.finish(&mut open.memory).map_err(failed),
-            Some(Place::Digests(process, comparison)) => memory::verdict(process, comparison).map_err(different),
+            Some(Place::Digests(owner, comparison)) => memory::verdict(owner, comparison).map_err(different),
             Some(Place::Layer(unpacking)) => unpacking.finish().map_err(failed),
             Some(Place::Seeds(receiving)) => receiving.finish().map(|store| open.seeds.put_back(store)).map_err(failed),
             None => Err(failed(io::Error::other("what is not open is closed"))),
@@ -347,9 +345,9 @@ impl Receiving {
             Object::Memory { owner, .. } => Place::Memory(*owner),
             Object::Existing { owner } => Place::List(List::of(ListOf::Existing(*owner))),
             Object::Later { process } => Place::List(List::of(ListOf::Later(*process))),
-            Object::Digests { process } => {
-                let comparison = self.inbox.with_open(|open| open.memory.open_digests(*process).map_err(failed))?;
-                Place::Digests(*process, comparison)
+            Object::Digests { owner } => {
+                let comparison = self.inbox.with_open(|open| open.memory.open_digests(*owner).map_err(failed))?;
+                Place::Digests(*owner, comparison)
             }
         };
         Ok(place)

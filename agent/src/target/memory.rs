@@ -70,29 +70,29 @@ pub(crate) enum MemoryError {
         range: String,
     },
     /// Digests came that have no place.
-    #[error("digests came of process {process}, {what}")]
+    #[error("digests came of {owner}, {what}")]
     Digests {
-        /// The process, by its id inside the container.
-        process: u32,
+        /// Whose they are.
+        owner: Owner,
         /// Why they have none.
         what: &'static str,
     },
     /// Digests came that are not those of the process's pages.
-    #[error("the digests of process {process}'s pages make no sense: {source}")]
+    #[error("the digests of the pages of {owner} make no sense: {source}")]
     NoDigests {
-        /// The process, by its id inside the container.
-        process: u32,
+        /// Whose they are.
+        owner: Owner,
         /// What is wrong with them.
         source: DigestError,
     },
     /// The end check found a difference.
     #[error(
-        "memory of process {process} (its id inside the container) is not what it is on the source: {pages} of {compared} pages \
+        "memory of {owner} (by its number inside the container) is not what it is on the source: {pages} of {compared} pages \
          differ, the first at {first}"
     )]
     Different {
-        /// The process, by its id inside the container.
-        process: u32,
+        /// Whose it is.
+        owner: Owner,
         /// How many pages,
         pages: u64,
         /// of how many,
@@ -100,11 +100,11 @@ pub(crate) enum MemoryError {
         /// and the first of them.
         first: PageRange,
     },
-    /// Memory of a process came after the source had read it for the last time.
-    #[error("memory of process {process} came after the digests of its pages")]
+    /// Memory came after the source had read it for the last time.
+    #[error("memory of {owner} came after the digests of its pages")]
     Late {
-        /// The process, by its id inside the container.
-        process: u32,
+        /// Whose it is.
+        owner: Owner,
     },
     /// Memory came of something that nobody has announced.
     #[error("memory came of {owner}, of which none was to come")]
@@ -136,8 +136,8 @@ pub(crate) struct ArrivingMemory {
     later: BTreeMap<u32, PageRanges>,
     /// Whether any may.
     post_copy: bool,
-    /// Processes of whose pages digests have come: nothing of them changes any more.
-    compared: HashSet<u32>,
+    /// Of whose pages digests have come: nothing of them changes any more.
+    compared: HashSet<Owner>,
     /// What CRIU dumped of each owner, not yet completed.
     dumped: BTreeMap<Owner, PageSetWriter>,
 }
@@ -172,10 +172,8 @@ impl ArrivingMemory {
 
     /// Keeps pages of an owner of which memory comes.
     pub(crate) fn keep(&mut self, owner: Owner, run: &PageRun) -> Result<(), MemoryError> {
-        if let Owner::Process(process) = owner
-            && self.compared.contains(&process)
-        {
-            return Err(MemoryError::Late { process });
+        if self.compared.contains(&owner) {
+            return Err(MemoryError::Late { owner });
         }
         let Some(store) = self.stores.get_mut(&owner) else { return Err(MemoryError::Unannounced { owner }) };
         let mut rest: &[u8] = &run.bytes;
@@ -219,26 +217,25 @@ impl ArrivingMemory {
         Ok(())
     }
 
-    /// Digests of a process's pages come, for the end check.
-    pub(crate) fn open_digests(&mut self, process: u32) -> Result<Comparison, MemoryError> {
-        let refused = |what| Err(MemoryError::Digests { process, what });
-        let Some(existing) = self.existing.get(&Owner::Process(process)) else {
+    /// Digests of an owner's pages come, for the end check.
+    pub(crate) fn open_digests(&mut self, owner: Owner) -> Result<Comparison, MemoryError> {
+        let refused = |what| Err(MemoryError::Digests { owner, what });
+        let Some(existing) = self.existing.get(&owner) else {
             return refused("and no list of its pages before them");
         };
-        if !self.stores.contains_key(&Owner::Process(process)) {
+        if !self.stores.contains_key(&owner) {
             return refused("of which no memory came before the freeze");
         }
-        if !self.compared.insert(process) {
+        if !self.compared.insert(owner) {
             return refused("of which they came already");
         }
         Ok(Comparison::of(existing.clone()))
     }
 
-    /// Compares the next pages of a process with digests.
-    pub(crate) fn compare(&self, process: u32, comparison: &mut Comparison, digests: &[u8]) -> Result<(), MemoryError> {
-        let owner = Owner::Process(process);
+    /// Compares the next pages of an owner with digests.
+    pub(crate) fn compare(&self, owner: Owner, comparison: &mut Comparison, digests: &[u8]) -> Result<(), MemoryError> {
         let Some(store) = self.stores.get(&owner) else { return Err(MemoryError::Unannounced { owner }) };
-        comparison.compare(store, digests).map_err(|source| MemoryError::NoDigests { process, source })
+        comparison.compare(store, digests).map_err(|source| MemoryError::NoDigests { owner, source })
     }
 
     /// Completes CRIU's images of an owner, or keeps them until it is known which pages are here already.
@@ -328,11 +325,11 @@ fn check_all_here(owner: Owner, store: &Store, pages: &PageRanges) -> Result<(),
     }
 }
 
-/// All digests of a process have come: fails when a page differs.
-pub(crate) fn verdict(process: u32, comparison: Comparison) -> Result<(), MemoryError> {
-    let (found, compared) = comparison.finish().map_err(|source| MemoryError::NoDigests { process, source })?;
+/// All digests of an owner have come: fails when a page differs.
+pub(crate) fn verdict(owner: Owner, comparison: Comparison) -> Result<(), MemoryError> {
+    let (found, compared) = comparison.finish().map_err(|source| MemoryError::NoDigests { owner, source })?;
     match found.first {
-        Some(first) => Err(MemoryError::Different { process, pages: found.pages, compared, first }),
+        Some(first) => Err(MemoryError::Different { owner, pages: found.pages, compared, first }),
         None => Ok(()),
     }
 }

@@ -29,6 +29,9 @@ pub struct DumpJob {
     /// The file that says which memory CRIU is not to see, since it has been sent: see [`podferry_memory::hide`]. None when CRIU is to
     /// dump all.
     pub hidden: Option<PathBuf>,
+    /// The file in which CRIU is told the flags of mappings: see [`podferry_memory::hide::mappings`]. None when it is to ask the kernel.
+    #[serde(default)]
+    pub mappings: Option<PathBuf>,
     /// The link to cut when the tasks are frozen; none for a container without one.
     pub link: Option<LinkHandle>,
     /// What to release as soon as the tasks are stopped; none when they are not throttled.

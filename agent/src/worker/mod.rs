@@ -21,6 +21,7 @@
 
 pub mod client;
 pub mod control;
+mod mappings;
 pub mod messages;
 pub mod record;
 pub mod run;

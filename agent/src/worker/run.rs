@@ -16,6 +16,7 @@ use podferry_runtime::{Container, Freezer, has_stopped_for_good};
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 
 use super::control::Control;
+use super::mappings::Mappings;
 use super::messages::{DumpJob, Order, Stage, WorkerRecord};
 use super::record;
 
@@ -40,6 +41,7 @@ struct Dump {
     /// Why the dump was given up, when it was.
     given_up: Option<String>,
     link_cut: Option<LinkState>,
+    mappings: Mappings,
 }
 
 /// Does the job; `page_socket` is CRIU's end of the page stream. Returns when the tasks are dead or run on.
@@ -49,7 +51,9 @@ struct Dump {
 pub fn run(job: DumpJob, page_socket: OwnedFd) -> Result<(), Box<dyn std::error::Error>> {
     let control = Control::listen(&job.control)?;
     let container = podferry_runtime::find(std::slice::from_ref(&job.root), &job.container)?;
-    let mut dump = Dump { job, container, control, record: WorkerRecord::default(), given_up: None, link_cut: None };
+    let mappings = Mappings::watch(job.mappings.as_deref(), &container);
+    let record = WorkerRecord::default();
+    let mut dump = Dump { job, container, control, record, given_up: None, link_cut: None, mappings };
     let last = dump.go(page_socket);
     dump.control.report(last);
     // The agent reads the last line before it sees the end.
@@ -96,12 +100,19 @@ impl Dump {
         if let Some(ranges) = &self.job.hidden {
             variables.push((podferry_memory::hide::HIDE_VARIABLE.into(), ranges.clone().into()));
         }
+        if let Some(mappings) = &self.job.mappings {
+            variables.push((podferry_memory::hide::MAPPINGS_VARIABLE.into(), mappings.clone().into()));
+        }
         variables
     }
 
     fn on_notify(&mut self, notification: &Notification) -> Verdict {
         tracing::debug!(name = notification.name, "CRIU notifies");
         match notification.name.as_str() {
+            "pre-dump" => {
+                self.mappings.tell();
+                self.unless_aborted()
+            }
             "network-lock" => self.on_frozen(),
             "network-unlock" => {
                 self.join_link();
@@ -120,6 +131,7 @@ impl Dump {
             return self.give_up(format!("the container's link cannot be cut: {}", chain(&error)));
         }
         self.release_throttle();
+        self.mappings.check();
         self.control.report(Stage::Frozen { cut_at });
         self.unless_aborted()
     }

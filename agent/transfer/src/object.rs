@@ -3,8 +3,8 @@
 use std::fmt;
 
 use podferry_proto::v1::{
-    DigestsObject, ExistingObject, LaterObject, MemoryObject, PagesObject, SeedsObject, TransferOpen, existing_object,
-    memory_object, pages_object, transfer_open,
+    DigestsObject, ExistingObject, LaterObject, MemoryObject, PagesObject, SeedsObject, TransferOpen, digests_object,
+    existing_object, memory_object, pages_object, transfer_open,
 };
 use thiserror::Error;
 
@@ -62,8 +62,8 @@ pub enum Object {
     },
     /// What those pages hold in the end: a digest of each.
     Digests {
-        /// The process: its id inside the container.
-        process: u32,
+        /// Whose they are.
+        owner: Owner,
     },
     /// What large files of a layer hold that is still written to.
     Seeds {
@@ -83,7 +83,7 @@ impl fmt::Display for Object {
             Self::Memory { owner, round } => write!(f, "memory of {owner}, round {round}"),
             Self::Existing { owner } => write!(f, "list of the existing pages of {owner}"),
             Self::Later { process } => write!(f, "list of the pages of process {process} that come later"),
-            Self::Digests { process } => write!(f, "digests of the pages of process {process}"),
+            Self::Digests { owner } => write!(f, "digests of the pages of {owner}"),
             Self::Seeds { layer, round } => write!(f, "seeds of layer {layer}, round {round}"),
         }
     }
@@ -160,7 +160,13 @@ impl From<&Object> for TransferOpen {
                 transfer_open::Object::Existing(ExistingObject { owner: Some(owner) })
             }
             Object::Later { process } => transfer_open::Object::Later(LaterObject { process: *process }),
-            Object::Digests { process } => transfer_open::Object::Digests(DigestsObject { process: *process }),
+            Object::Digests { owner } => {
+                let owner = match *owner {
+                    Owner::Process(pid) => digests_object::Owner::Process(pid),
+                    Owner::SharedMemory(segment) => digests_object::Owner::SharedMemory(segment),
+                };
+                transfer_open::Object::Digests(DigestsObject { owner: Some(owner) })
+            }
             Object::Seeds { layer, round } => {
                 transfer_open::Object::Seeds(SeedsObject { layer: layer.clone(), round: *round })
             }
@@ -198,7 +204,13 @@ impl TryFrom<TransferOpen> for Object {
                 Self::Existing { owner }
             }
             transfer_open::Object::Later(LaterObject { process }) => Self::Later { process },
-            transfer_open::Object::Digests(DigestsObject { process }) => Self::Digests { process },
+            transfer_open::Object::Digests(DigestsObject { owner }) => {
+                let owner = match owner.ok_or(InvalidObject::Unknown)? {
+                    digests_object::Owner::Process(pid) => Owner::Process(pid),
+                    digests_object::Owner::SharedMemory(segment) => Owner::SharedMemory(segment),
+                };
+                Self::Digests { owner }
+            }
             transfer_open::Object::Seeds(SeedsObject { layer, round }) => Self::Seeds { layer, round },
         };
         object.check()?;
@@ -233,7 +245,8 @@ mod tests {
             Object::Existing { owner: Owner::Process(u32::MAX) },
             Object::Existing { owner: Owner::SharedMemory(7) },
             Object::Later { process: u32::MAX },
-            Object::Digests { process: 7 },
+            Object::Digests { owner: Owner::Process(7) },
+            Object::Digests { owner: Owner::SharedMemory(7) },
             Object::Seeds { layer: "upper".to_owned(), round: u32::MAX },
         ] {
             assert_eq!(Object::try_from(TransferOpen::from(&object)), Ok(object));

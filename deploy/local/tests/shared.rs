@@ -10,7 +10,7 @@ use std::process::Command;
 
 use podferry_local::{FIRST_CONTAINER_ADDRESS, Signal, Workload, workspace_root};
 use serde_json::Value;
-use support::{Line, NODES, Stage};
+use support::{Line, NODES, Stage, verified};
 
 /// A budget that two shared cores keep.
 const LIVE: [&str; 4] = ["--strategy", "live", "--downtime-budget", "5000"];
@@ -49,8 +49,9 @@ fn shared_memory_is_sent_before_the_freeze_and_every_page_of_it_is_right_after_e
     let mut line = start(&stage, "3");
     let mut after_two = None;
     for hop in 1..=4 {
-        let record = stage.migrate_with("load", NODES[hop % 2], &LIVE);
+        let record = stage.migrate_with("load", NODES[hop % 2], &[&LIVE[..], &["--verify"]].concat());
         assert_eq!(line.ask("check-all"), "ok", "after hop {hop}: {record:#}");
+        assert!(verified(&record) >= MIB << 20, "{record:#}");
         let rounds = pages(&record);
         assert!(rounds[0] >= PAGES, "the first round had not all of it: {record:#}");
         assert!(rounds.last().unwrap() * 4 < PAGES, "the freeze had most of it: {record:#}");

@@ -14,23 +14,14 @@ use std::time::Duration;
 
 use podferry_local::{FIRST_CONTAINER_ADDRESS, Node};
 use rustix::fs::{SeekFrom, seek};
-use serde_json::Value;
 use support::counter::{Counter, digest};
-use support::{NODES, Stage, churn, redis};
+use support::{NODES, Stage, churn, redis, verified};
 
 /// As `--strategy live --verify`; a budget that two shared cores keep.
 const VERIFIED: [&str; 5] = ["--strategy", "live", "--downtime-budget", "1000", "--verify"];
 /// Bytes that 60 000 values of 1000 bytes take at least.
 const POPULATED: u64 = 60_000_000;
 const PAGE: usize = 4096;
-
-/// How many bytes the notes say that were compared.
-fn verified(record: &Value) -> u64 {
-    let mut notes = record["notes"].as_array().unwrap().iter().filter_map(Value::as_str);
-    let note = notes.find_map(|note| note.strip_prefix("verified: ")).unwrap_or_else(|| panic!("{record:#}"));
-    println!("{note}; downtime {} ms", record["downtime_ms"]);
-    note.split_once(' ').unwrap().0.parse().unwrap()
-}
 
 #[test]
 fn all_memory_of_a_busy_redis_is_compared_there_and_back() {

@@ -43,7 +43,7 @@ fn an_idle_process_is_frozen_after_its_second_round() {
     let (rounds, verdict) = migrate(budget(300), SENT_PER_SECOND, 100, SENT_PER_SECOND);
     let Verdict::Freeze { predicted } = verdict else { panic!("{verdict:?}") };
     assert_eq!(rounds, 2);
-    assert!(predicted >= Plan::FIXED && predicted < Duration::from_millis(65), "{predicted:?}");
+    assert!(predicted >= Plan::FIXED && predicted < Plan::FIXED + Duration::from_millis(5), "{predicted:?}");
 }
 
 #[test]
@@ -62,7 +62,10 @@ fn few_pages_on_a_slow_link_are_not_few() {
 fn one_that_writes_at_half_the_rate_converges() {
     let (rounds, verdict) = migrate(budget(100), SENT_PER_SECOND, SENT_PER_SECOND / 2, SENT_PER_SECOND);
     let Verdict::Freeze { predicted } = verdict else { panic!("{verdict:?}") };
-    assert!((3..8).contains(&rounds) && predicted <= Duration::from_millis(100), "{rounds}: {predicted:?}");
+    assert!(
+        (3..8).contains(&rounds) && predicted <= Plan::FIXED + Duration::from_millis(10),
+        "{rounds}: {predicted:?}"
+    );
 }
 
 #[test]
@@ -77,7 +80,7 @@ fn one_that_writes_faster_than_is_sent_is_given_up_with_the_figures() {
 
 #[test]
 fn a_working_set_that_fits_the_budget_is_frozen_though_it_never_shrinks() {
-    // 64 MiB that are written all the time: 62 ms at this rate; the target of the budget of 100 ms is 40 ms.
+    // 64 MiB that are written all the time: 62 ms at this rate; the target of the budget of 100 ms is 10 ms.
     let mut convergence = Convergence::new(budget(100));
     assert_eq!(convergence.after_round(round(SENT_PER_SECOND, SENT_PER_SECOND)), Verdict::Another);
     let mut rounds = 1;
@@ -96,7 +99,7 @@ fn a_working_set_that_fits_the_budget_is_frozen_though_it_never_shrinks() {
 fn a_budget_below_the_fixed_part_leaves_a_tenth_and_five_milliseconds() {
     assert_eq!(budget(40).target(), Duration::from_millis(5));
     assert_eq!(budget(62).target(), Duration::from_micros(6200));
-    assert_eq!(budget(300).target(), Duration::from_millis(240));
+    assert_eq!(budget(300).target(), Duration::from_millis(120));
 }
 
 #[test]

@@ -7,7 +7,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use nix::unistd::Pid;
+use podferry_memory::digest;
 use podferry_memory::parallel;
 use podferry_memory::previous::{Budget, PreviousPages};
 use podferry_memory::range::PageRanges;
@@ -95,6 +97,29 @@ impl Segments {
             let sent = segment.send(parallel::threads(), number, way)?;
             pages += sent.compared.changed;
             segment.send_existing(&sent.compared.existing, way)?;
+        }
+        Ok(pages)
+    }
+}
+
+/// Bytes of digests that are sent at a time.
+const DIGESTS: usize = 128 << 10;
+
+impl Segments {
+    /// Sends the digests of all pages, for the end check, behind the last round. Gives how many pages there are.
+    pub(super) fn send_digests(&self, way: &Way) -> Result<u64, SendError> {
+        let mut pages = 0;
+        for segment in self.all.values() {
+            let digests = segment.memory.digests();
+            if digests.is_empty() {
+                continue;
+            }
+            let (mut writer, _) = way.open(&Object::Digests { owner: segment.owner() })?;
+            for piece in digests.chunks(DIGESTS) {
+                writer.data_blocking(Bytes::copy_from_slice(piece))?;
+            }
+            writer.close_blocking()?;
+            pages += (digests.len() / digest::DIGEST) as u64;
         }
         Ok(pages)
     }

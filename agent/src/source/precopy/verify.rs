@@ -7,6 +7,8 @@
 //! The last round is not put off for it, so that it is the same with the check and without. CRIU runs its own code in each thread
 //! beside it, and the kernel then notes the processor in the thread's `struct rseq`. These few pages are sent again before they are
 //! compared: they may differ without anybody's fault.
+//!
+//! Of shared memory, all of which was read in the last round, the digests of that round are sent.
 
 use std::path::Path;
 
@@ -37,7 +39,7 @@ impl Followers {
             followed.send_digests(way)?;
             pages += followed.existing.pages();
         }
-        Ok(pages)
+        Ok(pages + self.shared.send_digests(way)?)
     }
 }
 
@@ -46,7 +48,7 @@ impl Followed {
         if self.existing.is_empty() {
             return Ok(());
         }
-        let (mut writer, _) = way.open(&Object::Digests { process: self.process() })?;
+        let (mut writer, _) = way.open(&Object::Digests { owner: self.owner() })?;
         digest::of_process::<SendError>(self.pid(), &self.existing, |digests| {
             if way.cancelled.is_cancelled() {
                 return Err(SendError::Aborted);

@@ -100,9 +100,9 @@ fn digests(pages: &[Page]) -> Vec<u8> {
 /// Compares digests of these pages with what arrived, of which the list has the same pages.
 fn compared(memory: &mut ArrivingMemory, pages: &[Page]) -> Result<(), MemoryError> {
     memory.take_list(ListOf::Existing(SEVEN), &list(&[(0x1000, (pages.len() as u64 + 1) * PAGE_SIZE)]))?;
-    let mut comparison = memory.open_digests(7)?;
-    digests(pages).chunks(16).try_for_each(|digests| memory.compare(7, &mut comparison, digests))?;
-    verdict(7, comparison)
+    let mut comparison = memory.open_digests(SEVEN)?;
+    digests(pages).chunks(16).try_for_each(|digests| memory.compare(SEVEN, &mut comparison, digests))?;
+    verdict(SEVEN, comparison)
 }
 
 #[test]
@@ -118,7 +118,7 @@ fn what_arrived_is_what_the_source_has_or_the_first_difference_is_named() {
         assert_eq!(
             different.to_string(),
             format!(
-                "memory of process 7 (its id inside the container) is not what it is on the source: 1 of 4 pages differ, the \
+                "memory of process 7 (by its number inside the container) is not what it is on the source: 1 of 4 pages differ, the \
                  first at {address:#x}-{:#x}",
                 address + PAGE_SIZE
             )
@@ -145,7 +145,7 @@ fn a_page_that_did_not_arrive_is_a_difference() {
     let different = compared(&mut arriving(&folder, &[[1; PAGE]]), &[[1; PAGE], [0; PAGE], [0; PAGE]]).unwrap_err();
     let first = PageRange::new(0x2000, 0x4000);
     assert!(
-        matches!(different, MemoryError::Different { process: 7, pages: 2, compared: 3, first: found } if found == first),
+        matches!(different, MemoryError::Different { owner: SEVEN, pages: 2, compared: 3, first: found } if found == first),
         "{different}"
     );
 }
@@ -172,30 +172,33 @@ fn digests_out_of_place_are_refused_and_so_is_memory_behind_them() {
     let folder = tempfile::tempdir().unwrap();
     let pages = [[1; PAGE], [2; PAGE]];
     let mut memory = arriving(&folder, &pages);
-    assert!(matches!(memory.open_digests(7), Err(MemoryError::Digests { process: 7, .. })), "before the list");
+    assert!(matches!(memory.open_digests(SEVEN), Err(MemoryError::Digests { owner: SEVEN, .. })), "before the list");
     memory.take_list(ListOf::Existing(Owner::Process(8)), &list(&[(0x1000, 0x2000)])).unwrap();
-    assert!(matches!(memory.open_digests(8), Err(MemoryError::Digests { process: 8, .. })), "without memory");
+    assert!(
+        matches!(memory.open_digests(Owner::Process(8)), Err(MemoryError::Digests { owner: Owner::Process(8), .. })),
+        "without memory"
+    );
     memory.take_list(ListOf::Existing(SEVEN), &list(&[(0x1000, 0x3000)])).unwrap();
-    let mut comparison = memory.open_digests(7).unwrap();
-    assert!(matches!(memory.open_digests(7), Err(MemoryError::Digests { process: 7, .. })), "a second time");
+    let mut comparison = memory.open_digests(SEVEN).unwrap();
+    assert!(matches!(memory.open_digests(SEVEN), Err(MemoryError::Digests { owner: SEVEN, .. })), "a second time");
     for bytes in [vec![0; 12], vec![0; 24], vec![0; 1 << 20]] {
-        let refused = memory.compare(7, &mut Comparison::of(memory.existing[&SEVEN].clone()), &bytes);
-        assert!(matches!(refused, Err(MemoryError::NoDigests { process: 7, .. })), "{} bytes", bytes.len());
+        let refused = memory.compare(SEVEN, &mut Comparison::of(memory.existing[&SEVEN].clone()), &bytes);
+        assert!(matches!(refused, Err(MemoryError::NoDigests { owner: SEVEN, .. })), "{} bytes", bytes.len());
     }
-    memory.compare(7, &mut comparison, &digests(&pages[..1])).unwrap();
+    memory.compare(SEVEN, &mut comparison, &digests(&pages[..1])).unwrap();
     let (zero, bytes) = (ZeroMap::default(), vec![1; PAGE].into());
     let late = PageRun { object: 9, vaddr: 0x1000, count: 1, flags: 0, zero, bytes, absent: false };
-    assert!(matches!(memory.keep(SEVEN, &late), Err(MemoryError::Late { process: 7 })));
+    assert!(matches!(memory.keep(SEVEN, &late), Err(MemoryError::Late { owner: SEVEN })));
     let mut changes = Changes::default();
     assert!(changes.add(0x1000, &pages[0], &{
         let mut now = pages[0];
         now[5] = 5;
         now
     }));
-    assert!(matches!(memory.change(SEVEN, &arrived(changes)), Err(MemoryError::Late { process: 7 })));
+    assert!(matches!(memory.change(SEVEN, &arrived(changes)), Err(MemoryError::Late { owner: SEVEN })));
     assert!(matches!(
-        verdict(7, comparison),
-        Err(MemoryError::NoDigests { process: 7, source: DigestError::TooFew(1) })
+        verdict(SEVEN, comparison),
+        Err(MemoryError::NoDigests { owner: SEVEN, source: DigestError::TooFew(1) })
     ));
 }
 

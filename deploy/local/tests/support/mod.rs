@@ -187,6 +187,14 @@ fn check_programs(folder: &Path) {
     }
 }
 
+/// How many bytes the notes of a migration say that were compared.
+pub(crate) fn verified(record: &serde_json::Value) -> u64 {
+    let mut notes = record["notes"].as_array().unwrap().iter().filter_map(serde_json::Value::as_str);
+    let note = notes.find_map(|note| note.strip_prefix("verified: ")).unwrap_or_else(|| panic!("{record:#}"));
+    println!("{note}; downtime {} ms", record["downtime_ms"]);
+    note.split_once(' ').unwrap().0.parse().unwrap()
+}
+
 /// A socket made in a side's network namespace stays in it; only the thread that makes it has to enter.
 fn connect_from(place: &Place, address: SocketAddr) -> std::io::Result<TcpStream> {
     let connecting = move || TcpStream::connect_timeout(&address, Duration::from_secs(2));
