@@ -7,7 +7,7 @@
 //! | memory | in `/proc/PID/maps` | |
 //! |---|---|---|
 //! | `mmap(MAP_SHARED \| MAP_ANONYMOUS)` | `/dev/zero (deleted)` | CRIU makes a memfd of that name of it |
-//! | memfd_create(2), mapped | `/memfd:NAME (deleted)` | |
+//! | `memfd_create(2)`, mapped | `/memfd:NAME (deleted)` | |
 //! | shmget(2) | `/SYSVKEY (deleted)` | left to CRIU |
 //! | files of a tmpfs, POSIX shared memory | their paths | files, no memory of a process |
 //! | shared memory of hugetlbfs | `/anon_hugepage (deleted)` | left to CRIU |

@@ -220,7 +220,7 @@ mod tests {
     /// A layer of one file: its seeds, and itself.
     fn streams(upper: &Path) -> (Bytes, Bytes) {
         std::fs::create_dir(upper).unwrap();
-        std::fs::write(upper.join("file"), [7; 100_000]).unwrap();
+        std::fs::write(upper.join("file"), vec![7; 100_000]).unwrap();
         let overlay = Overlay { lower: Vec::new(), upper: upper.to_owned(), work: PathBuf::new() };
         let (layer, mut seeder) = (WritableLayer::Overlay(overlay), Seeder::default());
         let (mut seeds, mut tree) = (Vec::new(), Vec::new());
@@ -245,7 +245,7 @@ mod tests {
         let mut unpacking = arriving.unpack(folder.path().join("dest"), Limits::default()).unwrap();
         unpacking.write(tree).unwrap();
         unpacking.finish().unwrap();
-        assert_eq!(std::fs::read(folder.path().join("dest/file")).unwrap(), [7; 100_000]);
+        assert_eq!(std::fs::read(folder.path().join("dest/file")).unwrap(), vec![7; 100_000]);
         assert!(!folder.path().join("seeds").exists());
         assert!(arriving.receive().is_err(), "seeds behind their layer");
         assert!(arriving.unpack(folder.path().join("dest"), Limits::default()).is_err(), "a second layer");
