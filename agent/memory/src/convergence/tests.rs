@@ -11,14 +11,7 @@ fn budget(ms: u64) -> Plan {
 
 fn round(pages: u64, rate: u64) -> RoundFacts {
     let duration = Duration::from_secs_f64(real(pages) / real(rate) + 0.0005);
-    RoundFacts {
-        pages,
-        bytes: pages * PAGE_SIZE,
-        duration,
-        wire_rate: rate * PAGE_SIZE,
-        cpu_rate: 0,
-        shared: Duration::ZERO,
-    }
+    RoundFacts { pages, bytes: pages * PAGE_SIZE, duration, wire_rate: rate * PAGE_SIZE, cpu_rate: 0, shared: Duration::ZERO }
 }
 
 /// A process with so many pages that writes so many per second, sent at this rate. Gives the rounds and the last verdict.
@@ -62,10 +55,7 @@ fn few_pages_on_a_slow_link_are_not_few() {
 fn one_that_writes_at_half_the_rate_converges() {
     let (rounds, verdict) = migrate(budget(100), SENT_PER_SECOND, SENT_PER_SECOND / 2, SENT_PER_SECOND);
     let Verdict::Freeze { predicted } = verdict else { panic!("{verdict:?}") };
-    assert!(
-        (3..8).contains(&rounds) && predicted <= Plan::FIXED + Duration::from_millis(10),
-        "{rounds}: {predicted:?}"
-    );
+    assert!((3..8).contains(&rounds) && predicted <= Plan::FIXED + Duration::from_millis(10), "{rounds}: {predicted:?}");
 }
 
 #[test]
@@ -195,8 +185,7 @@ fn who_cannot_be_throttled_any_further_is_given_up() {
 
 fn facts() -> impl Strategy<Value = RoundFacts> {
     let or_none = |most: u64| prop_oneof![Just(0), 0..most];
-    let numbers =
-        (0_u64..1 << 40, 0_u64..1 << 52, 0_u64..1 << 40, or_none(1 << 40), or_none(1 << 30), or_none(1 << 32));
+    let numbers = (0_u64..1 << 40, 0_u64..1 << 52, 0_u64..1 << 40, or_none(1 << 40), or_none(1 << 30), or_none(1 << 32));
     numbers.prop_map(|(pages, bytes, nanoseconds, wire_rate, cpu_rate, shared)| RoundFacts {
         pages,
         bytes,
