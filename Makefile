@@ -11,7 +11,7 @@ RUN := deploy/setup/run.sh
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 
-.PHONY: help setup build demo test local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-loads \
+.PHONY: help setup build demo test local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-layers bench-loads \
 	bench-engine e2e-vm e2e-versions lint
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo 'make bench-warm    warm migration of Redis at several sizes'
 	@echo 'make bench-live    live migration of Redis at several sizes'
 	@echo 'make bench-postcopy, bench-hybrid  the same with post-copy and hybrid'
+	@echo 'make bench-layers  live migration of Redis with writable layers of several sizes'
 	@echo 'make bench-loads   live migration of containers that are hard to move: which are refused, and why'
 	@echo 'make bench-engine  live migration of one process against CRIU alone, at several sizes'
 	@echo 'make lint          formatting, clippy, shellcheck, licences'
@@ -63,6 +64,9 @@ bench-postcopy: build
 
 bench-hybrid: build
 	@$(RUN) $(RELEASE)/podferry-bench hybrid
+
+bench-layers: build
+	@$(RUN) $(RELEASE)/podferry-bench layers
 
 bench-loads: build
 	@$(RUN) $(RELEASE)/podferry-bench loads

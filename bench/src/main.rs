@@ -35,6 +35,8 @@ enum Command {
     Postcopy(Extent),
     /// Measure hybrid migration of Redis at several sizes.
     Hybrid(Extent),
+    /// Measure live migration of Redis with writable layers of several sizes.
+    Layers(Extent),
     /// Measure live migration of containers that are hard to move, and say which are refused and why.
     Loads(LoadsArguments),
     /// Measure the page stream between two network namespaces against raw TCP, and packing against none.
@@ -141,6 +143,7 @@ fn run(command: Command) -> Outcome {
             Command::Live(extent) => measure(Strategy::Live, &extent),
             Command::Postcopy(extent) => measure(Strategy::PostCopy, &extent),
             Command::Hybrid(extent) => measure(Strategy::Hybrid, &extent),
+            Command::Layers(extent) => staged(|interrupt| Ok(moves::run_layers(extent.quick, interrupt)?.holds())),
             Command::Loads(LoadsArguments { extent, only }) => {
                 let loads = HardLoad::named(&only)?;
                 staged(|interrupt| Ok(loads::run(&loads, extent.quick, interrupt)?.holds()))

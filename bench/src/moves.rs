@@ -1,7 +1,8 @@
 //! Migration of Redis at several sizes by one strategy: what the phases take, and what a client sees of it.
 
-use std::{fs, time::Duration};
+use std::{fs, path::PathBuf, time::Duration};
 
+use podferry_workloads::ballast::split_mix;
 use serde::Serialize;
 
 use crate::{
@@ -18,6 +19,12 @@ const RUNS: usize = 6;
 /// The same when it is to be quick.
 const QUICK_SIZES: [u64; 2] = [16, 64];
 const QUICK_RUNS: usize = 2;
+/// Sizes of what is in files, in MiB, and of the data set beside it.
+const LAYERS: [u64; 3] = [0, 256, 1024];
+const QUICK_LAYERS: [u64; 2] = [0, 64];
+const BESIDE_LAYER: u64 = 16;
+/// The files that it is in.
+const FILES: u64 = 8;
 /// Load between two moves.
 const BETWEEN: Duration = Duration::from_millis(500);
 
@@ -26,6 +33,8 @@ const BETWEEN: Duration = Duration::from_millis(500);
 pub struct SizeResult {
     /// Size of the data set, in MiB.
     pub mib: u64,
+    /// What was written into files of the container's, in MiB.
+    pub layer_mib: u64,
     /// Resident memory of the process before the first move, in MiB.
     pub resident_mib: u64,
     /// Moves that succeeded.
@@ -60,7 +69,7 @@ pub struct SizeResult {
     pub failed: u64,
     /// Lost items, failed requests and connection resets.
     pub faults: u64,
-    /// Whether Redis holds the same after the last move as before the first.
+    /// Whether Redis and the files hold the same after the last move as before the first.
     pub digest_equal: bool,
 }
 
@@ -89,9 +98,36 @@ impl MovesResult {
 /// Runs the measurement, telling of it on standard output; the result is printed as a table and, last, as JSON.
 pub fn run(strategy: Strategy, quick: bool, interrupt: &Interrupt) -> Result<MovesResult> {
     let (sizes, runs) = if quick { (&QUICK_SIZES[..], QUICK_RUNS) } else { (&SIZES[..], RUNS) };
-    let stage = Stage::up(strategy.name(), interrupt)?;
+    let sizes: Vec<Size> = sizes.iter().map(|mib| Size { mib: *mib, layer_mib: 0 }).collect();
+    run_sizes(strategy.name(), strategy, &sizes, runs, interrupt)
+}
+
+/// As [`run`], of live migrations with writable layers of several sizes.
+pub fn run_layers(quick: bool, interrupt: &Interrupt) -> Result<MovesResult> {
+    let (layers, runs) = if quick { (&QUICK_LAYERS[..], QUICK_RUNS) } else { (&LAYERS[..], RUNS) };
+    let sizes: Vec<Size> = layers.iter().map(|layer_mib| Size { mib: BESIDE_LAYER, layer_mib: *layer_mib }).collect();
+    run_sizes("layers", Strategy::Live, &sizes, runs, interrupt)
+}
+
+/// How much is moved, in MiB.
+#[derive(Debug, Clone, Copy)]
+struct Size {
+    /// In memory.
+    mib: u64,
+    /// In files.
+    layer_mib: u64,
+}
+
+fn run_sizes(
+    name: &str,
+    strategy: Strategy,
+    sizes: &[Size],
+    runs: usize,
+    interrupt: &Interrupt,
+) -> Result<MovesResult> {
+    let stage = Stage::up(name, interrupt)?;
     let measured: Result<Vec<SizeResult>> =
-        sizes.iter().map(|mib| measure(&stage, strategy, *mib, runs, interrupt)).collect();
+        sizes.iter().map(|size| measure(&stage, strategy, *size, runs, interrupt)).collect();
     let result =
         MovesResult { strategy, sizes: measured.inspect_err(|_| println!("logs: {}", stage.logs().display()))? };
     stage.finish(result.holds())?;
@@ -100,13 +136,15 @@ pub fn run(strategy: Strategy, quick: bool, interrupt: &Interrupt) -> Result<Mov
     Ok(result)
 }
 
-fn measure(stage: &Stage, strategy: Strategy, mib: u64, runs: usize, interrupt: &Interrupt) -> Result<SizeResult> {
+fn measure(stage: &Stage, strategy: Strategy, size: Size, runs: usize, interrupt: &Interrupt) -> Result<SizeResult> {
     let redis = Program::Redis;
+    let Size { mib, layer_mib } = size;
     stage.start(redis, &stage.image(redis)?)?;
     let client = stage.cluster().client();
     let before = clients::fill_redis(client, redis.address(), mib)?;
+    write_files(stage, layer_mib)?;
     let resident_mib = resident_mib(stage)?;
-    println!("{mib} MiB of data, {resident_mib} MiB resident");
+    println!("{mib} MiB of data, {resident_mib} MiB resident, {layer_mib} MiB in files");
     let load = LoadProcess::start(client, Kind::Redis, 1, redis.address())?;
     let mut hops = Vec::new();
     let mut place = 0;
@@ -126,9 +164,39 @@ fn measure(stage: &Stage, strategy: Strategy, mib: u64, runs: usize, interrupt: 
     }
     let report = load.stop()?;
     let after = clients::redis_state(client, redis.address())?;
+    let digest_equal = before.digest == after.digest && files_are_whole(stage, NODES[place], layer_mib)?;
     stage.remove(redis)?;
-    let digest_equal = before.digest == after.digest;
-    Ok(SizeResult { mib, resident_mib, digest_equal, ..evaluate(&hops, &report) })
+    Ok(SizeResult { mib, layer_mib, resident_mib, digest_equal, ..evaluate(&hops, &report) })
+}
+
+/// The container's files on a node, as this machine sees them, with what each holds: noise that follows from its number.
+fn files(stage: &Stage, node: &str, mib: u64) -> Result<impl Iterator<Item = (PathBuf, Vec<u8>)> + use<>> {
+    let node = stage.cluster().node(node)?;
+    let folder = node.on_machine(&node.bundle(Program::Redis.name()).join("rootfs/data"));
+    let length = usize::try_from((mib << 20) / FILES).unwrap_or(usize::MAX);
+    Ok((0..FILES).filter(move |_| mib > 0).map(move |number| {
+        let mut state = number;
+        let mut content = vec![0; length];
+        content.chunks_mut(8).for_each(|part| part.copy_from_slice(&split_mix(&mut state).to_le_bytes()[..part.len()]));
+        (folder.join(format!("file-{number}")), content)
+    }))
+}
+
+fn write_files(stage: &Stage, mib: u64) -> Result<()> {
+    for (path, content) in files(stage, NODES[0], mib)? {
+        fs::write(&path, content).map_err(|source| Error::File { action: "write", path, source })?;
+    }
+    Ok(())
+}
+
+fn files_are_whole(stage: &Stage, node: &str, mib: u64) -> Result<bool> {
+    for (path, content) in files(stage, node, mib)? {
+        let found = fs::read(&path).map_err(|source| Error::File { action: "read", path, source })?;
+        if found != content {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// As the kernel says: what CRIU has to carry.
@@ -149,6 +217,7 @@ fn evaluate(hops: &[Hop], report: &LoadReport) -> SizeResult {
     let gaps: Vec<f64> = moved.map(|hop| report.longest_gap_within(hop.start_unix_ms, hop.end_unix_ms)).collect();
     SizeResult {
         mib: 0,
+        layer_mib: 0,
         resident_mib: 0,
         runs: records.len() as u64,
         precopy_ms: middle(|record| record.timings.precopy),
@@ -191,6 +260,7 @@ pub(crate) fn tenths(value: Option<f64>) -> f64 {
 pub fn table(result: &MovesResult) -> String {
     let titles = [
         "data",
+        "in files",
         "resident",
         "runs",
         "pre-copy",
@@ -210,6 +280,7 @@ pub fn table(result: &MovesResult) -> String {
     let cells = |size: &SizeResult| {
         [
             format!("{} MiB", size.mib),
+            format!("{} MiB", size.layer_mib),
             format!("{} MiB", size.resident_mib),
             size.runs.to_string(),
             ms(size.precopy_ms),
@@ -288,7 +359,7 @@ mod tests {
         let size = SizeResult { mib: 256, resident_mib: 290, ..evaluate(&[hop(0.0, 81.4, true)], &gaps(&[])) };
         let table = table(&MovesResult { strategy: Strategy::Warm, sizes: vec![size] });
         let counts: Vec<usize> = table.lines().map(|line| line.matches('|').count()).collect();
-        assert_eq!(counts, [16, 16, 16]);
+        assert_eq!(counts, [17, 17, 17]);
         assert!(table.contains("| 256 MiB") && table.contains("| 81 ms"));
     }
 }

@@ -29,6 +29,17 @@
 //!   Open 9 {existing of process 7} · Data 9 … · Close 9 ───────────▶ forgets what is in no range; nothing of the rest may be missing
 //! ```
 //!
+//! What large files of a layer hold may come before the layer, too, while they are still written to:
+//!
+//! ```text
+//!   Open 3 {seeds of layer "upper", round 1} · Data 3 … · Close 3 ─▶ keeps each seed as a file
+//!   Open 6 {seeds of layer "upper", round 2} · Data 6 … · Close 6 ─▶ changes what it has
+//!   (freeze) seeds of the last round, then the layer ──────────────▶ makes files of the seeds that the layer refers to, deletes the rest
+//! ```
+//!
+//! Layer and seeds are streams of a format of their own, `podferry_filesystem::format`. Refused are seeds before those of an earlier object
+//! are complete, seeds behind their layer, and a layer before its seeds are complete.
+//!
 //! The pages of `existing` that CRIU's own page objects do not have are laid in behind the restored process. The memory objects of a
 //! process for which no `existing` comes are forgotten: it has ended.
 //!

@@ -12,6 +12,25 @@
 //! Entries come in depth-first order, a directory before what is in it, so that a receiver needs no more memory than the
 //! tree is deep. DATA of one file comes in ascending offsets that do not overlap. A file's size comes after its data, so
 //! that a file which changes while it is read still makes a valid stream.
+//!
+//! # Seeds
+//!
+//! What large files hold can be sent before, while the container runs: as *seeds*, in streams of their own. A layer whose
+//! regular files refer to seeds begins with [`MAGIC_WITH_SEEDS`]; it is the same but for this: an ENTRY with a `seed` has no
+//! DATA, only its `FILE_END`, whose size must be the seed's. The file is that seed, and no other entry is.
+//!
+//! ```text
+//! stream  = SEEDS_MAGIC (SEED (DATA | HOLE)* (FILE_END | DROP) | DROP)* END
+//! kind 2  DATA      as above, of the last SEED
+//! kind 3  FILE_END  payload: size:u64; ends the change of that seed: it is cut there, or goes on as a hole
+//! kind 4  END       payload: Totals, with SEED frames as entries
+//! kind 5  SEED      payload: id:u64, not 0; what follows changes this seed. One that is new begins as an empty file
+//! kind 6  HOLE      payload: offset:u64 length:u64; these bytes of it are a hole now, as far as it reaches there
+//! kind 7  DROP      payload: id:u64; this seed will not be referred to. In the middle of a change only the one that is changed
+//! ```
+//!
+//! There may be any number of such streams, one after the other, all before the layer's. A change says only what is different
+//! from what was sent before. DATA and HOLE of one change come in ascending offsets that do not overlap.
 
 use std::io::{self, Read, Write};
 
@@ -19,6 +38,10 @@ use crate::error::{Error, Result, beyond, refused};
 
 /// What a stream begins with: a name and the format's version.
 pub const MAGIC: [u8; 8] = *b"PFLAYER\x01";
+/// What a layer begins with whose files refer to seeds.
+pub const MAGIC_WITH_SEEDS: [u8; 8] = *b"PFLAYER\x02";
+/// What a stream of seeds begins with.
+pub const SEEDS_MAGIC: [u8; 8] = *b"PFSEEDS\x01";
 /// The most file bytes in one DATA frame.
 pub const CHUNK: usize = 256 * 1024;
 /// The deepest directory, in path components. Each level costs either side one file descriptor.
@@ -32,6 +55,9 @@ pub(crate) const ENTRY: u8 = 1;
 pub(crate) const DATA: u8 = 2;
 pub(crate) const FILE_END: u8 = 3;
 pub(crate) const END: u8 = 4;
+pub(crate) const SEED: u8 = 5;
+pub(crate) const HOLE: u8 = 6;
+pub(crate) const DROP: u8 = 7;
 
 /// The bytes of an offset in front of a DATA frame's file bytes.
 pub(crate) const OFFSET_LEN: usize = 8;
@@ -88,6 +114,9 @@ pub struct Entry {
     /// A symbolic link's text, or the earlier path a hard link is another name of.
     #[prost(bytes = "vec", tag = "9")]
     pub target: Vec<u8>,
+    /// The seed that holds a regular file's content; 0 when its content follows.
+    #[prost(uint64, tag = "10")]
+    pub seed: u64,
 }
 
 /// One extended attribute.
@@ -104,7 +133,7 @@ pub struct Xattr {
 /// What was sent altogether; a receiver that counts otherwise has not got all of it.
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
 pub struct Totals {
-    /// ENTRY frames.
+    /// ENTRY frames; of seeds, SEED frames.
     #[prost(uint64, tag = "1")]
     pub entries: u64,
     /// File bytes in DATA frames.
@@ -112,21 +141,23 @@ pub struct Totals {
     pub data_bytes: u64,
 }
 
-/// Writes frames and counts bytes.
+/// Writes frames and counts bytes. Nothing at all is written before the first frame.
 pub(crate) struct FrameWriter<W> {
     out: W,
+    magic: [u8; 8],
     /// Bytes written since the beginning, the magic included.
     pub(crate) written: u64,
 }
 
 impl<W: Write> FrameWriter<W> {
-    pub(crate) fn start(out: W) -> Result<Self> {
-        let mut this = Self { out, written: 0 };
-        this.put(&MAGIC)?;
-        Ok(this)
+    pub(crate) const fn new(out: W, magic: [u8; 8]) -> Self {
+        Self { out, magic, written: 0 }
     }
 
     pub(crate) fn frame(&mut self, kind: u8, parts: &[&[u8]]) -> Result<()> {
+        if self.written == 0 {
+            self.put(&self.magic.clone())?;
+        }
         let length: usize = parts.iter().map(|part| part.len()).sum();
         let length = u32::try_from(length).map_err(|_| beyond(b"", "bytes in one frame", u64::from(u32::MAX)))?;
         let mut header = [kind, 0, 0, 0, 0];
@@ -155,11 +186,12 @@ pub(crate) struct FrameReader<R> {
 }
 
 impl<R: Read> FrameReader<R> {
-    pub(crate) fn start(mut input: R, longest_entry: usize) -> Result<Self> {
+    /// Of a stream that begins with one of these.
+    pub(crate) fn start(mut input: R, longest_entry: usize, magics: &[[u8; 8]]) -> Result<Self> {
         let mut magic = [0; MAGIC.len()];
         input.read_exact(&mut magic).map_err(Error::Stream)?;
-        if magic != MAGIC {
-            return Err(refused(&magic, "this is no podferry layer of version 1"));
+        if !magics.contains(&magic) {
+            return Err(refused(&magic, "this is no podferry layer, or of a version that is not known here"));
         }
         Ok(Self { input, buffer: Vec::new(), longest_entry })
     }
@@ -174,9 +206,12 @@ impl<R: Read> FrameReader<R> {
         if length > longest {
             return Err(beyond(b"", "bytes in one frame", longest as u64));
         }
-        self.buffer.resize(length, 0);
-        self.input.read_exact(&mut self.buffer).map_err(Error::Stream)?;
-        Ok((kind, &self.buffer))
+        if self.buffer.len() < length {
+            self.buffer.resize(length, 0);
+        }
+        let payload = &mut self.buffer[..length];
+        self.input.read_exact(payload).map_err(Error::Stream)?;
+        Ok((kind, payload))
     }
 }
 

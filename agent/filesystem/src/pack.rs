@@ -8,16 +8,18 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use prost::Message;
-use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, SeekFrom, Stat};
+use rustix::fs::{self, AtFlags, FileType, OFlags, SeekFrom, Stat};
 use rustix::io::Errno;
 
 use crate::attributes::{Fate, fate};
 use crate::error::{Error, Result, beyond, failed};
 use crate::format::{
-    CHUNK, DATA, END, ENTRY, Entry, FILE_END, FrameWriter, Kind, MAX_DEPTH, MAX_PATH, MAX_XATTRS, Totals, Xattr,
+    CHUNK, DATA, END, ENTRY, Entry, FILE_END, FrameWriter, Kind, MAGIC, MAGIC_WITH_SEEDS, MAX_DEPTH, MAX_PATH,
+    MAX_XATTRS, Totals, Xattr,
 };
 use crate::layer::WritableLayer;
-use crate::tree::{by_descriptor, is_whiteout, names, open_beneath, open_root};
+use crate::seeder::Seeder;
+use crate::tree::{by_descriptor, is_whiteout, names, open_beneath, open_file, open_root};
 
 /// The longest value of an extended attribute, and the longest list of names (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 const XATTR_MAX: usize = 65536;
@@ -31,6 +33,8 @@ pub struct PackStats {
     pub whiteouts: u64,
     /// Bytes of file content; holes and second names of hard links do not count.
     pub data_bytes: u64,
+    /// Bytes of files whose content is a seed: it came before, and is not in the stream.
+    pub seeded_bytes: u64,
     /// Bytes of the whole stream.
     pub stream_bytes: u64,
     /// Extended attributes that mean something on the source only, such as `SELinux` labels, and were left out.
@@ -44,8 +48,19 @@ pub struct PackStats {
 /// be synced first.
 pub fn pack(layer: &WritableLayer, out: impl Write) -> Result<PackStats> {
     match layer {
-        WritableLayer::Overlay(overlay) => Packer::new(out)?.run(&overlay.upper),
+        WritableLayer::Overlay(overlay) => Packer::new(out, MAGIC, &Seeder::default()).run(&overlay.upper),
         WritableLayer::Plain { rootfs } => Err(Error::NotAnOverlay { rootfs: rootfs.clone() }),
+    }
+}
+
+/// As [`pack`], of a container that stands still since before the [last pass](crate::Pass::Frozen) of its seeds: the content of files
+/// that have not changed since then is not sent again.
+pub fn pack_with_seeds(layer: &WritableLayer, seeds: &Seeder, out: impl Write) -> Result<PackStats> {
+    match layer {
+        WritableLayer::Overlay(overlay) if !seeds.is_empty() => {
+            Packer::new(out, MAGIC_WITH_SEEDS, seeds).run(&overlay.upper)
+        }
+        _ => pack(layer, out),
     }
 }
 
@@ -63,8 +78,9 @@ impl Level {
     }
 }
 
-struct Packer<W> {
+struct Packer<'a, W> {
     frames: FrameWriter<W>,
+    seeds: &'a Seeder,
     stats: PackStats,
     /// The first path of each file that has more names.
     first_names: HashMap<(u64, u64), PathBuf>,
@@ -81,16 +97,17 @@ struct Found<'a> {
     stat: Stat,
 }
 
-impl<W: Write> Packer<W> {
-    fn new(out: W) -> Result<Self> {
-        Ok(Self {
-            frames: FrameWriter::start(out)?,
+impl<'a, W: Write> Packer<'a, W> {
+    fn new(out: W, magic: [u8; 8], seeds: &'a Seeder) -> Self {
+        Self {
+            frames: FrameWriter::new(out, magic),
+            seeds,
             stats: PackStats::default(),
             first_names: HashMap::new(),
             chunk: vec![0; CHUNK],
             xattr_list: vec![0; XATTR_MAX],
             xattr_value: vec![0; XATTR_MAX],
-        })
+        }
     }
 
     fn run(mut self, upper: &Path) -> Result<PackStats> {
@@ -175,9 +192,7 @@ impl<W: Write> Packer<W> {
     }
 
     fn regular(&mut self, found: &Found<'_>) -> Result<()> {
-        // Without O_NONBLOCK a fifo that took the file's place would hold this up for ever.
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = fs::openat(found.dir, found.name, flags, Mode::empty()).map_err(failed("open", found.path))?;
+        let file = open_file(found.dir, found.name).map_err(failed("open", found.path))?;
         let now = fs::fstat(&file).map_err(failed("read the metadata of", found.path))?;
         if (now.st_ino, now.st_dev) != (found.stat.st_ino, found.stat.st_dev) {
             return Err(Error::Unsupported {
@@ -185,8 +200,13 @@ impl<W: Write> Packer<W> {
                 why: "it was replaced while it was read: freeze the container before its files are moved",
             });
         }
-        self.entry(found, Kind::Regular, Vec::new())?;
-        let size = self.content(&file, found.path)?;
+        let seed = self.seeds.settled(&now);
+        self.entry_of(found, Entry { seed: seed.unwrap_or(0), ..plain_entry(found, Kind::Regular) })?;
+        let size = match seed {
+            Some(_) => u64::try_from(now.st_size).unwrap_or(0),
+            None => self.content(&file, found.path)?,
+        };
+        self.stats.seeded_bytes += if seed.is_some() { size } else { 0 };
         self.frames.frame(FILE_END, &[&size.to_le_bytes()])
     }
 
@@ -233,20 +253,14 @@ impl<W: Write> Packer<W> {
     }
 
     fn entry(&mut self, found: &Found<'_>, kind: Kind, target: Vec<u8>) -> Result<()> {
-        let plain = matches!(kind, Kind::HardLink | Kind::Whiteout);
-        let xattrs = if plain { Vec::new() } else { self.xattrs(found)? };
-        let stat = &found.stat;
-        let entry = Entry {
-            path: found.path.as_os_str().as_bytes().to_vec(),
-            kind: kind.into(),
-            mode: stat.st_mode & 0o7777,
-            uid: stat.st_uid,
-            gid: stat.st_gid,
-            mtime_seconds: stat.st_mtime,
-            mtime_nanoseconds: u32::try_from(stat.st_mtime_nsec).unwrap_or(0),
-            xattrs,
-            target,
-        };
+        self.entry_of(found, Entry { target, ..plain_entry(found, kind) })
+    }
+
+    /// Sends an entry that lacks its attributes only.
+    fn entry_of(&mut self, found: &Found<'_>, mut entry: Entry) -> Result<()> {
+        if !matches!(entry.kind(), Kind::HardLink | Kind::Whiteout) {
+            entry.xattrs = self.xattrs(found)?;
+        }
         self.stats.entries += 1;
         self.frames.frame(ENTRY, &[&entry.encode_to_vec()])
     }
@@ -285,6 +299,21 @@ impl<W: Write> Packer<W> {
         self.frames.frame(END, &[&totals.encode_to_vec()])?;
         self.frames.flush()?;
         Ok(PackStats { stream_bytes: self.frames.written, ..self.stats })
+    }
+}
+
+/// What the metadata says of an entry.
+fn plain_entry(found: &Found<'_>, kind: Kind) -> Entry {
+    let stat = &found.stat;
+    Entry {
+        path: found.path.as_os_str().as_bytes().to_vec(),
+        kind: kind.into(),
+        mode: stat.st_mode & 0o7777,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        mtime_seconds: stat.st_mtime,
+        mtime_nanoseconds: u32::try_from(stat.st_mtime_nsec).unwrap_or(0),
+        ..Entry::default()
     }
 }
 

@@ -10,6 +10,7 @@ use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, RawDir, ResolveFlags};
 use rustix::io::Errno;
 
 use crate::error::{Error, Result, failed};
+use crate::format::MAX_DEPTH;
 use crate::mountinfo;
 
 /// Opens a directory itself: no symbolic link in its last component.
@@ -47,9 +48,52 @@ pub(crate) fn names(dir: impl AsFd) -> rustix::io::Result<Vec<CString>> {
     Ok(names)
 }
 
+/// Visits every regular file below a directory, on its file system and no deeper than `MAX_DEPTH`, while others may change the
+/// tree: what vanishes or cannot be opened is left out. Only `visit` can fail.
+pub(crate) fn each_file(
+    root: OwnedFd,
+    mut visit: impl FnMut(BorrowedFd<'_>, &OsStr, &fs::Stat) -> Result<()>,
+) -> Result<()> {
+    let open = |dir: OwnedFd| Some((names(&dir).ok()?.into_iter(), dir));
+    let mut levels: Vec<_> = open(root).into_iter().collect();
+    while let Some((names, dir)) = levels.last_mut() {
+        let Some(name) = names.next() else {
+            levels.pop();
+            continue;
+        };
+        let name = OsStr::from_bytes(name.to_bytes());
+        let Ok(stat) = fs::statat(&*dir, name, AtFlags::SYMLINK_NOFOLLOW) else { continue };
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => visit(dir.as_fd(), name, &stat)?,
+            FileType::Directory if levels.len() <= MAX_DEPTH => {
+                let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+                let below = levels.last().and_then(|(_, dir)| open_beneath(dir, Path::new(name), flags).ok());
+                levels.extend(below.and_then(open));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Opens a regular file for reading: no link, and nothing that would have to be waited for, if it has taken the file's place.
+pub(crate) fn open_file(dir: impl AsFd, name: &OsStr) -> rustix::io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    fs::openat(dir, name, flags, Mode::empty())
+}
+
 /// A path that names an entry of an open directory for the calls that take no descriptor (`lgetxattr`, `lsetxattr`).
 pub(crate) fn by_descriptor(dir: BorrowedFd<'_>, name: &OsStr) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd())).join(name)
+}
+
+/// Writes all of the bytes.
+pub(crate) fn write_at(file: impl AsFd, bytes: &[u8], offset: u64) -> rustix::io::Result<()> {
+    let mut done = 0;
+    while done < bytes.len() {
+        done += rustix::io::pwrite(&file, &bytes[done..], offset + done as u64)?;
+    }
+    Ok(())
 }
 
 /// Bytes that an unprivileged writer could still put on the file system of this directory.

@@ -19,9 +19,11 @@ use rustix::io::Errno;
 use crate::attributes::{Fate, fate};
 use crate::error::{Error, Result, beyond, failed, refused};
 use crate::format::{
-    DATA, END, ENTRY, Entry, FILE_END, FrameReader, Kind, MAX_DEPTH, MAX_PATH, MAX_XATTRS, Totals, split_u64,
+    DATA, END, ENTRY, Entry, FILE_END, FrameReader, Kind, MAGIC, MAGIC_WITH_SEEDS, MAX_DEPTH, MAX_PATH, MAX_XATTRS,
+    Totals, split_u64,
 };
-use crate::tree::{by_descriptor, names, open_beneath, open_root};
+use crate::seed_store::SeedStore;
+use crate::tree::{by_descriptor, names, open_beneath, open_root, write_at};
 
 /// The longest name of one component (`NAME_MAX`).
 const NAME_MAX: usize = 255;
@@ -72,12 +74,26 @@ pub struct UnpackStats {
 /// On an error the directory holds a part of the tree; [`wipe`](crate::wipe) clears it. The stream is read up to its end
 /// frame and not a byte further.
 pub fn unpack(reader: impl Read, dest: &Path, limits: &Limits) -> Result<UnpackStats> {
+    unpack_with_seeds(reader, dest, limits, None)
+}
+
+/// As [`unpack`], of a layer whose files may refer to seeds that came before. The bytes of all seeds count as content; those that no
+/// entry refers to stay in the store.
+pub fn unpack_with_seeds(
+    reader: impl Read,
+    dest: &Path,
+    limits: &Limits,
+    seeds: Option<&mut SeedStore>,
+) -> Result<UnpackStats> {
     let root = open_root(dest)?;
     if !names(&root).map_err(failed("list", dest))?.is_empty() {
         return Err(Error::NotEmpty { dir: dest.to_owned() });
     }
-    let frames = FrameReader::start(reader, limits.max_xattr_bytes + 2 * limits.max_path + FIXED_FIELDS)?;
-    Unpacker { root, dest, limits, levels: Vec::new(), file: None, stats: UnpackStats::default() }.run(frames)
+    let longest = limits.max_xattr_bytes + 2 * limits.max_path + FIXED_FIELDS;
+    let frames = FrameReader::start(reader, longest, &[MAGIC, MAGIC_WITH_SEEDS])?;
+    let seeded_bytes = seeds.as_ref().map_or(0, |seeds| seeds.bytes());
+    let stats = UnpackStats::default();
+    Unpacker { root, dest, limits, levels: Vec::new(), file: None, stats, seeds, seeded_bytes }.run(frames)
 }
 
 /// A directory whose content is being received; it gets its metadata when that is complete, because writing into it
@@ -92,6 +108,8 @@ struct Open {
     file: OwnedFd,
     entry: Entry,
     position: u64,
+    /// How large it is, when its content is a seed.
+    seeded: Option<u64>,
 }
 
 struct Unpacker<'a> {
@@ -101,6 +119,9 @@ struct Unpacker<'a> {
     levels: Vec<Level>,
     file: Option<Open>,
     stats: UnpackStats,
+    seeds: Option<&'a mut SeedStore>,
+    /// What all seeds hold.
+    seeded_bytes: u64,
 }
 
 impl Unpacker<'_> {
@@ -168,6 +189,19 @@ impl Unpacker<'_> {
                 made(fs::mkdirat(&level.dir, name, Mode::RWXU))?;
                 return self.enter(entry, name);
             }
+            Kind::Regular if entry.seed != 0 => {
+                let unknown = || refused(&entry.path, "a seed that did not come, or is another file already");
+                let seed = self
+                    .seeds
+                    .as_mut()
+                    .map(|seeds| seeds.take(entry.seed))
+                    .transpose()?
+                    .flatten()
+                    .ok_or_else(unknown)?;
+                made(seed.rename(&level.dir, name))?;
+                self.file = Some(Open { file: seed.file, entry, position: 0, seeded: Some(seed.size) });
+                return Ok(());
+            }
             Kind::Regular => {
                 let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let opened = fs::openat(&level.dir, name, flags, Mode::RUSR | Mode::WUSR);
@@ -175,7 +209,7 @@ impl Unpacker<'_> {
                     Ok(file) => file,
                     Err(errno) => return made(Err(errno)),
                 };
-                self.file = Some(Open { file, entry, position: 0 });
+                self.file = Some(Open { file, entry, position: 0, seeded: None });
                 return Ok(());
             }
             Kind::HardLink => return made(self.link(level, &entry, name)?),
@@ -221,22 +255,20 @@ impl Unpacker<'_> {
         if offset < open.position || bytes.is_empty() {
             return Err(refused(&open.entry.path, "data that is empty or goes backwards"));
         }
+        if open.seeded.is_some() {
+            return Err(refused(&open.entry.path, "data of a file whose content is a seed"));
+        }
         let end = offset.saturating_add(bytes.len() as u64);
         if end > self.limits.max_file_bytes {
             return Err(beyond(&open.entry.path, "bytes in one file", self.limits.max_file_bytes));
         }
         self.stats.data_bytes += bytes.len() as u64;
-        if self.stats.data_bytes > self.limits.max_bytes {
+        if self.stats.data_bytes.saturating_add(self.seeded_bytes) > self.limits.max_bytes {
             return Err(beyond(&open.entry.path, "bytes of content", self.limits.max_bytes));
         }
         open.position = end;
         let shown = || self.dest.join(OsStr::from_bytes(&open.entry.path));
-        let mut done = 0;
-        while done < bytes.len() {
-            done += rustix::io::pwrite(&open.file, &bytes[done..], offset + done as u64)
-                .map_err(|errno| failed("write", &shown())(errno))?;
-        }
-        Ok(())
+        write_at(&open.file, bytes, offset).map_err(|errno| failed("write", &shown())(errno))
     }
 
     fn file_end(&mut self, payload: &[u8]) -> Result<()> {
@@ -247,6 +279,9 @@ impl Unpacker<'_> {
         }
         if size > self.limits.max_file_bytes {
             return Err(beyond(&open.entry.path, "bytes in one file", self.limits.max_file_bytes));
+        }
+        if open.seeded.is_some_and(|seeded| seeded != size) {
+            return Err(refused(&open.entry.path, "a file is not as large as its seed"));
         }
         let path = self.shown(&open.entry);
         fs::ftruncate(&open.file, size).map_err(failed("set the size of", &path))?;
@@ -309,7 +344,7 @@ impl Unpacker<'_> {
     }
 }
 
-fn decode<M: Message + Default>(payload: &[u8]) -> Result<M> {
+pub(crate) fn decode<M: Message + Default>(payload: &[u8]) -> Result<M> {
     M::decode(payload).map_err(|_| refused(b"", "a frame that is no protobuf message of its kind"))
 }
 
@@ -337,6 +372,9 @@ fn check(entry: &Entry, limits: &Limits) -> Result<()> {
         return Err(beyond(&entry.path, "bytes in a path", limits.max_path as u64));
     }
     let wants_target = matches!(entry.kind(), Kind::Symlink | Kind::HardLink);
+    if entry.seed != 0 && entry.kind() != Kind::Regular {
+        return refuse("a seed of what is no regular file");
+    }
     if wants_target == entry.target.is_empty() || entry.target.contains(&0) {
         return refuse("a link without a target, or a target without a link");
     }

@@ -4,8 +4,8 @@
 use std::fs;
 use std::path::Path;
 
-use podferry_filesystem::format::{Entry, Kind, MAGIC, Totals, Xattr};
-use podferry_filesystem::{Error, Limits, Result, UnpackStats, unpack};
+use podferry_filesystem::format::{Entry, Kind, MAGIC, MAGIC_WITH_SEEDS, SEEDS_MAGIC, Totals, Xattr};
+use podferry_filesystem::{Error, Limits, Result, SeedStore, SeedsReceived, UnpackStats, unpack, unpack_with_seeds};
 use proptest::prelude::*;
 use prost::Message;
 
@@ -207,6 +207,181 @@ fn only_an_empty_directory_takes_a_layer() {
     assert!(matches!(unpack(Forger::new().end().as_slice(), &link, &small()), Err(Error::Io { .. })));
 }
 
+/// Streams of seeds as `Forger` makes layers.
+struct SeedForger(Forger);
+
+impl SeedForger {
+    fn new() -> Self {
+        Self(Forger { stream: SEEDS_MAGIC.to_vec(), totals: Totals::default() })
+    }
+
+    fn seed(mut self, id: u64) -> Self {
+        self.0.totals.entries += 1;
+        self.frame(5, &[id])
+    }
+
+    fn data(mut self, offset: u64, bytes: &[u8]) -> Self {
+        self.0.totals.data_bytes += bytes.len() as u64;
+        Self(self.0.frame(2, &[&offset.to_le_bytes(), bytes].concat()))
+    }
+
+    fn hole(self, offset: u64, length: u64) -> Self {
+        self.frame(6, &[offset, length])
+    }
+
+    fn size(self, size: u64) -> Self {
+        self.frame(3, &[size])
+    }
+
+    fn dropped(self, id: u64) -> Self {
+        self.frame(7, &[id])
+    }
+
+    /// A whole seed of `abc`.
+    fn abc(self, id: u64) -> Self {
+        self.seed(id).data(0, b"abc").size(3)
+    }
+
+    fn frame(self, kind: u8, numbers: &[u64]) -> Self {
+        let payload: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+        Self(self.0.frame(kind, &payload))
+    }
+
+    fn end(self) -> Vec<u8> {
+        self.0.end()
+    }
+}
+
+/// Where seeds and a layer come in.
+struct Arriving {
+    dir: tempfile::TempDir,
+    store: SeedStore,
+}
+
+impl Arriving {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("dest")).unwrap();
+        fs::write(dir.path().join("secret"), "untouched").unwrap();
+        let store = SeedStore::create(&dir.path().join("seeds"), small()).unwrap();
+        Self { dir, store }
+    }
+
+    fn take(&mut self, stream: &[u8]) -> Result<SeedsReceived> {
+        let result = self.store.receive(stream, drop);
+        self.assert_nothing_outside();
+        result
+    }
+
+    fn unpack(&mut self, stream: &[u8]) -> Result<UnpackStats> {
+        let result = unpack_with_seeds(stream, &self.dir.path().join("dest"), &small(), Some(&mut self.store));
+        self.assert_nothing_outside();
+        result
+    }
+
+    fn assert_nothing_outside(&self) {
+        assert_eq!(fs::read_to_string(self.dir.path().join("secret")).unwrap(), "untouched");
+        assert_eq!(self.dir.path().read_dir().unwrap().count(), 3, "something was made outside");
+    }
+}
+
+#[track_caller]
+fn refused_seeds(forger: SeedForger, why: &str) {
+    let mut arriving = Arriving::new();
+    arriving.take(&SeedForger::new().abc(7).end()).unwrap();
+    let error = arriving.take(&forger.end()).expect_err("it was taken");
+    assert!(matches!(error, Error::Refused { .. }) && error.to_string().contains(why), "{error}");
+}
+
+#[test]
+fn seeds_in_the_wrong_order_are_refused() {
+    refused_seeds(SeedForger::new().data(0, b"x"), "data without a seed");
+    refused_seeds(SeedForger::new().hole(0, 1), "a hole without a seed");
+    refused_seeds(SeedForger::new().size(1), "not begun");
+    refused_seeds(SeedForger::new().seed(0).size(0), "without a number");
+    refused_seeds(SeedForger::new().seed(1).seed(2), "before the end of another");
+    refused_seeds(SeedForger::new().seed(1), "in the middle of a seed");
+    refused_seeds(SeedForger::new().seed(1).data(5, b"xy").data(6, b"z").size(9), "backwards");
+    refused_seeds(SeedForger::new().seed(1).hole(5, 5).data(9, b"z").size(20), "backwards");
+    refused_seeds(SeedForger::new().seed(1).data(5, b"xy").size(6), "shorter");
+    refused_seeds(SeedForger::new().seed(1).data(5, b"").size(6), "empty");
+    refused_seeds(SeedForger::new().seed(1).hole(5, 0).size(6), "empty");
+    refused_seeds(SeedForger::new().dropped(1), "not here");
+    refused_seeds(SeedForger::new().dropped(7).dropped(7), "not here");
+    refused_seeds(SeedForger::new().seed(1).dropped(7), "in the middle of another");
+    refused_seeds(SeedForger(SeedForger::new().0.frame(1, &[])), "unknown kind");
+    let mut lying = SeedForger::new().abc(1);
+    lying.0.totals.data_bytes = 2;
+    refused_seeds(lying, "totals");
+    let mut arriving = Arriving::new();
+    assert!(matches!(arriving.take(&Forger::new().end()), Err(Error::Refused { .. })), "a layer is no stream of seeds");
+    assert!(matches!(receive(&SeedForger::new().end()), Err(Error::Refused { .. })), "nor the other way");
+    assert!(matches!(Arriving::new().take(&SEEDS_MAGIC), Err(Error::Stream(_))), "cut off");
+}
+
+#[test]
+fn seeds_keep_to_the_limits_of_the_layer() {
+    let beyond = |forger: SeedForger, what: &str| {
+        let error = Arriving::new().take(&forger.end()).expect_err("it was taken");
+        assert!(matches!(&error, Error::Limit { what: said, .. } if *said == what), "{error}");
+    };
+    beyond(SeedForger::new().seed(1).data(0, &[1; 600]).data(600, &[1; 600]).size(1200), "bytes of content");
+    beyond(
+        SeedForger::new().seed(1).data(0, &[1; 600]).size(600).seed(2).data(0, &[1; 600]).size(600),
+        "bytes of content",
+    );
+    beyond(SeedForger::new().seed(1).data(9_999, b"xy").size(10_001), "bytes in one file");
+    beyond(SeedForger::new().seed(1).data(u64::MAX, b"xy").size(1), "bytes in one file");
+    beyond(SeedForger::new().seed(1).hole(u64::MAX, 2).size(1), "bytes in one file");
+    beyond(SeedForger::new().seed(1).size(10_001), "bytes in one file");
+    beyond((1..7).fold(SeedForger::new(), SeedForger::abc), "seeds");
+    beyond(SeedForger::new().frame(5, &[1; 9]), "bytes in one frame");
+
+    // What is dropped, or cut, makes room.
+    let mut arriving = Arriving::new();
+    for _ in 0..5 {
+        arriving.take(&SeedForger::new().seed(1).data(0, &[1; 600]).size(600).dropped(1).end()).unwrap();
+        arriving.take(&SeedForger::new().seed(2).data(0, &[1; 600]).size(600).seed(2).size(0).end()).unwrap();
+    }
+    // Both count together.
+    arriving.take(&SeedForger::new().seed(2).data(0, &[1; 600]).size(600).end()).unwrap();
+    let error = arriving.unpack(&Forger::new().file("f", &[(0, &[1; 600])], 600).end()).unwrap_err();
+    assert!(matches!(error, Error::Limit { what: "bytes of content", .. }), "{error}");
+}
+
+#[test]
+fn a_layer_takes_a_seed_once_and_as_it_is() {
+    let with = |id, path| Entry { seed: id, ..entry(Kind::Regular, path) };
+    let layer =
+        || Forger { stream: MAGIC_WITH_SEEDS.to_vec(), totals: Totals::default() }.entry(&entry(Kind::Directory, ""));
+    let end = |forger: Forger, size: u64| forger.frame(3, &size.to_le_bytes());
+    let arriving = || {
+        let mut arriving = Arriving::new();
+        arriving.take(&SeedForger::new().abc(7).abc(8).end()).unwrap();
+        arriving
+    };
+    let stats = arriving().unpack(&end(layer().entry(&with(7, "f")), 3).end()).unwrap();
+    assert_eq!(stats, UnpackStats { entries: 2, data_bytes: 0 });
+
+    let refused = |forger: Forger, why: &str| {
+        let error = arriving().unpack(&forger.end()).expect_err("it was taken");
+        assert!(matches!(error, Error::Refused { .. }) && error.to_string().contains(why), "{error}");
+    };
+    refused(end(layer().entry(&with(9, "f")), 3), "did not come");
+    refused(end(end(layer().entry(&with(7, "f")), 3).entry(&with(7, "g")), 3), "another file already");
+    refused(end(layer().entry(&with(7, "f")), 4), "not as large as its seed");
+    refused(end(layer().entry(&with(7, "f")), 2), "not as large as its seed");
+    refused(layer().entry(&with(7, "f")).frame(2, &[0; 9]), "data of a file whose content is a seed");
+    refused(layer().entry(&Entry { seed: 7, ..entry(Kind::Fifo, "f") }), "no regular file");
+    refused(end(layer().file("f", &[], 0).entry(&with(7, "f")), 3), "twice");
+    refused(end(layer().entry(&link(Kind::Symlink, "l", "../secret")).entry(&with(7, "l")), 3), "twice");
+    refused(end(layer().entry(&with(7, "../f")), 3), "out of order");
+    assert!(
+        matches!(receive(&end(layer().entry(&with(7, "f")), 3).end()), Err(Error::Refused { .. })),
+        "without any seeds"
+    );
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
@@ -219,5 +394,20 @@ proptest! {
         }
         // Either way; receive() itself checks that nothing happened outside.
         let _ = receive(&stream);
+    }
+
+    #[test]
+    fn damaged_seeds_stay_inside(damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
+        let forger = SeedForger::new().abc(1).seed(2).data(3, b"xyz").hole(7, 9).size(40).dropped(1);
+        let mut stream = forger.end();
+        for (place, byte) in damage {
+            let place = place.index(stream.len());
+            stream[place] = byte;
+        }
+        // Either way; take() itself checks that nothing happened outside.
+        let mut arriving = Arriving::new();
+        let _ = arriving.take(&stream);
+        // The limit, and what the file system rounds each seed up to.
+        prop_assert!(arriving.store.bytes() <= 1000 + 3 * 4096);
     }
 }

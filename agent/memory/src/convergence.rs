@@ -13,7 +13,7 @@
 //! send rate    S(k) = wire(k) · pages(k) / bytes(k), or where wire(k) or bytes(k) is 0: pages(k) / duration(k)
 //!                     of the latest round of 1024 pages or more: a small one says more of its fixed costs than of the rate
 //! memory part  M(k) = L(k) / S + shared(k)                                  of the freeze; `shared` is what comparing and laying in
-//!                                                                           shared memory takes
+//!                                                                           shared memory takes, and comparing open files
 //! target          T = max(budget − fixed, budget / 10, 5 ms)
 //! ```
 //!
@@ -102,7 +102,7 @@ pub struct RoundFacts {
     pub wire_rate: u64,
     /// CPU time that the processes had meanwhile, in microseconds per second: 1 000 000 is one whole CPU; 0 if that is not known.
     pub cpu_rate: u64,
-    /// What shared memory will add to the freeze by its size, however little of it is written.
+    /// What shared memory, and files that are open for writing, will add to the freeze by their size, however little of them is written.
     pub shared: Duration,
 }
 
@@ -338,7 +338,7 @@ impl Convergence {
         let mebibytes = |pages: f64| pages * real(PAGE_SIZE) / real(1 << 20);
         let shared = match outlook.shared.as_millis() {
             0 => String::new(),
-            shared => format!(", {shared} ms for all shared memory"),
+            shared => format!(", {shared} ms for all shared memory and open files"),
         };
         let throttle = self.throttled.map_or(String::new(), |to| format!(", although they were throttled to {to}"));
         format!(

@@ -1,8 +1,9 @@
 //! System calls that no library wraps, each behind a function that is safe to call.
 
-#![expect(unsafe_code, reason = "ioctl(2) and ptrace(2) requests with pointers; the only such code of this crate")]
+#![expect(unsafe_code, reason = "system calls with pointers or raw requests; the only such code of this crate")]
 
 pub(crate) mod counter;
+pub(crate) mod lease;
 pub(crate) mod memory;
 pub(crate) mod pagemap;
 pub(crate) mod ptrace;

@@ -120,7 +120,8 @@ impl SourcePart {
         }
         let frozen_at = Instant::now();
         tracing::debug!(migration = %order.migration, "the tasks stand still");
-        let last_round = self.spawn_last_round(converged.as_ref().map(|converged| converged.rest), &sender).await;
+        let rest = converged.as_ref().map(|converged| converged.rest);
+        let last_round = self.spawn_last_round(order, rest, &sender).await;
         let _ = events.send(FreezeEvent::Frozen { freeze_ms: ms(begun, frozen_at) }).await;
 
         let telling = tell_progress(&sender, events);
@@ -156,11 +157,11 @@ impl SourcePart {
     }
 
     /// Beside CRIU, which does not look where this looks.
-    async fn spawn_last_round(&self, rest: Option<Rest>, sender: &Arc<Sender>) -> LastRound {
+    async fn spawn_last_round(&self, order: &FreezeOrder, rest: Option<Rest>, sender: &Arc<Sender>) -> LastRound {
         let mut followers = Arc::clone(&self.followers).lock_owned().await;
-        let (context, way) = (self.context.clone(), self.way(sender));
+        let (context, way, rootfs) = (self.context.clone(), self.way(sender), order.container.rootfs.clone());
         tokio::task::spawn_blocking(move || match rest {
-            Some(rest) => followers.last_round(&context, &way, rest),
+            Some(rest) => followers.last_round(&context, &rootfs, &way, rest),
             None => Ok(0),
         })
     }
@@ -254,6 +255,7 @@ impl SourcePart {
 
     async fn send_layer(&self, container: &Container, sender: &Arc<Sender>) -> Result<(), Failure> {
         let rootfs = container.rootfs.clone();
+        let seeds = std::mem::take(&mut self.followers.lock().await.seeds);
         let sender = Arc::clone(sender);
         let context = self.context.clone();
         let cancelled = self.cancelled.clone();
@@ -270,7 +272,7 @@ impl SourcePart {
             let object = Object::Layer(LAYER.to_owned());
             let writer = sender.open_blocking(&object).map_err(|error| failed(&error))?;
             let mut out = pages::LayerOut::new(writer, cancelled);
-            podferry_filesystem::pack(&layer, &mut out).map_err(|error| failed(&error))?;
+            podferry_filesystem::pack_with_seeds(&layer, seeds.seeder(), &mut out).map_err(|error| failed(&error))?;
             out.close().map_err(|error| failed(&error))
         })
         .await

@@ -7,9 +7,11 @@
 //! ```
 //!
 //! Each process of the container's tree is followed by a tracker of its own. A round asks each what was written since the one
-//! before (the first time: all there is), and sends that. What is left when the container is frozen is sent in the freeze. CRIU
-//! does not see the memory that is moved this way; all of a process that cannot be followed is left to it.
+//! before (the first time: all there is), and sends that. What large files of the writable layer hold is sent [beside it](seeds). What is
+//! left when the container is frozen is sent in the freeze. CRIU does not see the memory that is moved this way; all of a process that
+//! cannot be followed is left to it.
 
+mod seeds;
 mod shared;
 mod verify;
 
@@ -39,6 +41,7 @@ use super::FreezeEvent;
 use super::batch::Parted;
 use crate::context::Context;
 use crate::throttle::Throttle;
+use seeds::Seeds;
 
 /// Bytes that are read and sent at a time: one frame of the transfer.
 const BATCH: usize = 1 << 20;
@@ -63,7 +66,7 @@ pub struct PreCopyOrder {
 pub struct Round {
     /// Pages that were sent.
     pub pages: u64,
-    /// Their bytes.
+    /// Their bytes, and those of files.
     pub raw_bytes: u64,
     /// Bytes on the wire.
     pub wire_bytes: u64,
@@ -100,6 +103,9 @@ pub(super) enum SendError {
     /// The transfer is broken.
     #[error(transparent)]
     Transfer(#[from] TransferError),
+    /// The writable layer cannot be gone over, or what its files hold cannot be sent.
+    #[error(transparent)]
+    Layer(#[from] podferry_filesystem::Error),
     /// The migration was aborted.
     #[error("the migration was aborted")]
     Aborted,
@@ -199,6 +205,8 @@ pub(super) struct Followers {
     /// What a person should know.
     notes: BTreeSet<String>,
     round: u32,
+    /// What of the writable layer's files was sent.
+    pub(super) seeds: Seeds,
     /// How much of what was sent may be kept, of all processes together.
     budget: Budget,
     /// Why the container is not throttled, or not further, though that was asked for.
@@ -243,7 +251,7 @@ impl Followers {
             }
             let begun = Instant::now();
             let mut round = self.one_round(job, before).map_err(|error| job.failed("pre-copy", &error))?;
-            let mut facts = facts(&round, self.shared.cost());
+            let mut facts = facts(&round, self.shared.cost() + self.seeds.cost());
             if let Some(throttle) = &mut throttle {
                 throttle.wait_for_some_periods(begun);
                 (round.duration, round.throttle) = (begun.elapsed(), throttle.held());
@@ -369,6 +377,7 @@ impl Followers {
         self.round += 1;
         let (begun, wire_before) = (Instant::now(), job.way.wire_bytes());
         let number = self.round;
+        let layer = self.seeds.round(&job.container.rootfs, &job.way)?;
         let mut round = Round::default();
         let mut lost = Vec::new();
         for (index, followed) in self.followed.iter_mut().enumerate() {
@@ -389,7 +398,7 @@ impl Followers {
         let (pages, left) = self.shared.round(number, &job.way)?;
         round.pages += pages;
         self.notes.extend(left);
-        round.raw_bytes = round.pages * podferry_memory::PAGE_SIZE;
+        round.raw_bytes = round.pages * podferry_memory::PAGE_SIZE + layer.data_bytes;
         round.wire_bytes = job.way.wire_bytes() - wire_before;
         round.duration = begun.elapsed();
         // What this round sent was written during the one before; the first sends all there is and says nothing of that.
@@ -413,21 +422,29 @@ impl Followers {
         std::fs::write(file, hide::describe(ranges, self.shared.files()?))
     }
 
-    /// Sends what was written since the last round, or which pages these are, and which pages there are. The container must stand
-    /// still. Blocks.
+    /// Sends what was written since the last round, or which pages these are, and which pages there are; and what is new in files. The
+    /// container must stand still. Blocks.
     ///
     /// # Errors
     /// When the transfer breaks, or something came where CRIU does not look.
-    pub(super) fn last_round(&mut self, context: &Context, way: &Way, rest: Rest) -> Result<u64, Failure> {
+    pub(super) fn last_round(
+        &mut self,
+        context: &Context,
+        rootfs: &Path,
+        way: &Way,
+        rest: Rest,
+    ) -> Result<u64, Failure> {
+        let failed = |error: &SendError| failed(context, "the last round", error).in_phase("transfer");
         self.round += 1;
         let number = self.round;
         let mut pages = 0;
         for followed in self.followed.iter_mut().filter(|followed| followed.member.is_alive()) {
             let sent = followed.last_round(number, way, rest);
-            pages += sent.map_err(|error| failed(context, "the last round", &error).in_phase("transfer"))?;
+            pages += sent.map_err(|error| failed(&error))?;
         }
         let shared = self.shared.last_round(number, way);
-        pages += shared.map_err(|error| failed(context, "the last round of shared memory", &error).in_phase("transfer"))?;
+        pages += shared.map_err(|error| failed(&error))?;
+        self.seeds.last_round(rootfs, way).map_err(|error| failed(&error))?;
         Ok(pages)
     }
 }
@@ -451,7 +468,9 @@ fn facts(round: &Round, shared: Duration) -> RoundFacts {
         reason = "a rate, from positive numbers"
     )]
     let wire_rate = if seconds > 0.0 { (round.wire_bytes as f64 / seconds) as u64 } else { 0 };
-    RoundFacts { pages: round.pages, bytes: round.wire_bytes, duration: round.duration, wire_rate, cpu_rate: 0, shared }
+    // What files hold has to be sent like memory.
+    let pages = round.raw_bytes.div_ceil(podferry_memory::PAGE_SIZE);
+    RoundFacts { pages, bytes: round.wire_bytes, duration: round.duration, wire_rate, cpu_rate: 0, shared }
 }
 
 impl Job {

@@ -48,6 +48,11 @@ impl Bundle {
         self.dir.join("upper")
     }
 
+    /// Where what comes of the writable layer's files before the freeze is kept; there only meanwhile.
+    pub fn seeds(&self) -> PathBuf {
+        self.dir.join("seeds")
+    }
+
     /// The root filesystem's layers.
     pub fn overlay(&self) -> Overlay {
         Overlay { lower: vec![self.dir.join("lower")], upper: self.upper(), work: self.dir.join("work") }
@@ -85,6 +90,10 @@ impl Bundle {
             if dir.is_dir() {
                 podferry_filesystem::wipe(&dir).map_err(io::Error::other)?;
             }
+        }
+        if self.seeds().is_dir() {
+            podferry_filesystem::wipe(&self.seeds()).map_err(io::Error::other)?;
+            fs::remove_dir(self.seeds())?;
         }
         Ok(())
     }

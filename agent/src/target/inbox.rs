@@ -6,12 +6,10 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write as _};
+use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
 
 use bytes::Bytes;
 use podferry_common::MigrationId;
@@ -19,21 +17,19 @@ use podferry_common::failure::{Failure, FailureCode};
 use podferry_common::identity::Peer;
 use podferry_common::tls::PeerInfo;
 use podferry_criu::{PageSetWriter, Run, page_flags};
-use podferry_filesystem::Limits;
+use podferry_filesystem::{Limits, SeedStore};
 use podferry_memory::digest::Comparison;
 use podferry_runtime::DESCRIPTORS;
 use podferry_transfer::{Authorize, Deltas, Introduction, Object, Owner, PageRun, Sink};
 use tokio::sync::watch;
 
 use super::memory::{self, ArrivingMemory, List, ListOf, MemoryError};
+use super::seeds::{ArrivingSeeds, Unpacking};
 use crate::context;
 use crate::source::{LAYER, VERIFY};
 
 /// Where CRIU's inventory is kept until everything is here: CRIU may be waiting for it at its own place.
 const INVENTORY: (&str, &str) = ("inventory.img", "inventory.arrived");
-
-/// Pieces of the layer that may wait for the disk.
-const LAYER_QUEUE: usize = 4;
 
 /// How far a transfer is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,7 +50,7 @@ pub struct Inbox {
     source: Peer,
     images: PathBuf,
     layer: PathBuf,
-    layer_bytes: u64,
+    layer_limits: Limits,
     arrival: watch::Sender<Arrival>,
     /// Whether the container's descriptors are here, which runc looks at first.
     described: watch::Sender<bool>,
@@ -63,23 +59,35 @@ pub struct Inbox {
 
 impl Inbox {
     /// Takes data from `source` only: images into `images`, the writable layer, at most `layer_bytes` of content, into
-    /// the empty folder `layer`. With `post_copy` some memory may stay with the source.
-    pub fn new(source: Peer, images: PathBuf, layer: PathBuf, layer_bytes: u64, post_copy: bool) -> Arc<Self> {
+    /// the empty folder `layer`, and what comes of its files before, into `seeds`. With `post_copy` some memory may stay with the
+    /// source.
+    pub fn new(
+        source: Peer,
+        images: PathBuf,
+        (layer, seeds): (PathBuf, PathBuf),
+        layer_bytes: u64,
+        post_copy: bool,
+    ) -> Arc<Self> {
         let (arrival, _) = watch::channel(Arrival::Waiting);
         let (described, _) = watch::channel(false);
         let memory = ArrivingMemory::new(images.clone(), post_copy);
-        let open = Mutex::new(Some(Opened { places: HashMap::new(), memory }));
-        Arc::new(Self { open, source, images, layer, layer_bytes, arrival, described, taken: Mutex::new(false) })
+        let layer_limits = Limits { max_bytes: layer_bytes, ..Limits::default() };
+        let seeds = ArrivingSeeds::new(seeds, layer_limits);
+        let open = Mutex::new(Some(Opened { places: HashMap::new(), memory, seeds }));
+        Arc::new(Self { open, source, images, layer, layer_limits, arrival, described, taken: Mutex::new(false) })
     }
 
     /// Takes nothing any more. When this returns, nobody writes into the folders. Blocks for the disk at most.
     pub fn shut(&self) {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner).take();
-        for place in open.into_iter().flat_map(|open| open.places).map(|(_, place)| place) {
-            if let Place::Layer(unpacking) = place {
-                let _incomplete = unpacking.finish();
+        let Some(open) = self.open.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        for place in open.places.into_values() {
+            match place {
+                Place::Layer(unpacking) => drop(unpacking.finish()),
+                Place::Seeds(receiving) => drop(receiving.finish()),
+                _ => {}
             }
         }
+        open.seeds.shut();
     }
 
     fn with_open<T>(&self, work: impl FnOnce(&mut Opened) -> Result<T, Failure>) -> Result<T, Failure> {
@@ -161,8 +169,10 @@ struct Receiving {
 struct Opened {
     /// Objects, by their number in the transfer.
     places: HashMap<u32, Place>,
-    /// What comes before the freeze.
+    /// What comes before the freeze: memory,
     memory: ArrivingMemory,
+    /// and what files hold.
+    seeds: ArrivingSeeds,
 }
 
 /// Where an object goes.
@@ -174,7 +184,8 @@ enum Place {
     List(List),
     /// Digests of this owner's pages.
     Digests(Owner, Comparison),
-    Layer(Unpacking),
+    Layer(Unpacking<()>),
+    Seeds(Unpacking<SeedStore>),
 }
 
 impl fmt::Debug for Place {
@@ -186,6 +197,7 @@ impl fmt::Debug for Place {
             Self::List(_) => "List",
             Self::Digests(..) => "Digests",
             Self::Layer(_) => "Layer",
+            Self::Seeds(_) => "Seeds",
         })
     }
 }
@@ -233,10 +245,8 @@ impl Sink for Receiving {
             Some(Place::Image(path, file)) => {
                 file.write_all(&data).map_err(|source| failed(ImageError { path: path.clone(), source }))
             }
-            Some(Place::Layer(unpacking)) => {
-                unpacking.write(data);
-                Ok(())
-            }
+            Some(Place::Layer(unpacking)) => unpacking.write(data).map_err(failed),
+            Some(Place::Seeds(receiving)) => receiving.write(data).map_err(failed),
             Some(Place::List(list)) => list.extend(&data).map_err(failed),
             Some(Place::Digests(owner, comparison)) => open.memory.compare(*owner, comparison, &data).map_err(failed),
             Some(Place::Pages(..) | Place::Memory(_)) | None => {
@@ -274,6 +284,7 @@ impl Sink for Receiving {
             Some(Place::List(list)) => list.finish(&mut open.memory).map_err(failed),
             Some(Place::Digests(owner, comparison)) => memory::verdict(owner, comparison).map_err(different),
             Some(Place::Layer(unpacking)) => unpacking.finish().map_err(failed),
+            Some(Place::Seeds(receiving)) => receiving.finish().map(|store| open.seeds.put_back(store)).map_err(failed),
             None => Err(failed(io::Error::other("what is not open is closed"))),
         })
     }
@@ -322,10 +333,13 @@ impl Receiving {
                 Place::Pages(*owner, PageSetWriter::create(&self.inbox.images, of, *id).map_err(failed)?)
             }
             Object::Layer(name) if name == LAYER => {
-                let limits = Limits { max_bytes: self.inbox.layer_bytes, ..Limits::default() };
-                Place::Layer(Unpacking::start(self.inbox.layer.clone(), limits).map_err(failed)?)
+                let (layer, limits) = (self.inbox.layer.clone(), self.inbox.layer_limits);
+                Place::Layer(self.inbox.with_open(|open| open.seeds.unpack(layer, limits).map_err(failed))?)
             }
-            Object::Layer(name) => {
+            Object::Seeds { layer, .. } if layer == LAYER => {
+                Place::Seeds(self.inbox.with_open(|open| open.seeds.receive().map_err(failed))?)
+            }
+            Object::Layer(name) | Object::Seeds { layer: name, .. } => {
                 return Err(failed(io::Error::other(format!("no layer named {name} is expected"))));
             }
             Object::Memory { owner, .. } => Place::Memory(*owner),
@@ -355,57 +369,4 @@ pub(super) fn place_inventory(images: &Path) -> io::Result<()> {
 
 fn create(path: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
-}
-
-/// A thread that unpacks a layer while it comes in.
-struct Unpacking {
-    pieces: SyncSender<Bytes>,
-    thread: JoinHandle<podferry_filesystem::Result<()>>,
-}
-
-impl Unpacking {
-    fn start(dest: PathBuf, limits: Limits) -> io::Result<Self> {
-        let (pieces, incoming) = sync_channel(LAYER_QUEUE);
-        let reader = Pieces { incoming, rest: Bytes::new() };
-        let unpack = move || {
-            let mut reader = reader;
-            podferry_filesystem::unpack(&mut reader, &dest, &limits)?;
-            // Whatever follows the end is not part of the layer, and a sender that waits for it must not hang.
-            io::copy(&mut reader, &mut io::sink()).map_or(Ok(()), |_| Ok(()))
-        };
-        let thread = std::thread::Builder::new().name("unpack".to_owned()).spawn(unpack)?;
-        Ok(Self { pieces, thread })
-    }
-
-    fn write(&self, piece: Bytes) {
-        // The thread's own error is told at the end of the object.
-        let _ended = self.pieces.send(piece);
-    }
-
-    fn finish(self) -> io::Result<()> {
-        drop(self.pieces);
-        match self.thread.join() {
-            Ok(result) => result.map_err(io::Error::other),
-            Err(_) => Err(io::Error::other("the unpacking thread panicked")),
-        }
-    }
-}
-
-struct Pieces {
-    incoming: Receiver<Bytes>,
-    rest: Bytes,
-}
-
-impl Read for Pieces {
-    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        while self.rest.is_empty() {
-            match self.incoming.recv() {
-                Ok(piece) => self.rest = piece,
-                Err(_) => return Ok(0),
-            }
-        }
-        let taken = out.len().min(self.rest.len());
-        out[..taken].copy_from_slice(&self.rest.split_to(taken));
-        Ok(taken)
-    }
 }

@@ -18,6 +18,7 @@ pub mod inbox;
 mod memory;
 mod restore;
 mod resume;
+mod seeds;
 #[cfg(test)]
 mod tests;
 
@@ -152,7 +153,8 @@ impl TargetPart {
         let layer_bytes = podferry_filesystem::free_bytes(&bundle.dir).unwrap_or(u64::MAX);
         let source = order.source.clone();
         let post_copy = order.fetch_from.is_some();
-        let inbox = Inbox::new(order.source, dirs.images.clone(), bundle.upper(), layer_bytes, post_copy);
+        let folders = (bundle.upper(), bundle.seeds());
+        let inbox = Inbox::new(order.source, dirs.images.clone(), folders, layer_bytes, post_copy);
         context.admissions.expect(order.migration, Arc::clone(&inbox));
         let fetch_from = fetch::Source::of(&record.role);
         Ok(Self {
@@ -308,7 +310,8 @@ impl TargetPart {
         let Some(number) = not_laid.first() else { return Ok(()) };
         let message = format!("CRIU restored the shared memory {number} without what was sent of it before the freeze");
         let failure = self.refused(FailureCode::Internal, message, "restore");
-        Err(failure.remedy("see whether the agent's criu_shim is the one that came with it; `--strategy warm` does without"))
+        Err(failure
+            .remedy("see whether the agent's criu_shim is the one that came with it; `--strategy warm` does without"))
     }
 
     /// A network namespace that is not ours to make is CRIU's, and its loopback is down.

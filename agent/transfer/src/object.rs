@@ -3,8 +3,8 @@
 use std::fmt;
 
 use podferry_proto::v1::{
-    DigestsObject, ExistingObject, LaterObject, MemoryObject, PagesObject, TransferOpen, digests_object, existing_object,
-    memory_object, pages_object, transfer_open,
+    DigestsObject, ExistingObject, LaterObject, MemoryObject, PagesObject, SeedsObject, TransferOpen, digests_object,
+    existing_object, memory_object, pages_object, transfer_open,
 };
 use thiserror::Error;
 
@@ -65,6 +65,13 @@ pub enum Object {
         /// Whose they are.
         owner: Owner,
     },
+    /// What large files of a layer hold that is still written to.
+    Seeds {
+        /// The layer, by its name.
+        layer: String,
+        /// Tells this object from others of the same layer.
+        round: u32,
+    },
 }
 
 impl fmt::Display for Object {
@@ -77,6 +84,7 @@ impl fmt::Display for Object {
             Self::Existing { owner } => write!(f, "list of the existing pages of {owner}"),
             Self::Later { process } => write!(f, "list of the pages of process {process} that come later"),
             Self::Digests { owner } => write!(f, "digests of the pages of {owner}"),
+            Self::Seeds { layer, round } => write!(f, "seeds of layer {layer}, round {round}"),
         }
     }
 }
@@ -106,7 +114,7 @@ impl Object {
     /// Checks the name, if it has one.
     pub fn check(&self) -> Result<(), InvalidObject> {
         match self {
-            Self::ImageFile(name) | Self::Layer(name) => check_name(name),
+            Self::ImageFile(name) | Self::Layer(name) | Self::Seeds { layer: name, .. } => check_name(name),
             Self::Pages { .. }
             | Self::Memory { .. }
             | Self::Existing { .. }
@@ -159,6 +167,9 @@ impl From<&Object> for TransferOpen {
                 };
                 transfer_open::Object::Digests(DigestsObject { owner: Some(owner) })
             }
+            Object::Seeds { layer, round } => {
+                transfer_open::Object::Seeds(SeedsObject { layer: layer.clone(), round: *round })
+            }
         };
         Self { object: Some(object) }
     }
@@ -200,6 +211,7 @@ impl TryFrom<TransferOpen> for Object {
                 };
                 Self::Digests { owner }
             }
+            transfer_open::Object::Seeds(SeedsObject { layer, round }) => Self::Seeds { layer, round },
         };
         object.check()?;
         Ok(object)
@@ -214,7 +226,8 @@ mod tests {
     fn names_that_could_leave_the_folder_are_refused() {
         let long = "x".repeat(MAX_NAME_LENGTH + 1);
         for name in ["", ".", "..", ".hidden", "a/b", "/etc/passwd", "a\0b", "a b", "ä", "-\n", &long] {
-            for object in [Object::ImageFile(name.to_owned()), Object::Layer(name.to_owned())] {
+            let seeds = Object::Seeds { layer: name.to_owned(), round: 1 };
+            for object in [Object::ImageFile(name.to_owned()), Object::Layer(name.to_owned()), seeds] {
                 assert!(Object::try_from(TransferOpen::from(&object)).is_err(), "{name:?}");
             }
         }
@@ -234,6 +247,7 @@ mod tests {
             Object::Later { process: u32::MAX },
             Object::Digests { owner: Owner::Process(7) },
             Object::Digests { owner: Owner::SharedMemory(7) },
+            Object::Seeds { layer: "upper".to_owned(), round: u32::MAX },
         ] {
             assert_eq!(Object::try_from(TransferOpen::from(&object)), Ok(object));
         }
