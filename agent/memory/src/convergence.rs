@@ -12,7 +12,7 @@
 //! correction   c(k) = max(1, pages(k) / (D(k−1) · duration(k−1)))           from the third round on; without limit in the second
 //! send rate    S(k) = wire(k) · pages(k) / bytes(k), or where wire(k) or bytes(k) is 0: pages(k) / duration(k)
 //!                     of the latest round of 1024 pages or more: a small one says more of its fixed costs than of the rate
-//! memory part  M(k) = L(k) / S + shared(k)                                  of the freeze; `shared` is what comparing and laying in
+//! memory part  M(k) = L(k) / S + beside(k)                                  of the freeze; `beside` is what comparing and laying in
 //!                                                                           shared memory takes, and comparing open files
 //! target          T = max(budget − fixed, budget / 10, 5 ms)
 //! ```
@@ -28,7 +28,7 @@
 //! 2. *Another* after the first round.
 //! 3. *Freeze* when M(k) ≤ T.
 //! 4. When another round would not pay, because L shrank by less than a tenth twice in a row or because all rounds are used up:
-//!    *freeze* when M(k) ≤ budget, else *give up*. From the second round on none pays where shared(k) alone is
+//!    *freeze* when M(k) ≤ budget, else *give up*. From the second round on none pays where beside(k) alone is
 //!    more than the budget.
 //! 5. *Another*.
 //!
@@ -103,7 +103,7 @@ pub struct RoundFacts {
     /// CPU time that the processes had meanwhile, in microseconds per second: 1 000 000 is one whole CPU; 0 if that is not known.
     pub cpu_rate: u64,
     /// What shared memory, and files that are open for writing, will add to the freeze by their size, however little of them is written.
-    pub shared: Duration,
+    pub beside: Duration,
 }
 
 /// What to do after a round.
@@ -180,7 +180,7 @@ impl fmt::Display for Throttled {
 ///
 /// let mut convergence = Convergence::new(Plan::new(Duration::from_millis(300)));
 /// let all = RoundFacts {
-///     pages: 262_144, bytes: 1 << 30, duration: Duration::from_secs(1), wire_rate: 0, cpu_rate: 0, shared: Duration::ZERO,
+///     pages: 262_144, bytes: 1 << 30, duration: Duration::from_secs(1), wire_rate: 0, cpu_rate: 0, beside: Duration::ZERO,
 /// };
 /// assert_eq!(convergence.after_round(all), Verdict::Another);
 /// let few = RoundFacts { pages: 2_000, bytes: 2_000 << 12, duration: Duration::from_millis(10), ..all };
@@ -216,12 +216,12 @@ struct Outlook {
     left: f64,
     dirty_rate: f64,
     send_rate: f64,
-    shared: Duration,
+    beside: Duration,
 }
 
 impl Outlook {
     fn memory_part(self) -> Duration {
-        Duration::try_from_secs_f64(self.left / self.send_rate).unwrap_or(Duration::MAX).saturating_add(self.shared)
+        Duration::try_from_secs_f64(self.left / self.send_rate).unwrap_or(Duration::MAX).saturating_add(self.beside)
     }
 }
 
@@ -276,7 +276,7 @@ impl Convergence {
         let few = outlook.left < real(FEW_PAGES) || facts.pages < FEW_PAGES;
         let is_last = self.rounds >= self.plan.most_rounds;
         // The first round takes longer than any later one, since all of it is new.
-        let hopeless = !is_first && facts.shared > self.plan.budget;
+        let hopeless = !is_first && facts.beside > self.plan.budget;
         let does_not_pay = is_last || hopeless || self.idle >= if self.throttled.is_some() { 1 } else { 2 };
         if few && memory <= self.plan.budget {
             Verdict::Freeze { predicted }
@@ -321,7 +321,7 @@ impl Convergence {
         self.idle = if shrank || settling { 0 } else { self.idle + 1 };
         // What all of the first round is compared with is no left over.
         self.left = (self.rounds > 1).then_some(left);
-        Outlook { left, dirty_rate, send_rate: self.send_rate, shared: facts.shared }
+        Outlook { left, dirty_rate, send_rate: self.send_rate, beside: facts.beside }
     }
 
     fn left_over(&self, pages: f64, dirty_rate: f64, duration: f64) -> f64 {
@@ -336,14 +336,14 @@ impl Convergence {
 
     fn why(&self, outlook: Outlook, predicted: Duration) -> String {
         let mebibytes = |pages: f64| pages * real(PAGE_SIZE) / real(1 << 20);
-        let shared = match outlook.shared.as_millis() {
+        let beside = match outlook.beside.as_millis() {
             0 => String::new(),
-            shared => format!(", {shared} ms for all shared memory and open files"),
+            beside => format!(", {beside} ms for all shared memory and open files"),
         };
         let throttle = self.throttled.map_or(String::new(), |to| format!(", although they were throttled to {to}"));
         format!(
             "after {} rounds the processes still write {:.1} MiB/s of memory anew, and {:.1} MiB/s are sent{throttle}: {:.1} MiB would be left \
-             for the freeze, which would take {} ms ({} ms of them without memory{shared}), with a budget of {} ms; give a larger \
+             for the freeze, which would take {} ms ({} ms of them without memory{beside}), with a budget of {} ms; give a larger \
              --downtime-budget, migrate when they are less busy, or migrate warm",
             self.rounds,
             mebibytes(outlook.dirty_rate),

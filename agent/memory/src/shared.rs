@@ -7,7 +7,7 @@
 //! | memory | in `/proc/PID/maps` | |
 //! |---|---|---|
 //! | `mmap(MAP_SHARED \| MAP_ANONYMOUS)` | `/dev/zero (deleted)` | CRIU makes a memfd of that name of it |
-//! | memfd_create(2), mapped | `/memfd:NAME (deleted)` | |
+//! | `memfd_create(2)`, mapped | `/memfd:NAME (deleted)` | |
 //! | shmget(2) | `/SYSVKEY (deleted)` | left to CRIU |
 //! | files of a tmpfs, POSIX shared memory | their paths | files, no memory of a process |
 //! | shared memory of hugetlbfs | `/anon_hugepage (deleted)` | left to CRIU |
@@ -345,7 +345,10 @@ mod tests {
         assert_eq!(follow(&mut segment, 1, &mut copy).changed, 1);
         ftruncate(&segment.file, 4 * PAGE_SIZE).unwrap();
         let shorter = follow(&mut segment, 1, &mut copy);
-        assert_eq!((shorter.changed, shorter.existing.as_slice()), (0, &[PageRange::new(3 * PAGE_SIZE, 4 * PAGE_SIZE)][..]));
+        assert_eq!(
+            (shorter.changed, shorter.existing.as_slice()),
+            (0, &[PageRange::new(3 * PAGE_SIZE, 4 * PAGE_SIZE)][..])
+        );
     }
 
     #[test]
@@ -379,7 +382,13 @@ mod tests {
         for name in ["/dev/zero (deleted)", "/memfd:x y (deleted)", "/memfd: (deleted)", "/memfd:/dev/zero (deleted)"] {
             assert_eq!(number(name), Some(42), "{name}");
         }
-        for name in ["/SYSV00000000 (deleted)", "/anon_hugepage (deleted)", "/dev/shm/x", "/memfd:x", "/memfd:CRIUMFD (deleted)"] {
+        for name in [
+            "/SYSV00000000 (deleted)",
+            "/anon_hugepage (deleted)",
+            "/dev/shm/x",
+            "/memfd:x",
+            "/memfd:CRIUMFD (deleted)",
+        ] {
             assert_eq!(number(name), None, "{name}");
         }
     }
@@ -394,7 +403,11 @@ mod tests {
         assert!(lengths.contains(&(1 << 20)) && lengths.iter().all(|length| *length >= LEAST_LENGTH), "{lengths:?}");
         assert!(find(Pid::this(), &mut seen, |_| false).unwrap().is_empty(), "each is told once");
         let mut seen = Vec::new();
-        assert!(find(Pid::this(), &mut seen, |number| found.iter().any(|segment| segment.number == number)).unwrap().is_empty());
+        assert!(
+            find(Pid::this(), &mut seen, |number| found.iter().any(|segment| segment.number == number))
+                .unwrap()
+                .is_empty()
+        );
         assert!(found.iter().all(|segment| seen.contains(&segment.number)));
     }
 

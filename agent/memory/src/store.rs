@@ -202,11 +202,16 @@ impl Store {
         let runs = keys.into_iter().flat_map(|key| {
             let chunk = self.chunks[&key];
             let bytes = |pages: usize| (pages * PAGE) as u64;
-            chunk.pages.without(&chunk.zeros).runs().map(move |run| Placed {
-                address: key * CHUNK + bytes(run.start),
-                place: (chunk.place * CHUNK_LENGTH) as u64 + bytes(run.start),
-                length: bytes(run.len()),
-            }).collect::<Vec<_>>()
+            chunk
+                .pages
+                .without(&chunk.zeros)
+                .runs()
+                .map(move |run| Placed {
+                    address: key * CHUNK + bytes(run.start),
+                    place: (chunk.place * CHUNK_LENGTH) as u64 + bytes(run.start),
+                    length: bytes(run.len()),
+                })
+                .collect::<Vec<_>>()
         });
         runs.collect()
     }

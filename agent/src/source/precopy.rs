@@ -459,7 +459,7 @@ fn announce(followed: &[Followed], way: &Way) -> Result<(), SendError> {
 }
 
 /// What convergence has to know of a round.
-fn facts(round: &Round, shared: Duration) -> RoundFacts {
+fn facts(round: &Round, beside: Duration) -> RoundFacts {
     let seconds = round.duration.as_secs_f64();
     #[expect(
         clippy::cast_possible_truncation,
@@ -470,7 +470,7 @@ fn facts(round: &Round, shared: Duration) -> RoundFacts {
     let wire_rate = if seconds > 0.0 { (round.wire_bytes as f64 / seconds) as u64 } else { 0 };
     // What files hold has to be sent like memory.
     let pages = round.raw_bytes.div_ceil(podferry_memory::PAGE_SIZE);
-    RoundFacts { pages, bytes: round.wire_bytes, duration: round.duration, wire_rate, cpu_rate: 0, shared }
+    RoundFacts { pages, bytes: round.wire_bytes, duration: round.duration, wire_rate, cpu_rate: 0, beside }
 }
 
 impl Job {

@@ -32,7 +32,8 @@ fn image(folder: &Path) -> PathBuf {
 /// A program that writes `percent` of its shared memory each second and knows what every page of it has to hold.
 fn start(stage: &Stage, percent: &str) -> Line {
     let mib = MIB.to_string();
-    let words = ["/usr/bin/podferry-hard-load", "--backing", "shared", "--mib", &mib, "--percent", percent, "--threads", "2"];
+    let words =
+        ["/usr/bin/podferry-hard-load", "--backing", "shared", "--mib", &mib, "--percent", percent, "--threads", "2"];
     stage.start(&Workload::new("load", image(stage.folder.path()), words, FIRST_CONTAINER_ADDRESS));
     stage.connect(SocketAddr::new(FIRST_CONTAINER_ADDRESS.into(), 7000))
 }

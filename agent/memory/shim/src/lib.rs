@@ -49,9 +49,10 @@ fn parse(text: &str) -> Option<Hidden> {
         let two = (number()?, number()?);
         if whose == "shared" {
             hidden.shared.insert(two);
-        } else {
-            (two.0 < two.1).then(|| Some(hidden.ranges.entry(whose.parse().ok()?).or_default().push(two))).flatten()?;
+            continue;
         }
+        (two.0 < two.1).then_some(())?;
+        hidden.ranges.entry(whose.parse().ok()?).or_default().push(two);
     }
     for ranges in hidden.ranges.values_mut() {
         ranges.sort_unstable();
@@ -198,7 +199,10 @@ mod interposed {
     /// None but those of lseek(2).
     #[unsafe(no_mangle)]
     unsafe extern "C" fn lseek64(fd: libc::c_int, offset: libc::off64_t, whence: libc::c_int) -> libc::off64_t {
-        if whence == libc::SEEK_DATA && !hidden().shared.is_empty() && file_of(fd).is_some_and(|file| hidden().shared.contains(&file)) {
+        if whence == libc::SEEK_DATA
+            && !hidden().shared.is_empty()
+            && file_of(fd).is_some_and(|file| hidden().shared.contains(&file))
+        {
             return fail_with(libc::ENXIO, None).into();
         }
         // SAFETY: what the caller wanted of lseek(2), passed on unchanged; sets `errno` as it does.

@@ -179,8 +179,13 @@ mod tests {
     fn an_index_that_is_none_is_not_taken_for_one() {
         assert_eq!(parse("laid /a b\n"), Some(("/a b", Vec::new())));
         for text in [
-            "", "segment 7 0 /a\n", "laid /a\n0 0 0\n", "laid /a\nsegment x 0 /b\n", "laid /a\nsegment 7 0\n",
-            "laid /a\nsegment 7 1000 /b\n0 1000 1000\n", "laid /a\nsegment 7 1000 /b\n0 0\n",
+            "",
+            "segment 7 0 /a\n",
+            "laid /a\n0 0 0\n",
+            "laid /a\nsegment x 0 /b\n",
+            "laid /a\nsegment 7 0\n",
+            "laid /a\nsegment 7 1000 /b\n0 1000 1000\n",
+            "laid /a\nsegment 7 1000 /b\n0 0\n",
         ] {
             assert_eq!(parse(text), None, "{text:?}");
         }

@@ -11,7 +11,14 @@ fn budget(ms: u64) -> Plan {
 
 fn round(pages: u64, rate: u64) -> RoundFacts {
     let duration = Duration::from_secs_f64(real(pages) / real(rate) + 0.0005);
-    RoundFacts { pages, bytes: pages * PAGE_SIZE, duration, wire_rate: rate * PAGE_SIZE, cpu_rate: 0, shared: Duration::ZERO }
+    RoundFacts {
+        pages,
+        bytes: pages * PAGE_SIZE,
+        duration,
+        wire_rate: rate * PAGE_SIZE,
+        cpu_rate: 0,
+        beside: Duration::ZERO,
+    }
 }
 
 /// A process with so many pages that writes so many per second, sent at this rate. Gives the rounds and the last verdict.
@@ -55,7 +62,10 @@ fn few_pages_on_a_slow_link_are_not_few() {
 fn one_that_writes_at_half_the_rate_converges() {
     let (rounds, verdict) = migrate(budget(100), SENT_PER_SECOND, SENT_PER_SECOND / 2, SENT_PER_SECOND);
     let Verdict::Freeze { predicted } = verdict else { panic!("{verdict:?}") };
-    assert!((3..8).contains(&rounds) && predicted <= Plan::FIXED + Duration::from_millis(10), "{rounds}: {predicted:?}");
+    assert!(
+        (3..8).contains(&rounds) && predicted <= Plan::FIXED + Duration::from_millis(10),
+        "{rounds}: {predicted:?}"
+    );
 }
 
 #[test]
@@ -161,16 +171,16 @@ fn one_that_hardly_uses_the_processor_is_not_throttled() {
 #[test]
 fn shared_memory_that_takes_longer_than_the_budget_by_itself_is_said_after_two_rounds() {
     let mut convergence = Convergence::new(budget(200)).with_throttle(10_000);
-    let shared = Duration::from_millis(201);
-    let facts = RoundFacts { shared, cpu_rate: 1_000_000, ..round(2000, SENT_PER_SECOND) };
+    let beside = Duration::from_millis(201);
+    let facts = RoundFacts { beside, cpu_rate: 1_000_000, ..round(2000, SENT_PER_SECOND) };
     assert_eq!(convergence.after_round(facts), Verdict::Another);
     let Verdict::GiveUp { why } = convergence.after_round(facts) else { panic!("no round helps, and no throttle") };
-    assert!(why.contains("201 ms for all shared memory"), "{why}");
+    assert!(why.contains("201 ms for all shared memory and open files"), "{why}");
     let mut convergence = Convergence::new(budget(200));
-    let little = RoundFacts { shared: Duration::from_millis(50), ..facts };
+    let little = RoundFacts { beside: Duration::from_millis(50), ..facts };
     assert_eq!(convergence.after_round(little), Verdict::Another);
     let Verdict::Freeze { predicted } = convergence.after_round(RoundFacts { pages: 10, ..little }) else { panic!() };
-    assert!(predicted >= Plan::FIXED + little.shared, "{predicted:?}");
+    assert!(predicted >= Plan::FIXED + little.beside, "{predicted:?}");
 }
 
 #[test]
@@ -185,14 +195,15 @@ fn who_cannot_be_throttled_any_further_is_given_up() {
 
 fn facts() -> impl Strategy<Value = RoundFacts> {
     let or_none = |most: u64| prop_oneof![Just(0), 0..most];
-    let numbers = (0_u64..1 << 40, 0_u64..1 << 52, 0_u64..1 << 40, or_none(1 << 40), or_none(1 << 30), or_none(1 << 32));
-    numbers.prop_map(|(pages, bytes, nanoseconds, wire_rate, cpu_rate, shared)| RoundFacts {
+    let numbers =
+        (0_u64..1 << 40, 0_u64..1 << 52, 0_u64..1 << 40, or_none(1 << 40), or_none(1 << 30), or_none(1 << 32));
+    numbers.prop_map(|(pages, bytes, nanoseconds, wire_rate, cpu_rate, beside)| RoundFacts {
         pages,
         bytes,
         duration: Duration::from_nanos(nanoseconds),
         wire_rate,
         cpu_rate,
-        shared: Duration::from_nanos(shared),
+        beside: Duration::from_nanos(beside),
     })
 }
 

@@ -41,7 +41,8 @@ pub fn index(folder: &Path) -> PathBuf {
 /// When it cannot be made.
 pub fn store(folder: &Path, number: u32, bytes: u64) -> io::Result<Store> {
     let mut options = OpenOptions::new();
-    let file = options.read(true).write(true).create(true).truncate(true).mode(0o600).open(store_path(folder, number))?;
+    let file =
+        options.read(true).write(true).create(true).truncate(true).mode(0o600).open(store_path(folder, number))?;
     Store::in_file(file, bytes).map_err(io::Error::other)
 }
 
@@ -77,7 +78,9 @@ fn create(path: &Path) -> io::Result<File> {
 
 fn line(path: &Path) -> io::Result<&str> {
     let told = path.to_str().filter(|path| path.starts_with('/') && !path.contains('\n'));
-    told.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, format!("{} cannot be told in a line", path.display())))
+    told.ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidInput, format!("{} cannot be told in a line", path.display()))
+    })
 }
 
 /// Which segments of the index were not laid in, though CRIU is done with the memory of the container.
@@ -92,7 +95,11 @@ pub fn not_laid(folder: &Path) -> io::Result<Vec<u32>> {
     };
     let laid = fs::read(folder.join(LAID))?;
     let numbers = text.lines().filter_map(|line| line.strip_prefix("segment ")?.split(' ').next()?.parse().ok());
-    Ok(numbers.enumerate().filter(|(place, _)| laid.get(*place).is_none_or(|laid| *laid == 0)).map(|(_, number)| number).collect())
+    Ok(numbers
+        .enumerate()
+        .filter(|(place, _)| laid.get(*place).is_none_or(|laid| *laid == 0))
+        .map(|(_, number)| number)
+        .collect())
 }
 
 /// Nothing was laid in yet: for a restore that is done again.

@@ -45,13 +45,16 @@ impl Counter {
     /// # Errors
     /// When the kernel has no such trace point, or does not let this process count.
     pub(crate) fn start(event: &str, filter: &str, processor: u32) -> io::Result<Self> {
-        let attributes =
-            Attributes { kind: TRACEPOINT, size: 64, config: number_of(event)?, flags: DISABLED, ..Attributes::default() };
+        let attributes = Attributes {
+            kind: TRACEPOINT,
+            size: 64,
+            config: number_of(event)?,
+            flags: DISABLED,
+            ..Attributes::default()
+        };
         let processor = libc::c_int::try_from(processor).map_err(io::Error::other)?;
         // SAFETY: the attributes live until the call returns and are as long as they say; all processes, one processor, no group.
-        let fd = unsafe {
-            libc::syscall(libc::SYS_perf_event_open, &raw const attributes, -1, processor, -1, CLOEXEC)
-        };
+        let fd = unsafe { libc::syscall(libc::SYS_perf_event_open, &raw const attributes, -1, processor, -1, CLOEXEC) };
         let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0).ok_or_else(io::Error::last_os_error)?;
         // SAFETY: a new descriptor that nobody else has.
         let counter = Self(unsafe { OwnedFd::from_raw_fd(fd) }.into());
@@ -81,6 +84,7 @@ impl Counter {
 
 fn number_of(event: &str) -> io::Result<u64> {
     let found = FOLDERS.iter().find_map(|folder| fs::read_to_string(format!("{folder}/events/{event}/id")).ok());
-    let text = found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("there is no trace point {event}")))?;
+    let text =
+        found.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("there is no trace point {event}")))?;
     text.trim().parse().map_err(io::Error::other)
 }

@@ -43,7 +43,8 @@ impl Segments {
         let mut seen = Vec::new();
         for member in members {
             // One that has ended meanwhile has none; another one may have its segments.
-            let new = shared::find(Pid::from_raw(member.pid), &mut seen, |number| self.all.contains_key(&number)).unwrap_or_default();
+            let new = shared::find(Pid::from_raw(member.pid), &mut seen, |number| self.all.contains_key(&number))
+                .unwrap_or_default();
             for memory in new {
                 let previous = PreviousPages::new(budget.clone());
                 self.all.insert(memory.number(), Segment { memory, previous });

@@ -86,7 +86,10 @@ fn changes_of_pages_that_are_not_kept_are_refused_and_change_nothing() {
     assert!(matches!(missing, Err(MemoryError::Changes { owner: SEVEN, source: found }) if found == source));
     let other = memory.change(SEVEN, &changes(0x2000, &[3; PAGE]));
     assert!(matches!(other, Err(MemoryError::Changes { source: ApplyError::Digest { .. }, .. })), "{other:?}");
-    assert!(matches!(memory.change(Owner::Process(8), &changes(0x2000, &before[1])), Err(MemoryError::Unannounced { .. })));
+    assert!(matches!(
+        memory.change(Owner::Process(8), &changes(0x2000, &before[1])),
+        Err(MemoryError::Unannounced { .. })
+    ));
     assert!((0..2).all(|index| kept(&memory, index) == before[index]));
 }
 
@@ -171,7 +174,10 @@ fn digests_out_of_place_are_refused_and_so_is_memory_behind_them() {
     let mut memory = arriving(&folder, &pages);
     assert!(matches!(memory.open_digests(SEVEN), Err(MemoryError::Digests { owner: SEVEN, .. })), "before the list");
     memory.take_list(ListOf::Existing(Owner::Process(8)), &list(&[(0x1000, 0x2000)])).unwrap();
-    assert!(matches!(memory.open_digests(Owner::Process(8)), Err(MemoryError::Digests { owner: Owner::Process(8), .. })), "without memory");
+    assert!(
+        matches!(memory.open_digests(Owner::Process(8)), Err(MemoryError::Digests { owner: Owner::Process(8), .. })),
+        "without memory"
+    );
     memory.take_list(ListOf::Existing(SEVEN), &list(&[(0x1000, 0x3000)])).unwrap();
     let mut comparison = memory.open_digests(SEVEN).unwrap();
     assert!(matches!(memory.open_digests(SEVEN), Err(MemoryError::Digests { owner: SEVEN, .. })), "a second time");

@@ -122,7 +122,8 @@ fn changing_memfd() -> Outcome<Kind> {
         let shorter = MUCH / 2 + usize::try_from(split_mix(&mut state))? % (MUCH / 2);
         length = if length == MUCH { shorter } else { MUCH };
         file.set_len(u64::try_from(length)?)?;
-        Ok(expected[length..].fill(0))
+        expected[length..].fill(0);
+        Ok(())
     }))
 }
 
