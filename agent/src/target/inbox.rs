@@ -24,7 +24,7 @@ use podferry_transfer::{Authorize, Deltas, Introduction, Object, Owner, PageRun,
 use tokio::sync::watch;
 
 use super::memory::{self, ArrivingMemory, List, ListOf, MemoryError};
-use super::seeds::{ArrivingSeeds, Unpacking};
+use super::seeds::{ArrivingSeeds, Unpacking, WriteBack};
 use crate::context;
 use crate::source::{LAYER, VERIFY};
 
@@ -88,6 +88,17 @@ impl Inbox {
             }
         }
         open.seeds.shut();
+    }
+
+    /// Waits until what came of files before their layer is on the disk, as far as that was begun. Blocks.
+    ///
+    /// # Errors
+    /// When it is not: a later sync would not tell.
+    pub fn written_back(&self) -> io::Result<()> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let write_back = open.as_mut().and_then(|open| open.seeds.take_write_back());
+        drop(open);
+        write_back.map_or(Ok(()), WriteBack::finish)
     }
 
     fn with_open<T>(&self, work: impl FnOnce(&mut Opened) -> Result<T, Failure>) -> Result<T, Failure> {

@@ -100,7 +100,7 @@ pub struct TargetPart {
     /// The restore that this agent started; a sealed one may be an earlier agent's.
     restore: Arc<Mutex<Option<Started>>>,
     /// Bringing the layer to the disk, which goes on while the container is restored.
-    syncing: Mutex<Option<JoinHandle<podferry_filesystem::Result<()>>>>,
+    syncing: Mutex<Option<JoinHandle<Result<(), SyncError>>>>,
     restoring: AtomicBool,
     cancelled: CancellationToken,
 }
@@ -227,7 +227,8 @@ impl TargetPart {
             let begun = Instant::now();
             tracing::debug!(migration = %self.migration, "everything is here");
             let layer = self.bundle.upper();
-            *self.syncing.lock().await = Some(spawn_blocking(move || podferry_filesystem::sync(&layer)));
+            let inbox = self.inbox.clone();
+            *self.syncing.lock().await = Some(spawn_blocking(move || sync(&layer, inbox.as_deref())));
             self.start_restore().await?;
             self.until_held().await?;
             tracing::debug!(migration = %self.migration, "the container is held");
@@ -470,6 +471,22 @@ impl TargetPart {
         let message = format!("cannot {what} a target that is {standing:?}");
         self.context.refusal(FailureCode::FailedPrecondition, message)
     }
+}
+
+/// Why a layer is not on the disk.
+#[derive(Debug, thiserror::Error)]
+enum SyncError {
+    /// It cannot be synced.
+    #[error(transparent)]
+    Layer(#[from] podferry_filesystem::Error),
+    /// What came before it could not be written.
+    #[error("what came of its files before the freeze could not be written")]
+    Early(#[from] std::io::Error),
+}
+
+fn sync(layer: &Path, inbox: Option<&Inbox>) -> Result<(), SyncError> {
+    podferry_filesystem::sync(layer)?;
+    Ok(inbox.map_or(Ok(()), Inbox::written_back)?)
 }
 
 /// Removes what a target part made apart from the restore itself. Idempotent.

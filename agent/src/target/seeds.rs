@@ -54,12 +54,12 @@ impl ArrivingSeeds {
                 return Err(io::Error::other("seeds come before the ones before are complete, or behind their layer"));
             }
         };
-        let written = match &self.write_back {
-            Some(write_back) => write_back.files.clone(),
-            None => self.write_back.insert(WriteBack::start()?).files.clone(),
-        };
+        if self.write_back.is_none() {
+            self.write_back = Some(WriteBack::start()?);
+        }
+        let files = self.write_back.as_ref().and_then(|write_back| write_back.files.clone());
         Unpacking::start("seeds", move |pieces| {
-            store.receive(pieces, |file| write_back(&written, file))?;
+            store.receive(pieces, |file| write_back(files.as_ref(), file))?;
             Ok(store)
         })
     }
@@ -78,47 +78,59 @@ impl ArrivingSeeds {
                 return Err(io::Error::other("the layer comes a second time, or before its seeds are complete"));
             }
         };
-        // It ends by itself; whoever waits for the container does not wait for that.
-        self.write_back = None;
+        // It ends by itself, beside what else is to be done until the seal.
+        if let Some(write_back) = &mut self.write_back {
+            write_back.files = None;
+        }
         Unpacking::start("unpack", move |pieces| {
             podferry_filesystem::unpack_with_seeds(pieces, &dest, &limits, store.as_mut())?;
             store.map_or(Ok(()), SeedStore::remove)
         })
     }
 
+    /// Who has brought files to the disk, if anybody has: to be waited for, once.
+    pub(super) fn take_write_back(&mut self) -> Option<WriteBack> {
+        self.write_back.take()
+    }
+
     /// Waits until nobody has a file of it open.
-    pub(super) fn shut(self) {
-        if let Some(WriteBack { files, thread }) = self.write_back {
-            drop(files);
-            let _ended = thread.join();
-        }
+    pub(super) fn shut(mut self) {
+        // Nobody needs them any more.
+        let _on_the_disk_or_not = self.take_write_back().map(WriteBack::finish);
     }
 }
 
-/// A thread that brings files to the disk.
+/// A thread that brings files to the disk. The kernel tells only once of what it could not write: whoever syncs the file later hears
+/// nothing of it. So it has to be [waited for](Self::finish).
 #[derive(Debug)]
-struct WriteBack {
-    files: SyncSender<File>,
-    thread: JoinHandle<()>,
+pub(super) struct WriteBack {
+    /// None when no more come.
+    files: Option<SyncSender<File>>,
+    /// Ends with the first failure.
+    thread: JoinHandle<io::Result<()>>,
 }
 
 impl WriteBack {
     fn start() -> io::Result<Self> {
         let (files, incoming) = sync_channel::<File>(WRITE_BACK_QUEUE);
-        let work = move || {
-            for file in incoming {
-                // Whoever seals the target syncs all of the layer, and tells of what fails.
-                let _synced_again_later = file.sync_data();
-            }
-        };
-        Ok(Self { files, thread: thread::Builder::new().name("write-back".to_owned()).spawn(work)? })
+        let work = move || incoming.into_iter().try_for_each(|file| file.sync_data());
+        Ok(Self { files: Some(files), thread: thread::Builder::new().name("write-back".to_owned()).spawn(work)? })
+    }
+
+    /// Waits until all files are on the disk that were given to it.
+    ///
+    /// # Errors
+    /// When one is not.
+    pub(super) fn finish(self) -> io::Result<()> {
+        drop(self.files);
+        self.thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread that writes files back panicked")))
     }
 }
 
-fn write_back(files: &SyncSender<File>, file: OwnedFd) {
-    match files.try_send(file.into()) {
-        // They are synced with the rest.
-        Ok(()) | Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {}
+fn write_back(files: Option<&SyncSender<File>>, file: OwnedFd) {
+    match files.map(|files| files.try_send(file.into())) {
+        // Those that find no room are synced with the rest; a failure is told when it is waited for.
+        None | Some(Ok(()) | Err(TrySendError::Full(_) | TrySendError::Disconnected(_))) => {}
     }
 }
 
@@ -249,6 +261,7 @@ mod tests {
         assert!(!folder.path().join("seeds").exists());
         assert!(arriving.receive().is_err(), "seeds behind their layer");
         assert!(arriving.unpack(folder.path().join("dest"), Limits::default()).is_err(), "a second layer");
+        arriving.take_write_back().unwrap().finish().unwrap();
         arriving.shut();
     }
 
@@ -260,6 +273,15 @@ mod tests {
         assert!(arriving.receive().is_err());
         assert!(arriving.unpack(folder.path().join("dest"), Limits::default()).is_err());
         assert!(receiving.finish().is_err(), "nothing has come");
+    }
+
+    /// A pipe cannot be brought to any disk.
+    #[test]
+    fn what_cannot_be_written_back_is_told() {
+        let write_back = WriteBack::start().unwrap();
+        let (reader, _writer) = io::pipe().unwrap();
+        super::write_back(write_back.files.as_ref(), reader.into());
+        assert_eq!(write_back.finish().unwrap_err().kind(), io::ErrorKind::InvalidInput);
     }
 
     #[test]
