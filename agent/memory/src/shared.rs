@@ -2,7 +2,8 @@
 //!
 //! Writes to shared memory cannot be followed: whoever has the file can write to it, through a mapping that nobody tracks or with
 //! write(2). So each round reads all of it, and what counts is whether a page *is* another than the one that was sent, by a digest of
-//! 64 bits for each. The round in the freeze is exact, since nobody writes then. What is followed this way:
+//! 64 bits for each (XXH3, seeded with a secret of each segment's own: whoever chooses what is written cannot make two pages that are
+//! taken for the same). The round in the freeze is exact, since nobody writes then. What is followed this way:
 //!
 //! | memory | in `/proc/PID/maps` | |
 //! |---|---|---|
@@ -19,8 +20,9 @@
 
 pub mod laying;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
+use std::hash::{BuildHasher as _, RandomState};
 use std::io;
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::sync::OnceLock;
@@ -28,6 +30,7 @@ use std::sync::OnceLock;
 use nix::unistd::Pid;
 use rustix::fs::{MemfdFlags, SeekFrom, memfd_create, seek};
 use rustix::io::Errno;
+use twox_hash::XxHash3_64;
 
 use crate::copier::Batch;
 use crate::digest;
@@ -54,6 +57,8 @@ pub struct SharedMemory {
     /// What it had at the last look.
     existing: PageRanges,
     digests: Digests,
+    /// The digests' seed, which nobody else knows.
+    secret: u64,
 }
 
 /// The digest of each page as it was read last; 0: it never was, or there was none. A segment may be huge and have little in it, so
@@ -124,7 +129,7 @@ fn device() -> Option<u64> {
 ///
 /// # Errors
 /// When the process's mappings cannot be read.
-pub fn find(process: Pid, seen: &mut Vec<u32>, known: impl Fn(u32) -> bool) -> io::Result<Vec<SharedMemory>> {
+pub fn find(process: Pid, seen: &mut HashSet<u32>, known: impl Fn(u32) -> bool) -> io::Result<Vec<SharedMemory>> {
     let mut new = Vec::new();
     for mapping in maps::read(process)? {
         let Some(number) = number_of(&mapping).filter(|number| !seen.contains(number)) else { continue };
@@ -132,7 +137,7 @@ pub fn find(process: Pid, seen: &mut Vec<u32>, known: impl Fn(u32) -> bool) -> i
             let Some(segment) = SharedMemory::open(process, &mapping, number) else { continue };
             new.push(segment);
         }
-        seen.push(number);
+        seen.insert(number);
     }
     Ok(new)
 }
@@ -149,7 +154,9 @@ impl SharedMemory {
     }
 
     fn of(number: u32, file: File) -> Self {
-        Self { number, file, existing: PageRanges::new(), digests: Digests::default() }
+        // Its keys are the operating system's random numbers.
+        let secret = RandomState::new().hash_one(());
+        Self { number, file, existing: PageRanges::new(), digests: Digests::default(), secret }
     }
 
     /// CRIU's number of it: that of its inode.
@@ -166,10 +173,33 @@ impl SharedMemory {
         Ok((metadata.dev(), metadata.ino()))
     }
 
-    /// The digests of the pages that were there at the last look, ascending, as [`digest`] has them.
-    pub fn digests(&self) -> Vec<u8> {
-        let pages = self.existing.iter().flat_map(PageRange::single_pages);
-        pages.flat_map(|page| self.digests.of(page).to_le_bytes()).collect()
+    /// Reads all pages that were there at the last look, and hands over their digests as [`digest`] has them, ascending. Nobody may write
+    /// to it meanwhile.
+    ///
+    /// # Errors
+    /// When it cannot be read, and what `take` says.
+    pub fn read_digests<E: From<io::Error>>(&self, mut take: impl FnMut(Vec<u8>) -> Result<(), E>) -> Result<(), E> {
+        for group in self.shares().chunks(parallel::threads()) {
+            for digests in parallel::together(group, |share| self.digests_of(*share)) {
+                take(digests?)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn digests_of(&self, share: PageRange) -> io::Result<Vec<u8>> {
+        let (mut buffer, mut digests) = (vec![0; PIECE], Vec::new());
+        for piece in share.cut(PIECE as u64) {
+            let buffer = &mut buffer[..usize::try_from(piece.length()).unwrap_or(PIECE)];
+            read_or_zeros(&self.file, buffer, piece.start)?;
+            digests.extend(buffer.chunks_exact(PAGE).flat_map(digest::of_page));
+        }
+        Ok(digests)
+    }
+
+    /// All that there was at the last look, in pieces for one thread each.
+    fn shares(&self) -> Vec<PageRange> {
+        self.existing.iter().flat_map(|range| range.cut(SHARE)).collect()
     }
 
     /// Bytes that were compared last.
@@ -191,9 +221,8 @@ impl SharedMemory {
         // What is a hole now and comes again later is sent again.
         self.digests.forget(&self.existing.difference(&existing));
         self.existing = existing.clone();
-        let shares: Vec<PageRange> = existing.iter().flat_map(|range| range.cut(SHARE)).collect();
         let mut compared = Compared { existing, changed: 0 };
-        for group in shares.chunks(threads.max(1)) {
+        for group in self.shares().chunks(threads.max(1)) {
             for batches in parallel::together(group, |share| self.changed(*share)) {
                 for Changed { ranges, contents, digests } in batches? {
                     take(Batch { ranges: ranges.as_slice(), contents: &contents })?;
@@ -244,7 +273,7 @@ impl SharedMemory {
             read_or_zeros(&self.file, buffer, piece.start)?;
             for (page, contents) in piece.single_pages().zip(buffer.chunks_exact(PAGE)) {
                 // Never 0, which stands for none.
-                let digest = u64::from_le_bytes(digest::of_page(contents)).max(1);
+                let digest = XxHash3_64::oneshot_with_seed(self.secret, contents).max(1);
                 if self.digests.of(page) != digest {
                     changed.ranges.push(page);
                     changed.contents.extend_from_slice(contents);
@@ -352,6 +381,25 @@ mod tests {
     }
 
     #[test]
+    fn what_the_end_check_compares_is_read_anew() {
+        let (mut segment, mut copy) = (segment(5000), BTreeMap::new());
+        for page in [7, 4999] {
+            write(&segment, page, 3);
+        }
+        follow(&mut segment, 1, &mut copy);
+        // As somebody whom no round has seen.
+        write(&segment, 7, 4);
+        let mut digests = Vec::new();
+        segment
+            .read_digests::<io::Error>(|more| {
+                digests.extend(more);
+                Ok(())
+            })
+            .unwrap();
+        assert_eq!(digests, [4, 3].map(|byte| digest::of_page(&[byte; PAGE])).concat());
+    }
+
+    #[test]
     fn a_segment_that_ends_in_the_middle_of_a_page_has_all_of_it() {
         let mut segment = segment(0);
         segment.file.write_all_at(b"end", 2 * PAGE_SIZE).unwrap();
@@ -367,7 +415,7 @@ mod tests {
         write(&segment, (1 << 32) - 1, 5);
         write(&segment, 1 << 20, 6);
         assert_eq!(follow(&mut segment, 1, &mut copy).changed, 2);
-        assert_eq!((segment.digests.0.len(), segment.digests().len()), (2, 16));
+        assert_eq!(segment.digests.0.len(), 2);
         ftruncate(&segment.file, 1 << 33).unwrap();
         follow(&mut segment, 1, &mut copy);
         assert_eq!(segment.digests.0.len(), 1);
@@ -397,12 +445,12 @@ mod tests {
     fn a_process_has_the_segments_that_it_maps_and_that_are_big_enough() {
         let map = |length| crate::sys::sparse::SparseMemory::new("podferry-test", length).unwrap();
         let (_big, _small) = (map(1 << 20), map(PAGE));
-        let mut seen = Vec::new();
+        let mut seen = HashSet::new();
         let found = find(Pid::this(), &mut seen, |_| false).unwrap();
         let lengths: Vec<u64> = found.iter().map(|segment| segment.file.metadata().unwrap().len()).collect();
         assert!(lengths.contains(&(1 << 20)) && lengths.iter().all(|length| *length >= LEAST_LENGTH), "{lengths:?}");
         assert!(find(Pid::this(), &mut seen, |_| false).unwrap().is_empty(), "each is told once");
-        let mut seen = Vec::new();
+        let mut seen = HashSet::new();
         assert!(
             find(Pid::this(), &mut seen, |number| found.iter().any(|segment| segment.number == number))
                 .unwrap()

@@ -4,12 +4,12 @@
 //! segment that is hidden with the rest; one that comes after that is its own. What it costs in the freeze grows with its size: all
 //! of it is read once more, and written once on the target. So that is part of what a freeze is predicted to take.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use nix::unistd::Pid;
-use podferry_memory::digest;
+use podferry_memory::PAGE_SIZE;
 use podferry_memory::parallel;
 use podferry_memory::previous::{Budget, PreviousPages};
 use podferry_memory::range::PageRanges;
@@ -22,6 +22,9 @@ use crate::source::batch::Parted;
 
 /// Bytes that CRIU's process lays in in a second: measured (`docs/performance.md`), and less than that on a busy node.
 const LAYING_RATE: u64 = 1 << 30;
+
+/// The most segments that are followed, each with an open file; others are left to CRIU.
+const MOST: usize = 1024;
 
 /// The segments that are followed.
 #[derive(Debug, Default)]
@@ -40,12 +43,12 @@ struct Segment {
 impl Segments {
     /// Finds the segments that these processes have mapped now, and forgets those that none has any more.
     pub(super) fn find(&mut self, members: &[Member], budget: &Budget) {
-        let mut seen = Vec::new();
+        let mut seen = HashSet::new();
         for member in members {
             // One that has ended meanwhile has none; another one may have its segments.
             let new = shared::find(Pid::from_raw(member.pid), &mut seen, |number| self.all.contains_key(&number))
                 .unwrap_or_default();
-            for memory in new {
+            for memory in new.into_iter().take(MOST - self.all.len().min(MOST)) {
                 let previous = PreviousPages::new(budget.clone());
                 self.all.insert(memory.number(), Segment { memory, previous });
             }
@@ -102,24 +105,20 @@ impl Segments {
     }
 }
 
-/// Bytes of digests that are sent at a time.
-const DIGESTS: usize = 128 << 10;
-
 impl Segments {
     /// Sends the digests of all pages, for the end check, behind the last round. Gives how many pages there are.
     pub(super) fn send_digests(&self, way: &Way) -> Result<u64, SendError> {
         let mut pages = 0;
-        for segment in self.all.values() {
-            let digests = segment.memory.digests();
-            if digests.is_empty() {
-                continue;
-            }
+        for segment in self.all.values().filter(|segment| segment.memory.compared_bytes() > 0) {
             let (mut writer, _) = way.open(&Object::Digests { owner: segment.owner() })?;
-            for piece in digests.chunks(DIGESTS) {
-                writer.data_blocking(Bytes::copy_from_slice(piece))?;
-            }
+            segment.memory.read_digests::<SendError>(|digests| {
+                if way.cancelled.is_cancelled() {
+                    return Err(SendError::Aborted);
+                }
+                Ok(writer.data_blocking(Bytes::from(digests))?)
+            })?;
             writer.close_blocking()?;
-            pages += (digests.len() / digest::DIGEST) as u64;
+            pages += segment.memory.compared_bytes() / PAGE_SIZE;
         }
         Ok(pages)
     }

@@ -8,7 +8,7 @@
 //! beside it, and the kernel then notes the processor in the thread's `struct rseq`. These few pages are sent again before they are
 //! compared: they may differ without anybody's fault.
 //!
-//! Of shared memory, all of which was read in the last round, the digests of that round are sent.
+//! Shared memory is read once more, too, though nobody writes to it since before the last round.
 
 use std::path::Path;
 
