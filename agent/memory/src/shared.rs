@@ -20,7 +20,7 @@
 
 pub mod laying;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::hash::{BuildHasher as _, RandomState};
 use std::io;
@@ -129,7 +129,7 @@ fn device() -> Option<u64> {
 ///
 /// # Errors
 /// When the process's mappings cannot be read.
-pub fn find(process: Pid, seen: &mut HashSet<u32>, known: impl Fn(u32) -> bool) -> io::Result<Vec<SharedMemory>> {
+pub fn find(process: Pid, seen: &mut BTreeSet<u32>, known: impl Fn(u32) -> bool) -> io::Result<Vec<SharedMemory>> {
     let mut new = Vec::new();
     for mapping in maps::read(process)? {
         let Some(number) = number_of(&mapping).filter(|number| !seen.contains(number)) else { continue };
@@ -445,12 +445,12 @@ mod tests {
     fn a_process_has_the_segments_that_it_maps_and_that_are_big_enough() {
         let map = |length| crate::sys::sparse::SparseMemory::new("podferry-test", length).unwrap();
         let (_big, _small) = (map(1 << 20), map(PAGE));
-        let mut seen = HashSet::new();
+        let mut seen = BTreeSet::new();
         let found = find(Pid::this(), &mut seen, |_| false).unwrap();
         let lengths: Vec<u64> = found.iter().map(|segment| segment.file.metadata().unwrap().len()).collect();
         assert!(lengths.contains(&(1 << 20)) && lengths.iter().all(|length| *length >= LEAST_LENGTH), "{lengths:?}");
         assert!(find(Pid::this(), &mut seen, |_| false).unwrap().is_empty(), "each is told once");
-        let mut seen = HashSet::new();
+        let mut seen = BTreeSet::new();
         assert!(
             find(Pid::this(), &mut seen, |number| found.iter().any(|segment| segment.number == number))
                 .unwrap()

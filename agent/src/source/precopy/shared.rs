@@ -4,7 +4,7 @@
 //! segment that is hidden with the rest; one that comes after that is its own. What it costs in the freeze grows with its size: all
 //! of it is read once more, and written once on the target. So that is part of what a freeze is predicted to take.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -43,7 +43,7 @@ struct Segment {
 impl Segments {
     /// Finds the segments that these processes have mapped now, and forgets those that none has any more.
     pub(super) fn find(&mut self, members: &[Member], budget: &Budget) {
-        let mut seen = HashSet::new();
+        let mut seen = BTreeSet::new();
         for member in members {
             // One that has ended meanwhile has none; another one may have its segments.
             let new = shared::find(Pid::from_raw(member.pid), &mut seen, |number| self.all.contains_key(&number))
