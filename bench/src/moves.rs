@@ -2,7 +2,7 @@
 
 use std::{fs, path::PathBuf, time::Duration};
 
-use podferry_workloads::ballast::split_mix;
+use podferry_workloads::ballast::noise;
 use serde::Serialize;
 
 use crate::{
@@ -174,12 +174,9 @@ fn files(stage: &Stage, node: &str, mib: u64) -> Result<impl Iterator<Item = (Pa
     let node = stage.cluster().node(node)?;
     let folder = node.on_machine(&node.bundle(Program::Redis.name()).join("rootfs/data"));
     let length = usize::try_from((mib << 20) / FILES).unwrap_or(usize::MAX);
-    Ok((0..FILES).filter(move |_| mib > 0).map(move |number| {
-        let mut state = number;
-        let mut content = vec![0; length];
-        content.chunks_mut(8).for_each(|part| part.copy_from_slice(&split_mix(&mut state).to_le_bytes()[..part.len()]));
-        (folder.join(format!("file-{number}")), content)
-    }))
+    Ok((0..FILES)
+        .filter(move |_| mib > 0)
+        .map(move |number| (folder.join(format!("file-{number}")), noise(length, number))))
 }
 
 fn write_files(stage: &Stage, mib: u64) -> Result<()> {

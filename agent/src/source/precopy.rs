@@ -483,6 +483,15 @@ fn failed(context: &Context, what: &str, error: &(dyn std::error::Error + 'stati
     context.failure(FailureCode::Unavailable, &format!("{what} failed"), error)
 }
 
+/// Sends which pages these are.
+fn send_list(object: &Object, ranges: &PageRanges, way: &Way) -> Result<(), SendError> {
+    let (mut writer, _) = way.open(object)?;
+    let list: Vec<u8> =
+        ranges.iter().flat_map(|range| [range.start.to_le_bytes(), range.end.to_le_bytes()]).flatten().collect();
+    writer.data_blocking(Bytes::from(list))?;
+    Ok(writer.close_blocking()?)
+}
+
 impl Followed {
     fn new(member: Member, preference: Preference, budget: &Budget) -> Result<Self, NotFollowed> {
         let pid = Pid::from_raw(member.pid);
@@ -561,20 +570,12 @@ impl Followed {
                 self.send(&frozen.written, number, way)?
             }
             Rest::Fetched => {
-                Self::send_list(&Object::Later { process }, &frozen.written, way)?;
+                send_list(&Object::Later { process }, &frozen.written, way)?;
                 0
             }
         };
         self.existing = frozen.existing;
-        Self::send_list(&Object::Existing { owner: self.owner() }, &self.existing, way)?;
+        send_list(&Object::Existing { owner: self.owner() }, &self.existing, way)?;
         Ok(pages)
-    }
-
-    fn send_list(object: &Object, ranges: &PageRanges, way: &Way) -> Result<(), SendError> {
-        let (mut writer, _) = way.open(object)?;
-        let list: Vec<u8> =
-            ranges.iter().flat_map(|range| [range.start.to_le_bytes(), range.end.to_le_bytes()]).flatten().collect();
-        writer.data_blocking(Bytes::from(list))?;
-        Ok(writer.close_blocking()?)
     }
 }

@@ -77,7 +77,7 @@ impl Mappings {
     /// The processes stand still: what was written goes when it may be wrong.
     pub(super) fn check(&mut self) {
         let Some(Watched { file, watch, .. }) = self.0.take() else { return };
-        if !watch.has_seen_any().is_ok_and(|seen| !seen) {
+        if watch.has_seen_any().unwrap_or(true) {
             tracing::debug!("flags of mappings were changed meanwhile; CRIU asks the kernel for them");
             remove(&file);
         }

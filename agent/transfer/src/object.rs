@@ -133,40 +133,51 @@ fn check_name(name: &str) -> Result<(), InvalidObject> {
     Err(InvalidObject::Name { name: name.chars().take(MAX_NAME_LENGTH).collect() })
 }
 
+/// Each kind of object has its owner in a message of its own, and all are alike.
+macro_rules! owners {
+    ($($of:ident),*) => {$(
+        impl From<Owner> for $of::Owner {
+            fn from(owner: Owner) -> Self {
+                match owner {
+                    Owner::Process(pid) => Self::Process(pid),
+                    Owner::SharedMemory(segment) => Self::SharedMemory(segment),
+                }
+            }
+        }
+
+        impl From<$of::Owner> for Owner {
+            fn from(owner: $of::Owner) -> Self {
+                match owner {
+                    $of::Owner::Process(pid) => Self::Process(pid),
+                    $of::Owner::SharedMemory(segment) => Self::SharedMemory(segment),
+                }
+            }
+        }
+    )*};
+}
+
+owners!(pages_object, memory_object, existing_object, digests_object);
+
+fn named(owner: Option<impl Into<Owner>>) -> Result<Owner, InvalidObject> {
+    owner.map(Into::into).ok_or(InvalidObject::Unknown)
+}
+
 impl From<&Object> for TransferOpen {
     fn from(object: &Object) -> Self {
         let object = match object {
             Object::ImageFile(name) => transfer_open::Object::ImageFile(name.clone()),
             Object::Layer(name) => transfer_open::Object::Layer(name.clone()),
             Object::Pages { owner, id } => {
-                let owner = match *owner {
-                    Owner::Process(pid) => pages_object::Owner::Process(pid),
-                    Owner::SharedMemory(segment) => pages_object::Owner::SharedMemory(segment),
-                };
-                transfer_open::Object::Pages(PagesObject { owner: Some(owner), id: *id })
+                transfer_open::Object::Pages(PagesObject { owner: Some((*owner).into()), id: *id })
             }
             Object::Memory { owner, round } => {
-                let owner = match *owner {
-                    Owner::Process(pid) => memory_object::Owner::Process(pid),
-                    Owner::SharedMemory(segment) => memory_object::Owner::SharedMemory(segment),
-                };
-                transfer_open::Object::Memory(MemoryObject { owner: Some(owner), round: *round })
+                transfer_open::Object::Memory(MemoryObject { owner: Some((*owner).into()), round: *round })
             }
             Object::Existing { owner } => {
-                let owner = match *owner {
-                    Owner::Process(pid) => existing_object::Owner::Process(pid),
-                    Owner::SharedMemory(segment) => existing_object::Owner::SharedMemory(segment),
-                };
-                transfer_open::Object::Existing(ExistingObject { owner: Some(owner) })
+                transfer_open::Object::Existing(ExistingObject { owner: Some((*owner).into()) })
             }
             Object::Later { process } => transfer_open::Object::Later(LaterObject { process: *process }),
-            Object::Digests { owner } => {
-                let owner = match *owner {
-                    Owner::Process(pid) => digests_object::Owner::Process(pid),
-                    Owner::SharedMemory(segment) => digests_object::Owner::SharedMemory(segment),
-                };
-                transfer_open::Object::Digests(DigestsObject { owner: Some(owner) })
-            }
+            Object::Digests { owner } => transfer_open::Object::Digests(DigestsObject { owner: Some((*owner).into()) }),
             Object::Seeds { layer, round } => {
                 transfer_open::Object::Seeds(SeedsObject { layer: layer.clone(), round: *round })
             }
@@ -182,35 +193,13 @@ impl TryFrom<TransferOpen> for Object {
         let object = match message.object.ok_or(InvalidObject::Unknown)? {
             transfer_open::Object::ImageFile(name) => Self::ImageFile(name),
             transfer_open::Object::Layer(name) => Self::Layer(name),
-            transfer_open::Object::Pages(pages) => {
-                let owner = match pages.owner.ok_or(InvalidObject::Unknown)? {
-                    pages_object::Owner::Process(pid) => Owner::Process(pid),
-                    pages_object::Owner::SharedMemory(segment) => Owner::SharedMemory(segment),
-                };
-                Self::Pages { owner, id: pages.id }
-            }
+            transfer_open::Object::Pages(PagesObject { owner, id }) => Self::Pages { owner: named(owner)?, id },
             transfer_open::Object::Memory(MemoryObject { owner, round }) => {
-                let owner = match owner.ok_or(InvalidObject::Unknown)? {
-                    memory_object::Owner::Process(pid) => Owner::Process(pid),
-                    memory_object::Owner::SharedMemory(segment) => Owner::SharedMemory(segment),
-                };
-                Self::Memory { owner, round }
+                Self::Memory { owner: named(owner)?, round }
             }
-            transfer_open::Object::Existing(ExistingObject { owner }) => {
-                let owner = match owner.ok_or(InvalidObject::Unknown)? {
-                    existing_object::Owner::Process(pid) => Owner::Process(pid),
-                    existing_object::Owner::SharedMemory(segment) => Owner::SharedMemory(segment),
-                };
-                Self::Existing { owner }
-            }
+            transfer_open::Object::Existing(ExistingObject { owner }) => Self::Existing { owner: named(owner)? },
             transfer_open::Object::Later(LaterObject { process }) => Self::Later { process },
-            transfer_open::Object::Digests(DigestsObject { owner }) => {
-                let owner = match owner.ok_or(InvalidObject::Unknown)? {
-                    digests_object::Owner::Process(pid) => Owner::Process(pid),
-                    digests_object::Owner::SharedMemory(segment) => Owner::SharedMemory(segment),
-                };
-                Self::Digests { owner }
-            }
+            transfer_open::Object::Digests(DigestsObject { owner }) => Self::Digests { owner: named(owner)? },
             transfer_open::Object::Seeds(SeedsObject { layer, round }) => Self::Seeds { layer, round },
         };
         object.check()?;

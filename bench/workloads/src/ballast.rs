@@ -47,6 +47,15 @@ impl Ballast {
     }
 }
 
+/// Pseudo-random bytes, which nothing packs: the same for the same seed.
+pub fn noise(length: usize, mut seed: u64) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    for chunk in bytes.chunks_mut(8) {
+        chunk.copy_from_slice(&split_mix(&mut seed).to_le_bytes()[..chunk.len()]);
+    }
+    bytes
+}
+
 /// One step of `SplitMix64` (Steele, Lea, Flood 2014): fast, and every seed gives a full period.
 pub fn split_mix(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);

@@ -5,14 +5,12 @@ mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use podferry_local::oci_spec::runtime::{
     Capability, LinuxSeccomp, LinuxSeccompAction, LinuxSeccompBuilder, LinuxSyscallBuilder,
 };
-use podferry_local::{FIRST_CONTAINER_ADDRESS, Workload, workspace_root};
-use support::{Line, NODES, Stage};
+use podferry_local::{FIRST_CONTAINER_ADDRESS, Workload};
+use support::{Line, NODES, Stage, image};
 
 /// What `chroot` fails with in the container: an error that it has in no other way.
 const FILTERED: u32 = 117;
@@ -65,18 +63,6 @@ const KINDS: [&str; 40] = [
     "zombie",
 ];
 
-/// A root filesystem with the program and what makes System V objects.
-fn image(folder: &Path) -> PathBuf {
-    let image = folder.join("image");
-    let program = podferry_local::default_binaries().join("podferry-kinds");
-    assert!(program.exists(), "{} is missing: run `cargo build --bins` first", program.display());
-    let mut script = Command::new(workspace_root().join("deploy/setup/image.sh"));
-    script.arg("kinds").arg(&image).arg("--").arg(program).arg("/usr/bin/ipcmk");
-    let output = script.output().unwrap();
-    assert!(output.status.success(), "image.sh: {}", String::from_utf8_lossy(&output.stderr));
-    image.join("rootfs")
-}
-
 /// Everything but `chroot`, which fails in a way of its own.
 fn filter() -> LinuxSeccomp {
     let chroot = LinuxSyscallBuilder::default()
@@ -110,7 +96,7 @@ fn assert_all_ok(line: &mut Line, place: &str, more: &[&str]) {
 /// Runs the program on the first node; `skipped` are kinds that it does not hold.
 fn start(stage: &Stage, skipped: &str) -> Line {
     let script = "ipcmk -M 8192 && ipcmk -S 3 && ipcmk -Q && exec podferry-kinds";
-    let rootfs = image(stage.folder.path());
+    let rootfs = image(stage.folder.path(), "kinds", "podferry-kinds", &["/usr/bin/ipcmk"]);
     let mut workload = Workload::new("kinds", rootfs, ["/bin/sh", "-c", script], FIRST_CONTAINER_ADDRESS);
     workload.seccomp = Some(filter());
     workload.capabilities = Some(vec![Capability::Kill, Capability::Chown, Capability::NetBindService]);

@@ -4,14 +4,13 @@
 mod support;
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
-use podferry_local::{FIRST_CONTAINER_ADDRESS, Node, Workload, workspace_root};
+use podferry_local::{FIRST_CONTAINER_ADDRESS, Node, Workload};
 use serde_json::Value;
-use support::{Line, NODES, Stage, eventually};
+use support::{Line, NODES, Stage, eventually, image};
 
 /// The workload.
 const NAME: &str = "files";
@@ -23,21 +22,16 @@ const MIB: u64 = 1 << 20;
 /// So slow that some MiB of files take seconds.
 const SLOW: &[&str] = &["--strategy", "live", "--bandwidth-limit", "8M", "--no-compression"];
 
-fn image(folder: &Path) -> PathBuf {
-    let image = folder.join("image");
-    let program = podferry_local::default_binaries().join("podferry-file-load");
-    assert!(program.exists(), "{} is missing: run `cargo build --bins` first", program.display());
-    let mut script = Command::new(workspace_root().join("deploy/setup/image.sh"));
-    let output = script.arg(NAME).arg(&image).arg("--").arg(program).output().unwrap();
-    assert!(output.status.success(), "image.sh: {}", String::from_utf8_lossy(&output.stderr));
-    image.join("rootfs")
-}
-
 /// Runs the program with so many MiB of files that are written once.
 fn start(stage: &Stage, mib: u64) -> Line {
     let mib = mib.to_string();
     let arguments = ["/bin/podferry-file-load", "--mib", &mib, "--files", "8"];
-    stage.start(&Workload::new(NAME, image(stage.folder.path()), arguments, FIRST_CONTAINER_ADDRESS));
+    stage.start(&Workload::new(
+        NAME,
+        image(stage.folder.path(), NAME, "podferry-file-load", &[]),
+        arguments,
+        FIRST_CONTAINER_ADDRESS,
+    ));
     let mut line = stage.connect(SocketAddr::new(FIRST_CONTAINER_ADDRESS.into(), 7000));
     assert_eq!(line.ask("check"), "ok");
     line

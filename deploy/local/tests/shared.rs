@@ -5,12 +5,10 @@ mod support;
 
 use std::fs;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use podferry_local::{FIRST_CONTAINER_ADDRESS, Signal, Workload, workspace_root};
+use podferry_local::{FIRST_CONTAINER_ADDRESS, Signal, Workload};
 use serde_json::Value;
-use support::{Line, NODES, Stage, verified};
+use support::{Line, NODES, Stage, image, verified};
 
 /// A budget that two shared cores keep.
 const LIVE: [&str; 4] = ["--strategy", "live", "--downtime-budget", "5000"];
@@ -19,22 +17,17 @@ const MIB: u64 = 96;
 const PAGES: u64 = MIB * 256;
 const LIBRARY: &str = "libpodferry_criu_shim.so";
 
-fn image(folder: &Path) -> PathBuf {
-    let image = folder.join("image");
-    let program = podferry_local::default_binaries().join("podferry-hard-load");
-    assert!(program.exists(), "{} is missing: run `cargo build --workspace --bins` first", program.display());
-    let mut script = Command::new(workspace_root().join("deploy/setup/image.sh"));
-    let output = script.arg("load").arg(&image).arg("--").arg(program).output().unwrap();
-    assert!(output.status.success(), "image.sh: {}", String::from_utf8_lossy(&output.stderr));
-    image.join("rootfs")
-}
-
 /// A program that writes `percent` of its shared memory each second and knows what every page of it has to hold.
 fn start(stage: &Stage, percent: &str) -> Line {
     let mib = MIB.to_string();
     let words =
         ["/usr/bin/podferry-hard-load", "--backing", "shared", "--mib", &mib, "--percent", percent, "--threads", "2"];
-    stage.start(&Workload::new("load", image(stage.folder.path()), words, FIRST_CONTAINER_ADDRESS));
+    stage.start(&Workload::new(
+        "load",
+        image(stage.folder.path(), "load", "podferry-hard-load", &[]),
+        words,
+        FIRST_CONTAINER_ADDRESS,
+    ));
     stage.connect(SocketAddr::new(FIRST_CONTAINER_ADDRESS.into(), 7000))
 }
 

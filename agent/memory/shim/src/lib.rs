@@ -1,7 +1,7 @@
 //! Spares `criu dump` and `criu restore` work that is done already, or that is for nothing.
 //!
-//! **Memory that has moved.** CRIU asks the kernel with the ioctl `PAGEMAP_SCAN` which pages of a mapping to dump. Preloaded into it (`LD_PRELOAD`), this
-//! library stands in for the C library's `ioctl` and leaves out the ranges that a file names: their pages are neither looked at
+//! **Memory that has moved.** CRIU asks the kernel with the ioctl `PAGEMAP_SCAN` which pages of a mapping to dump. Preloaded into it
+//! (`LD_PRELOAD`), this library stands in for the C library's `ioctl` and leaves out the ranges that a file names: their pages are neither looked at
 //! nor written nor listed, as if they had never been touched. Everything else CRIU asks is passed on. Without the file, or with
 //! one that cannot be read as a whole, nothing is hidden, and the dump is a whole one: whoever dumps looks at the images for
 //! what was left out.

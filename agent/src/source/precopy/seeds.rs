@@ -1,8 +1,9 @@
 //! What the container's large files hold goes to the target in the rounds, too, as seeds of its writable layer.
 //!
 //! A round goes over the layer first and then over memory: what memory is written meanwhile is then sent once, in that round. The first
-//! round sends all large files and lasts as long as that takes, so nothing is decided before; a later one reads what is not at rest. In the freeze comes a last pass, beside CRIU's dump: nobody writes any more, and what the seeds hold then is what
-//! the layer says of its files. Convergence counts 4 KiB of files as a page: what of them is written in a round has to be sent in
+//! round sends all large files and lasts as long as that takes, so nothing is decided before; a later one reads what is not at rest.
+//! In the freeze comes a last pass, beside CRIU's dump: nobody writes any more, and what the seeds hold then is what the layer says of
+//! its files. Convergence counts 4 KiB of files as a page: what of them is written in a round has to be sent in
 //! the next one, or in the freeze, like memory. What reading them will take then is part of what a freeze is predicted to take.
 
 use std::io::{self, Write};

@@ -17,7 +17,7 @@ use podferry_memory::shared::{self, Compared, SharedMemory};
 use podferry_runtime::Member;
 use podferry_transfer::{Object, ObjectWriter, Owner, Pool};
 
-use super::{Followed, SendError, Way};
+use super::{SendError, Way, send_list};
 use crate::source::batch::Parted;
 
 /// Bytes that CRIU's process lays in in a second: measured (`docs/performance.md`), and less than that on a busy node.
@@ -103,9 +103,7 @@ impl Segments {
         }
         Ok(pages)
     }
-}
 
-impl Segments {
     /// Sends the digests of all pages, for the end check, behind the last round. Gives how many pages there are.
     pub(super) fn send_digests(&self, way: &Way) -> Result<u64, SendError> {
         let mut pages = 0;
@@ -162,6 +160,6 @@ impl Segment {
     }
 
     fn send_existing(&self, existing: &PageRanges, way: &Way) -> Result<(), SendError> {
-        Followed::send_list(&Object::Existing { owner: self.owner() }, existing, way)
+        send_list(&Object::Existing { owner: self.owner() }, existing, way)
     }
 }

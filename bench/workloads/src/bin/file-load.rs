@@ -1,9 +1,10 @@
 //! A process 1 that has written much into its file system, goes on writing some of it in every way there is, and knows what each
 //! file has to hold.
 //!
-//! In `/data`: `rest-N`, written once; `log`, which grows line by line; `blocks`, of which blocks are written anew in place; `mapped`, which
-//! is written to through a mapping that stays, as is `hot`, but always in the same pages, so that no time tells of it; `touched`, which is opened, mapped, changed and closed again, and has its old
-//! modification time then; `sparse`, in which holes come and go; `young`, which is made anew all the time.
+//! In `/data`: `rest-N`, written once; `log`, which grows line by line; `blocks`, of which blocks are written anew in place; `mapped`,
+//! which is written to through a mapping that stays, as is `hot`, but always in the same pages, so that no time tells of it; `touched`,
+//! which is opened, mapped, changed and closed again, and has its old modification time then; `sparse`, in which holes come and go;
+//! `young`, which is made anew all the time.
 //!
 //! It listens on port 7000 and answers lines. `count`: the next number, beginning with 1. `check`: `ok`, or `wrong: WHAT`, when all
 //! files have been read. `turns`: how often everything has been written to.
@@ -20,7 +21,7 @@ use std::thread;
 use std::time::Duration;
 
 use clap::Parser;
-use podferry_workloads::ballast::split_mix;
+use podferry_workloads::ballast::{noise, split_mix};
 use rustix::fs::{FallocateFlags, fallocate};
 use vm_memory::volatile_memory::VolatileMemory as _;
 use vm_memory::{Bytes as _, FileOffset, MmapRegion};
@@ -67,14 +68,6 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-fn noise(length: usize, mut seed: u64) -> Vec<u8> {
-    let mut bytes = vec![0; length];
-    for chunk in bytes.chunks_mut(8) {
-        chunk.copy_from_slice(&split_mix(&mut seed).to_le_bytes()[..chunk.len()]);
-    }
-    bytes
 }
 
 /// A file, and what it holds.

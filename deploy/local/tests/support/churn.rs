@@ -1,25 +1,12 @@
 //! A process that changes its memory in every way there is, and checks it, moved again and again.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
-use podferry_local::{FIRST_CONTAINER_ADDRESS, Workload, workspace_root};
+use podferry_local::{FIRST_CONTAINER_ADDRESS, Workload};
 use serde_json::Value;
 
-use super::{NODES, Stage, eventually};
-
-/// A root filesystem with the program that changes its memory in every way there is, and checks it.
-fn churn_image(folder: &Path) -> PathBuf {
-    let image = folder.join("image");
-    let program = podferry_local::default_binaries().join("podferry-memory-churn");
-    assert!(program.exists(), "{} is missing: run `cargo build --workspace --bins` first", program.display());
-    let mut script = Command::new(workspace_root().join("deploy/setup/image.sh"));
-    let output = script.arg("churn").arg(&image).arg("--").arg(program).output().unwrap();
-    assert!(output.status.success(), "image.sh: {}", String::from_utf8_lossy(&output.stderr));
-    image.join("rootfs")
-}
+use super::{NODES, Stage, eventually, image};
 
 /// Clock ticks that a process has had, proc(5).
 fn ticks(pid: u32) -> u64 {
@@ -33,7 +20,12 @@ fn ticks(pid: u32) -> u64 {
 pub(crate) fn hop(hops: usize, words: &[&str], judge: impl Fn(usize, &Value)) {
     let stage = Stage::up(&["churn"]);
     let arguments = ["/bin/podferry-memory-churn", "/tmp/sign", "1", "1", "--fork"];
-    stage.start(&Workload::new("churn", churn_image(stage.folder.path()), arguments, FIRST_CONTAINER_ADDRESS));
+    stage.start(&Workload::new(
+        "churn",
+        image(stage.folder.path(), "churn", "podferry-memory-churn", &[]),
+        arguments,
+        FIRST_CONTAINER_ADDRESS,
+    ));
     for hop in 1..=hops {
         let target = NODES[hop % 2];
         let record = stage.migrate_with("churn", target, words);

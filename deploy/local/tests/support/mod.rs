@@ -11,11 +11,13 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use podferry_local::{
     Census, Change, Container, Difference, FIRST_CONTAINER_ADDRESS, LocalCluster, Node, Options, Place, Workload,
+    workspace_root,
 };
 use tempfile::TempDir;
 
@@ -185,6 +187,17 @@ fn check_programs(folder: &Path) {
         let path = folder.join(name);
         assert!(path.exists(), "{} is missing: run `cargo build --workspace --lib --bins` first", path.display());
     }
+}
+
+/// A root filesystem in this folder with one of our programs, and more of this machine's.
+pub(crate) fn image(folder: &Path, name: &str, program: &str, more: &[&str]) -> PathBuf {
+    let image = folder.join("image");
+    let program = podferry_local::default_binaries().join(program);
+    assert!(program.exists(), "{} is missing: run `cargo build --workspace --bins` first", program.display());
+    let mut script = Command::new(workspace_root().join("deploy/setup/image.sh"));
+    let output = script.arg(name).arg(&image).arg("--").arg(program).args(more).output().unwrap();
+    assert!(output.status.success(), "image.sh: {}", String::from_utf8_lossy(&output.stderr));
+    image.join("rootfs")
 }
 
 /// How many bytes the notes of a migration say that were compared.
