@@ -7,14 +7,12 @@ use std::time::Duration;
 
 use podferry_common::identity::Identity;
 use podferry_common::listen::listen;
-use podferry_common::tls::Incoming;
 use podferry_proto::DESCRIPTORS;
 use podferry_proto::v1::agent_service_server::AgentServiceServer;
 use podferry_proto::v1::delivery_service_server::DeliveryServiceServer;
 use podferry_proto::v1::fetch_service_server::FetchServiceServer;
 use podferry_transfer::TransferServer;
 use tokio::signal::unix::{SignalKind, signal};
-use tonic::transport::Server;
 
 use crate::config::Config;
 use crate::context::Context;
@@ -51,14 +49,15 @@ pub async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()?;
     tracing::info!(node = %context.config.node, listen = %context.config.listen, "listening");
-    podferry_transfer::tune(Server::builder())
+    let (mut server, incoming) = podferry_transfer::server(listener, &context.identity);
+    server
         .add_service(AgentServiceServer::new(agent))
         .add_service(DeliveryServiceServer::new(delivery))
         .add_service(FetchServiceServer::new(fetch))
         .add_service(TransferServer::new(std::sync::Arc::new(context.admissions.clone())))
         .add_service(health_service)
         .add_service(reflection)
-        .serve_with_incoming_shutdown(Incoming::new(listener, &context.identity), stopped())
+        .serve_with_incoming_shutdown(incoming, stopped())
         .await?;
     Ok(())
 }

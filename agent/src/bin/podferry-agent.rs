@@ -9,6 +9,10 @@ use podferry_agent::journal::{self, OperatorsWord};
 use podferry_agent::server;
 use podferry_common::{MigrationId, failure, telemetry};
 
+/// Transfers are big buffers: see [`podferry_transfer::server`].
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// Moves containers from and to this node.
 #[derive(Parser)]
 #[command(version)]

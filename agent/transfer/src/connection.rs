@@ -17,8 +17,8 @@ use tonic::transport::server::Connected;
 /// Bytes of one read, and of the records that are encrypted before one write.
 const BUFFER: usize = 256 << 10;
 
-/// The connections of a server that takes transfers, instead of `incoming` itself: the same, with big reads.
-pub fn fast(incoming: Incoming) -> impl Stream<Item = io::Result<IncomingConnection>> {
+/// The connections of a server that takes transfers: `incoming`'s, with big reads.
+pub(crate) fn fast(incoming: Incoming) -> impl Stream<Item = io::Result<IncomingConnection>> {
     incoming.map(|connection| {
         let connection = connection?;
         let info = connection.peer_info().clone();
@@ -197,7 +197,7 @@ impl AsyncWrite for Connection {
     }
 }
 
-/// A connection from [`fast`]. tonic puts its [`PeerInfo`] into every request's extensions.
+/// A connection of [`crate::server`]'s. tonic puts its [`PeerInfo`] into every request's extensions.
 #[derive(Debug)]
 pub struct IncomingConnection {
     connection: Connection,

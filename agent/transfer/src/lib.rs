@@ -25,12 +25,12 @@ mod socket;
 mod tuner;
 mod zero;
 
-pub use connection::{IncomingConnection, fast};
+pub use connection::IncomingConnection;
 pub use deltas::{ApplyError, Changes, Deltas};
 pub use error::TransferError;
 pub use object::{InvalidObject, Object, Owner};
 pub use pool::Pool;
-pub use receiver::{Authorize, Sink, TransferServer, tune};
+pub use receiver::{Authorize, Sink, TransferServer, server};
 pub use scatter::Place;
 pub use sender::{Compression, Introduction, ObjectWriter, Options, Sender, SenderStats};
 pub use session::{PageRun, Scattered};

@@ -11,7 +11,7 @@ use podferry_common::{Failure, FailureCode};
 use podferry_proto::v1::{TransferAcknowledgement, TransferFinished};
 use tokio::sync::mpsc;
 
-pub use service::{TransferServer, tune};
+pub use service::{TransferServer, server};
 
 use crate::compression::Unpacker;
 use crate::deltas::Deltas;

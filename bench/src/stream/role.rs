@@ -11,11 +11,11 @@ use clap::{Subcommand, ValueEnum};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike as _;
 use podferry_common::identity::{Identity, IdentityFiles, Peer};
-use podferry_common::tls::{Incoming, PeerInfo};
+use podferry_common::tls::PeerInfo;
 use podferry_common::{Failure, MigrationId};
 use podferry_proto::Version;
 use podferry_transfer::{
-    Authorize, Compression, Introduction, Object, Options, Owner, PageRun, Sender, Sink, TransferServer, fast, tune,
+    Authorize, Compression, Introduction, Object, Options, Owner, PageRun, Sender, Sink, TransferServer,
 };
 use serde::{Deserialize, Serialize};
 use socket2::SockRef;
@@ -183,11 +183,11 @@ fn send_raw(address: SocketAddr, mib: u64, source: &Bytes) -> Result<Measured, E
 async fn receive_stream(address: SocketAddr) -> Result<Measured, Error> {
     let identity = identity()?;
     let listener = tokio::net::TcpListener::bind(address).await.map_err(io_error("listen"))?;
-    let incoming = fast(Incoming::new(listener, &identity));
+    let (mut server, incoming) = podferry_transfer::server(listener, &identity);
     let (done, measured) = oneshot::channel();
     let (stop, stopped) = oneshot::channel::<()>();
     let service = TransferServer::new(Arc::new(Anybody(Mutex::new(Some(done)))));
-    let server = tune(tonic::transport::Server::builder()).add_service(service);
+    let server = server.add_service(service);
     let server = tokio::spawn(server.serve_with_incoming_shutdown(incoming, async {
         // A dropped sender stops it as well.
         let _stopped = stopped.await;

@@ -5,17 +5,20 @@
 use std::convert::Infallible;
 use std::fmt;
 use std::future::{Ready, ready};
+use std::io;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
+use futures::Stream;
 use http::{HeaderValue, Request, Response};
 use http_body_util::BodyExt as _;
-use podferry_common::identity::Peer;
-use podferry_common::tls::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, PeerInfo};
+use podferry_common::identity::{Identity, Peer};
+use podferry_common::tls::{self, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, PeerInfo};
 use podferry_common::{Failure, FailureCode};
 use podferry_proto::Version;
 use podferry_proto::v1::{TransferBegin, TransferWelcome};
+use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tonic::body::Body;
@@ -25,24 +28,32 @@ use tower::Service;
 
 use super::answers::{AnswerBody, Answers};
 use super::{Authorize, Item, Receiving, cut_off, refusal, session};
+use crate::connection::{IncomingConnection, fast};
 use crate::frame::Received;
 use crate::limits::{GREETING_TIMEOUT, MAX_HTTP2_FRAME, MAX_MESSAGE_LENGTH, MAX_RAW_LENGTH, QUEUE, WINDOW};
 use crate::message::Messages;
 use crate::sender::{Introduction, PATH};
 use crate::session::{Event, Session};
 
-/// Gives a server the windows and frames that a transfer needs to be fast.
-pub fn tune<L>(server: Server<L>) -> Server<L> {
-    server
+/// A server that takes transfers as fast as it can, and the connections that it is to serve: with the windows and frames that a
+/// transfer needs, and with big reads. The two belong together; without either a transfer works, at half the speed.
+///
+/// Whoever serves it should also use an allocator that keeps big buffers, as mimalloc does: glibc's gives them back to the kernel, and
+/// pays a page fault for every 4 KiB of the next.
+pub fn server(
+    listener: TcpListener,
+    identity: &Identity,
+) -> (Server, impl Stream<Item = io::Result<IncomingConnection>> + use<>) {
+    let server = Server::builder()
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW)
         .max_frame_size(MAX_HTTP2_FRAME)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT));
+    (server, fast(tls::Incoming::new(listener, identity)))
 }
 
-/// `podferry.v1.TransferService`. Serve it over `podferry_common::tls::Incoming`, whose connections say who is there, on a
-/// server that went through [`tune`].
+/// `podferry.v1.TransferService`. Serve it with [`server`], whose connections say who is there.
 #[derive(Clone)]
 pub struct TransferServer {
     authorize: Arc<dyn Authorize>,

@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use podferry_common::identity::{Identity, IdentityFiles, LocalCa, Peer};
-use podferry_common::tls::{Incoming, PeerInfo};
+use podferry_common::tls::PeerInfo;
 use podferry_common::{Failure, FailureCode, MigrationId};
 use podferry_proto::Version;
 use podferry_transfer::delta::Page;
-use podferry_transfer::{Authorize, Deltas, Introduction, Object, PageRun, Sink, TransferServer, fast, tune};
+use podferry_transfer::{Authorize, Deltas, Introduction, Object, PageRun, Sink, TransferServer};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
@@ -218,8 +218,8 @@ impl Cluster {
         let store = Arc::new(Store::default());
         store.keep_bytes.store(true, Ordering::Relaxed);
         let service = TransferServer::new(Arc::new(Gate(Arc::clone(&store))));
-        let server = tune(tonic::transport::Server::builder()).add_service(service);
-        let incoming = fast(Incoming::new(listener, &identity));
+        let (mut server, incoming) = podferry_transfer::server(listener, &identity);
+        let server = server.add_service(service);
         let server = tokio::spawn(async move { server.serve_with_incoming(incoming).await.unwrap() });
         Self { folder, ca, address, store, server }
     }
