@@ -30,6 +30,9 @@ pub struct Config {
     /// How writes to a workload's memory are followed in a live migration.
     #[serde(default)]
     pub tracker: Tracker,
+    /// Whether the first round of a live migration gives way to a workload that waits for processors.
+    #[serde(default = "yes")]
+    pub give_way: bool,
     /// The certificate authority, the node's certificate and its key.
     pub identity: IdentityFiles,
     /// Programs.
@@ -180,6 +183,10 @@ impl Config {
     pub fn parts_dir(&self) -> PathBuf {
         self.state_dir.join("parts")
     }
+}
+
+const fn yes() -> bool {
+    true
 }
 
 fn default_runtime_dir() -> PathBuf {

@@ -1,5 +1,6 @@
 //! Reading pages of another process.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::unix::fs::FileExt as _;
@@ -41,6 +42,9 @@ pub struct Copier {
     process: Pid,
     /// Opened at the first page that the fast way does not read.
     memory: Option<File>,
+    /// Bytes of a batch.
+    length: usize,
+    /// Used by whoever does not bring buffers.
     buffer: Vec<u8>,
     ranges: Vec<PageRange>,
 }
@@ -49,7 +53,7 @@ impl Copier {
     /// A reader whose batches have up to `length` bytes, a multiple of the page's.
     pub fn new(process: Pid, length: usize) -> Self {
         debug_assert!(length > 0 && (length as u64).is_multiple_of(PAGE_SIZE));
-        Self { process, memory: None, buffer: vec![0; length], ranges: Vec::new() }
+        Self { process, memory: None, length, buffer: Vec::new(), ranges: Vec::new() }
     }
 
     /// Reads all pages and hands them over batch by batch. Pages that vanish meanwhile are left out: the process unmapped
@@ -59,37 +63,61 @@ impl Copier {
         ranges: &PageRanges,
         mut take: impl FnMut(Batch<'_>) -> Result<(), E>,
     ) -> Result<Copied, E> {
+        let room = RefCell::new(std::mem::take(&mut self.buffer));
+        let copied = self.read_into(
+            ranges,
+            || room.take(),
+            |ranges, contents| {
+                let taken = take(Batch { ranges, contents: &contents });
+                room.replace(contents);
+                taken
+            },
+        );
+        self.buffer = room.into_inner();
+        copied
+    }
+
+    /// As [`Self::read`], each batch into a buffer of the caller's, who gets it back with the pages in it: so they are not copied once
+    /// more on their way.
+    pub fn read_into<E: From<io::Error>>(
+        &mut self,
+        ranges: &PageRanges,
+        mut room: impl FnMut() -> Vec<u8>,
+        mut take: impl FnMut(&[PageRange], Vec<u8>) -> Result<(), E>,
+    ) -> Result<Copied, E> {
         // Anew each time: an open one stays with the memory of the program that ran then (execve(2)).
         self.memory = None;
         let mut copied = Copied::default();
         let mut pieces = Pieces::new(ranges);
         loop {
             self.ranges.clear();
-            pieces.fill(&mut self.ranges, self.buffer.len() as u64);
+            pieces.fill(&mut self.ranges, self.length as u64);
             if self.ranges.is_empty() {
                 return Ok(copied);
             }
-            let length = self.fill(&mut copied.vanished)?;
-            let read = length as u64 / PAGE_SIZE;
-            copied.pages += read;
-            if read > 0 {
-                take(Batch { ranges: &self.ranges, contents: &self.buffer[..length] })?;
+            let mut contents = room();
+            self.fill(&mut contents, &mut copied.vanished)?;
+            copied.pages += contents.len() as u64 / PAGE_SIZE;
+            if !contents.is_empty() {
+                take(&self.ranges, contents)?;
             }
         }
     }
 
     /// Fills the buffer with the ranges' pages; takes those out of the ranges that are not there, and notes them.
-    fn fill(&mut self, vanished: &mut PageRanges) -> io::Result<usize> {
+    fn fill(&mut self, contents: &mut Vec<u8>, vanished: &mut PageRanges) -> io::Result<()> {
         let wanted: u64 = self.ranges.iter().map(|range| range.length()).sum();
         let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
-        if read_ranges(self.process, &self.ranges, &mut self.buffer[..wanted])? == wanted {
-            return Ok(wanted);
+        contents.resize(wanted, 0);
+        if read_ranges(self.process, &self.ranges, contents)? != wanted {
+            let length = self.fill_page_by_page(contents, vanished)?;
+            contents.truncate(length);
         }
-        self.fill_page_by_page(vanished)
+        Ok(())
     }
 
     /// As [`Self::fill`], in the way that also reads what the process itself may not (`PROT_NONE`).
-    fn fill_page_by_page(&mut self, vanished: &mut PageRanges) -> io::Result<usize> {
+    fn fill_page_by_page(&mut self, contents: &mut [u8], vanished: &mut PageRanges) -> io::Result<usize> {
         let memory = match &mut self.memory {
             Some(memory) => memory,
             none => match File::open(format!("/proc/{}/mem", self.process)) {
@@ -104,7 +132,7 @@ impl Copier {
         let mut there = PageRanges::new();
         let mut length = 0;
         for page in self.ranges.iter().flat_map(|range| range.single_pages()) {
-            match memory.read_exact_at(&mut self.buffer[length..length + PAGE], page.start) {
+            match memory.read_exact_at(&mut contents[length..length + PAGE], page.start) {
                 Ok(()) => {
                     there.push(page);
                     length += PAGE;

@@ -102,6 +102,11 @@ impl PreviousPages {
         self.last = true;
     }
 
+    /// Whether nothing is kept, and nothing would be of pages that are sent now.
+    pub fn keeps_nothing(&self) -> bool {
+        self.pages.is_empty() && (self.last || self.round <= 1)
+    }
+
     /// What was sent last of the page at an address.
     pub fn get(&self, address: u64) -> Option<&[u8; PAGE]> {
         self.pages.get(&address).map(|sent| &*sent.contents)
@@ -177,9 +182,11 @@ mod tests {
     fn the_first_round_is_not_kept_and_later_ones_are() {
         let mut previous = PreviousPages::new(Budget::new(1 << 20));
         previous.begin_round();
+        assert!(previous.keeps_nothing());
         previous.sent(ADDRESS, &page(1));
         assert_eq!(previous.get(ADDRESS), None);
         previous.begin_round();
+        assert!(!previous.keeps_nothing());
         for number in [2, 3] {
             previous.sent(ADDRESS, &page(number));
             assert_eq!(previous.get(ADDRESS), Some(&page(number)));
@@ -209,10 +216,12 @@ mod tests {
         previous.sent(ADDRESS, &page(1));
         previous.begin_last_round();
         assert_eq!(previous.get(ADDRESS), Some(&page(1)));
+        assert!(!previous.keeps_nothing());
         for address in [ADDRESS, 0] {
             previous.sent(address, &page(2));
             assert_eq!(previous.get(address), None);
         }
+        assert!(previous.keeps_nothing());
     }
 
     #[test]

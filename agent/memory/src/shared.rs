@@ -32,7 +32,6 @@ use rustix::fs::{MemfdFlags, SeekFrom, memfd_create, seek};
 use rustix::io::Errno;
 use twox_hash::XxHash3_64;
 
-use crate::copier::Batch;
 use crate::digest;
 use crate::maps::{self, Mapping};
 use crate::range::{PageRange, PageRanges};
@@ -215,7 +214,7 @@ impl SharedMemory {
     pub fn compare<E: From<io::Error>>(
         &mut self,
         threads: usize,
-        mut take: impl FnMut(Batch<'_>) -> Result<(), E>,
+        mut take: impl FnMut(&[PageRange], Vec<u8>) -> Result<(), E>,
     ) -> Result<Compared, E> {
         let existing = self.look()?;
         // What is a hole now and comes again later is sent again.
@@ -225,7 +224,7 @@ impl SharedMemory {
         for group in self.shares().chunks(threads.max(1)) {
             for batches in parallel::together(group, |share| self.changed(*share)) {
                 for Changed { ranges, contents, digests } in batches? {
-                    take(Batch { ranges: ranges.as_slice(), contents: &contents })?;
+                    take(ranges.as_slice(), contents)?;
                     compared.changed += ranges.pages();
                     for (page, digest) in ranges.iter().flat_map(PageRange::single_pages).zip(digests) {
                         self.digests.set(page, digest);
@@ -329,9 +328,9 @@ mod tests {
 
     /// Compares, and puts what changed where it goes.
     fn follow(segment: &mut SharedMemory, threads: usize, copy: &mut BTreeMap<u64, Vec<u8>>) -> Compared {
-        let taken = segment.compare::<io::Error>(threads, |batch| {
-            let pages = batch.ranges.iter().flat_map(|range| range.single_pages());
-            for (page, contents) in pages.zip(batch.contents.chunks(PAGE)) {
+        let taken = segment.compare::<io::Error>(threads, |ranges, contents| {
+            let pages = ranges.iter().flat_map(|range| range.single_pages());
+            for (page, contents) in pages.zip(contents.chunks(PAGE)) {
                 copy.insert(page.start / PAGE_SIZE, contents.to_vec());
             }
             Ok(())

@@ -1,8 +1,8 @@
 //! Pages that were read together, on their way: those of which little has changed since they were sent last go as deltas.
 
 use podferry_memory::PAGE_SIZE;
-use podferry_memory::copier::Batch;
 use podferry_memory::previous::PreviousPages;
+use podferry_memory::range::PageRange;
 use podferry_transfer::{Changes, ObjectWriter, Place, Pool, TransferError};
 
 #[expect(clippy::cast_possible_truncation, reason = "4096")]
@@ -18,17 +18,24 @@ pub(super) struct Parted {
 }
 
 impl Parted {
-    /// Parts at most 256 pages, and notes what the other side will have of them. `room` is empty; better if it has been used before.
-    pub(super) fn of(batch: &Batch<'_>, previous: &mut PreviousPages, room: Vec<u8>) -> Self {
-        let mut parted = Self { places: Vec::new(), contents: room, changes: Changes::default() };
-        let pages = batch.ranges.iter().flat_map(|range| range.single_pages());
-        for (page, now) in pages.zip(batch.contents.as_chunks::<PAGE>().0) {
+    /// Parts at most 256 pages, and notes what the other side will have of them. Where all go whole, they stay where they are;
+    /// otherwise those that do are put together in a buffer of the pool's.
+    pub(super) fn of(ranges: &[PageRange], contents: Vec<u8>, previous: &mut PreviousPages, pool: &Pool) -> Self {
+        if previous.keeps_nothing() {
+            let places = ranges.iter().map(|range| Place { vaddr: range.start, count: range.pages() }).collect();
+            return Self { places, contents, changes: Changes::default() };
+        }
+        let mut parted = Self { places: Vec::new(), contents: pool.take(0), changes: Changes::default() };
+        let pages = ranges.iter().flat_map(|range| range.single_pages());
+        for (page, now) in pages.zip(contents.as_chunks::<PAGE>().0) {
             let address = page.start;
             if !previous.get(address).is_some_and(|before| parted.changes.add(address, before, now)) {
                 parted.add_whole(address, now);
             }
             previous.sent(address, now);
         }
+        // Back to the pool.
+        drop(pool.share(contents));
         parted
     }
 
@@ -54,13 +61,12 @@ impl Parted {
 #[cfg(test)]
 mod tests {
     use podferry_memory::previous::Budget;
-    use podferry_memory::range::PageRange;
 
     use super::*;
 
     fn part(ranges: &[PageRange], contents: &[u8], previous: &mut PreviousPages) -> Parted {
         previous.begin_round();
-        Parted::of(&Batch { ranges, contents }, previous, Vec::new())
+        Parted::of(ranges, contents.to_vec(), previous, &Pool::new(1))
     }
 
     #[test]
@@ -68,6 +74,7 @@ mod tests {
         let ranges = [PageRange::new(0x1000, 0x4000), PageRange::new(0x8000, 0x9000)];
         let mut pages: Vec<u8> = (1..=4_u8).flat_map(|number| [number; PAGE]).collect();
         let mut previous = PreviousPages::new(Budget::new(1 << 20));
+        // In the first nothing is kept, so all of it stays in its buffer; in the second it is sorted.
         for round in 1..=2 {
             let parted = part(&ranges, &pages, &mut previous);
             let expected = [Place { vaddr: 0x1000, count: 3 }, Place { vaddr: 0x8000, count: 1 }];

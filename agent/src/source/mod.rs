@@ -13,6 +13,7 @@
 
 mod arrivals;
 mod batch;
+mod courtesy;
 mod dump;
 mod fetched;
 mod order;
@@ -264,7 +265,7 @@ impl SourcePart {
     }
 
     fn way(&self, sender: &Arc<Sender>) -> Way {
-        Way { sender: Arc::downgrade(sender), cancelled: self.cancelled.clone() }
+        Way { sender: Arc::downgrade(sender), cancelled: self.cancelled.clone(), courtesy: None }
     }
 
     /// From now on the part waits for the decision, whatever happens to this agent.

@@ -39,6 +39,7 @@ use tokio_util::sync::CancellationToken;
 use self::shared::Segments;
 use super::FreezeEvent;
 use super::batch::Parted;
+use super::courtesy::Courtesy;
 use crate::context::Context;
 use crate::throttle::Throttle;
 use seeds::Seeds;
@@ -139,9 +140,30 @@ pub(super) struct Way {
     pub(super) sender: Weak<Sender>,
     /// The migration was aborted.
     pub(super) cancelled: CancellationToken,
+    /// Towards a workload that still runs.
+    pub(super) courtesy: Option<Arc<Courtesy>>,
 }
 
 impl Way {
+    /// To be called between two batches: rests if that is called for. Blocks.
+    ///
+    /// # Errors
+    /// When the migration was aborted.
+    fn pause(&self) -> Result<(), SendError> {
+        self.rest();
+        if self.cancelled.is_cancelled() { Err(SendError::Aborted) } else { Ok(()) }
+    }
+
+    fn rest(&self) {
+        if let Some(courtesy) = &self.courtesy {
+            courtesy.rest();
+        }
+    }
+
+    fn rested(&self) -> Duration {
+        self.courtesy.as_ref().map_or(Duration::ZERO, |courtesy| courtesy.rested())
+    }
+
     fn sender(&self) -> Result<Arc<Sender>, SendError> {
         if self.cancelled.is_cancelled() {
             return Err(SendError::Aborted);
@@ -250,8 +272,9 @@ impl Followers {
                     .map_err(|error| job.failed("pre-copy", &error))?;
             }
             let begun = Instant::now();
-            let mut round = self.one_round(job, before).map_err(|error| job.failed("pre-copy", &error))?;
-            let mut facts = facts(&round, self.shared.cost() + self.seeds.cost());
+            let way = if self.round == 0 { self.courteous(job) } else { job.way.clone() };
+            let mut round = self.one_round(job, &way, before).map_err(|error| job.failed("pre-copy", &error))?;
+            let mut facts = facts(&round, way.rested(), self.shared.cost() + self.seeds.cost());
             if let Some(throttle) = &mut throttle {
                 throttle.wait_for_some_periods(begun);
                 (round.duration, round.throttle) = (begun.elapsed(), throttle.held());
@@ -291,6 +314,18 @@ impl Followers {
                 return Err(job.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("precopy"));
             }
         }
+    }
+
+    /// The way of the first round. Who asks for a throttle wants the memory there sooner than that.
+    fn courteous(&self, job: &Job) -> Way {
+        if job.order.throttle || !job.context.config.give_way {
+            return job.way.clone();
+        }
+        let pids = self.followed.iter().map(|followed| followed.member.pid).collect();
+        // Half of the time has to be enough.
+        let time = job.order.deadline.duration_since(SystemTime::now()).unwrap_or_default() / 2;
+        let courtesy = Courtesy::towards(pids, Instant::now() + time);
+        Way { courtesy: Some(Arc::new(courtesy)), ..job.way.clone() }
     }
 
     /// How the container can be throttled, if that is wanted and possible. It is not touched yet.
@@ -373,15 +408,15 @@ impl Followers {
         self.left.insert(member);
     }
 
-    fn one_round(&mut self, job: &Job, before: Duration) -> Result<Round, SendError> {
+    fn one_round(&mut self, job: &Job, way: &Way, before: Duration) -> Result<Round, SendError> {
         self.round += 1;
-        let (begun, wire_before) = (Instant::now(), job.way.wire_bytes());
+        let (begun, wire_before) = (Instant::now(), way.wire_bytes());
         let number = self.round;
-        let layer = self.seeds.round(&job.container.rootfs, &job.way)?;
+        let layer = self.seeds.round(&job.container.rootfs, way)?;
         let mut round = Round::default();
         let mut lost = Vec::new();
         for (index, followed) in self.followed.iter_mut().enumerate() {
-            match followed.round(number, &job.way) {
+            match followed.round(number, way) {
                 Ok(pages) => round.pages += pages,
                 Err(error) if error.is_of_a_process() => lost.push((index, error)),
                 Err(error) => return Err(error),
@@ -395,11 +430,11 @@ impl Followers {
                 self.leave(followed.member, &error);
             }
         }
-        let (pages, left) = self.shared.round(number, &job.way)?;
+        let (pages, left) = self.shared.round(number, way)?;
         round.pages += pages;
         self.notes.extend(left);
         round.raw_bytes = round.pages * podferry_memory::PAGE_SIZE + layer.data_bytes;
-        round.wire_bytes = job.way.wire_bytes() - wire_before;
+        round.wire_bytes = way.wire_bytes() - wire_before;
         round.duration = begun.elapsed();
         // What this round sent was written during the one before; the first sends all there is and says nothing of that.
         #[expect(clippy::cast_precision_loss, reason = "below 2^52 pages")]
@@ -458,9 +493,9 @@ fn announce(followed: &[Followed], way: &Way) -> Result<(), SendError> {
     Ok(())
 }
 
-/// What convergence has to know of a round.
-fn facts(round: &Round, beside: Duration) -> RoundFacts {
-    let seconds = round.duration.as_secs_f64();
+/// What convergence has to know of a round, which rested for so long: nobody rests in a freeze.
+fn facts(round: &Round, rested: Duration, beside: Duration) -> RoundFacts {
+    let seconds = round.duration.saturating_sub(rested).as_secs_f64();
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
@@ -541,12 +576,11 @@ impl Followed {
         let (mut writer, pool) = way.open(&Object::Memory { owner: self.owner(), round })?;
         let pid = self.member.pid;
         let previous = &mut self.previous;
-        let copied = self.copier.read::<SendError>(pages, |batch| {
-            if way.cancelled.is_cancelled() {
-                return Err(SendError::Aborted);
-            }
-            Ok(Parted::of(&batch, previous, pool.take(0)).send(&mut writer, &pool)?)
-        });
+        let take = |ranges: &[_], contents| {
+            way.pause()?;
+            Ok(Parted::of(ranges, contents, previous, &pool).send(&mut writer, &pool)?)
+        };
+        let copied = self.copier.read_into::<SendError>(pages, || pool.take(BATCH), take);
         if copied.is_err() {
             // Of a part it is not certain that it arrives.
             self.previous.clear();

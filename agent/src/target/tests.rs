@@ -29,6 +29,7 @@ fn context(folder: &Path) -> Context {
         runtime_dir: folder.join("run"),
         coordinator: "127.0.0.1:1".to_owned(),
         tracker: Tracker::default(),
+        give_way: true,
         identity: files.clone(),
         tools: Tools {
             criu: nowhere(),

@@ -103,6 +103,7 @@ impl SeedsOut<'_> {
 
 impl Write for SeedsOut<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.way.rest();
         if let Some(open) = &mut self.open {
             return open.write(bytes);
         }

@@ -110,9 +110,7 @@ impl Segments {
         for segment in self.all.values().filter(|segment| segment.memory.compared_bytes() > 0) {
             let (mut writer, _) = way.open(&Object::Digests { owner: segment.owner() })?;
             segment.memory.read_digests::<SendError>(|digests| {
-                if way.cancelled.is_cancelled() {
-                    return Err(SendError::Aborted);
-                }
+                way.pause()?;
                 Ok(writer.data_blocking(Bytes::from(digests))?)
             })?;
             writer.close_blocking()?;
@@ -139,16 +137,14 @@ impl Segment {
         let mut open: Option<(ObjectWriter, Pool)> = None;
         let mut sending = Duration::ZERO;
         let previous = &mut self.previous;
-        let compared = self.memory.compare::<SendError>(threads, |batch| {
-            if way.cancelled.is_cancelled() {
-                return Err(SendError::Aborted);
-            }
+        let compared = self.memory.compare::<SendError>(threads, |ranges, contents| {
+            way.pause()?;
             let begun = Instant::now();
             let (writer, pool) = match &mut open {
                 Some(open) => open,
                 none => none.insert(way.open(&object)?),
             };
-            Parted::of(&batch, previous, pool.take(0)).send(writer, pool)?;
+            Parted::of(ranges, contents, previous, pool).send(writer, pool)?;
             sending += begun.elapsed();
             Ok(())
         });

@@ -50,9 +50,7 @@ impl Followed {
         }
         let (mut writer, _) = way.open(&Object::Digests { owner: self.owner() })?;
         digest::of_process::<SendError>(self.pid(), &self.existing, |digests| {
-            if way.cancelled.is_cancelled() {
-                return Err(SendError::Aborted);
-            }
+            way.pause()?;
             Ok(writer.data_blocking(Bytes::from(digests))?)
         })
         .map_err(|error| error.of_process(self.member.pid))?;
