@@ -15,7 +15,7 @@ use std::time::Duration;
 use hyper_util::rt::TokioIo;
 use rustls::pki_types::CertificateDer;
 use thiserror::Error;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
@@ -206,20 +206,25 @@ fn named(
 /// A gRPC channel to `address` (`host:port`), connected now. When its connection breaks it dials again at the next call,
 /// with the certificate that is current then.
 pub async fn connect(address: &str, identity: &Identity, expected: &Peer) -> Result<Channel, TlsError> {
-    connect_by(endpoint(address)?, address, identity, expected).await
+    connect_by(endpoint(address)?, address, identity, expected, |stream| stream).await
 }
 
-/// As [`connect`], with settings of one's own on what [`endpoint`] gives for the same address.
+/// As [`connect`], with settings of one's own on what [`endpoint`] gives for the same address, and what `over` makes of each
+/// connection.
 ///
 /// # Errors
 /// As [`connect`].
-pub async fn connect_by(
+pub async fn connect_by<S>(
     endpoint: Endpoint,
     address: &str,
     identity: &Identity,
     expected: &Peer,
-) -> Result<Channel, TlsError> {
-    let connected = endpoint.connect_with_connector(connector(address, identity, expected)).await;
+    over: fn(TlsStream<TcpStream>) -> S,
+) -> Result<Channel, TlsError>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let connected = endpoint.connect_with_connector(connector(address, identity, expected, over)).await;
     connected.map_err(|source| TlsError::Channel { peer: expected.clone(), address: address.to_owned(), source })
 }
 
@@ -227,7 +232,8 @@ pub async fn connect_by(
 ///
 /// Must be called inside a tokio runtime.
 pub fn connect_lazy(address: &str, identity: &Identity, expected: &Peer) -> Result<Channel, TlsError> {
-    Ok(endpoint(address)?.connect_with_connector_lazy(connector(address, identity, expected)))
+    let connector = connector(address, identity, expected, |stream| stream);
+    Ok(endpoint(address)?.connect_with_connector_lazy(connector))
 }
 
 /// The settings of every gRPC channel: a broken connection is noticed in [`KEEPALIVE_INTERVAL`] +
@@ -243,21 +249,19 @@ pub fn endpoint(address: &str) -> Result<Endpoint, TlsError> {
         .keep_alive_while_idle(true))
 }
 
-/// What tonic calls to open the connection of a channel, for callers with an [`Endpoint`] of their own.
-pub fn connector(
+/// What tonic calls to open the connection of a channel.
+fn connector<S: 'static>(
     address: &str,
     identity: &Identity,
     expected: &Peer,
-) -> impl tower::Service<http::Uri, Response = TokioIo<TlsStream<TcpStream>>, Error = TlsError, Future: Send>
-+ Send
-+ 'static
-+ use<> {
+    over: fn(TlsStream<TcpStream>) -> S,
+) -> impl tower::Service<http::Uri, Response = TokioIo<S>, Error = TlsError, Future: Send> + Send + 'static + use<S> {
     let target: Arc<(String, Identity, Peer)> = Arc::new((address.to_owned(), identity.clone(), expected.clone()));
     service_fn(move |_: http::Uri| {
         let target = Arc::clone(&target);
         async move {
             let (address, identity, expected) = &*target;
-            dial(address, identity, expected).await.map(TokioIo::new)
+            dial(address, identity, expected).await.map(|stream| TokioIo::new(over(stream)))
         }
     })
 }

@@ -64,11 +64,11 @@ struct Way {
 }
 
 impl Way {
-    /// As [`tls::connect`], with room for what the pager asks for ahead.
+    /// A channel with room for what the pager asks for ahead.
     async fn connect(&self) -> Result<Channel, TlsError> {
         let endpoint = tls::endpoint(&self.address)?.initial_stream_window_size(WINDOW);
         let endpoint = endpoint.initial_connection_window_size(WINDOW);
-        tls::connect_by(endpoint, &self.address, &self.context.identity, &self.source).await
+        podferry_transfer::connect(endpoint, &self.address, &self.context.identity, &self.source).await
     }
 }
 

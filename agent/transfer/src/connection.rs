@@ -8,11 +8,13 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use futures::{Stream, StreamExt as _};
-use podferry_common::tls::{Incoming, PeerInfo, TlsStream};
+use podferry_common::identity::{Identity, Peer};
+use podferry_common::tls::{self, Incoming, PeerInfo, TlsError, TlsStream};
 use rustls::Connection as Session;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tonic::transport::server::Connected;
+use tonic::transport::{Channel, Endpoint};
 
 /// Bytes of one read, and of the records that are encrypted before one write.
 const BUFFER: usize = 256 << 10;
@@ -24,6 +26,20 @@ pub(crate) fn fast(incoming: Incoming) -> impl Stream<Item = io::Result<Incoming
         let info = connection.peer_info().clone();
         Ok(IncomingConnection { connection: Connection::new(connection.into_inner()), info })
     })
+}
+
+/// A gRPC channel for whoever is sent much: as [`tls::connect`], with big reads, and with settings of one's own on what
+/// [`tls::endpoint`] gives for the same address.
+///
+/// # Errors
+/// As [`tls::connect`].
+pub async fn connect(
+    endpoint: Endpoint,
+    address: &str,
+    identity: &Identity,
+    expected: &Peer,
+) -> Result<Channel, TlsError> {
+    tls::connect_by(endpoint, address, identity, expected, Connection::new).await
 }
 
 /// A connection after its handshake.

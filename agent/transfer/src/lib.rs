@@ -25,7 +25,7 @@ mod socket;
 mod tuner;
 mod zero;
 
-pub use connection::IncomingConnection;
+pub use connection::{IncomingConnection, connect};
 pub use deltas::{ApplyError, Changes, Deltas};
 pub use error::TransferError;
 pub use object::{InvalidObject, Object, Owner};
