@@ -6,7 +6,7 @@
 mod result;
 mod sampler;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub use self::result::{Move, Shares, SlowdownResult, table};
 use self::sampler::{Sampler, Watched};
@@ -28,6 +28,8 @@ const QUICK_MOVES: usize = 2;
 const SETTLE: Duration = Duration::from_secs(1);
 /// How much longer than the longest pre-copy so far the load goes on before the next migration.
 const MARGIN: f64 = 2.0;
+/// How often is looked whether somebody wants the end.
+const POLL: Duration = Duration::from_millis(200);
 
 /// What to measure.
 #[derive(Debug, Clone, Copy)]
@@ -106,8 +108,12 @@ impl Measuring<'_> {
     }
 
     fn rest(&self, time: Duration) -> Result<()> {
-        std::thread::sleep(time);
-        self.interrupt.check()
+        let since = Instant::now();
+        while since.elapsed() < time {
+            self.interrupt.check()?;
+            std::thread::sleep(POLL.min(time.saturating_sub(since.elapsed())));
+        }
+        Ok(())
     }
 
     fn watched(&self, source: &str, target: &str) -> Result<Watched> {

@@ -222,7 +222,7 @@ pub fn table(result: &SlowdownResult) -> String {
     let SlowdownResult { mib, resident_mib, moves, connections, depth, processors, .. } = result;
     let (before, precopy) = (result.processors_before, result.processors_in_precopy);
     let mut text = format!(
-        "{mib} MiB of data, {resident_mib} MiB resident, {moves} moves; {connections} connections with {depth} requests under way each\n\
+        "{mib} MiB of data, {resident_mib} MiB resident, {moves} moves; connections: {connections}, requests under way on each: {depth}\n\
          {processors} processors for Redis, its clients and both nodes; median (lowest–highest)\n\n"
     );
     let mut row = |cells: [&str; 4]| {
