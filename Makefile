@@ -12,7 +12,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 
 .PHONY: help setup build demo test local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-layers bench-loads \
-	bench-engine e2e-vm e2e-versions lint
+	bench-slowdown bench-total bench-engine e2e-vm e2e-versions lint
 
 help:
 	@echo 'make demo          the main job, start to end: two nodes, real workloads under load, migrations there and back'
@@ -27,6 +27,8 @@ help:
 	@echo 'make bench-postcopy, bench-hybrid  the same with post-copy and hybrid'
 	@echo 'make bench-layers  live migration of Redis with writable layers of several sizes'
 	@echo 'make bench-loads   live migration of containers that are hard to move: which are refused, and why'
+	@echo 'make bench-slowdown  throughput of Redis while its memory is copied, against that just before'
+	@echo 'make bench-total   all of a live migration of idle memory against the page stream alone with the same bytes'
 	@echo 'make bench-engine  live migration of one process against CRIU alone, at several sizes'
 	@echo 'make lint          formatting, clippy, shellcheck, licences'
 
@@ -70,6 +72,12 @@ bench-layers: build
 
 bench-loads: build
 	@$(RUN) $(RELEASE)/podferry-bench loads
+
+bench-slowdown: build
+	@$(RUN) $(RELEASE)/podferry-bench slowdown
+
+bench-total: build
+	@$(RUN) $(RELEASE)/podferry-bench total
 
 bench-engine: build
 	@$(RUN) $(RELEASE)/podferry-bench-engine

@@ -35,9 +35,14 @@ pub struct LoadProcess {
 impl LoadProcess {
     /// Starts the clients and waits until each has had an answer.
     pub fn start(place: &Place, kind: Kind, clients: u32, target: SocketAddr) -> Result<Self> {
+        Self::start_with(place, kind, clients, target, &[])
+    }
+
+    /// As [`LoadProcess::start`], with further words for `podferry-bench load`.
+    pub fn start_with(place: &Place, kind: Kind, clients: u32, target: SocketAddr, words: &[&str]) -> Result<Self> {
         let mut command = place.command(this_program());
         command.arg("load").arg("--kind").arg(name(kind)).args(["--clients", &clients.to_string()]);
-        command.args(["--until-stdin-closes", "--target", &target.to_string()]);
+        command.args(["--until-stdin-closes", "--target", &target.to_string()]).args(words);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut running = place.spawn_command(command)?;
         let (sender, lines) = channel();
@@ -51,6 +56,11 @@ impl LoadProcess {
             Event::Ready => Ok(process),
             Event::Report(report) => Err(process.fail(&format!("they ended at once: {report:?}"))),
         }
+    }
+
+    /// The number of the process that the clients are in.
+    pub fn pid(&self) -> u32 {
+        self.running.pid()
     }
 
     /// Ends the clients and gives what they saw.
@@ -119,6 +129,7 @@ fn name(kind: Kind) -> &'static str {
         Kind::Cart => "cart",
         Kind::Feed => "feed",
         Kind::Redis => "redis",
+        Kind::Pipeline => "pipeline",
         Kind::Lines => "lines",
         Kind::Sql => "sql",
     }

@@ -37,6 +37,9 @@ pub enum Error {
         /// What went wrong.
         problem: String,
     },
+    /// The page stream could not be measured.
+    #[error(transparent)]
+    Stream(#[from] crate::stream::Error),
     /// Somebody asked for the end.
     #[error("interrupted")]
     Interrupted,

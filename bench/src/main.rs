@@ -7,9 +7,9 @@ use podferry_bench::{
     demo,
     load::{self, Event, Kind, LoadOptions, LoadReport, Readiness, redis_data, sql},
     loads::{self, Load as HardLoad},
-    local, moves,
+    local, moves, slowdown,
     stage::{Interrupt, Strategy},
-    stream,
+    stream, total,
 };
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
@@ -39,6 +39,10 @@ enum Command {
     Layers(Extent),
     /// Measure live migration of containers that are hard to move, and say which are refused and why.
     Loads(LoadsArguments),
+    /// Measure how much slower Redis gets while its memory is copied.
+    Slowdown(SlowdownArguments),
+    /// Measure how long a live migration of idle memory takes in all, against the page stream alone with the same bytes.
+    Total(Extent),
     /// Measure the page stream between two network namespaces against raw TCP, and packing against none.
     Stream(stream::Arguments),
     /// A local cluster to play with, which goes on until it is taken down.
@@ -69,6 +73,24 @@ struct LoadsArguments {
     /// Only the load with this name; may be given several times.
     #[arg(long)]
     only: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+struct SlowdownArguments {
+    #[command(flatten)]
+    extent: Extent,
+    /// Connections of the clients.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+    connections: u32,
+    #[command(flatten)]
+    depth: Depth,
+}
+
+#[derive(Debug, Args)]
+struct Depth {
+    /// Requests that a client with a pipeline has under way.
+    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..))]
+    depth: u16,
 }
 
 #[derive(Debug, Subcommand)]
@@ -104,6 +126,8 @@ struct LoadArguments {
     /// How many clients there are, each with one connection.
     #[arg(long, default_value_t = 1)]
     clients: u32,
+    #[command(flatten)]
+    depth: Depth,
     /// End when standard input is closed.
     #[arg(long, conflicts_with = "seconds")]
     until_stdin_closes: bool,
@@ -148,6 +172,11 @@ fn run(command: Command) -> Outcome {
                 let loads = HardLoad::named(&only)?;
                 staged(|interrupt| Ok(loads::run(&loads, extent.quick, interrupt)?.holds()))
             }
+            Command::Slowdown(SlowdownArguments { extent, connections, depth }) => {
+                let options = slowdown::Options { quick: extent.quick, connections, depth: depth.depth };
+                staged(|interrupt| Ok(slowdown::run(options, interrupt)?.passed))
+            }
+            Command::Total(extent) => staged(|interrupt| Ok(total::run(extent.quick, interrupt)?.passed)),
             Command::Stream(arguments) => {
                 Ok(if stream::run(arguments).await? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
             }
@@ -205,7 +234,8 @@ async fn run_load(arguments: LoadArguments) -> Outcome {
     let stop = CancellationToken::new();
     stop_when(&arguments, &stop);
     let ready = Readiness::new(arguments.clients);
-    let options = LoadOptions { target: arguments.target.target, kind: arguments.kind, clients: arguments.clients };
+    let LoadArguments { target, kind, clients, depth, .. } = arguments;
+    let options = LoadOptions { target: target.target, kind, clients, depth: depth.depth.into() };
     let clients = load::run(options, stop, std::sync::Arc::clone(&ready));
     let tell = async {
         ready.all().await;

@@ -2,8 +2,29 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::moves::whole;
+
 /// The phase of a migration that came to its good end.
 const SUCCEEDED: &str = "succeeded";
+
+/// Digits of a `UUIDv7` that are the milliseconds since 1970 at which it was made (RFC 9562).
+const ID_TIME_DIGITS: usize = 12;
+
+/// A time from when until when, in ms since 1970.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Span {
+    /// Its beginning.
+    pub start: f64,
+    /// Its end.
+    pub end: f64,
+}
+
+impl Span {
+    /// How long it is, in ms.
+    pub fn length(self) -> f64 {
+        self.end - self.start
+    }
+}
 
 /// Time spent in each phase, in ms; 0 for a phase that was not gone through.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
@@ -69,6 +90,10 @@ pub struct MigrationRecord {
 pub struct Round {
     /// How many pages were sent.
     pub pages: u64,
+    /// Bytes that were sent of memory and files, before packing.
+    pub raw_bytes: u64,
+    /// How long it took, in ms.
+    pub duration_ms: f64,
     /// How many CPUs' time the workload was held to; 0 when it had its own limit.
     pub cpu_limit: f64,
 }
@@ -91,6 +116,24 @@ impl MigrationRecord {
     /// What was laid in behind the running workload, as a note says; nothing without such a note.
     pub fn laid_in(&self) -> LaidIn {
         self.notes.iter().find_map(|note| laid_in(note)).unwrap_or_default()
+    }
+
+    /// When it was recorded by the coordinator, in ms since 1970: the time that its id begins with (`UUIDv7`).
+    pub fn created_unix_ms(&self) -> Option<f64> {
+        let time = u64::from_str_radix(self.id.get(..ID_TIME_DIGITS)?, 16).ok()?;
+        Some(whole(time))
+    }
+
+    /// From when until when memory was copied while the workload ran, in ms since 1970. What the coordinator needs to write the
+    /// record down is not in the times of its phases, so this may be a few ms too early, and never reaches into the freeze.
+    pub fn precopy_span(&self) -> Option<Span> {
+        let start = self.created_unix_ms()? + self.timings.preflight + self.timings.prepare;
+        (self.timings.precopy > 0.0).then_some(Span { start, end: start + self.timings.precopy })
+    }
+
+    /// The rounds of pre-copy, without that of the freeze.
+    pub fn precopy_rounds(&self) -> &[Round] {
+        self.rounds.split_last().map_or(&[], |(_, before)| before)
     }
 
     /// Whether the workload runs on the target now.
@@ -197,6 +240,28 @@ mod tests {
         let notes = vec!["node-b: it has room".to_owned(), note.to_owned()];
         let record = MigrationRecord { notes, ..MigrationRecord::default() };
         assert_eq!(record.laid_in(), LaidIn { pages: 3072, waits: 17 });
+    }
+
+    #[test]
+    fn pre_copy_lies_behind_the_phases_before_it() {
+        let timings = Timings { preflight: 20.0, prepare: 30.0, precopy: 400.0, freeze: 9.0, ..Timings::default() };
+        // 2022-02-22 19:22:22 UTC, the example of RFC 9562.
+        let id = "017f22e279b07cc398c4dc0c0c07398f".to_owned();
+        let record = MigrationRecord { id, timings, ..MigrationRecord::default() };
+        let created = 1_645_557_742_000.0;
+        assert_eq!(record.created_unix_ms(), Some(created));
+        assert_eq!(record.precopy_span(), Some(Span { start: created + 50.0, end: created + 450.0 }));
+        let without = MigrationRecord { timings: Timings::default(), ..record.clone() };
+        assert_eq!(without.precopy_span(), None);
+        assert_eq!(MigrationRecord { id: "é".repeat(9), ..record }.precopy_span(), None);
+    }
+
+    #[test]
+    fn the_last_round_is_that_of_the_freeze() {
+        let rounds = [3, 2, 1].map(|pages| Round { pages, ..Round::default() }).to_vec();
+        let record = MigrationRecord { rounds, ..MigrationRecord::default() };
+        assert_eq!(record.precopy_rounds().iter().map(|round| round.pages).collect::<Vec<_>>(), [3, 2]);
+        assert!(MigrationRecord::default().precopy_rounds().is_empty());
     }
 
     #[test]

@@ -197,7 +197,7 @@ fn files_are_whole(stage: &Stage, node: &str, mib: u64) -> Result<bool> {
 }
 
 /// As the kernel says: what CRIU has to carry.
-fn resident_mib(stage: &Stage) -> Result<u64> {
+pub(crate) fn resident_mib(stage: &Stage) -> Result<u64> {
     let process = stage.cluster().node(NODES[0])?.container_process(Program::Redis.name())?;
     let path = format!("/proc/{}/status", process.pid);
     let status =

@@ -399,7 +399,8 @@ fn listens(table: &str, port: &str) -> bool {
     })
 }
 
-fn unix_ms() -> f64 {
+/// Now, in ms since 1970.
+pub(crate) fn unix_ms() -> f64 {
     milliseconds(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
 }
 

@@ -4,24 +4,26 @@
 //! after the other, so that what else the machine does meets both.
 
 mod link;
+mod pair;
 mod role;
 
 use std::io;
-use std::path::{Path, PathBuf};
-use std::process::Stdio;
-use std::time::Duration;
 
 use clap::Args;
-use podferry_common::identity::{CaError, IdentityError, IdentityFiles, LocalCa, Peer};
+use podferry_common::identity::{CaError, IdentityError};
 use podferry_transfer::TransferError;
 use serde::Serialize;
-use tokio::io::{AsyncBufReadExt as _, BufReader, Lines};
-use tokio::process::{Child, ChildStdout, Command};
+
+use crate::spread::Spread;
 
 pub use role::Role;
+pub(crate) use {
+    link::Ends,
+    pair::{Pair, Run},
+    role::{Contents, How, Pack},
+};
 
 use link::Link;
-use role::{Contents, Measured, SOURCE, TARGET};
 
 /// As in the agent. glibc's allocator gives big buffers back to the kernel at once, and a fresh one costs a page fault for
 /// every 4 KiB: a third of all processor time of a transfer.
@@ -99,31 +101,6 @@ pub(crate) fn io_error(what: &'static str) -> impl Fn(io::Error) -> Error {
     move |source| Error::Io { what, source }
 }
 
-/// Middle, lowest and highest of some rounds.
-#[derive(Debug, Clone, Copy, Serialize)]
-struct Spread {
-    median: f64,
-    min: f64,
-    max: f64,
-}
-
-impl Spread {
-    fn of(values: impl IntoIterator<Item = f64>) -> Self {
-        let mut values: Vec<f64> = values.into_iter().collect();
-        values.sort_by(f64::total_cmp);
-        let at = |index: usize| values.get(index).copied().unwrap_or(f64::NAN);
-        let middle = values.len() / 2;
-        let lower = if values.len().is_multiple_of(2) { middle.saturating_sub(1) } else { middle };
-        Self { median: f64::midpoint(at(lower), at(middle)), min: at(0), max: at(values.len().saturating_sub(1)) }
-    }
-}
-
-impl std::fmt::Display for Spread {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:.2} ({:.2}–{:.2})", self.median, self.min, self.max)
-    }
-}
-
 /// The stream beside raw TCP.
 #[derive(Debug, Serialize)]
 struct AgainstRaw {
@@ -156,18 +133,9 @@ struct Report {
     packing: Vec<Packing>,
 }
 
-/// One measurement of the two processes together.
-#[derive(Debug, Clone, Copy)]
-struct Run {
-    gib_per_second: f64,
-    cpu_seconds_per_gib: f64,
-    ratio: f64,
-}
-
 struct Bench {
     link: Link,
-    program: PathBuf,
-    keys: tempfile::TempDir,
+    pair: Pair,
 }
 
 /// Measures and prints; says whether everything is as fast as demanded.
@@ -190,22 +158,16 @@ pub async fn run(arguments: Arguments) -> Result<bool, Error> {
 
 impl Bench {
     async fn new() -> Result<Self, Error> {
-        let keys = tempfile::tempdir().map_err(io_error("make a folder"))?;
-        let ca = LocalCa::create(&keys.path().join("ca"))?;
-        for node in [SOURCE, TARGET] {
-            let peer = Peer::Agent(node.parse().expect("a constant name"));
-            ca.issue(&peer, Duration::from_secs(24 * 3600), &IdentityFiles::in_folder(keys.path().join(node)))?;
-        }
-        let program = std::env::current_exe().map_err(io_error("find this program"))?;
-        Ok(Self { link: Link::new().await?, program, keys })
+        let link = Link::new().await?;
+        Ok(Self { pair: Pair::new()?, link })
     }
 
     async fn against_raw(&self, rounds: u32, mib: u64) -> Result<AgainstRaw, Error> {
         let (mut raws, mut streams) = (Vec::new(), Vec::new());
         for round in 0..rounds {
             eprintln!("round {} of {rounds}: raw TCP and the stream, {mib} MiB each", round + 1);
-            raws.push(self.measure("raw", Contents::Noise, "off", mib).await?);
-            streams.push(self.measure("stream", Contents::Noise, "auto", mib).await?);
+            raws.push(self.measure(How::Raw, Contents::Noise, Pack::Off, mib).await?);
+            streams.push(self.measure(How::Stream, Contents::Noise, Pack::Auto, mib).await?);
         }
         Ok(AgainstRaw {
             rounds: raws.len(),
@@ -246,10 +208,10 @@ impl Bench {
         for round in 0..rounds {
             eprintln!("{link}, {contents:?}: without and with packing, {mib} MiB each");
             // The first of two finds the machine in another state than the second: each is first as often as the other.
-            let order = if round % 2 == 0 { ["off", "auto"] } else { ["auto", "off"] };
+            let order = if round % 2 == 0 { [Pack::Off, Pack::Auto] } else { [Pack::Auto, Pack::Off] };
             for packing in order {
-                let runs = if packing == "off" { &mut offs } else { &mut autos };
-                runs.push(self.measure("stream", contents, packing, mib).await?);
+                let runs = if packing == Pack::Off { &mut offs } else { &mut autos };
+                runs.push(self.measure(How::Stream, contents, packing, mib).await?);
             }
         }
         let mib_per_second = |runs: &[Run]| Spread::of(runs.iter().map(|run| run.gib_per_second * 1024.0));
@@ -265,78 +227,8 @@ impl Bench {
         })
     }
 
-    async fn measure(&self, how: &str, contents: Contents, packing: &str, mib: u64) -> Result<Run, Error> {
-        let mut receiver = Process::start(
-            self.command(self.link.target(), TARGET).args(["receive", how]).arg(self.link.address()),
-            "receiver",
-        )?;
-        if receiver.line().await? != role::READY {
-            return Err(Error::Process { what: "receiver".to_owned() });
-        }
-        let mib_text = mib.to_string();
-        let contents = serde_json::to_string(&contents)?;
-        let sender = Process::start(
-            self.command(self.link.source(), SOURCE).args(["send", how]).arg(self.link.address()).args([
-                packing,
-                &mib_text,
-                contents.trim_matches('"'),
-            ]),
-            "sender",
-        )?;
-        let sent = sender.result().await?;
-        let received = receiver.result().await?;
-        let bytes = as_f64(mib * MIB);
-        let gib = bytes / as_f64(1024 * MIB);
-        Ok(Run {
-            gib_per_second: gib / sent.seconds,
-            cpu_seconds_per_gib: (sent.cpu_seconds + received.cpu_seconds) / gib,
-            ratio: bytes / as_f64(sent.wire_bytes.max(1)),
-        })
-    }
-
-    fn command(&self, namespace: &str, node: &str) -> Command {
-        let mut command = Command::new("ip");
-        command.args(["netns", "exec", namespace]).arg(&self.program).arg("stream");
-        command.env(role::KEYS, key_folder(self.keys.path(), node));
-        command
-    }
-}
-
-fn key_folder(keys: &Path, node: &str) -> PathBuf {
-    keys.join(node)
-}
-
-/// One of the two processes; killed when it is not waited for.
-struct Process {
-    what: &'static str,
-    child: Child,
-    lines: Lines<BufReader<ChildStdout>>,
-}
-
-/// Longer than the slowest measurement.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-impl Process {
-    fn start(command: &mut Command, what: &'static str) -> Result<Self, Error> {
-        let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true).spawn();
-        let mut child = spawned.map_err(io_error("start a process to be measured"))?;
-        let stdout = child.stdout.take().expect("piped above");
-        Ok(Self { what, child, lines: BufReader::new(stdout).lines() })
-    }
-
-    async fn line(&mut self) -> Result<String, Error> {
-        let early = || Error::Process { what: self.what.to_owned() };
-        let line = tokio::time::timeout(PATIENCE, self.lines.next_line()).await.map_err(|_| early())?;
-        line.map_err(io_error("read from a measured process"))?.ok_or_else(early)
-    }
-
-    async fn result(mut self) -> Result<Measured, Error> {
-        let measured = serde_json::from_str(&self.line().await?)?;
-        let status = tokio::time::timeout(PATIENCE, self.child.wait()).await;
-        match status {
-            Ok(Ok(status)) if status.success() => Ok(measured),
-            _ => Err(Error::Process { what: self.what.to_owned() }),
-        }
+    async fn measure(&self, how: How, contents: Contents, packing: Pack, mib: u64) -> Result<Run, Error> {
+        self.pair.measure(self.link.ends(), how, contents, packing, mib).await
     }
 }
 
@@ -361,17 +253,4 @@ fn print_table(report: &Report) {
 #[expect(clippy::cast_precision_loss, reason = "byte counts for rates; 2^53 bytes are 8 PiB")]
 fn as_f64(bytes: u64) -> f64 {
     bytes as f64
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_median_of_few_is_theirs() {
-        let shown = |values: &[f64]| Spread::of(values.iter().copied()).to_string();
-        assert_eq!(shown(&[3.0, 1.0, 2.0]), "2.00 (1.00–3.00)");
-        assert_eq!(shown(&[4.0, 1.0, 2.0, 3.0]), "2.50 (1.00–4.00)");
-        assert_eq!(shown(&[1.0]), "1.00 (1.00–1.00)");
-    }
 }

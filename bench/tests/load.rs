@@ -18,6 +18,8 @@ use tokio_util::sync::CancellationToken;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// So many requests of each client are enough to see whether something is wrong.
 const ENOUGH: u64 = 200;
+/// Requests that a pipeline has under way.
+const DEPTH: usize = 16;
 /// Whoever was silent for so long has nothing to read any more.
 const QUIET: Duration = Duration::from_millis(300);
 
@@ -37,7 +39,7 @@ impl Load {
 
     fn begin(kind: Kind, target: SocketAddr, clients: u32) -> Self {
         let (stop, progress) = (CancellationToken::new(), Readiness::new(clients));
-        let options = LoadOptions { target, kind, clients };
+        let options = LoadOptions { target, kind, clients, depth: DEPTH };
         let running = tokio::spawn(load::run(options, stop.clone(), Arc::clone(&progress)));
         Self { stop, progress, running }
     }
@@ -208,6 +210,40 @@ async fn redis_is_as_before_when_the_clients_have_gone() {
     assert_ne!(during.digest, before.digest, "the clients write");
     assert_clean(&load.stop().await, 2);
     assert_eq!(redis_data::state(redis.address).await.unwrap().digest, before.digest);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pipeline_counts_its_answers_and_leaves_redis_as_it_was() {
+    let redis = Redis::start();
+    let before = redis_data::fill(redis.address, 2).await.unwrap();
+    let load = Load::start(Kind::Pipeline, redis.address, 2).await;
+    load.goes_on().await;
+    assert_ne!(redis_data::state(redis.address).await.unwrap().digest, before.digest, "the clients write");
+    let report = load.stop().await;
+    assert_clean(&report, 2);
+    for client in &report.clients {
+        assert_eq!(client.throughput.as_ref().map(load::Throughput::answers), Some(client.requests), "{client:#?}");
+    }
+    assert_eq!(redis_data::state(redis.address).await.unwrap().digest, before.digest);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pipeline_notices_what_was_changed_and_settles_after_a_cut() {
+    let redis = Redis::start();
+    let proxy = Proxy::start(redis.address).await;
+    let load = Load::start(Kind::Pipeline, proxy.address, 1).await;
+    load.goes_on().await;
+    proxy.cut_all();
+    load.goes_on().await;
+    let client = only(load.stop().await);
+    assert_eq!((client.connection_resets, client.lost_items), (1, 0), "{client:#?}");
+
+    let load = Load::start(Kind::Pipeline, redis.address, 1).await;
+    load.goes_on().await;
+    redis.forget_everything().await;
+    load.goes_on().await;
+    let client = only(load.stop().await);
+    assert!(client.lost_items > 0, "{client:#?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,7 @@
 //! Clients that put a workload under load and notice whatever goes wrong with it.
 //!
 //! Each client has one TCP connection and sends its next request about 1 ms after the answer to the one before (a closed
-//! loop), so that a pause of the workload shows as a gap between two answers, at 1 ms resolution. Each answer is checked
+//! loop; [`Kind::Pipeline`] alone has many under way), so that a pause of the workload shows as a gap between two answers, at 1 ms resolution. Each answer is checked
 //! against what the client knows. A connection that breaks is counted and its reason noted; only then is another one
 //! opened, to find out what was lost.
 
@@ -10,12 +10,14 @@ mod catalogue;
 mod connection;
 mod feed;
 mod lines;
+mod pipeline;
 mod recorder;
 mod redis_client;
 pub mod redis_data;
 mod report;
 pub mod sql;
 mod sse;
+mod throughput;
 
 use std::{
     net::SocketAddr,
@@ -36,6 +38,7 @@ use tokio_util::sync::CancellationToken;
 pub use self::{
     recorder::{Fault, GAP_FLOOR, Recorder, milliseconds},
     report::{ClientReport, Event, Gap, Kind, LoadReport},
+    throughput::{SLICE, Throughput},
 };
 
 /// Time between an answer and the next request.
@@ -55,13 +58,17 @@ const CONNECT_PAUSE: Duration = Duration::from_millis(100);
 trait Client: Send {
     /// Opens the connection, the first or another one.
     fn connect(&mut self) -> impl Future<Output = Result<(), Fault>> + Send;
-    /// One request and its answer, checked.
+    /// One request and its answer, checked; of a client with many requests under way the answers that come next.
     fn step(&mut self) -> impl Future<Output = Result<(), Fault>> + Send;
     /// Checks at the end that all that was confirmed is there.
     fn finish(&mut self) -> impl Future<Output = Vec<Fault>> + Send;
     /// Whether the client sends at its own pace, or takes what comes as it comes.
     fn is_paced(&self) -> bool {
         true
+    }
+    /// How many answers the last step brought.
+    fn answers(&self) -> u64 {
+        1
     }
 }
 
@@ -74,6 +81,8 @@ pub struct LoadOptions {
     pub kind: Kind,
     /// How many clients there are.
     pub clients: u32,
+    /// How many requests a client of [`Kind::Pipeline`] has under way.
+    pub depth: usize,
 }
 
 /// Counts the clients that have had an answer, or have ended without one, and the requests of each.
@@ -132,6 +141,10 @@ pub async fn run(options: LoadOptions, stop: CancellationToken, ready: Arc<Readi
                 Kind::Feed => drive(feed::FeedClient::new(target), number, recorder, stop, ready).await,
                 Kind::Sql => drive(sql::SqlClient::new(target, number), number, recorder, stop, ready).await,
                 Kind::Lines => drive(lines::LineClient::new(target), number, recorder, stop, ready).await,
+                Kind::Pipeline => {
+                    let client = pipeline::PipelineClient::new(target, number, options.depth);
+                    drive(client, number, recorder, stop, ready).await
+                }
                 Kind::Redis => {
                     drive(redis_client::RedisClient::new(target, number), number, recorder, stop, ready).await
                 }
@@ -177,7 +190,7 @@ async fn drive<C: Client>(
         }
         match answer_in_time(client.step(), &stop).await {
             Ok(()) => {
-                recorder.answered(Instant::now());
+                recorder.answered(Instant::now(), client.answers());
                 ready.tell();
             }
             Err(fault) => {

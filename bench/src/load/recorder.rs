@@ -2,7 +2,10 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::report::{ClientReport, Gap, Kind};
+use super::{
+    report::{ClientReport, Gap, Kind},
+    throughput::Throughput,
+};
 
 /// Pauses shorter than this are the machine's ordinary unrest, and are not listed one by one.
 pub const GAP_FLOOR: Duration = Duration::from_millis(5);
@@ -39,15 +42,20 @@ impl Recorder {
     /// Begins the notes of client number `client`, now.
     pub fn new(kind: Kind, client: u32) -> Self {
         let started_unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let report = ClientReport { kind, client, ..ClientReport::default() };
+        let throughput = (kind == Kind::Pipeline).then(Throughput::default);
+        let report = ClientReport { kind, client, throughput, ..ClientReport::default() };
         Self { report, last: None, started: Instant::now(), started_unix }
     }
 
-    /// A right answer came at `now`. The time since the last one is a gap, however many faults lay between.
-    pub fn answered(&mut self, now: Instant) {
-        self.report.requests += 1;
+    /// So many right answers came at `now`. The time since the last ones is a gap, however many faults lay between.
+    pub fn answered(&mut self, now: Instant, answers: u64) {
+        self.report.requests += answers;
         self.note_gap(now);
         self.last = Some(now);
+        let unix = self.started_unix + now.saturating_duration_since(self.started);
+        if let Some(throughput) = &mut self.report.throughput {
+            throughput.note(unix, answers);
+        }
     }
 
     /// Closes the notes: a silence that lasts until `now` counts as a gap, too.
@@ -114,7 +122,7 @@ mod tests {
     fn the_longest_time_between_right_answers_is_the_gap() {
         let mut recorder = Recorder::new(Kind::Catalogue, 0);
         for ms in [50, 51, 53, 173, 174] {
-            recorder.answered(at(&recorder, ms));
+            recorder.answered(at(&recorder, ms), 1);
         }
         let end = at(&recorder, 175);
         let base = milliseconds(recorder.started_unix);
@@ -126,12 +134,26 @@ mod tests {
     }
 
     #[test]
+    fn throughput_is_noted_of_pipelines_only() {
+        let throughput = |kind| {
+            let mut recorder = Recorder::new(kind, 0);
+            recorder.answered(at(&recorder, 10), 7);
+            let end = at(&recorder, 20);
+            let report = recorder.finish(end);
+            assert_eq!(report.requests, 7);
+            report.throughput
+        };
+        assert_eq!(throughput(Kind::Redis), None);
+        assert_eq!(throughput(Kind::Pipeline).unwrap().answers(), 7);
+    }
+
+    #[test]
     fn faults_do_not_end_a_gap() {
         let mut recorder = Recorder::new(Kind::Catalogue, 0);
-        recorder.answered(at(&recorder, 0));
+        recorder.answered(at(&recorder, 0), 1);
         recorder.fault(&Fault::Wrong("500".to_owned()));
         recorder.fault(&Fault::Broken("reset".to_owned()));
-        recorder.answered(at(&recorder, 300));
+        recorder.answered(at(&recorder, 300), 1);
         let end = at(&recorder, 300);
         let report = recorder.finish(end);
         assert!((report.gap_ms_max - 300.0).abs() < 0.01);
@@ -142,7 +164,7 @@ mod tests {
     #[test]
     fn silence_until_the_end_is_a_gap() {
         let mut recorder = Recorder::new(Kind::Feed, 0);
-        recorder.answered(at(&recorder, 10));
+        recorder.answered(at(&recorder, 10), 1);
         let end = at(&recorder, 2010);
         assert!((recorder.finish(end).gap_ms_max - 2000.0).abs() < 0.01);
     }

@@ -3,6 +3,9 @@
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
+use super::Throughput;
+use crate::migration::Span;
+
 /// What a client does.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
@@ -16,6 +19,8 @@ pub enum Kind {
     Feed,
     /// Counts, writes and reads in Redis.
     Redis,
+    /// Writes and reads in Redis, with many requests under way.
+    Pipeline,
     /// Counts and checks in a service that answers lines.
     Lines,
     /// Inserts, updates and reads in `PostgreSQL`.
@@ -52,6 +57,9 @@ pub struct ClientReport {
     pub gaps: Vec<Gap>,
     /// The first faults, in words.
     pub problems: Vec<String>,
+    /// How many answers came when, of clients whose throughput counts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub throughput: Option<Throughput>,
 }
 
 /// What all clients of one run saw.
@@ -87,6 +95,12 @@ impl LoadReport {
         self.failed_requests() + self.connection_resets() + self.lost_items() == 0
     }
 
+    /// Answers in a second that all clients together had within this time; `None` unless each counted them all the while.
+    pub fn rate_within(&self, span: Span) -> Option<f64> {
+        let rate = |client: &ClientReport| client.throughput.as_ref()?.rate_within(span);
+        self.clients.iter().map(rate).sum()
+    }
+
     /// Adds the clients of another run.
     pub fn merge(&mut self, other: Self) {
         self.clients.extend(other.clients);
@@ -117,6 +131,7 @@ pub enum Event {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::load::throughput::SLICE;
 
     fn with_gaps(gaps: &[(f64, f64)]) -> LoadReport {
         let gaps = gaps.iter().map(|&(start_unix_ms, gap_ms)| Gap { start_unix_ms, gap_ms }).collect();
@@ -132,6 +147,20 @@ mod tests {
         assert!((gap(190.0, 300.0) - 30.0).abs() < f64::EPSILON);
         assert!((gap(0.0, 2000.0) - 900.0).abs() < f64::EPSILON);
         assert!(gap(300.0, 400.0).abs() < f64::EPSILON);
+    }
+
+    #[test]
+    fn the_rate_is_that_of_all_clients_and_unknown_when_one_did_not_count() {
+        let counted = |answers: u64| {
+            let mut throughput = Throughput::default();
+            (20..40).for_each(|slice| throughput.note(SLICE * slice, answers));
+            ClientReport { throughput: Some(throughput), ..ClientReport::default() }
+        };
+        let span = Span { start: 1100.0, end: 1500.0 };
+        let mut report = LoadReport { clients: vec![counted(10), counted(30)] };
+        assert_eq!(report.rate_within(span), Some(800.0));
+        report.clients.push(ClientReport::default());
+        assert_eq!(report.rate_within(span), None);
     }
 
     #[test]

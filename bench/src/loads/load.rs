@@ -21,7 +21,7 @@ const MADE_UP: &str = "podferry-hard-load";
 /// Whose `PostgreSQL`'s data are in its image.
 const POSTGRES_USER: u32 = 70;
 /// Where all of them listen.
-const PORT: u16 = 7000;
+pub(crate) const PORT: u16 = 7000;
 
 /// A container that is hard to move.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -170,21 +170,27 @@ impl Load {
 
     /// Its container; an image that is made up lies below `folder`.
     pub(crate) fn workload(self, folder: &Path) -> Result<Workload> {
-        let (rootfs, arguments) = match self.content {
-            MadeUp(arguments) => {
-                let program = ["/usr/bin/podferry-hard-load"];
-                (made_up_image(folder)?, [&program, arguments].concat())
-            }
-            Service(arguments) | PostgreSql(arguments) => (service_image(self.name)?, arguments.to_vec()),
+        let service = |arguments: &[&str]| {
+            Ok(Workload::new(self.name, service_image(self.name)?, arguments.iter().copied(), self.ip()))
         };
-        let user = if matches!(self.content, PostgreSql(_)) { POSTGRES_USER } else { 0 };
-        Ok(Workload { user, ..Workload::new(self.name, rootfs, arguments, self.ip()) })
+        match self.content {
+            MadeUp(arguments) => made_up(folder, self.name, arguments, self.ip()),
+            Service(arguments) => service(arguments),
+            PostgreSql(arguments) => Ok(Workload { user: POSTGRES_USER, ..service(arguments)? }),
+        }
     }
 
     /// Does from the client side what has to be done once before it is moved.
     pub(crate) fn prepare(self, client: &Place) -> Result<()> {
         if matches!(self.content, PostgreSql(_)) { clients::fill_sql(client, self.address()) } else { Ok(()) }
     }
+}
+
+/// A container with `podferry-hard-load` and these arguments of it.
+pub(crate) fn made_up(folder: &Path, name: &str, arguments: &[&str], ip: Ipv4Addr) -> Result<Workload> {
+    let program = format!("/usr/bin/{MADE_UP}");
+    let words = [&[program.as_str()], arguments].concat();
+    Ok(Workload::new(name, made_up_image(folder)?, words, ip))
 }
 
 fn made_up_image(folder: &Path) -> Result<PathBuf> {

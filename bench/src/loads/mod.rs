@@ -6,9 +6,13 @@ mod footprint;
 mod load;
 mod result;
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use self::{footprint::Footprint, result::Attempt};
+use self::result::Attempt;
+pub(crate) use self::{
+    footprint::Footprint,
+    load::{PORT, made_up},
+};
 pub use self::{
     load::Load,
     result::{LoadsResult, Row, table},
@@ -16,8 +20,7 @@ pub use self::{
 use crate::{
     clients::LoadProcess,
     error::{Error, Result},
-    load::milliseconds,
-    stage::{Interrupt, NODES, Stage},
+    stage::{Interrupt, NODES, Stage, unix_ms},
 };
 
 /// How often each load is moved live, there and back together.
@@ -146,8 +149,4 @@ impl Moving<'_> {
         };
         Ok(Attempt { start_unix_ms, end_unix_ms, outcome })
     }
-}
-
-fn unix_ms() -> f64 {
-    milliseconds(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
 }

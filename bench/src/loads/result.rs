@@ -244,7 +244,7 @@ mod tests {
     };
 
     fn moved(start_unix_ms: f64, downtime_ms: f64) -> Attempt {
-        let rounds = vec![Round { pages: 1, cpu_limit: 0.25 }; 3];
+        let rounds = vec![Round { pages: 1, cpu_limit: 0.25, ..Round::default() }; 3];
         let record = MigrationRecord { downtime_ms, rounds, wire_bytes: 1 << 20, ..MigrationRecord::default() };
         Attempt { start_unix_ms, end_unix_ms: start_unix_ms + 900.0, outcome: Outcome::Moved(Box::new(record)) }
     }

@@ -11,19 +11,26 @@ const TARGET_ADDRESS: &str = "10.231.77.2";
 const PORT: u16 = 7443;
 const DEVICE: &str = "stream";
 
-/// Exists while it is measured on; dropping it removes the namespaces and, with them, their devices.
-pub(super) struct Link {
-    source: String,
-    target: String,
-    address: String,
+/// Two network namespaces that reach each other.
+#[derive(Debug, Clone)]
+pub(crate) struct Ends {
+    /// The sender's, as `ip netns` knows it.
+    pub(crate) source: String,
+    /// The receiver's.
+    pub(crate) target: String,
+    /// Where the receiver listens, as IP:PORT.
+    pub(crate) address: String,
 }
+
+/// Exists while it is measured on; dropping it removes the namespaces and, with them, their devices.
+pub(super) struct Link(Ends);
 
 impl Link {
     pub(super) async fn new() -> Result<Self, Error> {
         let id = std::process::id();
         let address = format!("{TARGET_ADDRESS}:{PORT}");
-        let link = Self { source: format!("pfstream-{id}-s"), target: format!("pfstream-{id}-t"), address };
-        let Self { source, target, .. } = &link;
+        let link = Self(Ends { source: format!("pfstream-{id}-s"), target: format!("pfstream-{id}-t"), address });
+        let Ends { source, target, .. } = link.ends();
         for namespace in [source, target] {
             ip(&["netns", "add", namespace]).await?;
         }
@@ -36,26 +43,18 @@ impl Link {
         Ok(link)
     }
 
-    pub(super) fn source(&self) -> &str {
-        &self.source
-    }
-
-    pub(super) fn target(&self) -> &str {
-        &self.target
-    }
-
-    /// Where the receiver listens.
-    pub(super) fn address(&self) -> &str {
-        &self.address
+    /// Its two ends.
+    pub(super) fn ends(&self) -> &Ends {
+        &self.0
     }
 
     /// Limits what the source sends, as `tc` writes rates; none for no limit.
     pub(super) async fn limit(&self, rate: Option<&str>) -> Result<(), Error> {
         let Some(rate) = rate else {
-            return command("tc", &["-n", &self.source, "qdisc", "del", "dev", DEVICE, "root"]).await;
+            return command("tc", &["-n", &self.0.source, "qdisc", "del", "dev", DEVICE, "root"]).await;
         };
         let limit = ["tbf", "rate", rate, "burst", "256kb", "latency", "50ms"];
-        let mut arguments = vec!["-n", &self.source, "qdisc", "replace", "dev", DEVICE, "root"];
+        let mut arguments = vec!["-n", &self.0.source, "qdisc", "replace", "dev", DEVICE, "root"];
         arguments.extend(limit);
         command("tc", &arguments).await
     }
@@ -63,7 +62,7 @@ impl Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
-        for namespace in [&self.source, &self.target] {
+        for namespace in [&self.0.source, &self.0.target] {
             // When making it failed half way there may be none.
             let _gone = Blocking::new("ip").args(["netns", "del", namespace]).output();
         }

@@ -72,7 +72,7 @@ pub enum How {
 }
 
 /// Whether payloads are packed.
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Pack {
     /// Never.
     Off,

@@ -162,6 +162,13 @@ impl Redis {
         kill(pid(&self.child), Signal::SIGSTOP).unwrap();
     }
 
+    /// Takes away all that clients have written.
+    pub(crate) async fn forget_everything(&self) {
+        let client = redis::Client::open(format!("redis://{}", self.address)).unwrap();
+        let mut connection = client.get_multiplexed_async_connection().await.unwrap();
+        redis::cmd("FLUSHALL").exec_async(&mut connection).await.unwrap();
+    }
+
     /// Does what no client expects.
     pub(crate) async fn increment_all_counters(&self) {
         let client = redis::Client::open(format!("redis://{}", self.address)).unwrap();

@@ -34,6 +34,9 @@ struct Arguments {
     /// How much of it is written in a second, in percent.
     #[arg(long, default_value_t = 1.0)]
     percent: f64,
+    /// How much of it is only looked at in a second, in percent.
+    #[arg(long, default_value_t = 5.0)]
+    looked_at: f64,
     /// Threads of each process that write.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     threads: u16,
@@ -54,6 +57,7 @@ impl Arguments {
             threads: usize::from(self.threads),
             mib: self.mib,
             percent: self.percent,
+            looked_at: self.looked_at,
             backing: self.backing,
             seed: u64::from(self.child.unwrap_or(0)) << 56,
         }

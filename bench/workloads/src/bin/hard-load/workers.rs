@@ -12,8 +12,6 @@ use crate::memory::{Backing, Memory, PAGE};
 const TICK: Duration = Duration::from_millis(10);
 /// Who stood still does not make up for more than this: it is no load that anybody meant.
 const MOST_BEHIND: Duration = Duration::from_millis(50);
-/// Percent of the memory that are only looked at each second, beside those that are written.
-const LOOKED_AT: f64 = 5.0;
 /// Pages in a MiB.
 const PAGES_IN_MIB: usize = (1 << 20) / PAGE;
 
@@ -26,6 +24,8 @@ pub(crate) struct Plan {
     pub(crate) mib: usize,
     /// How much of it they write in a second, in percent.
     pub(crate) percent: f64,
+    /// How much of it they only look at in a second, in percent.
+    pub(crate) looked_at: f64,
     /// Which memory it is.
     pub(crate) backing: Backing,
     /// What their contents follow from.
@@ -76,13 +76,14 @@ pub(crate) fn start(plan: Plan) -> io::Result<Findings> {
     for number in 0..plan.threads {
         let findings = findings.clone();
         let memory = Memory::new(plan.backing, pages, plan.seed ^ ((number as u64 + 1) << 48))?;
-        thread::Builder::new().name(format!("worker-{number}")).spawn(move || work(memory, plan.percent, &findings))?;
+        thread::Builder::new().name(format!("worker-{number}")).spawn(move || work(memory, plan, &findings))?;
     }
     Ok(findings)
 }
 
-fn work(mut memory: Memory, percent: f64, findings: &Findings) {
-    let (mut written, mut looked_at) = (Due::new(memory.pages(), percent), Due::new(memory.pages(), LOOKED_AT));
+fn work(mut memory: Memory, plan: Plan, findings: &Findings) {
+    let due = |percent| Due::new(memory.pages(), percent);
+    let (mut written, mut looked_at) = (due(plan.percent), due(plan.looked_at));
     let mut seen = 0;
     loop {
         let now = Instant::now();
@@ -138,7 +139,7 @@ mod tests {
 
     #[test]
     fn workers_find_nothing_wrong_with_their_own_memory() {
-        let plan = Plan { threads: 3, mib: 3, percent: 100.0, backing: Backing::Private, seed: 1 };
+        let plan = Plan { threads: 3, mib: 3, percent: 100.0, looked_at: 5.0, backing: Backing::Private, seed: 1 };
         let findings = start(plan).unwrap();
         thread::sleep(Duration::from_millis(50));
         assert_eq!((findings.look_at_everything(), findings.look_at_everything()), (0, 0));
