@@ -33,8 +33,9 @@ const SHORTEST_REST: f64 = 0.1;
 const INTERVAL: Duration = Duration::from_millis(50);
 /// Work that is rested from at once: below that timers are too coarse.
 const STINT: Duration = Duration::from_millis(5);
-/// The most threads of one process that are looked at: reading what they say must not cost more than it saves.
-const MOST_THREADS: usize = 64;
+/// The most threads that are looked at, the others of a large workload may be like them: reading what they say, at 10 µs for each, must not
+/// cost more than it saves.
+const MOST_THREADS: usize = 128;
 
 /// What threads had of the processors since they began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -142,18 +143,17 @@ fn waiting(before: &HashMap<(i32, i32), Had>, now: &HashMap<(i32, i32), Had>, ti
 
 /// What the processes' threads had. Those that are gone, and kernels without `CONFIG_SCHED_INFO`, say nothing: then nobody rests.
 fn look(pids: &[i32]) -> HashMap<(i32, i32), Had> {
-    let mut threads = HashMap::new();
-    for pid in pids {
-        let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else { continue };
-        for task in tasks.flatten().take(MOST_THREADS) {
-            let tid = task.file_name().to_str().and_then(|name| name.parse().ok());
-            let said = fs::read_to_string(task.path().join("schedstat")).ok();
-            if let (Some(tid), Some(had)) = (tid, said.as_deref().and_then(parse)) {
-                threads.insert((*pid, tid), had);
-            }
-        }
-    }
-    threads
+    let threads = pids.iter().flat_map(|pid| threads(*pid).map(move |thread| (*pid, thread)));
+    let had = |(pid, tid): (i32, i32)| {
+        let said = fs::read_to_string(format!("/proc/{pid}/task/{tid}/schedstat")).ok()?;
+        Some(((pid, tid), parse(&said)?))
+    };
+    threads.take(MOST_THREADS).filter_map(had).collect()
+}
+
+fn threads(pid: i32) -> impl Iterator<Item = i32> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    tasks.filter_map(|task| task.file_name().to_str()?.parse().ok())
 }
 
 /// `schedstat`: nanoseconds on a processor, nanoseconds of waiting for one, and how often.
