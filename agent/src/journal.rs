@@ -65,6 +65,9 @@ pub enum Role {
         /// Post-copy: who fetches the memory that stays here.
         #[serde(default)]
         fetched_by: Option<FetchedBy>,
+        /// Cold: how the container is stopped.
+        #[serde(default)]
+        stop: Option<StopNote>,
     },
     /// The container comes to this node.
     Target {
@@ -81,7 +84,22 @@ pub enum Role {
         /// Post-copy: host:port of the source's agent, from which memory is fetched.
         #[serde(default)]
         fetch_from: Option<String>,
+        /// The container is created from the bundle; nothing is restored.
+        #[serde(default)]
+        cold: bool,
     },
+}
+
+/// How a container is stopped that is started anew elsewhere, and how far that is. It ran before: whoever undoes this starts it again
+/// once `begun` is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StopNote {
+    /// From its SIGTERM to its SIGKILL.
+    pub grace: Duration,
+    /// Written before it is sent the SIGTERM.
+    pub begun: Option<SystemTime>,
+    /// Written behind that: it needs no other.
+    pub told: bool,
 }
 
 /// Who fetches memory that stays with a source, and how it is given.
@@ -241,6 +259,21 @@ impl PartRecord {
         make(&dirs.state)?;
         self.store(dirs)?;
         dirs.create()
+    }
+
+    /// Cold: how the source's container is stopped.
+    pub fn stop(&self) -> Option<StopNote> {
+        match &self.role {
+            Role::Source { stop, .. } => *stop,
+            Role::Target { .. } => None,
+        }
+    }
+
+    /// Changes how far the source's container is stopped.
+    pub fn note_stop(&mut self, change: impl FnOnce(&mut StopNote)) {
+        if let Role::Source { stop: Some(stop), .. } = &mut self.role {
+            change(stop);
+        }
     }
 
     /// Writes it down.
@@ -415,6 +448,7 @@ mod tests {
                 plan: None,
                 netns: None,
                 fetch_from: None,
+                cold: false,
             },
         };
         let error = record.begin(&dirs).unwrap_err();

@@ -1,0 +1,382 @@
+//! Containers that are stopped, moved and started anew: their layer is whole, they got their SIGTERM, and whatever fails or is killed on
+//! the way, one copy runs.
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+
+mod faults;
+mod support;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use faults::sampler::Sampler;
+use faults::stage::standing;
+use podferry_local::{FIRST_CONTAINER_ADDRESS, Node, Signal, Workload, workspace_root};
+use serde_json::Value;
+use support::{NODES, Stage, eventually, redis_address, redis_rootfs};
+
+/// The workload.
+const NAME: &str = "shell";
+/// Its program.
+const PROGRAM: &str = "busybox";
+const COLD: &[&str] = &["--strategy", "cold"];
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Writes a large file once, a line at each start, and all the time how often it has been round; `at_end` is what a SIGTERM does.
+fn script(at_end: &str) -> String {
+    format!(
+        "trap '{at_end}' TERM
+         [ -e /data/big ] || dd if=/dev/urandom of=/data/big bs=1M count=12 2>/dev/null
+         echo start >>/data/log
+         echo begun
+         turn=0
+         while :; do turn=$((turn + 1)); echo $turn >/data/turn; sleep 0.05 & wait $!; done"
+    )
+}
+
+/// Says goodbye to its files, and ends.
+const POLITE: &str = "echo term >>/data/log; exit 0";
+/// Needs a while for that.
+const SLOW: &str = "echo asked >>/data/log; sleep 3; echo term >>/data/log; exit 0";
+/// Does not hear it.
+const DEAF: &str = "";
+
+fn shell(at_end: &str) -> Workload {
+    Workload::new(NAME, redis_rootfs(), ["/bin/sh", "-c", &script(at_end)], FIRST_CONTAINER_ADDRESS)
+}
+
+struct Shell {
+    stage: Stage,
+    sampler: Sampler,
+}
+
+impl Shell {
+    fn up(at_end: &str) -> Self {
+        let stage = Stage::up(&[NAME]);
+        stage.start(&shell(at_end));
+        let sampler = Sampler::start(stage.cluster.nodes(), NAME, PROGRAM);
+        let shell = Self { stage, sampler };
+        shell.assert_log(0, &["start"]);
+        shell.assert_runs(0, "in the beginning");
+        shell
+    }
+
+    fn file(&self, at: usize, name: &str) -> PathBuf {
+        let node = self.stage.node(NODES[at]);
+        node.on_machine(&node.bundle(NAME).join("upper/data").join(name))
+    }
+
+    fn log(&self, at: usize) -> Vec<String> {
+        let text = fs::read_to_string(self.file(at, "log")).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    }
+
+    fn assert_log(&self, at: usize, wanted: &[&str]) {
+        eventually(PATIENCE, || {
+            let log = self.log(at);
+            if log == wanted { Ok(()) } else { Err(format!("on {}: {log:?}, not {wanted:?}", NODES[at])) }
+        });
+    }
+
+    /// One copy runs, on that node, and works; on the other one is nothing.
+    fn assert_runs(&self, at: usize, when: &str) {
+        eventually(PATIENCE, || {
+            let places = self.stage.places(NAME);
+            if places == [NODES[at]] { Ok(()) } else { Err(format!("it is on {places:?} {when}")) }
+        });
+        let turn = || fs::read_to_string(self.file(at, "turn")).unwrap_or_default();
+        let before = turn();
+        eventually(PATIENCE, || if turn() == before { Err(format!("it does nothing {when}")) } else { Ok(()) });
+        eventually(PATIENCE, || {
+            let left: Vec<_> = fs::read_dir(self.file(1 - at, ".")).into_iter().flatten().flatten().collect();
+            if left.is_empty() { Ok(()) } else { Err(format!("{left:?} is left on {} {when}", NODES[1 - at])) }
+        });
+        assert_eq!(self.sampler.doubles(), Vec::<String>::new(), "two copies ran {when}");
+    }
+
+    /// Asks for a migration, and does not wait for its end; gives its id.
+    fn begin(&self, to: usize, more: &[&str]) -> String {
+        let words = [&["migrate", NAME, "--to", NODES[to], "--output", "json"], COLD, more].concat();
+        let output = self.stage.cluster.podferry(words).unwrap();
+        let record: Value = serde_json::from_str(output.stdout.trim()).unwrap_or_else(|_| panic!("{}", output.stderr));
+        record["id"].as_str().unwrap().to_owned()
+    }
+
+    fn describe(&self, id: &str) -> Option<Value> {
+        let output = self.stage.cluster.podferry(["describe", id, "--output", "json"]).unwrap();
+        serde_json::from_str(output.stdout.trim()).ok()
+    }
+
+    fn ended(&self, id: &str) -> Value {
+        eventually(Duration::from_secs(120), || {
+            let record = self.describe(id).ok_or_else(|| format!("{id} is not described"))?;
+            let phase = record["phase"].as_str().unwrap_or_default();
+            let done = matches!(phase, "succeeded" | "failed" | "cancelled");
+            if done { Ok(record) } else { Err(format!("it does not end: {record:#}")) }
+        })
+    }
+}
+
+fn phase(record: &Value) -> &str {
+    record["phase"].as_str().unwrap()
+}
+
+fn notes(record: &Value) -> String {
+    record["notes"].to_string()
+}
+
+/// What runc says of the container.
+fn status(node: &Node) -> Option<String> {
+    let output = node.runc(&["state", NAME]).ok()?.success().ok()?;
+    let state: Value = serde_json::from_str(&output).ok()?;
+    state["status"].as_str().map(str::to_owned)
+}
+
+#[test]
+fn a_stopped_container_is_there_and_back_with_its_layer_and_its_last_words() {
+    let shell = Shell::up(POLITE);
+    let big = fs::read(shell.file(0, "big")).unwrap();
+    let mut log = vec!["start"];
+    let mut clean = None;
+    for hop in 0..4 {
+        let to = (hop + 1) % 2;
+        let record = shell.stage.migrate_with(NAME, NODES[to], COLD);
+        log.extend(["term", "start"]);
+        shell.assert_log(to, &log);
+        shell.assert_runs(to, &format!("after hop {hop}"));
+        assert!(fs::read(shell.file(to, "big")).unwrap() == big, "after hop {hop}");
+        let rounds = record["rounds"].as_array().unwrap();
+        let bytes: Vec<u64> = rounds.iter().map(|round| round["raw_bytes"].as_u64().unwrap()).collect();
+        assert!(bytes[0] >= 12 << 20 && *bytes.last().unwrap() < 1 << 20, "most goes before the stop: {record:#}");
+        assert_eq!(notes(&record), "[]", "{record:#}");
+        println!("hop {hop}: {} ms down, rounds {bytes:?}", record["downtime_ms"]);
+        let census = shell.stage.settled_census();
+        if let (1, Some(before)) = (to, &clean) {
+            shell.stage.assert_census(before, |_| false);
+        }
+        if to == 1 {
+            clean = Some(census);
+        }
+    }
+}
+
+/// What is on its disk is there at the same address; who was connected has to come again.
+#[test]
+fn a_redis_that_saves_at_its_end_answers_at_its_address_with_all_it_had() {
+    let stage = Stage::up(&["redis"]);
+    let mut arguments = vec!["/bin/redis-server", "--protected-mode", "no", "--dir", "/data"];
+    arguments.extend(["--save", "3600 1"]);
+    stage.start(&Workload::new("redis", redis_rootfs(), arguments, FIRST_CONTAINER_ADDRESS));
+    let mut line = stage.connect(redis_address());
+    assert_eq!(line.ask("SET k v1"), "+OK");
+    for to in [NODES[1], NODES[0]] {
+        let record = stage.migrate_with("redis", to, COLD);
+        assert!(notes(&record).contains("1 established TCP connections are closed"), "{record:#}");
+        line.assert_closed(PATIENCE);
+        line = stage.connect(redis_address());
+        assert_eq!(line.ask_bulk("GET k"), "v1", "on {to}");
+    }
+}
+
+#[test]
+fn one_that_ignores_its_sigterm_is_killed_when_its_time_is_over() {
+    let shell = Shell::up(DEAF);
+    let begun = Instant::now();
+    let record = shell.stage.migrate_with(NAME, NODES[1], &["--strategy", "cold", "--grace-period", "2"]);
+    assert!(begun.elapsed() >= Duration::from_secs(2), "{:?}", begun.elapsed());
+    assert!(notes(&record).contains("did not end within 2 s of its SIGTERM, and was killed"), "{record:#}");
+    let downtime = record["downtime_ms"].as_f64().unwrap();
+    assert!((2000.0..20_000.0).contains(&downtime), "{record:#}");
+    shell.assert_log(1, &["start", "start"]);
+    shell.assert_runs(1, "after it was killed");
+    let record = shell.stage.migrate_with(NAME, NODES[0], &["--strategy", "cold", "--grace-period", "0"]);
+    assert!(notes(&record).contains("within 0 s"), "{record:#}");
+    shell.assert_runs(0, "after it was killed at once");
+}
+
+#[test]
+fn what_cannot_be_created_on_the_target_is_started_again_where_it_was() {
+    let shell = Shell::up(POLITE);
+    let before = shell.stage.settled_census();
+    let target = shell.stage.node(NODES[1]);
+    let config = target.on_machine(&target.bundle(NAME).join("config.json"));
+    let good = fs::read_to_string(&config).unwrap();
+    fs::write(&config, good.replace("\"/bin/sh\"", "\"/bin/none\"")).unwrap();
+    let record = shell.stage.try_migrate_with(NAME, NODES[1], COLD).unwrap();
+    let reason = record["reason"].as_str().unwrap();
+    assert!(phase(&record) == "failed" && reason.contains("/bin/none"), "{record:#}");
+    println!("{reason}");
+    shell.assert_log(0, &["start", "term", "start"]);
+    shell.assert_runs(0, "after its target could not create it");
+    shell.stage.assert_census(&before, |_| false);
+    fs::write(&config, good).unwrap();
+    shell.stage.migrate_with(NAME, NODES[1], COLD);
+    shell.assert_log(1, &["start", "term", "start", "term", "start"]);
+    shell.assert_runs(1, "after the target was put right");
+}
+
+#[test]
+fn a_cancel_while_it_ends_starts_it_again() {
+    let shell = Shell::up(SLOW);
+    let before = shell.stage.settled_census();
+    let id = shell.begin(1, &[]);
+    shell.assert_log(0, &["start", "asked"]);
+    let output = shell.stage.cluster.podferry(["cancel", &id]).unwrap();
+    assert!(output.status.success(), "{}{}", output.stdout, output.stderr);
+    let record = shell.ended(&id);
+    assert_eq!(phase(&record), "cancelled", "{record:#}");
+    shell.assert_log(0, &["start", "asked", "term", "start"]);
+    shell.assert_runs(0, "after the cancel");
+    shell.stage.assert_census(&before, |_| false);
+    shell.stage.migrate_with(NAME, NODES[1], COLD);
+    shell.assert_runs(1, "after the migration that followed");
+}
+
+/// What CRIU cannot dump, and what it would have carried along.
+#[test]
+fn what_criu_cannot_dump_moves_all_the_same() {
+    let stage = Stage::up(&["perl"]);
+    let image = stage.folder.path().join("image");
+    let mut make = Command::new(workspace_root().join("deploy/setup/image.sh"));
+    assert!(make.arg("perl").arg(&image).args(["--", "/usr/bin/perl"]).status().unwrap().success());
+    // io_uring_setup(2), and IPPROTO_MPTCP of linux/in.h.
+    let program = "$| = 1; $SIG{TERM} = sub { exit 0 }; my $p = \"\\0\" x 120; syscall(425, 4, $p) >= 0 or die $!; \
+                   socket(my $s, 2, 1, 262) or die $!; print \"ready\\n\"; sleep 1 while 1;";
+    let workload =
+        Workload::new("perl", image.join("rootfs"), ["/usr/bin/perl", "-e", program], FIRST_CONTAINER_ADDRESS);
+    let container = stage.start(&workload);
+    let said = |log: &PathBuf| fs::read_to_string(log).unwrap_or_default().matches("ready").count();
+    eventually(PATIENCE, || if said(&container.log) == 1 { Ok(()) } else { Err("it is not ready".to_owned()) });
+    let refused = stage.try_migrate("perl", NODES[1]).unwrap();
+    assert!(phase(&refused) == "failed" && refused["reason"].to_string().contains("io-uring"), "{refused:#}");
+    stage.migrate_with("perl", NODES[1], COLD);
+    let log = stage.node(NODES[1]).container_logs().join("perl.log");
+    eventually(PATIENCE, || if said(&log) == 1 { Ok(()) } else { Err("it is not ready there".to_owned()) });
+}
+
+/// Who is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Victim {
+    SourceAgent,
+    TargetAgent,
+    Coordinator,
+}
+
+/// When.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Moment {
+    /// It has its SIGTERM, and has not ended yet.
+    Ending,
+    /// It has ended, and its layer is on its way.
+    Transfer,
+    /// The target has created it, and nobody knows that yet.
+    Created,
+    /// A part is sealed.
+    Sealed,
+}
+
+const VICTIMS: [Victim; 3] = [Victim::SourceAgent, Victim::TargetAgent, Victim::Coordinator];
+
+/// Begins a migration, and comes back in that moment.
+fn aim(shell: &Shell, at: usize, moment: Moment) -> String {
+    let (source, target) = (shell.stage.node(NODES[at]), shell.stage.node(NODES[1 - at]));
+    let slow: &[&str] = &["--bandwidth-limit", "256K", "--no-compression"];
+    let id = match moment {
+        Moment::Transfer => shell.begin(1 - at, slow),
+        _ => shell.begin(1 - at, &[]),
+    };
+    let look = |what: &str, seen: &dyn Fn() -> bool| {
+        eventually(PATIENCE, || if seen() { Ok(()) } else { Err(format!("waited in vain for {what}")) });
+    };
+    match moment {
+        Moment::Ending => look("its end to begin", &|| shell.log(at).last().is_some_and(|line| line == "asked")),
+        Moment::Transfer => look("its end", &|| status(&source).as_deref() == Some("stopped")),
+        Moment::Created => look("it to be created", &|| status(&target).as_deref() == Some("created")),
+        Moment::Sealed => look("a seal", &|| {
+            [&source, &target].iter().any(|node| standing(node, &id).is_some_and(|word| word != "open"))
+        }),
+    }
+    id
+}
+
+fn kill(stage: &Stage, at: usize, victim: Victim) {
+    let node = match victim {
+        Victim::SourceAgent => stage.node(NODES[at]),
+        Victim::TargetAgent => stage.node(NODES[1 - at]),
+        Victim::Coordinator => {
+            let coordinator = stage.cluster.coordinator();
+            coordinator.kill(Signal::KILL).unwrap();
+            return eventually(PATIENCE, || {
+                let started = coordinator.start().and_then(|_| coordinator.wait_ready());
+                started.map_err(|error| error.to_string())
+            });
+        }
+    };
+    node.kill_agent(Signal::KILL).unwrap();
+    eventually(PATIENCE, || node.start_agent().and_then(|_| node.wait_ready()).map_err(|error| error.to_string()));
+}
+
+/// One that is killed where only a transfer is broken by it, or an unsealed part, undoes the migration; behind a seal either may come.
+fn cases(moment: Moment) {
+    let shell = Shell::up(SLOW);
+    // So many small files that they go in the freeze, and take seconds on a slow link.
+    let folder = shell.file(0, "small");
+    fs::create_dir(&folder).unwrap();
+    for number in 0_u32..40 {
+        let noise = fs::read(shell.file(0, "big")).unwrap()[number as usize * 40_000..][..40_000].to_vec();
+        fs::write(folder.join(number.to_string()), noise).unwrap();
+    }
+    shell.stage.migrate_with(NAME, NODES[1], COLD);
+    shell.assert_runs(1, "after the first migration");
+    shell.stage.migrate_with(NAME, NODES[0], COLD);
+    shell.assert_runs(0, "after the second migration");
+    let mut clean = [Some(shell.stage.settled_census()), None];
+    let mut at = 0;
+    for victim in VICTIMS {
+        let what = format!("after the kill of {victim:?} at {moment:?}");
+        let id = aim(&shell, at, moment);
+        kill(&shell.stage, at, victim);
+        let record = shell.ended(&id);
+        println!("{what}: {} {}", phase(&record), record["reason"]);
+        if phase(&record) == "succeeded" {
+            assert!(matches!(moment, Moment::Created | Moment::Sealed), "{what}: {record:#}");
+            at = 1 - at;
+        } else {
+            assert_eq!(phase(&record), "failed", "{what}: {record:#}");
+        }
+        shell.assert_runs(at, &what);
+        let log = shell.log(at);
+        assert!(log.windows(2).all(|pair| pair[0] != pair[1]), "each end was one, and each was followed by a start {what}: {log:?}");
+        let now = shell.stage.settled_census();
+        match &clean[at] {
+            Some(before) => shell.stage.assert_census(before, |_| false),
+            None => clean[at] = Some(now),
+        }
+    }
+    shell.stage.migrate_with(NAME, NODES[1 - at], COLD);
+    shell.assert_runs(1 - at, "after the last migration");
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(shell.sampler.doubles(), Vec::<String>::new());
+}
+
+#[test]
+fn whoever_is_killed_while_it_ends_it_is_started_again() {
+    cases(Moment::Ending);
+}
+
+#[test]
+fn whoever_is_killed_while_its_layer_is_sent_it_is_started_again() {
+    cases(Moment::Transfer);
+}
+
+#[test]
+fn whoever_is_killed_when_it_is_created_one_copy_runs() {
+    cases(Moment::Created);
+}
+
+#[test]
+fn whoever_is_killed_when_a_part_is_sealed_one_copy_runs() {
+    cases(Moment::Sealed);
+}
