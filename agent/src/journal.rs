@@ -428,6 +428,36 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_source_of_an_older_agent_was_told_nothing_and_what_one_was_told_is_there_again() {
+        let mut record = PartRecord {
+            migration: MigrationId::new(),
+            workload: "w".to_owned(),
+            standing: Standing::Open,
+            tidied: false,
+            going: false,
+            written: SystemTime::now(),
+            role: Role::Source {
+                root: "/run/runc".into(),
+                init_pid: 7,
+                init_start: 8,
+                bundle: "/bundles/w".into(),
+                link: None,
+                netns: None,
+                fetched_by: None,
+                stop: Some(StopNote { grace: Duration::from_secs(30), begun: None, told: false }),
+            },
+        };
+        record.note_stop(|stop| (stop.begun, stop.told) = (Some(SystemTime::UNIX_EPOCH), true));
+        let mut text = serde_json::to_value(&record).unwrap();
+        let again: PartRecord = serde_json::from_value(text.clone()).unwrap();
+        assert_eq!((again.stop(), again.stop().unwrap().told), (record.stop(), true));
+        text["role"].as_object_mut().unwrap().remove("stop").unwrap();
+        let mut older: PartRecord = serde_json::from_value(text).unwrap();
+        older.note_stop(|stop| stop.told = true);
+        assert_eq!(older.stop(), None);
+    }
+
+    #[test]
     fn no_folder_is_made_before_the_record_that_tells_of_it() {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);

@@ -1,5 +1,4 @@
 //! Cold migrations through the real coordinator: the layer is copied before the stop, no connection is kept, nothing is filled.
-#![expect(clippy::unwrap_used, reason = "a panic is the report")]
 
 mod world;
 

@@ -59,7 +59,7 @@ impl Runc {
         command.arg("--log").arg(&log).args(["--log-format", "json", "create", "--bundle"]).arg(&bundle).arg(&id);
         command.stdin(stdio.stdin).stdout(stdio.stdout).stderr(stdio.stderr);
         let ended = self.run_within(command, patience)?;
-        self.judge(ended, &format!("create {id}"), &log)
+        judge(ended, &format!("create {id}"), &log)
     }
 
     /// Lets a created container run; blocks.
@@ -70,7 +70,7 @@ impl Runc {
         command.arg("--log").arg(log).args(["--log-format", "json", "start", id]);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let ended = self.run_within(command, START)?;
-        self.judge(ended, &format!("start {id}"), log)?;
+        judge(ended, &format!("start {id}"), log)?;
         if let Err(error) = Record::remove(self, id) {
             tracing::warn!(%error, id, "the note of a container that was started stays");
         }
@@ -125,15 +125,15 @@ impl Runc {
             }
         }
     }
+}
 
-    fn judge(&self, ended: Option<ExitStatus>, command: &str, log: &Path) -> Result<(), Error> {
-        let status = match ended {
-            Some(status) if status.success() => return Ok(()),
-            Some(status) => status.to_string(),
-            None => "took too long, and was killed".to_owned(),
-        };
-        Err(Error::Runc { command: command.to_owned(), status, detail: runc_errors(log)?.join("; ") })
-    }
+fn judge(ended: Option<ExitStatus>, command: &str, log: &Path) -> Result<(), Error> {
+    let status = match ended {
+        Some(status) if status.success() => return Ok(()),
+        Some(status) => status.to_string(),
+        None => "took too long, and was killed".to_owned(),
+    };
+    Err(Error::Runc { command: command.to_owned(), status, detail: runc_errors(log)?.join("; ") })
 }
 
 impl Container {

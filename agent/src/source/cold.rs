@@ -110,7 +110,9 @@ impl SourcePart {
             let context = self.context.clone();
             let copying = blocking(move || {
                 let copied = round(followers, &rootfs, &way);
-                copied.map_err(|error| context.failure(FailureCode::Unavailable, LAYER_FAILED, &error).in_phase("precopy"))
+                copied.map_err(|error| {
+                    context.failure(FailureCode::Unavailable, LAYER_FAILED, &error).in_phase("precopy")
+                })
             });
             let round = tokio::select! {
                 copied = copying => copied?,
@@ -162,7 +164,9 @@ impl SourcePart {
         let begin = |note: &mut StopNote| note.begun = Some(SystemTime::now());
         self.ledger.change(&mut record, |record| record.note_stop(begin)).map_err(|error| failed(&error))?;
         init.terminate();
-        self.ledger.change(&mut record, |record| record.note_stop(|note| note.told = true)).map_err(|error| failed(&error))?;
+        self.ledger
+            .change(&mut record, |record| record.note_stop(|note| note.told = true))
+            .map_err(|error| failed(&error))?;
         Ok((init, note))
     }
 
@@ -339,6 +343,9 @@ impl Stage {
     fn failed(&self, error: &(dyn std::error::Error + 'static)) -> Failure {
         let what = format!("{} cannot be started again", self.id);
         let failure = self.context.failure(FailureCode::Internal, &what, error).in_phase("rollback");
-        failure.remedy(format!("put right what is named, or start it by hand from {}: it is tried again", self.bundle.display()))
+        failure.remedy(format!(
+            "put right what is named, or start it by hand from {}: it is tried again",
+            self.bundle.display()
+        ))
     }
 }

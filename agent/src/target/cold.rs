@@ -40,7 +40,10 @@ impl TargetPart {
         let creating = tokio::spawn(blocking(move || {
             let _abort_waits = running;
             if cancelled.is_cancelled() {
-                return Err(restoring.context.refusal(FailureCode::Aborted, "the migration was aborted").in_phase("restore"));
+                return Err(restoring
+                    .context
+                    .refusal(FailureCode::Aborted, "the migration was aborted")
+                    .in_phase("restore"));
             }
             restoring.create()
         }));
@@ -54,9 +57,11 @@ impl TargetPart {
     pub(super) async fn check_created(&self) -> Result<(), Failure> {
         match self.find_created(false).await? {
             Found::Waits => Ok(()),
-            Found::Started | Found::Nothing => {
-                Err(self.refused(FailureCode::FailedPrecondition, "the created container is not there any more", "commit"))
-            }
+            Found::Started | Found::Nothing => Err(self.refused(
+                FailureCode::FailedPrecondition,
+                "the created container is not there any more",
+                "commit",
+            )),
         }
     }
 
