@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use faults::sampler::Sampler;
 use faults::stage::{LogTail, Stopped, agent, standing};
-use podferry_local::{Change, FIRST_CONTAINER_ADDRESS, Node, Signal, Workload, workspace_root};
+use podferry_local::{Change, FIRST_CONTAINER_ADDRESS, Network, Node, Signal, Workload, workspace_root};
 use serde_json::Value;
 use support::{NODES, Stage, eventually, redis_address, redis_rootfs};
 
@@ -55,8 +55,12 @@ struct Shell {
 
 impl Shell {
     fn up(at_end: &str) -> Self {
+        Self::up_as(&shell(at_end))
+    }
+
+    fn up_as(workload: &Workload) -> Self {
         let stage = Stage::up(&[NAME]);
-        stage.start(&shell(at_end));
+        stage.start(workload);
         let sampler = Sampler::start(stage.cluster.nodes(), NAME, PROGRAM);
         let shell = Self { stage, sampler };
         shell.assert_log(0, &["start"]);
@@ -260,6 +264,51 @@ fn what_criu_cannot_dump_moves_all_the_same() {
     stage.migrate_with("perl", NODES[1], COLD);
     let log = stage.node(NODES[1]).container_logs().join("perl.log");
     eventually(PATIENCE, || if said(&log) == 1 { Ok(()) } else { Err("it is not ready there".to_owned()) });
+}
+
+/// runc makes the network there, or there is nothing to make.
+#[test]
+fn what_has_no_address_of_its_own_is_moved_too() {
+    for network in [Network::Lonely, Network::OfNode] {
+        let shell = Shell::up_as(&Workload { network, ..shell(POLITE) });
+        for to in [1, 0] {
+            shell.stage.migrate_with(NAME, NODES[to], COLD);
+            shell.assert_runs(to, &format!("with {network:?}"));
+        }
+    }
+}
+
+#[test]
+fn a_terminal_that_nobody_would_take_is_refused() {
+    let shell = Shell::up_as(&Workload { terminal: true, ..shell(POLITE) });
+    let record = shell.stage.try_migrate_with(NAME, NODES[1], COLD).unwrap();
+    assert!(phase(&record) == "failed" && record["reason"].to_string().contains("terminal"), "{record:#}");
+    shell.assert_log(0, &["start"]);
+    shell.assert_runs(0, "after the refusal");
+}
+
+/// Wherever the one before was, deleting what is left, creating or starting: the next one goes on.
+#[test]
+fn an_agent_that_is_killed_again_and_again_starts_it_again_once() {
+    let shell = Shell::up(SLOW);
+    let source = shell.stage.node(NODES[0]);
+    let id = shell.begin(1, &[]);
+    until("its end to begin", || shell.log(0).last().is_some_and(|line| line == "asked"));
+    source.kill_agent(Signal::KILL).unwrap();
+    until("its end", || shell.log(0).last().is_some_and(|line| line == "term"));
+    for turn in 0..12 {
+        // As late as an agent needs to come to its parts, and up to what it takes to start a container.
+        eventually(PATIENCE, || source.start_agent().map(drop).map_err(|error| error.to_string()));
+        thread::sleep(Duration::from_millis(60 + 25 * turn));
+        source.kill_agent(Signal::KILL).unwrap();
+        println!("turn {turn}: {:?} {:?}", status(&source), shell.log(0).last());
+    }
+    eventually(PATIENCE, || source.start_agent().and_then(|_| source.wait_ready()).map_err(|error| error.to_string()));
+    assert_eq!(phase(&shell.ended(&id)), "failed");
+    shell.assert_log(0, &["start", "asked", "term", "start"]);
+    shell.assert_runs(0, "after all of them");
+    shell.stage.migrate_with(NAME, NODES[1], COLD);
+    shell.assert_runs(1, "after the migration that followed");
 }
 
 /// Who is killed.
