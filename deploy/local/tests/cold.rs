@@ -266,6 +266,30 @@ fn what_criu_cannot_dump_moves_all_the_same() {
     eventually(PATIENCE, || if said(&log) == 1 { Ok(()) } else { Err("it is not ready there".to_owned()) });
 }
 
+/// They are unfit for everything else.
+#[test]
+fn nodes_without_criu_take_part() {
+    let shell = Shell::up(POLITE);
+    for name in NODES {
+        let node = shell.stage.node(name);
+        let config = node.on_machine(&node.agent_config());
+        let text = fs::read_to_string(&config).unwrap();
+        let without =
+            |line: &str| if line.starts_with("criu =") { "criu = \"/nowhere/criu\"" } else { line }.to_owned();
+        fs::write(&config, text.lines().map(without).collect::<Vec<_>>().join("\n")).unwrap();
+        node.kill_agent(Signal::TERM).unwrap();
+        eventually(PATIENCE, || node.start_agent().and_then(|_| node.wait_ready()).map_err(|error| error.to_string()));
+    }
+    let nodes = shell.stage.cluster.podferry(["nodes"]).unwrap().stdout;
+    let is_unfit = |line: &&str| line.contains("unfit") && line.contains(" cold ");
+    assert_eq!(nodes.lines().filter(is_unfit).count(), 2, "{nodes}");
+    let refused = shell.stage.try_migrate(NAME, NODES[1]).unwrap_err();
+    assert!(refused.contains("not fit"), "{refused}");
+    shell.stage.migrate_with(NAME, NODES[1], COLD);
+    shell.assert_log(1, &["start", "term", "start"]);
+    shell.assert_runs(1, "without CRIU");
+}
+
 /// runc makes the network there, or there is nothing to make.
 #[test]
 fn what_has_no_address_of_its_own_is_moved_too() {
@@ -362,6 +386,8 @@ fn halt_at(shell: &Shell, at: usize, moment: Moment, stopped: &Stopped) -> Strin
         Moment::Created | Moment::Sealed | Moment::Committed => {
             let coordinator = shell.stage.cluster.coordinator().process().unwrap();
             log.wait("phase=freeze ");
+            // The target has to hear that it is to restore; the workload takes seconds to end.
+            thread::sleep(Duration::from_millis(400));
             stopped.stop(coordinator);
             until("it to be created", || status(&target).as_deref() == Some("created"));
             // The agent has to hear of it, too.
