@@ -244,6 +244,24 @@ fn a_cancel_while_it_ends_starts_it_again() {
     shell.assert_runs(1, "after the migration that followed");
 }
 
+#[test]
+fn a_cancel_while_its_layer_is_copied_beforehand_does_not_touch_it() {
+    let shell = Shell::up(POLITE);
+    let before = shell.stage.settled_census();
+    let process = shell.stage.node(NODES[0]).container_process(NAME).unwrap();
+    let id = shell.begin(1, &["--bandwidth-limit", "1M", "--no-compression"]);
+    let target = shell.stage.node(NODES[1]);
+    let seeds = target.on_machine(&target.bundle(NAME).join("seeds"));
+    until("its files to come in", || fs::read_dir(&seeds).is_ok_and(|mut files| files.next().is_some()));
+    let output = shell.stage.cluster.podferry(["cancel", &id]).unwrap();
+    assert!(output.status.success(), "{}{}", output.stdout, output.stderr);
+    assert_eq!(phase(&shell.ended(&id)), "cancelled");
+    shell.assert_log(0, &["start"]);
+    shell.assert_runs(0, "after the cancel");
+    assert!(process.is_alive(), "it is another one");
+    shell.stage.assert_census(&before, is_of_the_coordinators);
+}
+
 /// What CRIU cannot dump, and what it would have carried along.
 #[test]
 fn what_criu_cannot_dump_moves_all_the_same() {
