@@ -8,6 +8,7 @@ use std::sync::Arc;
 use podferry_common::failure::{Failure, FailureCode, chain};
 use podferry_common::identity::Identity;
 use podferry_runtime::Runc;
+use podferry_runtime::stdio::ContainerStdio;
 
 use crate::config::Config;
 use crate::target::inbox::Admissions;
@@ -39,6 +40,18 @@ impl Context {
             Some(dir) => runc.with_programs(dir),
             None => runc,
         }
+    }
+
+    /// Standard descriptors for a container that this agent makes; its output is appended to its log. Blocks.
+    ///
+    /// # Errors
+    /// When the log or its keeper cannot be had.
+    pub fn container_stdio(&self, id: &str) -> Result<ContainerStdio, Failure> {
+        let logs = &self.config.runtime.logs_dir;
+        let what = "the container's output cannot be kept";
+        std::fs::create_dir_all(logs).map_err(|error| self.failure(FailureCode::Internal, what, &error))?;
+        podferry_runtime::stdio::spawn_keeper(&self.config.tools.stdio_keeper, &logs.join(format!("{id}.log")))
+            .map_err(|error| self.failure(FailureCode::Internal, what, &error))
     }
 
     /// A failure on this node, with everything that caused it.

@@ -65,6 +65,9 @@ pub enum Role {
         /// Post-copy: who fetches the memory that stays here.
         #[serde(default)]
         fetched_by: Option<FetchedBy>,
+        /// Cold: how the container is stopped.
+        #[serde(default)]
+        stop: Option<StopNote>,
     },
     /// The container comes to this node.
     Target {
@@ -81,7 +84,22 @@ pub enum Role {
         /// Post-copy: host:port of the source's agent, from which memory is fetched.
         #[serde(default)]
         fetch_from: Option<String>,
+        /// The container is created from the bundle; nothing is restored.
+        #[serde(default)]
+        cold: bool,
     },
+}
+
+/// How a container is stopped that is started anew elsewhere, and how far that is. It ran before: whoever undoes this starts it again
+/// once `begun` is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StopNote {
+    /// From its SIGTERM to its SIGKILL.
+    pub grace: Duration,
+    /// Written before it is sent the SIGTERM.
+    pub begun: Option<SystemTime>,
+    /// Written behind that: it needs no other.
+    pub told: bool,
 }
 
 /// Who fetches memory that stays with a source, and how it is given.
@@ -243,6 +261,21 @@ impl PartRecord {
         dirs.create()
     }
 
+    /// Cold: how the source's container is stopped.
+    pub fn stop(&self) -> Option<StopNote> {
+        match &self.role {
+            Role::Source { stop, .. } => *stop,
+            Role::Target { .. } => None,
+        }
+    }
+
+    /// Changes how far the source's container is stopped.
+    pub fn note_stop(&mut self, change: impl FnOnce(&mut StopNote)) {
+        if let Role::Source { stop: Some(stop), .. } = &mut self.role {
+            change(stop);
+        }
+    }
+
     /// Writes it down.
     ///
     /// # Errors
@@ -395,6 +428,36 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_source_of_an_older_agent_was_told_nothing_and_what_one_was_told_is_there_again() {
+        let mut record = PartRecord {
+            migration: MigrationId::new(),
+            workload: "w".to_owned(),
+            standing: Standing::Open,
+            tidied: false,
+            going: false,
+            written: SystemTime::now(),
+            role: Role::Source {
+                root: "/run/runc".into(),
+                init_pid: 7,
+                init_start: 8,
+                bundle: "/bundles/w".into(),
+                link: None,
+                netns: None,
+                fetched_by: None,
+                stop: Some(StopNote { grace: Duration::from_secs(30), begun: None, told: false }),
+            },
+        };
+        record.note_stop(|stop| (stop.begun, stop.told) = (Some(SystemTime::UNIX_EPOCH), true));
+        let mut text = serde_json::to_value(&record).unwrap();
+        let again: PartRecord = serde_json::from_value(text.clone()).unwrap();
+        assert_eq!((again.stop(), again.stop().unwrap().told), (record.stop(), true));
+        text["role"].as_object_mut().unwrap().remove("stop").unwrap();
+        let mut older: PartRecord = serde_json::from_value(text).unwrap();
+        older.note_stop(|stop| stop.told = true);
+        assert_eq!(older.stop(), None);
+    }
+
+    #[test]
     fn no_folder_is_made_before_the_record_that_tells_of_it() {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
@@ -415,6 +478,7 @@ mod tests {
                 plan: None,
                 netns: None,
                 fetch_from: None,
+                cold: false,
             },
         };
         let error = record.begin(&dirs).unwrap_err();

@@ -2,7 +2,7 @@
 //!
 //! | journal says | source | target |
 //! |---|---|---|
-//! | open | the worker has undone the dump when its agent went, or is told to | the hook has failed the restore; the rest is removed |
+//! | open | the worker has undone the dump when its agent went, or is told to; what was stopped is started again | the hook has failed the restore; the rest is removed |
 //! | sealed | the coordinator's record decides | kept held; the coordinator's record aborts it, only its `Resume` frees it |
 //! | sealed, and an operator has decided | the operator's word | the same; it may free it, too |
 //! | ended | a tombstone, and what was not removed yet is | the same |

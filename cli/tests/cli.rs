@@ -121,7 +121,9 @@ fn node(name: &str) -> Node {
         memory_total: 8 << 30,
         memory_available: 4 << 30,
         workloads: vec!["redis".into(), "cart".into()],
-        features: ["agent:post_copy", "criu:mem_dirty_track", "kernel:tcp_repair"].map(String::from).to_vec(),
+        features: ["agent:cold", "agent:post_copy", "criu:mem_dirty_track", "kernel:tcp_repair"]
+            .map(String::from)
+            .to_vec(),
         complaints: Vec::new(),
     }
 }

@@ -43,6 +43,7 @@ pub(crate) fn record(workload: &str, source: &str, target: &str) -> Record {
         bandwidth_limit: 0,
         verify: false,
         throttle: false,
+        grace_period_s: 0,
         created_at: Timestamp::now(),
         frozen_at: None,
         state: State::new(),

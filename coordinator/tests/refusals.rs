@@ -80,13 +80,13 @@ async fn other_strategies_are_not_available_yet() {
     let request = v1::MigrateRequest {
         workload: "shop".to_owned(),
         target: "b".to_owned(),
-        strategy: v1::Strategy::Cold.into(),
+        strategy: v1::Strategy::Application.into(),
         ..v1::MigrateRequest::default()
     };
     let failure = Failure::from(client.migrate(request).await.unwrap_err());
     assert_eq!(
         (failure.code, failure.message.as_str()),
-        (FailureCode::Unimplemented, "the strategy cold is not available yet")
+        (FailureCode::Unimplemented, "the strategy application is not available yet")
     );
 }
 

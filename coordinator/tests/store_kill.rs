@@ -30,6 +30,7 @@ fn record(number: u64) -> Record {
         bandwidth_limit: 0,
         verify: false,
         throttle: false,
+        grace_period_s: 0,
         created_at: Timestamp::now(),
         frozen_at: None,
         state: State::new(),

@@ -78,6 +78,32 @@
 //! The source stays SEALED until then, also when it asks how the migration was decided and hears *commit*. When `Fill` fails with
 //! `DATA_LOSS` it is released as well.
 //!
+//! # The order of a cold migration
+//!
+//! Between agents that have `agent:cold` among their `features`, whatever else they are unfit for. The calls are a live one's without
+//! `Fill`; `Prepare` says `cold`, and `Freeze` has a `stop`, and a `pre_copy` whose rounds go over the writable layer alone.
+//!
+//! ```text
+//! coordinator             source agent                         target agent
+//!   Freeze {stop} ───────▶ (copies large files) ═══════════════▶ keeps them
+//!                          Round ─▶ Round … ─▶ Converged
+//!                          SIGTERM ┄ grace period ┄ SIGKILL
+//!   Restore ───────────────────────────────────────────────────▶ (waits for the rest)
+//!                          Frozen ─▶ Progress… ═════════════════▶ unpacks the layer, runc create
+//!                          Transferred                           answers Restore: held
+//!   … Seal, COMMIT, Release: runc delete
+//!   Resume ────────────────────────────────────────────────────▶ link joined, address announced, runc start: answers
+//! ```
+//!
+//! - `Frozen` says that every process has ended; the link is cut by then. `freeze_ms` counts from the SIGTERM, with which the downtime
+//!   begins.
+//! - The target holds what `runc create` has made: its init waits at runc's fifo. HELD and SEALED mean that.
+//! - A source that has sent the SIGTERM and is not SEALED undoes itself as ever, and so does an `Abort`: the container is seen to its end,
+//!   within what is left of its grace period, and started again from its bundle. That also holds for an agent that was killed: it
+//!   has noted what it was about to do. `Abort` is answered when the container runs.
+//! - A source does not seal, nor does it confirm `Release`, while a container of that id runs which it has not started: somebody else has,
+//!   and there would be two.
+//!
 //! # The source's part
 //!
 //! ```text
@@ -118,5 +144,5 @@
 //!
 //! Messages: at most 4 MiB. Ids at most 64 bytes, names at most 63, `reason` is cut to 1 KiB. A deadline is between 1 s
 //! and 24 h; what is outside is clamped. Pre-copy: a downtime budget above 0, 1 to 100 rounds; a coordinator asks for 1 ms to
-//! 60 s and at most 30 rounds, and for a bandwidth limit of 0 or at least 64 KiB per second. A link has at most 16 addresses and
+//! 60 s and at most 30 rounds, for a grace period of at most 3600 s, and for a bandwidth limit of 0 or at least 64 KiB per second. A link has at most 16 addresses and
 //! 64 routes. A word of `features` is ASCII, at most 64 bytes, and ignored by whoever does not know it.

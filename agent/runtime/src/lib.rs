@@ -2,6 +2,7 @@
 
 mod cgroup;
 mod container;
+mod create;
 mod error;
 mod externals;
 mod freezer;
@@ -18,6 +19,7 @@ mod tree;
 
 pub use cgroup::CgroupPaths;
 pub use container::{Container, ContainerMount, Init, NamespaceKind, Status, discover, find};
+pub use create::CreateRequest;
 pub use error::Error;
 pub use externals::{DESCRIPTORS, Externals, network_namespace};
 pub use freezer::{Freezer, FreezerState};

@@ -20,13 +20,22 @@ impl Init {
 
     /// Kills exactly this process, not a later one with its pid. That it is gone already is no error.
     pub(crate) fn kill(self) {
+        self.send(Signal::KILL);
+    }
+
+    /// Asks exactly this process to end, with a SIGTERM. That it is gone already is no error.
+    pub fn terminate(self) {
+        self.send(Signal::TERM);
+    }
+
+    fn send(self, signal: Signal) {
         let Some(pid) = Pid::from_raw(self.pid) else { return };
         // The descriptor pins the process; the look at the start time after it makes sure that it is the right one.
         let Ok(descriptor) = pidfd_open(pid, PidfdFlags::empty()) else { return };
         if self.is_alive()
-            && let Err(errno) = pidfd_send_signal(&descriptor, Signal::KILL)
+            && let Err(errno) = pidfd_send_signal(&descriptor, signal)
         {
-            tracing::debug!(pid = self.pid, %errno, "could not be killed");
+            tracing::debug!(pid = self.pid, ?signal, %errno, "could not be sent its signal");
         }
     }
 }

@@ -248,7 +248,7 @@ impl RunningRestore {
 }
 
 /// Lines of runc's JSON log that report an error.
-fn runc_errors(log: &Path) -> Result<Vec<String>, Error> {
+pub(crate) fn runc_errors(log: &Path) -> Result<Vec<String>, Error> {
     #[derive(Deserialize)]
     struct Line {
         level: String,

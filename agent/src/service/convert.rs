@@ -100,7 +100,7 @@ fn invalid(message: impl Into<String>) -> Failure {
 /// An event of a freeze.
 pub(crate) fn event(event: FreezeEvent) -> v1::FreezeEvent {
     let event = match event {
-        FreezeEvent::Frozen { freeze_ms } => freeze_event::Event::Frozen(v1::Frozen { freeze_ms }),
+        FreezeEvent::Frozen { freeze_ms, killed } => freeze_event::Event::Frozen(v1::Frozen { freeze_ms, killed }),
         FreezeEvent::Progress { raw_bytes, wire_bytes } => {
             freeze_event::Event::Progress(v1::Progress { raw_bytes, wire_bytes })
         }

@@ -15,6 +15,10 @@ use crate::context::{Context, blocking};
 
 /// What this agent knows that others of its version may not.
 const AGENT_FEATURES: [&str; 1] = ["post_copy"];
+/// And that this node lacks nothing for.
+const COLD: &str = "agent:cold";
+/// What of the kernel is needed for a restore alone.
+const OF_RESTORES: &str = "tcp_repair";
 
 /// The oldest runc that podferry works with: the first whose `restore` can leave cgroups alone.
 const OLDEST_RUNC: (u32, u32) = (1, 3);
@@ -25,6 +29,8 @@ pub(crate) struct Capabilities {
     criu_version: String,
     runc_version: String,
     complaints: Vec<String>,
+    /// Those that do not matter where nothing is dumped and restored.
+    criu_complaints: Vec<String>,
     kernel_features: Vec<&'static str>,
     /// Asked for behind the start, because it takes CRIU half a second; none until then.
     criu_features: Arc<OnceLock<Vec<&'static str>>>,
@@ -35,7 +41,8 @@ impl Capabilities {
     pub(crate) async fn probe(context: &Context) -> Self {
         let criu = Criu::at(&context.config.tools.criu);
         let probed = blocking(move || Ok(criu.probe())).await;
-        let (criu_version, mut complaints) = match probed {
+        let mut complaints = Vec::new();
+        let (criu_version, mut criu_complaints) = match probed {
             Ok(Ok(CriuCapabilities { version, complaints })) => (version.to_string(), complaints),
             Ok(Err(error)) => (String::new(), vec![chain(&error)]),
             Err(failure) => (String::new(), vec![failure.message]),
@@ -45,30 +52,34 @@ impl Capabilities {
             String::new()
         });
         complaints.extend(too_old(&runc_version));
-        let (kernel_features, missing) = kernel_features().await;
+        let Kernel { features: kernel_features, missing, missing_for_restores } = Kernel::try_out().await;
         complaints.extend(missing);
-        for (what, path) in programs(context) {
-            if !path.is_file() {
-                complaints.push(format!("{what} is not at {}", path.display()));
-            }
+        criu_complaints.extend(missing_for_restores);
+        let keeper = &context.config.tools.stdio_keeper;
+        complaints.extend(absent("podferry-stdio-keeper", keeper));
+        criu_complaints.extend(programs(context).into_iter().filter_map(|(what, path)| absent(what, path)));
+        for complaint in criu_complaints.iter().filter(|_| complaints.is_empty()) {
+            tracing::error!(complaint, "this node can take part in cold migrations alone");
         }
         for complaint in &complaints {
             tracing::error!(complaint, "this node cannot take part in migrations");
         }
         let criu_features = ask_for_features(Criu::at(&context.config.tools.criu));
-        Self { criu_version, runc_version, complaints, kernel_features, criu_features }
+        Self { criu_version, runc_version, complaints, criu_complaints, kernel_features, criu_features }
     }
 
-    /// What CRIU and the kernel can do, as `DescribeResponse` has it.
-    fn features(&self) -> Vec<String> {
+    /// What CRIU and the kernel can do, as `DescribeResponse` has it; `cold`: whether nothing is missing for that.
+    fn features(&self, cold: bool) -> Vec<String> {
         let criu = self.criu_features.get().into_iter().flatten().map(|name| format!("criu:{name}"));
         let kernel = self.kernel_features.iter().map(|name| format!("kernel:{name}"));
-        AGENT_FEATURES.iter().map(|name| format!("agent:{name}")).chain(criu).chain(kernel).collect()
+        let agent = AGENT_FEATURES.iter().map(|name| format!("agent:{name}"));
+        cold.then(|| COLD.to_owned()).into_iter().chain(agent).chain(criu).chain(kernel).collect()
     }
 
-    /// The complaints as preflight's findings.
-    pub(crate) fn findings(&self) -> impl Iterator<Item = Finding> {
-        self.complaints.iter().map(|complaint| Finding {
+    /// The complaints as preflight's findings; with `cold` without those of CRIU.
+    pub(crate) fn findings(&self, cold: bool) -> impl Iterator<Item = Finding> {
+        let of_criu = self.criu_complaints.iter().filter(move |_| !cold);
+        self.complaints.iter().chain(of_criu).map(|complaint| Finding {
             refuses: true,
             kind: "node-unfit".to_owned(),
             pid: 0,
@@ -93,20 +104,19 @@ impl Capabilities {
         })
     }
 
-    /// Those of the start, and what may have changed since.
+    /// Those of the start that matter to all migrations, and what may have changed since.
     fn complaints_now(&self, context: &Context) -> Vec<String> {
         let bridge = network::bridge_complaint(&context.config.network.bridge);
-        self.complaints
-            .iter()
-            .cloned()
-            .chain(bridge.map(|(complaint, remedy)| format!("{complaint}; {remedy}")))
-            .collect()
+        let bridge = bridge.map(|(complaint, remedy)| format!("{complaint}; {remedy}"));
+        self.complaints.iter().cloned().chain(bridge).collect()
     }
 
     /// The answer to `Describe`.
     pub(crate) async fn describe(&self, context: &Context) -> Result<v1::DescribeResponse, Failure> {
         let facts = host_facts(context).await?;
-        let complaints = self.complaints_now(context);
+        let mut complaints = self.complaints_now(context);
+        let features = self.features(complaints.is_empty());
+        complaints.extend(self.criu_complaints.iter().cloned());
         let free = |dir: &Path| podferry_filesystem::free_bytes(dir).unwrap_or(0);
         Ok(v1::DescribeResponse {
             version: Some(Version::OURS.into()),
@@ -120,7 +130,7 @@ impl Capabilities {
             images_free: free(&context.config.images_dir),
             layers_free: free(&context.config.runtime.bundles_dir),
             criu_version: self.criu_version.clone(),
-            features: self.features(),
+            features,
             fit: complaints.is_empty(),
             complaints,
             runc_version: self.runc_version.clone(),
@@ -209,34 +219,51 @@ fn too_old(version: &str) -> Option<String> {
     is_old.then(|| format!("runc {version} is too old: {oldest_major}.{oldest_minor} or newer is needed"))
 }
 
-/// What the kernel has of what migrations need, by name in alphabetical order, and a complaint for each that every migration needs
-/// and that it lacks.
-async fn kernel_features() -> (Vec<&'static str>, Vec<String>) {
-    let tried = blocking(|| Ok((podferry_network::probe(), has_overlay()))).await;
-    let (network, overlay) = match tried {
-        Ok((Ok(network), overlay)) => (network, overlay),
-        Ok((Err(error), _)) => return (Vec::new(), vec![format!("the kernel cannot be tried out: {}", chain(&error))]),
-        Err(failure) => return (Vec::new(), vec![failure.message]),
-    };
-    let network = network.into_iter().map(|one| (one.name, one.missing.map(|error| chain(&error))));
-    let overlay = ("overlay", overlay.err().map(|error| format!("overlayfs cannot be mounted: {error}")));
-    let (mut found, mut complaints) = (Vec::new(), Vec::new());
-    for (name, missing) in network.chain([overlay]) {
-        match missing {
-            None => found.push(name),
-            Some(why) => complaints.push(format!("the kernel lacks {name}: {why}")),
+/// What the kernel has of what migrations need, and a complaint for each that it lacks.
+#[derive(Debug, Default)]
+struct Kernel {
+    /// By name, in alphabetical order.
+    features: Vec<&'static str>,
+    /// What every migration needs.
+    missing: Vec<String>,
+    /// What every one but a cold one needs.
+    missing_for_restores: Vec<String>,
+}
+
+impl Kernel {
+    async fn try_out() -> Self {
+        let tried = blocking(|| Ok((podferry_network::probe(), has_overlay()))).await;
+        let unknown = |why: String| Self { missing: vec![why], ..Self::default() };
+        let (network, overlay) = match tried {
+            Ok((Ok(network), overlay)) => (network, overlay),
+            Ok((Err(error), _)) => return unknown(format!("the kernel cannot be tried out: {}", chain(&error))),
+            Err(failure) => return unknown(failure.message),
+        };
+        let network = network.into_iter().map(|one| (one.name, one.missing.map(|error| chain(&error))));
+        let overlay = ("overlay", overlay.err().map(|error| format!("overlayfs cannot be mounted: {error}")));
+        let mut kernel = Self::default();
+        network.chain([overlay]).for_each(|(name, missing)| kernel.note(name, missing));
+        kernel.try_write_tracking();
+        kernel.features.sort_unstable();
+        kernel
+    }
+
+    fn note(&mut self, name: &'static str, missing: Option<String>) {
+        let Some(why) = missing else { return self.features.push(name) };
+        let complaint = format!("the kernel lacks {name}: {why}");
+        if name == OF_RESTORES { self.missing_for_restores.push(complaint) } else { self.missing.push(complaint) }
+    }
+
+    /// Without it live migrations are warm ones, and say so.
+    fn try_write_tracking(&mut self) {
+        match UserfaultfdTracker::try_kernel() {
+            Ok(()) => self.features.push("write_tracking"),
+            Err(_) if SoftDirtyTracker::try_kernel().unwrap_or(false) => self.features.push("write_tracking"),
+            Err(error) => {
+                tracing::info!(%error, "this kernel neither follows writes asynchronously nor makes soft-dirty marks");
+            }
         }
     }
-    // Without it live migrations are warm ones, and say so.
-    match UserfaultfdTracker::try_kernel() {
-        Ok(()) => found.push("write_tracking"),
-        Err(_) if SoftDirtyTracker::try_kernel().unwrap_or(false) => found.push("write_tracking"),
-        Err(error) => {
-            tracing::info!(%error, "this kernel neither follows writes asynchronously nor makes soft-dirty marks");
-        }
-    }
-    found.sort_unstable();
-    (found, complaints)
 }
 
 /// Opening a filesystem's context loads its module where there is one, and mounts nothing.
@@ -259,11 +286,15 @@ fn ask_for_features(criu: Criu) -> Arc<OnceLock<Vec<&'static str>>> {
     features
 }
 
-fn programs(context: &Context) -> [(&'static str, &Path); 6] {
+fn absent(what: &str, path: &Path) -> Option<String> {
+    (!path.is_file()).then(|| format!("{what} is not at {}", path.display()))
+}
+
+/// Those that dump and restore.
+fn programs(context: &Context) -> [(&'static str, &Path); 5] {
     let tools = &context.config.tools;
     [
         ("podferry-hook", tools.hook.as_path()),
-        ("podferry-stdio-keeper", tools.stdio_keeper.as_path()),
         ("podferry-dump-worker", tools.dump_worker.as_path()),
         ("podferry-pager", tools.pager.as_path()),
         ("podferry-tar", tools.tar.as_path()),
@@ -298,19 +329,27 @@ mod tests {
         assert!(criu.exists(), "there is no CRIU at {}: run deploy/setup/setup.sh", criu.display());
         let criu_features = ask_for_features(Criu::at(criu));
         assert!(criu_features.wait().contains(&"seccomp_filters"), "{criu_features:?}");
-        let (criu_version, runc_version, complaints) = (String::new(), String::new(), Vec::new());
-        let capabilities =
-            Capabilities { criu_version, runc_version, complaints, kernel_features: vec!["veth"], criu_features };
-        let published = capabilities.features();
+        let capabilities = Capabilities {
+            criu_version: String::new(),
+            runc_version: String::new(),
+            complaints: Vec::new(),
+            criu_complaints: vec!["CRIU is too old".to_owned()],
+            kernel_features: vec!["veth"],
+            criu_features,
+        };
+        assert_eq!((capabilities.findings(true).count(), capabilities.findings(false).count()), (0, 1));
+        assert!(!capabilities.features(false).contains(&COLD.to_owned()));
+        let published = capabilities.features(true);
+        assert_eq!(published[0], COLD);
         assert!(published.is_sorted() && published.contains(&"criu:seccomp_filters".to_owned()), "{published:?}");
         assert_eq!(published.last().map(String::as_str), Some("kernel:veth"));
     }
 
     #[tokio::test]
     async fn this_kernel_has_what_migrations_need() {
-        let (found, complaints) = kernel_features().await;
+        let kernel = Kernel::try_out().await;
         let all = ["bridge", "link_cut", "overlay", "tcp_repair", "veth", "write_tracking"];
-        assert_eq!(found, all, "{complaints:?}");
-        assert_eq!(complaints, Vec::<String>::new());
+        assert_eq!(kernel.features, all, "{kernel:?}");
+        assert!(kernel.missing.is_empty() && kernel.missing_for_restores.is_empty(), "{kernel:?}");
     }
 }

@@ -136,6 +136,7 @@ impl Agent {
             link: request.link.filter(|_| moves).map(convert::link_of).transpose()?,
             keep_connections: request.keep_connections,
             fetch_from: Some(request.source_address).filter(|address| !address.is_empty()),
+            cold: request.cold,
         };
         let part = Arc::new(TargetPart::prepare(&self.context, order).await?);
         reservation.fill(Part::Target(part));
@@ -165,6 +166,7 @@ impl Agent {
                 .pre_copy
                 .map(|pre_copy| convert::pre_copy_of(&pre_copy, deadline_of(pre_copy.deadline_ms))),
             post_copy: request.post_copy,
+            stop: request.stop.map(|stop| Duration::from_millis(stop.grace_period_ms).min(DEADLINES.1)),
             patience: patience_of(request.deadline_ms),
         };
         let (part, connected) = SourcePart::begin(&self.context, &order).await?;
@@ -260,7 +262,8 @@ impl AgentService for Agent {
     ) -> Result<Response<v1::PreflightSourceResponse>, Status> {
         self.only_coordinator(&request)?;
         let request = request.into_inner();
-        Ok(Response::new(preflight::source(&self.context, &request.workload).await?))
+        let cold = request.strategy() == v1::Strategy::Cold;
+        Ok(Response::new(preflight::source(&self.context, &request.workload, cold).await?))
     }
 
     async fn preflight_target(
@@ -273,7 +276,7 @@ impl AgentService for Agent {
         let lazy = [v1::Strategy::Live, v1::Strategy::Postcopy, v1::Strategy::Hybrid].contains(&request.strategy());
         let wish = preflight::Wish::from(request);
         let mut findings = preflight::target(&self.context, &wish).await?;
-        findings.extend(self.capabilities.findings());
+        findings.extend(self.capabilities.findings(wish.cold));
         findings.extend(self.capabilities.lazy_findings().filter(|_| lazy));
         Ok(Response::new(v1::PreflightTargetResponse { findings }))
     }

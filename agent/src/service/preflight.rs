@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use oci_spec::runtime::Spec;
 use podferry_common::failure::{Failure, FailureCode};
 use podferry_common::room;
 use podferry_criu::GHOST_LIMIT;
@@ -23,12 +24,15 @@ pub(crate) struct Wish {
     layer_bytes: u64,
     network: NetworkKind,
     link: Option<v1::Link>,
+    /// It is created anew, not restored.
+    pub(crate) cold: bool,
 }
 
 impl From<v1::PreflightTargetRequest> for Wish {
     fn from(request: v1::PreflightTargetRequest) -> Self {
         Self {
             network: request.network(),
+            cold: request.strategy() == v1::Strategy::Cold,
             workload: request.workload,
             memory_bytes: request.memory_bytes,
             layer_bytes: request.layer_bytes,
@@ -41,6 +45,7 @@ impl From<v1::PrepareRequest> for Wish {
     fn from(request: v1::PrepareRequest) -> Self {
         Self {
             network: request.network(),
+            cold: request.cold,
             workload: request.workload,
             memory_bytes: request.memory_bytes,
             layer_bytes: request.layer_bytes,
@@ -92,11 +97,15 @@ pub(crate) async fn link_of(context: &Context, container: &Container) -> Result<
     Ok(Some(FoundLink { link }))
 }
 
-/// Can it be dumped?
+/// Can it be dumped, or with `cold`: be stopped and started anew?
 ///
 /// # Errors
-/// When it is not there or cannot be looked at. What speaks against a dump is not an error but a finding.
-pub(crate) async fn source(context: &Context, workload: &str) -> Result<v1::PreflightSourceResponse, Failure> {
+/// When it is not there or cannot be looked at. What speaks against it is not an error but a finding.
+pub(crate) async fn source(
+    context: &Context,
+    workload: &str,
+    cold: bool,
+) -> Result<v1::PreflightSourceResponse, Failure> {
     let container = container(context, workload).await?;
     if container.status != Status::Running {
         let (message, remedy) = not_running(&container.id, container.status, &container.root);
@@ -118,14 +127,20 @@ pub(crate) async fn source(context: &Context, workload: &str) -> Result<v1::Pref
         .await?
     };
     let (report, layer) = looked;
-    let mut findings: Vec<Finding> = report.findings.iter().map(finding_of).collect();
-    let images_free = podferry_filesystem::free_bytes(&context.config.images_dir).unwrap_or(0);
-    findings.extend(deleted_findings(&report.facts.deleted_files, images_free));
+    let mut findings: Vec<Finding> = Vec::new();
+    if cold {
+        findings.extend(terminal_finding(&container.config));
+    } else {
+        findings.extend(report.findings.iter().map(finding_of));
+        let images_free = podferry_filesystem::free_bytes(&context.config.images_dir).unwrap_or(0);
+        findings.extend(deleted_findings(&report.facts.deleted_files, images_free));
+    }
     if link.is_some() {
         findings.extend(network::unmoved_findings(&unmoved(context, &container).await?));
     }
     // They come back as files, and for a moment both as such and as images.
-    let deleted_bytes: u64 = report.facts.deleted_files.iter().map(|file| file.bytes).sum();
+    let deleted = report.facts.deleted_files.iter().filter(|_| !cold);
+    let deleted_bytes: u64 = deleted.map(|file| file.bytes).sum();
     let layer_bytes = match &layer {
         WritableLayer::Overlay(overlay) => content_bytes(&overlay.upper),
         WritableLayer::Plain { rootfs } => {
@@ -239,7 +254,14 @@ fn plain_root(container: &Container, rootfs: &Path) -> Option<Finding> {
 pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding>, Failure> {
     let mut findings = Vec::new();
     match Bundle::read(&context.config.runtime.bundles_dir, &wish.workload) {
-        Ok(bundle) => findings.extend(bundle_findings(&bundle, wish)),
+        Ok(bundle) => {
+            findings.extend(bundle_findings(&bundle, wish));
+            if wish.cold {
+                // One that cannot be read has been found above.
+                let spec = Spec::load(bundle.dir.join("config.json")).ok();
+                findings.extend(spec.as_ref().and_then(terminal_finding));
+            }
+        }
         Err(failure) => findings.push(refusal("no-bundle", failure.message, failure.remedy.unwrap_or_default())),
     }
     let taken = {
@@ -253,7 +275,7 @@ pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding
     if wish.network == NetworkKind::Path {
         findings.extend(network::bridge_finding(&context.config.network.bridge));
     }
-    let needed = room::to_restore(wish.memory_bytes);
+    let needed = if wish.cold { room::to_store(wish.memory_bytes) } else { room::to_restore(wish.memory_bytes) };
     let facts = describe::host_facts(context).await?;
     if facts.memory_available < needed {
         let message = format!("{needed} bytes of memory are needed and {} are available", facts.memory_available);
@@ -263,7 +285,8 @@ pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding
         ("out-of-image-memory", &context.config.images_dir, wish.memory_bytes),
         ("out-of-disk", &context.config.runtime.bundles_dir, wish.layer_bytes),
     ];
-    for (kind, dir, bytes) in places {
+    // No images come then.
+    for (kind, dir, bytes) in places.into_iter().skip(usize::from(wish.cold)) {
         let free = podferry_filesystem::free_bytes(dir).unwrap_or(0);
         let needed = room::to_store(bytes);
         if free < needed {
@@ -272,6 +295,15 @@ pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding
         }
     }
     Ok(findings)
+}
+
+/// Nobody is there to take the terminal of a container that an agent starts.
+fn terminal_finding(config: &Spec) -> Option<Finding> {
+    let wanted = config.process().as_ref().and_then(oci_spec::runtime::Process::terminal).unwrap_or(false);
+    wanted.then(|| {
+        let message = "its standard streams are a terminal, which nobody takes when it is started anew".to_owned();
+        refusal("terminal", message, "set process.terminal to false in config.json, and start it so".to_owned())
+    })
 }
 
 /// The same as an error, for a caller that goes on to change things.

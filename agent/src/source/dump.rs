@@ -122,7 +122,7 @@ impl SourcePart {
         tracing::debug!(migration = %order.migration, "the tasks stand still");
         let rest = converged.as_ref().map(|converged| converged.rest);
         let last_round = self.spawn_last_round(order, rest, &sender).await;
-        let _ = events.send(FreezeEvent::Frozen { freeze_ms: ms(begun, frozen_at) }).await;
+        let _ = events.send(FreezeEvent::Frozen { freeze_ms: ms(begun, frozen_at), killed: false }).await;
 
         let telling = tell_progress(&sender, events);
         let sending = self.send_rest(order, deadline, &sender, forwarding, last_round);
@@ -253,7 +253,7 @@ impl SourcePart {
         .await
     }
 
-    async fn send_layer(&self, container: &Container, sender: &Arc<Sender>) -> Result<(), Failure> {
+    pub(super) async fn send_layer(&self, container: &Container, sender: &Arc<Sender>) -> Result<(), Failure> {
         let rootfs = container.rootfs.clone();
         let seeds = std::mem::take(&mut self.followers.lock().await.seeds);
         let sender = Arc::clone(sender);

@@ -5,6 +5,8 @@
 //!                └───────────────┴──────────────────┴───── anything wrong ───┴─────────────┴───── Abort ─────┘──▶ ABORTED
 //! ```
 //!
+//! In a [cold](cold) migration the container is stopped instead, the layer alone is sent, and an abort starts it again.
+//!
 //! [Pre-copy](precopy) is for live migrations: memory is sent while the container runs. If it is asked for, all of that is compared
 //! with what the target has before FROZEN.
 //!
@@ -13,6 +15,7 @@
 
 mod arrivals;
 mod batch;
+mod cold;
 mod courtesy;
 mod dump;
 mod fetched;
@@ -28,11 +31,11 @@ use std::time::{Duration, Instant, SystemTime};
 use podferry_common::failure::{Failure, FailureCode, chain};
 use podferry_runtime::{Container, Init};
 use podferry_transfer::{Compression, Introduction, Options, Sender};
-use tokio::sync::{Mutex, OwnedMutexGuard, mpsc};
+use tokio::sync::{Mutex, MutexGuard, OwnedMutexGuard, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::context::{Context, blocking};
-use crate::journal::{FetchedBy, Ledger, PartDirs, PartRecord, Role, Standing};
+use crate::journal::{FetchedBy, Ledger, PartDirs, PartRecord, Role, Standing, StopNote};
 use crate::parts::Authority;
 use crate::worker::client::{View, Worker};
 use crate::worker::messages::{Order, Stage, WorkerRecord};
@@ -73,6 +76,8 @@ pub struct SourcePart {
     /// What comes for the container while its link is cut; none before, and in a restarted agent.
     arrivals: OnceLock<Arrivals>,
     pre_copying: AtomicBool,
+    /// Cold: it has ended, and its layer is with the target.
+    stopped: AtomicBool,
     /// Ends a dump and transfer that go on: a stalled link must not keep the tasks frozen.
     cancelled: CancellationToken,
 }
@@ -104,6 +109,7 @@ impl SourcePart {
                 link: order.link_handle(),
                 netns: order.container.namespace_paths.get(&podferry_runtime::NamespaceKind::Network).cloned(),
                 fetched_by: order.fetched_by(),
+                stop: order.stop.map(|grace| StopNote { grace, begun: None, told: false }),
             },
         };
         // A target that cannot be reached is to cost the tasks nothing.
@@ -142,6 +148,7 @@ impl SourcePart {
             fetched_by,
             arrivals: OnceLock::new(),
             pre_copying: AtomicBool::new(false),
+            stopped: AtomicBool::new(false),
             cancelled: CancellationToken::new(),
         }
     }
@@ -177,6 +184,9 @@ impl SourcePart {
         events: &mpsc::Sender<FreezeEvent>,
     ) -> Result<(), Failure> {
         let work = async {
+            if order.stop.is_some() {
+                return self.stop_and_send(order, sender, events).await;
+            }
             let followers = Arc::clone(&self.followers).lock_owned().await;
             let (followers, converged) = match order.pre_copy {
                 None if order.post_copy => self.stand_by(order, &sender, followers).await?,
@@ -279,6 +289,10 @@ impl SourcePart {
             Standing::Open => {}
             other => return Err(self.wrong_standing("seal", other)),
         }
+        if record.stop().is_some() {
+            self.check_stopped(&record).await?;
+            return self.note_sealed(&mut record);
+        }
         let worker = self.worker()?;
         if worker.view() != View::Stage(Stage::Dumped) {
             self.check(&worker.view())?;
@@ -299,8 +313,12 @@ impl SourcePart {
                 return Err(self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("commit"));
             }
         }
+        self.note_sealed(&mut record)
+    }
+
+    fn note_sealed(&self, record: &mut MutexGuard<'_, PartRecord>) -> Result<(), Failure> {
         self.ledger
-            .change(&mut record, |record| record.standing = Standing::Sealed)
+            .change(record, |record| record.standing = Standing::Sealed)
             .map_err(|error| io_failed(&self.context, &error))
     }
 
@@ -320,6 +338,10 @@ impl SourcePart {
             Some(worker) => {
                 worker.order(&Order::Release).await;
                 worker.until(RELEASE_TIMEOUT, View::is_last).await
+            }
+            None if record.stop().is_some() => {
+                self.check_absent(&record).await?;
+                View::Stage(Stage::Released)
             }
             None => View::Lost,
         };
@@ -409,6 +431,7 @@ impl SourcePart {
                 return Err(self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("rollback"));
             }
         }
+        self.start_again(&record).await?;
         if let Some(arrivals) = self.arrivals.get() {
             arrivals.give_back();
         }
@@ -440,8 +463,11 @@ impl SourcePart {
         }
     }
 
-    /// Whether the worker holds the frozen tasks.
+    /// Whether the worker holds the frozen tasks, or cold: they have ended.
     pub fn is_frozen(&self) -> bool {
+        if self.stopped.load(Ordering::Relaxed) {
+            return true;
+        }
         let view = self.worker.get().map(Worker::view);
         matches!(view, Some(View::Stage(Stage::Frozen { .. } | Stage::Dumped | Stage::Sealed)))
     }

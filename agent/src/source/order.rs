@@ -33,6 +33,8 @@ pub struct FreezeOrder {
     pub pre_copy: Option<PreCopyOrder>,
     /// Whether memory that pre-copy has not brought below the budget stays here for the target to fetch.
     pub post_copy: bool,
+    /// Cold: stop the container, which gets so long to end, and send its layer alone.
+    pub stop: Option<Duration>,
     /// How long after the end of pre-copy an unsealed part undoes itself.
     pub patience: Duration,
 }
@@ -72,10 +74,12 @@ pub enum FreezeEvent {
         /// What a person should know.
         notes: Vec<String>,
     },
-    /// The tasks are frozen; milliseconds since the request.
+    /// The tasks are frozen, or cold: have ended.
     Frozen {
-        /// From the request to the freeze.
+        /// Milliseconds from the request to the freeze, or cold: from the signal to the end.
         freeze_ms: f64,
+        /// Cold: it did not end in its grace period.
+        killed: bool,
     },
     /// Bytes so far.
     Progress {

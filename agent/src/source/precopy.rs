@@ -176,7 +176,7 @@ impl Way {
         Ok((sender.open_blocking(object)?, sender.pool()))
     }
 
-    fn wire_bytes(&self) -> u64 {
+    pub(super) fn wire_bytes(&self) -> u64 {
         self.sender.upgrade().map_or(0, |sender| sender.stats().wire_bytes)
     }
 }

@@ -5,10 +5,13 @@
 //!                 └─────────────────────────┴─────────────────┴────────────┴── Abort ──▶ ABORTED: nothing left
 //! ```
 //!
+//! In a [cold](cold) migration it is created instead of restored, and held by runc itself.
+//!
 //! Until the resume the container's link is on no bridge, so its address answers nobody here. The images stay until the
 //! container runs: when a committed restore dies before that, it is done again from them.
 
 pub mod bundle;
+mod cold;
 mod doorstep;
 mod early;
 pub mod fetch;
@@ -77,6 +80,8 @@ pub struct PrepareOrder {
     pub keep_connections: bool,
     /// Post-copy: host:port of the source's agent.
     pub fetch_from: Option<String>,
+    /// The container is created from the bundle; nothing is restored.
+    pub cold: bool,
 }
 
 /// The part.
@@ -102,6 +107,10 @@ pub struct TargetPart {
     /// Bringing the layer to the disk, which goes on while the container is restored.
     syncing: Mutex<Option<JoinHandle<Result<(), SyncError>>>>,
     restoring: AtomicBool,
+    /// The container is created, not restored,
+    cold: bool,
+    /// and that has been done.
+    created: AtomicBool,
     cancelled: CancellationToken,
 }
 
@@ -131,12 +140,16 @@ impl TargetPart {
                 plan: order.link.clone(),
                 netns: netns.clone(),
                 fetch_from: order.fetch_from.clone(),
+                cold: order.cold,
             },
         };
         let made = async {
             record.begin(&dirs).map_err(|error| io_failed(context, &error))?;
             bundle.make_room().map_err(|error| io_failed(context, &error))?;
             make_network(context, &record).await?;
+            if order.cold {
+                restore_mtu(&record);
+            }
             HookKeeper::listen(&dirs.hook_socket(), order.migration.to_string())
                 .map_err(|error| io_failed(context, &error))
         };
@@ -166,6 +179,8 @@ impl TargetPart {
             workload: order.workload,
             migration: order.migration,
             keep_connections: order.keep_connections,
+            cold: order.cold,
+            created: AtomicBool::new(false),
             hook,
             source: Some(source),
             doorstep: Arc::default(),
@@ -192,6 +207,8 @@ impl TargetPart {
         if let Some(source) = fetch_from.as_ref().filter(|_| fill::is_under_way(&dirs)) {
             fetch::start(context, record.migration, source).map_err(|error| io_failed(context, &error))?;
         }
+        let cold = matches!(record.role, Role::Target { cold: true, .. });
+        let created = AtomicBool::new(cold && record.standing == Standing::Sealed);
         let (workload, migration) = (record.workload.clone(), record.migration);
         let ledger = Ledger::new(record, dirs.clone());
         Ok(Self {
@@ -201,6 +218,8 @@ impl TargetPart {
             workload,
             migration,
             keep_connections,
+            cold,
+            created,
             fetch_from,
             hook,
             source: None,
@@ -222,15 +241,21 @@ impl TargetPart {
         self.restoring.store(true, Ordering::Relaxed);
         let patience = deadline.duration_since(SystemTime::now()).unwrap_or_default();
         let work = async {
-            self.start_early().await;
+            if !self.cold {
+                self.start_early().await;
+            }
             self.arrived().await?;
             let begun = Instant::now();
             tracing::debug!(migration = %self.migration, "everything is here");
             let layer = self.bundle.upper();
             let inbox = self.inbox.clone();
             *self.syncing.lock().await = Some(spawn_blocking(move || sync(&layer, inbox.as_deref())));
-            self.start_restore().await?;
-            self.until_held().await?;
+            if self.cold {
+                self.create().await?;
+            } else {
+                self.start_restore().await?;
+                self.until_held().await?;
+            }
             tracing::debug!(migration = %self.migration, "the container is held");
             Ok(begun.elapsed().as_secs_f64() * 1e3)
         };
@@ -349,6 +374,10 @@ impl TargetPart {
             other => return Err(self.wrong_standing("seal", other)),
         }
         self.synced().await?;
+        if self.cold {
+            self.check_created().await?;
+            return self.note(&mut record, |record| record.standing = Standing::Sealed);
+        }
         // A dead restore could be done again after the commit, but before it the source is the safer copy.
         self.check_restore().await?;
         self.check_pager()?;
@@ -442,7 +471,7 @@ impl TargetPart {
 
     /// Whether the container is held.
     pub fn is_held(&self) -> bool {
-        self.hook.hold().pid().is_some()
+        self.created.load(Ordering::Relaxed) || self.hook.hold().pid().is_some()
     }
 
     /// Whether the coordinator has asked for the restore.

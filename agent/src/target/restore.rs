@@ -69,6 +69,7 @@ impl TargetPart {
             workload: self.workload.clone(),
             migration: self.migration,
             keep_connections: self.keep_connections,
+            cold: self.cold,
         }
     }
 }
@@ -83,6 +84,8 @@ pub(super) struct Restoring {
     pub(super) workload: String,
     pub(super) migration: MigrationId,
     keep_connections: bool,
+    /// It is created, not restored.
+    cold: bool,
 }
 
 impl Restoring {
@@ -131,15 +134,12 @@ impl Restoring {
 
     /// Starts `runc restore`; blocks. The root filesystem, or something in its place, has to be mounted.
     pub(super) fn start(&self, lazy_pages: bool) -> Result<RunningRestore, Failure> {
-        let Self { context, bundle, dirs, workload, migration, keep_connections } = self;
+        let Self { context, bundle, dirs, workload, migration, keep_connections, .. } = self;
         let tools = &context.config.tools;
         let criu_config = dirs.run.join("criu.conf");
         fs::write(&criu_config, podferry_runtime::criu_config(&tools.hook, !keep_connections))
             .map_err(|error| io_failed(context, &error))?;
-        fs::create_dir_all(&context.config.runtime.logs_dir).map_err(|error| io_failed(context, &error))?;
-        let log = context.config.runtime.logs_dir.join(format!("{workload}.log"));
-        let stdio = podferry_runtime::stdio::spawn_keeper(&tools.stdio_keeper, &log)
-            .map_err(|error| self.failed("the container's output cannot be kept", &error))?;
+        let stdio = context.container_stdio(workload)?;
         tracing::debug!(%migration, "the output has its keeper");
         laying::begin_again(&dirs.images).map_err(|error| io_failed(context, &error))?;
         let variables: [(&str, OsString); 6] = [
@@ -172,6 +172,9 @@ impl Restoring {
     /// Removes what a restore that did not come to its end has left, if this migration started it; blocks.
     pub(super) fn clean_up(&self) -> Result<(), Failure> {
         let runc = self.context.runc(self.context.config.runc_root());
+        if self.cold {
+            self.wait_for_runc()?;
+        }
         // What has another origin is not ours to kill.
         if runc.restores_from(&self.workload).map_err(|error| self.not_removed(&error))?.as_ref()
             != Some(&self.dirs.work)

@@ -43,7 +43,11 @@ impl TargetPart {
             Standing::Sealed => {}
             other => return Err(self.wrong_standing("resume", other)),
         }
-        self.let_go(&mut record).await?;
+        if self.cold {
+            self.start_created(&mut record).await?;
+        } else {
+            self.let_go(&mut record).await?;
+        }
         tracing::debug!(migration = %self.migration, "runc is done with the restore");
         restore_mtu(&record);
         self.note(&mut record, |record| record.standing = Standing::Resumed)?;
@@ -207,7 +211,7 @@ impl TargetPart {
         }
     }
 
-    fn join_link(&self, record: &PartRecord) -> Result<(), Failure> {
+    pub(super) fn join_link(&self, record: &PartRecord) -> Result<(), Failure> {
         let Role::Target { link: Some(link), .. } = &record.role else { return Ok(()) };
         podferry_network::attach(&link.host_interface, &self.context.config.network.bridge).map(drop).map_err(|error| {
             let what = "the container's link cannot join the bridge";
@@ -215,7 +219,7 @@ impl TargetPart {
         })
     }
 
-    fn part_link(&self, record: &PartRecord) -> Result<(), Failure> {
+    pub(super) fn part_link(&self, record: &PartRecord) -> Result<(), Failure> {
         let Role::Target { link: Some(link), .. } = &record.role else { return Ok(()) };
         podferry_network::detach(&link.host_interface).map_err(|error| {
             let what = "the link of a container that died cannot leave the bridge";
@@ -237,7 +241,7 @@ impl TargetPart {
     }
 
     /// Tells switches and neighbours where the address is now. They would find out by themselves, later.
-    fn announce(record: &PartRecord) {
+    pub(super) fn announce(record: &PartRecord) {
         let Role::Target { netns: Some(netns), .. } = &record.role else { return };
         let announced = Netns::open(netns).and_then(|netns| {
             let announcer = Announcer::open(&netns, INTERFACE)?;

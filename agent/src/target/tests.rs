@@ -76,6 +76,7 @@ async fn a_held_container_is_never_let_go_without_its_link() {
             plan: None,
             netns: None,
             fetch_from: None,
+            cold: false,
         },
     };
     let part = TargetPart::resumed(&context, record).unwrap();

@@ -346,7 +346,7 @@ pub fn kill_all(container: &Container) {
 
 /// Sends every task its end, then thaws the cgroup: none runs another instruction of its program. Returns how many there
 /// were. When they cannot be listed nothing is thawed: who was sent nothing would run.
-fn kill_once(container: &Container) -> Result<usize, podferry_runtime::Error> {
+pub(crate) fn kill_once(container: &Container) -> Result<usize, podferry_runtime::Error> {
     let processes = container.cgroups.processes().inspect_err(|error| {
         tracing::error!(error = chain(error), container = container.id, "a container's processes cannot be listed");
     })?;

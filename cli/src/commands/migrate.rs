@@ -23,6 +23,7 @@ pub(super) async fn migrate(global: &Global, flags: Migrate) -> Result<Exit, Fai
         accept_loss: flags.accept_loss,
         verify: flags.verify,
         throttle: flags.throttle,
+        grace_period_s: flags.grace_period,
     };
     let begun = present(answer(coordinator.migrate(request)).await?.migration)?;
     if !flags.wait {

@@ -58,9 +58,15 @@ fn strategies(node: &Node) -> String {
     let has = |feature: &str| node.features.iter().any(|name| name == feature);
     let tracks = has("kernel:write_tracking");
     let post_copy = has("agent:post_copy");
-    let offered = [("warm", true), ("live", tracks), ("postcopy", post_copy), ("hybrid", tracks && post_copy)];
-    let able = node.reachable && node.fit;
-    let words: Vec<_> = offered.iter().filter(|(_, can)| able && *can).map(|(name, _)| *name).collect();
+    let (fit, cold) = (node.fit, has("agent:cold"));
+    let offered = [
+        ("cold", cold),
+        ("warm", fit),
+        ("live", fit && tracks),
+        ("postcopy", fit && post_copy),
+        ("hybrid", fit && tracks && post_copy),
+    ];
+    let words: Vec<_> = offered.iter().filter(|(_, can)| node.reachable && *can).map(|(name, _)| *name).collect();
     or_dash(&words.join(","))
 }
 

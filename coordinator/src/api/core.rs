@@ -21,6 +21,10 @@ use crate::strategy::{Strategy, Wishes};
 const DOWNTIME_BUDGETS: RangeInclusive<f64> = 1.0..=60_000.0;
 /// The least bandwidth that a migration can be held to, in bytes per second.
 const LEAST_BANDWIDTH: u64 = 64 << 10;
+/// Seconds that a workload gets to end, when nobody says how many; as in Kubernetes.
+const GRACE_PERIOD_S: u32 = 30;
+/// The most of them.
+const LONGEST_GRACE_PERIOD_S: u32 = 3600;
 
 /// Everything the coordinator can be asked. Clones share it.
 #[derive(Clone)]
@@ -169,6 +173,7 @@ impl Core {
             bandwidth_limit: request.bandwidth_limit,
             verify: request.verify,
             throttle: request.throttle,
+            grace_period_s: grace_period_s_of(request, wishes.strategy)?,
             created_at: Timestamp::now(),
             frozen_at: None,
             state: State::new(),
@@ -197,7 +202,7 @@ impl Core {
         let load = self.runner.load();
         let candidate = |view: &NodeView| Candidate {
             name: view.node.name.clone(),
-            facts: view.seen.as_ref().map(|seen| facts(seen, workload)).map_err(ToString::to_string),
+            facts: view.seen.as_ref().map(|seen| facts(seen, workload, wishes.strategy)).map_err(ToString::to_string),
             migrations: load.get(&view.node.name).copied().unwrap_or_default(),
             migration_limit: self.runner.limit(),
         };
@@ -337,8 +342,8 @@ fn wishes(request: &v1::MigrateRequest) -> Result<Wishes, Failure> {
         let message = format!("{budget} ms is no downtime that can be aimed at: it is between {least} and {most} ms");
         return refused(message, "give another one, or none");
     }
-    if !no_budget && !strategy.path().pre_copy {
-        let message = format!("the strategy {strategy} cannot aim at a downtime: it freezes the workload at once");
+    if !no_budget && !strategy.copies_memory_beforehand() {
+        let message = format!("the strategy {strategy} cannot aim at a downtime: {}", without_rounds(strategy));
         return refused(message, "use live, or give no downtime");
     }
     if strategy.path().post_copy && !request.accept_loss {
@@ -354,15 +359,21 @@ fn wishes(request: &v1::MigrateRequest) -> Result<Wishes, Failure> {
         );
         return refused(message, "leave the verification away, or use live");
     }
-    if request.verify && !strategy.path().pre_copy {
+    if request.verify && strategy == Strategy::Cold {
+        return refused(
+            "the strategy cold has nothing to verify: it moves no memory".to_owned(),
+            "leave the verification away, or use live",
+        );
+    }
+    if request.verify && !strategy.copies_memory_beforehand() {
         let message = format!(
             "the strategy {strategy} has nothing to verify: all memory is read while the workload is frozen, and each piece of it \
              travels with a check sum"
         );
         return refused(message, "leave the verification away, or use live");
     }
-    if request.throttle && !strategy.path().pre_copy {
-        let message = format!("the strategy {strategy} cannot throttle a workload: it freezes the workload at once");
+    if request.throttle && !strategy.copies_memory_beforehand() {
+        let message = format!("the strategy {strategy} cannot throttle a workload: {}", without_rounds(strategy));
         return refused(message, "use live, or do not throttle");
     }
     if limit > 0 && limit < LEAST_BANDWIDTH {
@@ -372,10 +383,33 @@ fn wishes(request: &v1::MigrateRequest) -> Result<Wishes, Failure> {
     Ok(Wishes { strategy, bandwidth_limit: limit })
 }
 
+/// Why a strategy does nothing to memory while the workload runs.
+fn without_rounds(strategy: Strategy) -> &'static str {
+    if strategy == Strategy::Cold { "it moves no memory" } else { "it freezes the workload at once" }
+}
+
+/// How long a workload gets to end, in seconds, where it is stopped.
+fn grace_period_s_of(request: &v1::MigrateRequest, strategy: Strategy) -> Result<u32, Failure> {
+    let refused = |message: String, remedy: &str| {
+        Err(Failure::new(FailureCode::InvalidArgument, message).in_phase("preflight").remedy(remedy))
+    };
+    match request.grace_period_s {
+        Some(_) if strategy != Strategy::Cold => {
+            refused(format!("the strategy {strategy} stops no workload"), "give no grace period, or use cold")
+        }
+        Some(asked) if asked > LONGEST_GRACE_PERIOD_S => refused(
+            format!("{asked} s are no grace period: it is at most {LONGEST_GRACE_PERIOD_S} s"),
+            "give a shorter one, or none",
+        ),
+        None if strategy == Strategy::Cold => Ok(GRACE_PERIOD_S),
+        asked => Ok(asked.unwrap_or_default()),
+    }
+}
+
 fn demand(location: &Location<'_>, wishes: Wishes) -> Result<Demand, Failure> {
     let Location { view, seen, container } = location;
     let node = &view.node.name;
-    if !seen.description.fit {
+    if !wishes.strategy.finds_fit(&seen.description) {
         let complaints = seen.description.complaints.join("; ");
         let message = format!("node {node}, where the workload is, is not fit for migrations: {complaints}");
         return Err(Failure::new(FailureCode::FailedPrecondition, message)
@@ -390,13 +424,15 @@ fn demand(location: &Location<'_>, wishes: Wishes) -> Result<Demand, Failure> {
         cpu_features: seen.description.cpu_features.iter().cloned().collect(),
         memory_bytes: container.memory_bytes,
         version: wishes.of_target(),
+        starts_anew: wishes.strategy == Strategy::Cold,
     })
 }
 
-fn facts(seen: &Seen, workload: &Workload) -> Facts {
+fn facts(seen: &Seen, workload: &Workload, strategy: Strategy) -> Facts {
     let is = &seen.description;
     Facts {
-        fit: is.fit,
+        fit: strategy.finds_fit(is),
+        knows: strategy.is_known_to(is),
         complaints: is.complaints.clone(),
         version: spoken(is),
         architecture: is.architecture.clone(),
@@ -462,6 +498,8 @@ mod tests {
             asked(v1::Strategy::Postcopy, 0.0, 0),
             asked(v1::Strategy::Hybrid, 100.0, 0),
             throttled(v1::Strategy::Warm),
+            throttled(v1::Strategy::Cold),
+            asked(v1::Strategy::Cold, 100.0, 0),
         ];
         assert_eq!(throttled(v1::Strategy::Live), Ok(live));
         let said: Vec<_> = refused.into_iter().map(Result::unwrap_err).collect();
@@ -476,6 +514,8 @@ mod tests {
         INVALID_ARGUMENT the strategy postcopy risks the workload: from its resume on the target until the last page is across, losing either node, or the link between them for too long, loses it (in preflight); what to do: accept that risk (--accept-loss), or use live
         INVALID_ARGUMENT the strategy hybrid risks the workload: from its resume on the target until the last page is across, losing either node, or the link between them for too long, loses it (in preflight); what to do: accept that risk (--accept-loss), or use live
         INVALID_ARGUMENT the strategy warm cannot throttle a workload: it freezes the workload at once (in preflight); what to do: use live, or do not throttle
+        INVALID_ARGUMENT the strategy cold cannot throttle a workload: it moves no memory (in preflight); what to do: use live, or do not throttle
+        INVALID_ARGUMENT the strategy cold cannot aim at a downtime: it moves no memory (in preflight); what to do: use live, or give no downtime
         "#);
         let (strategy, accept_loss) = (v1::Strategy::Hybrid.into(), true);
         let accepted = v1::MigrateRequest { strategy, accept_loss, ..v1::MigrateRequest::default() };
@@ -488,8 +528,27 @@ mod tests {
             wishes(&v1::MigrateRequest { strategy: strategy.into(), verify: true, ..v1::MigrateRequest::default() })
         };
         assert!(asked(v1::Strategy::Live).is_ok());
+        let nothing = asked(v1::Strategy::Cold).unwrap_err();
+        assert_eq!(nothing.message, "the strategy cold has nothing to verify: it moves no memory");
         let refused = asked(v1::Strategy::Warm).unwrap_err();
         insta::assert_snapshot!(format!("{} {refused}", refused.code), @"INVALID_ARGUMENT the strategy warm has nothing to verify: all memory is read while the workload is frozen, and each piece of it travels with a check sum (in preflight); what to do: leave the verification away, or use live");
+    }
+
+    #[test]
+    fn only_a_workload_that_is_stopped_gets_a_grace_period() {
+        let asked = |strategy, grace_period_s| {
+            let request = v1::MigrateRequest { grace_period_s, ..v1::MigrateRequest::default() };
+            grace_period_s_of(&request, strategy)
+        };
+        assert_eq!(asked(Strategy::Cold, None), Ok(30));
+        assert_eq!(asked(Strategy::Cold, Some(0)), Ok(0));
+        assert_eq!(asked(Strategy::Cold, Some(3600)), Ok(3600));
+        assert_eq!(asked(Strategy::Live, None), Ok(0));
+        let refused = [asked(Strategy::Cold, Some(3601)), asked(Strategy::Warm, Some(30))].map(Result::unwrap_err);
+        insta::assert_snapshot!(refused.map(|failure| format!("{} {failure}", failure.code)).join("\n"), @r"
+        INVALID_ARGUMENT 3601 s are no grace period: it is at most 3600 s (in preflight); what to do: give a shorter one, or none
+        INVALID_ARGUMENT the strategy warm stops no workload (in preflight); what to do: give no grace period, or use cold
+        ");
     }
 
     #[test]
@@ -501,5 +560,6 @@ mod tests {
         assert_eq!(versions(Strategy::Warm, 0), (1, 1));
         assert_eq!(versions(Strategy::Warm, 1 << 20), (2, 1), "an older source would not keep to it");
         assert_eq!(versions(Strategy::Live, 0), (2, 2));
+        assert_eq!(versions(Strategy::Cold, 0), (2, 2));
     }
 }

@@ -354,10 +354,11 @@ fn perform(world: &mut World, action: Action) {
 }
 
 const WARM: Path = Path { pre_copy: false, fill: false, post_copy: false };
+const COLD: Path = Path { pre_copy: true, fill: false, post_copy: false };
 const LIVE: Path = Path { pre_copy: true, fill: true, post_copy: false };
 const HYBRID: Path = Path { pre_copy: true, fill: true, post_copy: true };
 
-/// Every path that a strategy could have, those of warm and live among them.
+/// Every path that a strategy could have, those of cold, warm and live among them.
 fn path() -> impl Strategy<Value = Path> {
     let path = (any::<bool>(), any::<bool>(), any::<bool>());
     // What is fetched afterwards is filled in.
@@ -399,7 +400,8 @@ proptest! {
 
 #[test]
 fn the_freeze_waits_for_one_write_only() {
-    for (path, before) in [(WARM, State::Freezing(Freezing::default())), (LIVE, State::PreCopying)] {
+    let begun = [(WARM, State::Freezing(Freezing::default())), (COLD, State::PreCopying), (LIVE, State::PreCopying)];
+    for (path, before) in begun {
         let mut world = World::new(path);
         while world.memory.as_ref() != Some(&before) {
             world.deliver(0, false);
@@ -525,6 +527,30 @@ fn a_source_that_has_the_targets_memory_is_destroyed_last() {
     assert_eq!(restarted, (losing.clone(), Durability::Unchanged, vec![release]));
     let over = hybrid(losing, Event::Succeeded(Call::Release));
     assert_eq!(over, (State::Lost { why: lost.into() }, Durability::Before, Vec::new()));
+}
+
+#[test]
+fn cold_copies_beforehand_releases_the_source_first_and_fills_nothing() {
+    let cold = |state: State, event| {
+        let step = state.step(event, COLD);
+        (step.state, step.durability, step.commands)
+    };
+    let begun = cold(State::Preparing, Event::Succeeded(Call::Prepare));
+    assert_eq!(begun, (State::PreCopying, Durability::Before, vec![Command::Call(Call::Freeze)]));
+    let copied = cold(State::PreCopying, Event::Converged);
+    let freezing = State::Freezing(Freezing::default());
+    assert_eq!(copied, (freezing.clone(), Durability::Behind, vec![Command::Call(Call::Restore)]));
+    // While the source waits for the container's end it can be cancelled, and both parts are undone.
+    let cancelled = cold(freezing, Event::CancelRequested(failure("cancelled")));
+    assert!(matches!(cancelled.0, State::Aborting { source: SourceAbort::Due, .. }), "{cancelled:?}");
+    assert_eq!((cancelled.1, cancelled.2), (Durability::Before, vec![Command::Call(Call::Abort(Side::Target))]));
+    let sealing = State::Sealing { source: true, target: false };
+    let committed = cold(sealing, Event::Succeeded(Call::Seal(Side::Target)));
+    assert_eq!(committed, (State::Releasing, Durability::Before, vec![Command::Call(Call::Release)]));
+    let released = cold(State::Releasing, Event::Succeeded(Call::Release));
+    assert_eq!(released, (State::Resuming, Durability::Behind, vec![Command::Call(Call::Resume)]));
+    let resumed = cold(State::Resuming, Event::Succeeded(Call::Resume));
+    assert_eq!(resumed, (State::Completed, Durability::Before, Vec::new()));
 }
 
 #[test]

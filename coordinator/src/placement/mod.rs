@@ -115,6 +115,9 @@ pub struct Demand {
     pub memory_bytes: u64,
     /// The oldest version of the protocol that the target's agent may speak.
     pub version: u32,
+    /// Whether it is started anew there: neither does it go on with code that was chosen for the source's CPU, nor are images of its
+    /// memory kept.
+    pub starts_anew: bool,
 }
 
 /// What is known of a node.
@@ -133,8 +136,10 @@ pub struct Candidate {
 /// What a node's agent says of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
-    /// Whether its CRIU and its kernel can do it.
+    /// Whether it can do what this migration needs.
     pub fit: bool,
+    /// Whether its agent knows this kind of migration.
+    pub knows: bool,
     /// Why not.
     pub complaints: Vec<String>,
     /// The newest version of the protocol that it speaks.
@@ -164,6 +169,8 @@ pub enum Objection {
     NotFit(Vec<String>),
     /// Its agent is too old for what is asked: version it speaks, version needed.
     OldAgent(u32, u32),
+    /// Its agent does not know this kind of migration.
+    DoesNotKnow,
     /// Another architecture: node's, wanted.
     OtherArchitecture(String, String),
     /// CPU features that the workload may be using.
@@ -191,6 +198,7 @@ impl fmt::Display for Objection {
                 f,
                 "its agent speaks version {spoken} of the protocol, and what this migration asks for needs version {needed}"
             ),
+            Self::DoesNotKnow => f.write_str("its agent does not know this kind of migration"),
             Self::OtherArchitecture(node, wanted) => write!(f, "its architecture is {node}, not {wanted}"),
             Self::MissingFeatures(words) => write!(f, "its CPU lacks {}", words.join(" ")),
             Self::ContainerExists => f.write_str("a container of that id is there already"),
@@ -213,7 +221,7 @@ impl Objection {
             Self::IsSource => (FailureCode::InvalidArgument, "name another node, or none"),
             Self::Unreachable(_) => (FailureCode::Unavailable, "see that the node's agent runs and can be reached"),
             Self::NotFit(_) => (FailureCode::FailedPrecondition, "run `podferry check` on the node"),
-            Self::OldAgent(..) => (FailureCode::FailedPrecondition, OLD_AGENT),
+            Self::OldAgent(..) | Self::DoesNotKnow => (FailureCode::FailedPrecondition, OLD_AGENT),
             Self::OtherArchitecture(..) => (FailureCode::FailedPrecondition, "name a node of the same architecture"),
             Self::MissingFeatures(_) => {
                 (FailureCode::FailedPrecondition, "name a node whose CPU has all features of the source's")
@@ -252,21 +260,25 @@ pub fn judge(demand: &Demand, candidate: &Candidate) -> Result<(), Objection> {
     if facts.version < demand.version {
         return Err(Objection::OldAgent(facts.version, demand.version));
     }
+    if !facts.knows {
+        return Err(Objection::DoesNotKnow);
+    }
     if facts.architecture != demand.architecture {
         return Err(Objection::OtherArchitecture(facts.architecture.clone(), demand.architecture.clone()));
     }
     let missing = missing_features(&demand.cpu_features, &facts.cpu_features);
-    if !missing.is_empty() {
+    if !missing.is_empty() && !demand.starts_anew {
         return Err(Objection::MissingFeatures(missing));
     }
     if facts.has_container {
         return Err(Objection::ContainerExists);
     }
-    let needed = room::to_restore(demand.memory_bytes);
+    let stored = room::to_store(demand.memory_bytes);
+    let needed = if demand.starts_anew { stored } else { room::to_restore(demand.memory_bytes) };
     if needed > facts.memory_available {
         return Err(Objection::TooLittleMemory(needed, facts.memory_available));
     }
-    let needed = room::to_store(demand.memory_bytes);
+    let needed = if demand.starts_anew { 0 } else { stored };
     if needed > facts.images_free {
         return Err(Objection::TooLittleImageMemory(needed, facts.images_free));
     }
@@ -339,12 +351,14 @@ mod tests {
             cpu_features: words("sse2 avx2 vmx ssbd"),
             memory_bytes: 100 << 20,
             version: 2,
+            starts_anew: false,
         }
     }
 
     fn fit() -> Facts {
         Facts {
             fit: true,
+            knows: true,
             version: 2,
             architecture: "x86_64".to_owned(),
             cpu_features: words("sse2 avx2 avx512f"),
@@ -432,6 +446,18 @@ mod tests {
     }
 
     #[test]
+    fn what_starts_anew_needs_no_features_and_no_room_for_images_and_an_agent_that_knows_it() {
+        let cold = Demand { starts_anew: true, ..demand() };
+        let bare = Facts { cpu_features: words(""), images_free: 0, memory_available: 200 << 20, ..fit() };
+        assert_eq!(judge(&cold, &candidate("b", bare.clone())), Ok(()));
+        assert!(judge(&demand(), &candidate("b", bare.clone())).is_err());
+        let small = Facts { memory_available: 100 << 20, ..bare.clone() };
+        let objection = judge(&cold, &candidate("b", small));
+        assert_eq!(objection, Err(Objection::TooLittleMemory(164 << 20, 100 << 20)));
+        assert_eq!(judge(&cold, &candidate("b", Facts { knows: false, ..bare })), Err(Objection::DoesNotKnow));
+    }
+
+    #[test]
     fn no_node_says_why_for_each() {
         let off = Candidate { facts: Err("timed out".to_owned()), ..candidate("b", fit()) };
         let failure = choose(&demand(), &[off, candidate("a", fit())]).unwrap_err();
@@ -443,6 +469,7 @@ mod tests {
         let facts = (any::<bool>(), any::<bool>(), features, 0_u64..600, 0_u64..600, 0_usize..4, any::<bool>())
             .prop_map(|(fit, x86, features, memory, images, containers, has_container)| Facts {
                 fit,
+                knows: true,
                 complaints: Vec::new(),
                 version: 2,
                 architecture: if x86 { "x86_64" } else { "aarch64" }.to_owned(),

@@ -28,9 +28,6 @@ pub(super) fn budget_ms(asked: f64) -> f64 {
 /// Rounds of pre-copy at most: memory that has not become less by then does not.
 const MAX_ROUNDS: u32 = 30;
 
-/// An agent's word for that it knows post-copy.
-const POST_COPY: &str = "agent:post_copy";
-
 /// What comes to a driver.
 pub(super) enum Input {
     /// A call was answered, or failed, at that instant.
@@ -40,7 +37,7 @@ pub(super) enum Input {
     /// Pre-copy has ended.
     Converged { converged: v1::Converged, at: Instant },
     /// The source's processes stand still.
-    Frozen { freeze_ms: f64, at: Instant },
+    Frozen { frozen: v1::Frozen, at: Instant },
     /// The transfer goes on.
     Progress(v1::Progress),
     /// Somebody asks to stop.
@@ -75,6 +72,7 @@ pub(super) struct Job {
     pub(super) bandwidth_limit: u64,
     pub(super) verify: bool,
     pub(super) throttle: bool,
+    pub(super) grace_period_s: u32,
     pub(super) source: NodeName,
     pub(super) source_address: String,
     pub(super) target: NodeName,
@@ -111,6 +109,7 @@ impl Job {
             bandwidth_limit: record.bandwidth_limit,
             verify: record.verify,
             throttle: record.throttle,
+            grace_period_s: record.grace_period_s,
             source: record.source.clone(),
             source_address: record.source_address.clone(),
             target: record.target.clone(),
@@ -208,21 +207,25 @@ impl Job {
     /// Whether that node can do its part. It may be another one than the one that was looked at before this migration was
     /// recorded: set up anew, or with an older agent.
     fn fit(&self, node: &v1::DescribeResponse) -> Result<(), Failure> {
-        if node.fit {
+        if self.strategy.finds_fit(node) {
             speaks(&self.node, node, self.needed_version())?;
-            return self.knows_post_copy(node);
+            return self.knows(node);
         }
         let message = format!("node {} is not fit for migrations: {}", self.node, node.complaints.join("; "));
         Err(self.failure(FailureCode::FailedPrecondition, message).remedy("run `podferry check` on the node"))
     }
 
     /// Agents of the same version may have learned it or not.
-    fn knows_post_copy(&self, node: &v1::DescribeResponse) -> Result<(), Failure> {
-        if !self.strategy.path().post_copy || node.features.iter().any(|feature| feature == POST_COPY) {
+    fn knows(&self, node: &v1::DescribeResponse) -> Result<(), Failure> {
+        if self.strategy.is_known_to(node) {
             return Ok(());
         }
-        let message = format!("the agent of node {} does not know post-copy", self.node);
-        Err(self.failure(FailureCode::Unimplemented, message).remedy("update it, or use live"))
+        let (what, instead) = match self.strategy {
+            Strategy::Cold => ("cold migrations", "warm"),
+            _ => ("post-copy", "live"),
+        };
+        let message = format!("the agent of node {} does not know {what}", self.node);
+        Err(self.failure(FailureCode::Unimplemented, message).remedy(format!("update it, or use {instead}")))
     }
 
     fn needed_version(&self) -> u32 {
@@ -259,13 +262,14 @@ impl Job {
             pre_copy: self.pre_copy(),
             bandwidth_limit: self.bandwidth_limit,
             post_copy: self.strategy.path().post_copy,
+            stop: self.stop(),
         };
         let mut events = client.freeze(request).await.map_err(|status| self.placed(&status))?.into_inner();
         let (mut rounds, mut complete) = (0, false);
         while let Some(event) = events.message().await.map_err(|status| self.placed(&status))? {
             let at = Instant::now();
             let input = match event.event {
-                Some(FreezeEvent::Frozen(frozen)) => Input::Frozen { freeze_ms: frozen.freeze_ms, at },
+                Some(FreezeEvent::Frozen(frozen)) => Input::Frozen { frozen, at },
                 Some(FreezeEvent::Progress(now)) => Input::Progress(now),
                 Some(FreezeEvent::Transferred(sent)) => {
                     self.verified(&sent)?;
@@ -286,6 +290,11 @@ impl Job {
             return Ok(());
         }
         Err(self.failure(FailureCode::Internal, "the source's agent ended the freeze without having sent everything"))
+    }
+
+    fn stop(&self) -> Option<v1::Stop> {
+        let grace_period_ms = u64::from(self.grace_period_s) * 1000;
+        (self.strategy == Strategy::Cold).then_some(v1::Stop { grace_period_ms })
     }
 
     fn pre_copy(&self) -> Option<v1::PreCopy> {
@@ -360,11 +369,12 @@ impl Job {
             link: self.facts.link.clone(),
             keep_connections: self.keeps_connections(),
             deadline_ms: self.part_deadline_ms(),
+            cold: self.strategy == Strategy::Cold,
         }
     }
 
     fn keeps_connections(&self) -> bool {
-        keeps_connections(&self.facts)
+        keeps_connections(self.strategy, &self.facts)
     }
 }
 
@@ -375,9 +385,9 @@ pub(super) struct Surroundings {
     pub(super) inputs: mpsc::UnboundedSender<Input>,
 }
 
-/// Connections live on where the address moves along.
-pub(super) fn keeps_connections(facts: &v1::PreflightSourceResponse) -> bool {
-    facts.network() == NetworkKind::Path
+/// Connections live on where the address moves along, and those who have them.
+pub(super) fn keeps_connections(strategy: Strategy, facts: &v1::PreflightSourceResponse) -> bool {
+    facts.network() == NetworkKind::Path && strategy != Strategy::Cold
 }
 
 /// A finding in one line.

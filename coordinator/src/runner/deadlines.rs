@@ -60,6 +60,12 @@ impl Default for Deadlines {
 }
 
 impl Deadlines {
+    /// Those of a migration whose workload gets so long to end.
+    #[must_use]
+    pub(super) fn with_grace(self, grace: Duration) -> Self {
+        Self { freeze: self.freeze + grace, ..self }
+    }
+
     /// How long a phase may take as a whole; `None` for what is repeated until it is done.
     pub(super) fn of_phase(&self, phase: Phase) -> Option<Duration> {
         match phase {
@@ -124,7 +130,8 @@ mod tests {
     #[test]
     fn no_part_ends_before_the_coordinator_would_have() {
         let limits = Deadlines::default();
-        for path in [Path::default(), Path { pre_copy: true, fill: true, post_copy: true }] {
+        let cold = Path { pre_copy: true, ..Path::default() };
+        for path in [Path::default(), cold, Path { pre_copy: true, fill: true, post_copy: true }] {
             let copying = if path.pre_copy { limits.precopy } else { Duration::ZERO };
             let frozen = limits.freeze + limits.commit;
             assert_eq!(limits.of_part(Call::Freeze, path), frozen);
@@ -133,6 +140,9 @@ mod tests {
             assert!(limits.of_call(Call::Freeze, path) > copying + frozen);
             assert!(limits.of_call(Call::Restore, path) > frozen);
         }
+        let patient = limits.with_grace(Duration::from_secs(600));
+        assert_eq!(patient.of_phase(Phase::Freeze), Some(Duration::from_secs(900)), "it may take that long to end");
+        assert_eq!(patient.of_part(Call::Freeze, cold), limits.of_part(Call::Freeze, cold) + Duration::from_secs(600));
         assert_eq!(limits.of_phase(Phase::Fill), None, "what is committed has no deadline");
     }
 }

@@ -13,9 +13,10 @@ use tokio::time::{Instant, sleep_until};
 
 use super::calls::{Answer, Input, Job, Surroundings, describe, keeps_connections, phase_word};
 use super::meter::Meter;
-use super::{Shared, blocking};
+use super::{Deadlines, Shared, blocking};
 use crate::migration::{Call, Command, Durability, Event, Phase, State};
 use crate::store::{Record, StoreError, told};
+use crate::strategy::Strategy;
 
 /// The pause before the first repetition; doubled for each further one.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -34,6 +35,7 @@ pub(super) struct Driver {
     /// Calls under way. They are dropped with the driver, which is when nothing they could say matters any more.
     calls: JoinSet<()>,
     attempts: HashMap<Call, u32>,
+    deadlines: Deadlines,
     deadline: Option<Instant>,
 }
 
@@ -46,9 +48,10 @@ impl Driver {
         view: watch::Sender<Record>,
     ) -> Self {
         let meter = Meter::new(&record);
-        let deadline = shared.deadlines.of_phase(record.state.phase()).map(|limit| Instant::now() + limit);
+        let deadlines = shared.deadlines.with_grace(Duration::from_secs(record.grace_period_s.into()));
+        let deadline = deadlines.of_phase(record.state.phase()).map(|limit| Instant::now() + limit);
         let (facts, calls, attempts) = (Arc::default(), JoinSet::new(), HashMap::new());
-        Self { shared, record, facts, meter, inputs, queue, view, calls, attempts, deadline }
+        Self { shared, record, facts, meter, inputs, queue, view, calls, attempts, deadlines, deadline }
     }
 
     /// Runs until the migration is final or the coordinator stops.
@@ -85,8 +88,8 @@ impl Driver {
                 Ok(())
             }
             Input::Converged { converged, at } => self.take_converged(&converged, at).await,
-            Input::Frozen { freeze_ms, at } => {
-                self.meter.frozen(&mut self.record, at, freeze_ms);
+            Input::Frozen { frozen, at } => {
+                self.meter.frozen(&mut self.record, at, frozen);
                 self.apply(Event::Frozen, at).await
             }
             Input::Progress(progress) => {
@@ -130,8 +133,13 @@ impl Driver {
         let report = &mut self.record.report;
         match answer {
             Answer::Source(facts) => {
-                report.keeps_connections = keeps_connections(&facts);
-                if !report.keeps_connections && facts.tcp_connections > 0 {
+                report.keeps_connections = keeps_connections(self.record.strategy, &facts);
+                if facts.tcp_connections > 0 && self.record.strategy == Strategy::Cold {
+                    report.note(format!(
+                        "{} established TCP connections are closed: the workload is stopped, and started anew",
+                        facts.tcp_connections
+                    ));
+                } else if !report.keeps_connections && facts.tcp_connections > 0 {
                     report.note(format!(
                         "{} established TCP connections are closed: the container's address cannot move along, because \
                          its network namespace is not one given by path",
@@ -139,7 +147,8 @@ impl Driver {
                     ));
                 }
                 facts.findings.iter().for_each(|finding| report.note(describe(finding)));
-                report.progress.expected_bytes = facts.memory_bytes;
+                let cold = self.record.strategy == Strategy::Cold;
+                report.progress.expected_bytes = if cold { facts.layer_bytes } else { facts.memory_bytes };
                 self.facts = facts;
             }
             Answer::Target(findings) => findings.iter().for_each(|finding| report.note(describe(finding))),
@@ -166,7 +175,7 @@ impl Driver {
     async fn phase_is_late(&mut self) -> Result<(), StoreError> {
         self.deadline = None;
         let phase = self.record.state.phase();
-        let limit = self.shared.deadlines.of_phase(phase).unwrap_or_default().as_secs_f64();
+        let limit = self.deadlines.of_phase(phase).unwrap_or_default().as_secs_f64();
         let failure =
             Failure::new(FailureCode::DeadlineExceeded, format!("the phase {phase} took longer than {limit} s"))
                 .in_phase(phase.as_str())
@@ -218,7 +227,7 @@ impl Driver {
 
     fn enter_phase(&mut self) {
         let phase = self.record.state.phase();
-        self.deadline = self.shared.deadlines.of_phase(phase).map(|limit| Instant::now() + limit);
+        self.deadline = self.deadlines.of_phase(phase).map(|limit| Instant::now() + limit);
         let (id, workload, failure) = (self.record.id, &self.record.workload, self.record.state.failure());
         let why = failure.map(ToString::to_string);
         tracing::info!(migration = %id, %workload, %phase, why, "phase");
@@ -240,7 +249,7 @@ impl Driver {
                 Command::Retry(call) => (call, self.pause(call)),
             };
             let with = Surroundings {
-                deadlines: self.shared.deadlines,
+                deadlines: self.deadlines,
                 agents: self.shared.agents.clone(),
                 inputs: self.inputs.clone(),
             };

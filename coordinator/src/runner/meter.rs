@@ -9,6 +9,7 @@ use tokio::time::Instant;
 use super::calls::budget_ms;
 use crate::migration::Phase;
 use crate::store::{Record, Round, told};
+use crate::strategy::Strategy;
 
 /// Times one migration.
 pub(super) struct Meter {
@@ -34,12 +35,20 @@ impl Meter {
         }
     }
 
-    /// The source's processes stand still since `at`.
-    pub(super) fn frozen(&mut self, record: &mut Record, at: Instant, freeze_ms: f64) {
+    /// The source's processes stand still, as was told at `at`. One that is stopped serves nobody from its signal on.
+    pub(super) fn frozen(&mut self, record: &mut Record, at: Instant, frozen: v1::Frozen) {
+        let freeze_ms = told(frozen.freeze_ms);
+        let stopping = if record.strategy == Strategy::Cold { freeze_ms } else { 0.0 };
+        let stopping = Duration::try_from_secs_f64(stopping / 1e3).unwrap_or_default();
+        let at = at.checked_sub(stopping).unwrap_or(at);
         self.frozen.get_or_insert(at);
         let ago = jiff::SignedDuration::try_from(at.elapsed()).unwrap_or_default();
         record.frozen_at.get_or_insert(Timestamp::now() - ago);
-        record.report.timings.freeze = told(freeze_ms);
+        record.report.timings.freeze = freeze_ms;
+        if frozen.killed {
+            let grace = record.grace_period_s;
+            record.report.note(format!("the workload did not end within {grace} s of its SIGTERM, and was killed"));
+        }
     }
 
     /// The source has sent everything.
@@ -98,7 +107,7 @@ impl Meter {
         let downtime = milliseconds(at.saturating_duration_since(frozen));
         record.report.downtime_ms = downtime;
         let budget = budget_ms(record.downtime_budget_ms);
-        if record.strategy.path().pre_copy && downtime > budget {
+        if record.strategy.copies_memory_beforehand() && downtime > budget {
             record.report.note(format!(
                 "the downtime was {downtime:.0} ms, {budget:.0} ms were aimed at: of a freeze only the memory that was left is predicted, with \
                  an allowance for all else, and all else took longer"
@@ -139,8 +148,20 @@ fn milliseconds(duration: Duration) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::strategy::Strategy;
     use crate::testing::record;
+
+    #[test]
+    fn what_is_stopped_is_down_from_its_signal_on() {
+        for (strategy, downtime_ms) in [(Strategy::Cold, 2500.0), (Strategy::Warm, 500.0)] {
+            let mut record = Record { strategy, grace_period_s: 2, ..record("redis", "a", "b") };
+            let mut meter = Meter::new(&record);
+            let told = Instant::now() + Duration::from_secs(5);
+            meter.frozen(&mut record, told, v1::Frozen { freeze_ms: 2000.0, killed: true });
+            meter.resumed(&mut record, told + Duration::from_millis(500));
+            assert!((record.report.downtime_ms - downtime_ms).abs() < 1e-6, "{strategy}: {:?}", record.report);
+            assert_eq!(record.report.notes, ["the workload did not end within 2 s of its SIGTERM, and was killed"]);
+        }
+    }
 
     #[test]
     fn who_stood_still_for_longer_than_was_aimed_at_is_told() {
@@ -151,11 +172,12 @@ mod tests {
             (Strategy::Hybrid, 200.0, 250, true),
             (Strategy::Warm, 0.0, 250, false),
             (Strategy::Postcopy, 0.0, 250, false),
+            (Strategy::Cold, 0.0, 250, false),
         ] {
             let mut record = Record { strategy, downtime_budget_ms: budget, ..record("redis", "a", "b") };
             let mut meter = Meter::new(&record);
             let frozen = Instant::now();
-            meter.frozen(&mut record, frozen, 1.0);
+            meter.frozen(&mut record, frozen, v1::Frozen { freeze_ms: 0.0, killed: false });
             meter.resumed(&mut record, frozen + Duration::from_millis(downtime));
             let notes = format!("{:?}", record.report.notes);
             assert_eq!(notes.contains("250 ms"), told, "{strategy} {budget} {downtime}: {notes}");

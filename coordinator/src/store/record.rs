@@ -75,6 +75,9 @@ pub struct Record {
     /// Live: whether the workload gets less CPU time rather than being given up.
     #[serde(default)]
     pub throttle: bool,
+    /// Cold: seconds from the workload's SIGTERM to its SIGKILL.
+    #[serde(default)]
+    pub grace_period_s: u32,
     /// When it was accepted.
     pub created_at: Timestamp,
     /// When the source's processes stood still, as far as the coordinator saw it.
@@ -386,7 +389,7 @@ mod tests {
             {"pages": 1, "raw_bytes": 4096, "wire_bytes": 100, "duration_ms": 2.0, "dirty_rate": 0.0}
         ]);
         let fields = old.as_object_mut().unwrap();
-        for new in ["downtime_budget_ms", "bandwidth_limit", "verify", "throttle"] {
+        for new in ["downtime_budget_ms", "bandwidth_limit", "verify", "throttle", "grace_period_s"] {
             fields.remove(new).unwrap();
         }
         for state in ["releasing", "resuming", "completed", "preparing"] {

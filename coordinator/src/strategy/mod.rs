@@ -67,6 +67,23 @@ const HYBRID: &[Phase] = &[
     Phase::Succeeded,
 ];
 
+/// The phases of a cold migration: the writable layer is copied before the freeze, which is a stop.
+const COLD: &[Phase] = &[
+    Phase::Preflight,
+    Phase::Prepare,
+    Phase::PreCopy,
+    Phase::Freeze,
+    Phase::Commit,
+    Phase::Release,
+    Phase::Resume,
+    Phase::Succeeded,
+];
+
+/// An agent's word for that it knows post-copy.
+const POST_COPY_WORD: &str = "agent:post_copy";
+/// An agent's word for that it knows cold migrations, and that its node lacks nothing for them.
+const COLD_WORD: &str = "agent:cold";
+
 /// The phases of a warm migration.
 const WARM: &[Phase] =
     &[Phase::Preflight, Phase::Prepare, Phase::Freeze, Phase::Commit, Phase::Release, Phase::Resume, Phase::Succeeded];
@@ -90,11 +107,12 @@ impl Strategy {
     /// The phases it goes through when nothing fails; `None` when it is not offered yet.
     pub fn phases(self) -> Option<&'static [Phase]> {
         match self {
+            Self::Cold => Some(COLD),
             Self::Warm => Some(WARM),
             Self::Live => Some(LIVE),
             Self::Postcopy => Some(POSTCOPY),
             Self::Hybrid => Some(HYBRID),
-            Self::Cold | Self::Application => None,
+            Self::Application => None,
         }
     }
 
@@ -107,6 +125,27 @@ impl Strategy {
             fill: fill.is_some(),
             post_copy: fill.is_some() && fill < release,
         }
+    }
+
+    /// Whether memory is copied before the freeze; cold copies the writable layer alone.
+    pub fn copies_memory_beforehand(self) -> bool {
+        let path = self.path();
+        path.pre_copy && path.fill
+    }
+
+    /// Whether a node may take part in it. A cold migration needs nothing of what only CRIU does.
+    pub fn finds_fit(self, node: &v1::DescribeResponse) -> bool {
+        node.fit || (self == Self::Cold && self.is_known_to(node))
+    }
+
+    /// Whether a node's agent knows it, as far as agents of the same version differ in that.
+    pub fn is_known_to(self, node: &v1::DescribeResponse) -> bool {
+        let word = match self {
+            Self::Cold => COLD_WORD,
+            Self::Postcopy | Self::Hybrid => POST_COPY_WORD,
+            Self::Warm | Self::Live | Self::Application => return true,
+        };
+        node.features.iter().any(|feature| feature == word)
     }
 
     /// The strategy a request asks for, if this coordinator offers it. Unspecified means warm.
@@ -128,7 +167,7 @@ impl Strategy {
         }
         let message = format!("the strategy {strategy} is not available yet");
         Err(Failure::new(FailureCode::Unimplemented, message)
-            .remedy("use warm or live, or postcopy or hybrid with their risk"))
+            .remedy("use cold, warm or live, or postcopy or hybrid with their risk"))
     }
 }
 
@@ -149,7 +188,9 @@ impl Wishes {
 
     /// The oldest version that the target's agent may speak.
     pub fn of_target(self) -> u32 {
-        if self.strategy.path().fill { Version::PRE_COPY } else { Version::OURS.oldest }
+        let path = self.strategy.path();
+        // Either brings what came before the freeze.
+        if path.fill || path.pre_copy { Version::PRE_COPY } else { Version::OURS.oldest }
     }
 }
 
@@ -181,7 +222,7 @@ mod tests {
         assert_eq!(Strategy::requested(v1::Strategy::Unspecified.into()), Ok(Strategy::Warm));
         for strategy in Strategy::ALL {
             let answer = Strategy::requested(v1::Strategy::from(strategy).into());
-            if !matches!(strategy, Strategy::Cold | Strategy::Application) {
+            if strategy != Strategy::Application {
                 assert_eq!(answer, Ok(strategy));
                 continue;
             }
@@ -213,5 +254,26 @@ mod tests {
         assert_eq!(Strategy::Postcopy.path(), Path { pre_copy: false, fill: true, post_copy: true });
         assert_eq!(Strategy::Hybrid.path(), Path { pre_copy: true, fill: true, post_copy: true });
         assert_eq!(Strategy::Warm.path(), Path::default());
+        assert_eq!(Strategy::Cold.path(), Path { pre_copy: true, fill: false, post_copy: false });
+        let copies = Strategy::ALL.into_iter().filter(|strategy| strategy.copies_memory_beforehand());
+        assert_eq!(copies.collect::<Vec<_>>(), [Strategy::Live, Strategy::Hybrid]);
+    }
+
+    #[test]
+    fn a_node_without_criu_is_fit_for_cold_alone_and_an_older_agent_is_told_apart() {
+        let node = |fit, features: &[&str]| v1::DescribeResponse {
+            fit,
+            features: features.iter().map(ToString::to_string).collect(),
+            ..v1::DescribeResponse::default()
+        };
+        let without_criu = node(false, &["agent:cold", "agent:post_copy"]);
+        let older = node(true, &["agent:post_copy"]);
+        for strategy in Strategy::ALL {
+            assert_eq!(strategy.finds_fit(&without_criu), strategy == Strategy::Cold, "{strategy}");
+            assert!(strategy.finds_fit(&older), "{strategy}");
+            assert_eq!(strategy.is_known_to(&older), strategy != Strategy::Cold, "{strategy}");
+        }
+        assert!(!Strategy::Cold.finds_fit(&node(false, &[])));
+        assert!(!Strategy::Hybrid.is_known_to(&node(true, &["agent:cold"])));
     }
 }

@@ -103,7 +103,7 @@ impl Agent {
         if request.pre_copy.is_some() {
             self.pre_copy(request, events).await?;
         }
-        let _gone = send(Event::Frozen(Frozen { freeze_ms: 1.5 })).await;
+        let _gone = send(Event::Frozen(Frozen { freeze_ms: 1.5, killed: false })).await;
         let half = Progress { raw_bytes: MEMORY / 2, wire_bytes: MEMORY / 4 };
         let _gone = send(Event::Progress(half)).await;
         self.enter("Transfer").await?.answer(())?;

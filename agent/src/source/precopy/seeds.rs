@@ -33,7 +33,7 @@ impl Seeds {
     ///
     /// # Errors
     /// When the layer is not found, or the transfer breaks.
-    pub(super) fn round(&mut self, rootfs: &Path, way: &Way) -> Result<SeedsSent, SendError> {
+    pub(in crate::source) fn round(&mut self, rootfs: &Path, way: &Way) -> Result<SeedsSent, SendError> {
         self.pass(rootfs, way, Pass::Running)
     }
 
@@ -41,7 +41,7 @@ impl Seeds {
     ///
     /// # Errors
     /// When the layer is not found, or the transfer breaks.
-    pub(super) fn last_round(&mut self, rootfs: &Path, way: &Way) -> Result<SeedsSent, SendError> {
+    pub(in crate::source) fn last_round(&mut self, rootfs: &Path, way: &Way) -> Result<SeedsSent, SendError> {
         if self.round == 0 {
             return Ok(SeedsSent::default());
         }
