@@ -427,26 +427,30 @@ pub fn prune(config: &Config, parts: &[PartRecord]) {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_source_of_an_older_agent_was_told_nothing_and_what_one_was_told_is_there_again() {
-        let mut record = PartRecord {
+    fn open(role: Role) -> PartRecord {
+        PartRecord {
             migration: MigrationId::new(),
             workload: "w".to_owned(),
             standing: Standing::Open,
             tidied: false,
             going: false,
             written: SystemTime::now(),
-            role: Role::Source {
-                root: "/run/runc".into(),
-                init_pid: 7,
-                init_start: 8,
-                bundle: "/bundles/w".into(),
-                link: None,
-                netns: None,
-                fetched_by: None,
-                stop: Some(StopNote { grace: Duration::from_secs(30), begun: None, told: false }),
-            },
-        };
+            role,
+        }
+    }
+
+    #[test]
+    fn a_source_of_an_older_agent_was_told_nothing_and_what_one_was_told_is_there_again() {
+        let mut record = open(Role::Source {
+            root: "/run/runc".into(),
+            init_pid: 7,
+            init_start: 8,
+            bundle: "/bundles/w".into(),
+            link: None,
+            netns: None,
+            fetched_by: None,
+            stop: Some(StopNote { grace: Duration::from_secs(30), begun: None, told: false }),
+        });
         record.note_stop(|stop| (stop.begun, stop.told) = (Some(SystemTime::UNIX_EPOCH), true));
         let mut text = serde_json::to_value(&record).unwrap();
         let again: PartRecord = serde_json::from_value(text.clone()).unwrap();
@@ -464,23 +468,15 @@ mod tests {
         let dirs = PartDirs { state: path("state"), run: path("file/run"), images: path("images"), work: path("work") };
         // Where the agent would be killed, the first of the folders cannot be made.
         fs::write(path("file"), "").unwrap();
-        let mut record = PartRecord {
-            migration: MigrationId::new(),
-            workload: "w".to_owned(),
-            standing: Standing::Open,
-            tidied: false,
-            going: false,
-            written: SystemTime::now(),
-            role: Role::Target {
-                source_node: "n1".to_owned(),
-                keep_connections: true,
-                link: None,
-                plan: None,
-                netns: None,
-                fetch_from: None,
-                cold: false,
-            },
-        };
+        let mut record = open(Role::Target {
+            source_node: "n1".to_owned(),
+            keep_connections: true,
+            link: None,
+            plan: None,
+            netns: None,
+            fetch_from: None,
+            cold: false,
+        });
         let error = record.begin(&dirs).unwrap_err();
         assert!(error.to_string().contains(&dirs.run.display().to_string()), "{error}");
         let noted = record::load::<PartRecord>(&dirs.part_file()).unwrap().unwrap();

@@ -7,7 +7,7 @@ use std::time::Duration;
 use nix::unistd::Pid;
 use podferry_common::failure::{Failure, FailureCode};
 use podferry_memory::PAGE_SIZE;
-use podferry_memory::copier::{Batch, Copier};
+use podferry_memory::copier::Copier;
 use podferry_memory::range::PageRange;
 use podferry_proto::v1::{FetchPages, FetchResponse};
 use podferry_runtime::Member;
@@ -99,9 +99,10 @@ impl PageReader {
             self.copier = Some((process, Copier::new(pid, MOST_BYTES)));
         }
         let Some((_, copier)) = &mut self.copier else { return Err(dead(&self.context)) };
-        let mut contents = Vec::with_capacity(usize::try_from(range.length()).unwrap_or(0));
-        let copied = copier.read(&[range].into_iter().collect(), |batch: Batch<'_>| {
-            contents.extend_from_slice(batch.contents);
+        let mut contents = Vec::new();
+        // All of it in one batch, which has room for the most that may be asked for.
+        let copied = copier.read_into(&[range].into_iter().collect(), Vec::new, |_, read| {
+            contents = read;
             Ok::<(), std::io::Error>(())
         });
         let failed = |what: &str, error: &std::io::Error| {

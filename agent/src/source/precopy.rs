@@ -318,7 +318,7 @@ impl Followers {
 
     /// The way of the first round. Who asks for a throttle wants the memory there sooner than that.
     fn courteous(&self, job: &Job) -> Way {
-        if job.order.throttle || !job.context.config.give_way {
+        if job.order.throttle || !job.context.config.give_way || self.followed.is_empty() {
             return job.way.clone();
         }
         let pids = self.followed.iter().map(|followed| followed.member.pid).collect();
