@@ -122,6 +122,9 @@ pub struct Runtime {
     pub bundles_dir: PathBuf,
     /// Where containers' output goes.
     pub logs_dir: PathBuf,
+    /// Folders whose directories move with the containers that have them mounted and can write to them.
+    #[serde(default = "default_volume_dirs")]
+    pub volume_dirs: Vec<PathBuf>,
 }
 
 /// How containers are connected.
@@ -187,6 +190,10 @@ impl Config {
 
 const fn yes() -> bool {
     true
+}
+
+fn default_volume_dirs() -> Vec<PathBuf> {
+    vec![PathBuf::from("/var/lib/podferry/volumes")]
 }
 
 fn default_runtime_dir() -> PathBuf {

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, MutexGuard, watch};
 
 use crate::config::{Config, Tools};
+use crate::volumes::Volume;
 use crate::worker::messages::WorkerRecord;
 use crate::worker::record;
 
@@ -68,6 +69,9 @@ pub enum Role {
         /// Cold: how the container is stopped.
         #[serde(default)]
         stop: Option<StopNote>,
+        /// What moves with it, and is emptied when it has.
+        #[serde(default)]
+        volumes: Vec<Volume>,
     },
     /// The container comes to this node.
     Target {
@@ -87,6 +91,9 @@ pub enum Role {
         /// The container is created from the bundle; nothing is restored.
         #[serde(default)]
         cold: bool,
+        /// What comes with it, and is emptied when it is undone.
+        #[serde(default)]
+        volumes: Vec<Volume>,
     },
 }
 
@@ -267,6 +274,12 @@ impl PartRecord {
             Role::Source { stop, .. } => *stop,
             Role::Target { .. } => None,
         }
+    }
+
+    /// The volumes that move with the container.
+    pub fn volumes(&self) -> &[Volume] {
+        let (Role::Source { volumes, .. } | Role::Target { volumes, .. }) = &self.role;
+        volumes
     }
 
     /// Changes how far the source's container is stopped.
@@ -450,13 +463,18 @@ mod tests {
             netns: None,
             fetched_by: None,
             stop: Some(StopNote { grace: Duration::from_secs(30), begun: None, told: false }),
+            volumes: vec![Volume { destination: "/data".into(), dir: "/volumes/data".into(), made: false }],
         });
         record.note_stop(|stop| (stop.begun, stop.told) = (Some(SystemTime::UNIX_EPOCH), true));
         let mut text = serde_json::to_value(&record).unwrap();
         let again: PartRecord = serde_json::from_value(text.clone()).unwrap();
         assert_eq!((again.stop(), again.stop().unwrap().told), (record.stop(), true));
-        text["role"].as_object_mut().unwrap().remove("stop").unwrap();
+        assert_eq!((again.volumes(), again.volumes().len()), (record.volumes(), 1));
+        for newer in ["stop", "volumes"] {
+            text["role"].as_object_mut().unwrap().remove(newer).unwrap();
+        }
         let mut older: PartRecord = serde_json::from_value(text).unwrap();
+        assert_eq!(older.volumes(), []);
         older.note_stop(|stop| stop.told = true);
         assert_eq!(older.stop(), None);
     }
@@ -476,6 +494,7 @@ mod tests {
             netns: None,
             fetch_from: None,
             cold: false,
+            volumes: Vec::new(),
         });
         let error = record.begin(&dirs).unwrap_err();
         assert!(error.to_string().contains(&dirs.run.display().to_string()), "{error}");

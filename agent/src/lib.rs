@@ -18,4 +18,5 @@ pub mod service;
 pub mod source;
 pub mod target;
 pub mod throttle;
+pub mod volumes;
 pub mod worker;

@@ -81,7 +81,7 @@
 //! # The order of a cold migration
 //!
 //! Between agents that have `agent:cold` among their `features`, whatever else they are unfit for. The calls are a live one's without
-//! `Fill`; `Prepare` says `cold`, and `Freeze` has a `stop`, and a `pre_copy` whose rounds go over the writable layer alone.
+//! `Fill`; `Prepare` says `cold`, and `Freeze` has a `stop`, and a `pre_copy` whose rounds go over the container's files alone.
 //!
 //! ```text
 //! coordinator             source agent                         target agent
@@ -103,6 +103,13 @@
 //!   has noted what it was about to do. `Abort` is answered when the container runs.
 //! - A source does not seal, nor does it confirm `Release`, while a container of that id runs which it has not started: somebody else has,
 //!   and there would be two.
+//!
+//! # Volumes
+//!
+//! `PreflightSource` tells of directories that are bound into the container: those that move, and those on storage that other nodes see. The
+//! coordinator gives all of them to `PreflightTarget`, and those that move, in one order, to `Prepare` and `Freeze`: only to agents that have
+//! `agent:volumes` among their `features`, at most 64. Each names a place in the container. Where that is on a node says the bundle there, and
+//! nothing that comes from elsewhere; a place that is no volume there is refused.
 //!
 //! # The source's part
 //!

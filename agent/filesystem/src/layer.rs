@@ -40,6 +40,11 @@ pub enum WritableLayer {
         /// The container's root directory.
         rootfs: PathBuf,
     },
+    /// Into a directory of the node that is mounted in the container.
+    Volume {
+        /// The directory.
+        dir: PathBuf,
+    },
 }
 
 impl WritableLayer {
@@ -50,6 +55,15 @@ impl WritableLayer {
         let mount = mountinfo::mounted_on(&real)?.filter(|mount| mount.filesystem == b"overlay");
         let overlay = mount.map(|mount| parse(&mount)).transpose()?.flatten();
         Ok(overlay.map_or_else(|| Self::Plain { rootfs: rootfs.to_owned() }, Self::Overlay))
+    }
+
+    /// The directory with all that moves; none when that cannot be told from what does not.
+    pub fn moved(&self) -> Option<&Path> {
+        match self {
+            Self::Overlay(overlay) => Some(&overlay.upper),
+            Self::Volume { dir } => Some(dir),
+            Self::Plain { .. } => None,
+        }
     }
 }
 

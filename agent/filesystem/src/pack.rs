@@ -1,4 +1,4 @@
-//! Reading an upper directory into a stream.
+//! Reading an upper directory, or a volume, into a stream.
 
 use std::collections::HashMap;
 use std::ffi::{CString, OsStr};
@@ -17,7 +17,7 @@ use crate::format::{
     CHUNK, DATA, END, ENTRY, Entry, FILE_END, FrameWriter, Kind, MAGIC, MAGIC_WITH_SEEDS, MAX_DEPTH, MAX_PATH,
     MAX_XATTRS, Totals, Xattr,
 };
-use crate::layer::WritableLayer;
+use crate::layer::{Overlay, WritableLayer};
 use crate::seeder::Seeder;
 use crate::tree::{by_descriptor, is_whiteout, names, open_beneath, open_file, open_root};
 
@@ -41,26 +41,28 @@ pub struct PackStats {
     pub dropped_xattrs: u64,
 }
 
-/// Writes a container's upper directory into a stream.
+/// Writes a container's upper directory, or a volume of it, into a stream.
 ///
 /// The container should be frozen: a file that changes meanwhile is read once, from front to end, and one that vanishes
 /// is left out. Content that the container wrote a moment ago is read from the page cache it wrote to; nothing needs to
 /// be synced first.
 pub fn pack(layer: &WritableLayer, out: impl Write) -> Result<PackStats> {
-    match layer {
-        WritableLayer::Overlay(overlay) => Packer::new(out, MAGIC, &Seeder::default()).run(&overlay.upper),
-        WritableLayer::Plain { rootfs } => Err(Error::NotAnOverlay { rootfs: rootfs.clone() }),
-    }
+    Packer::new(out, MAGIC, &Seeder::default()).run(moved(layer)?)
 }
 
 /// As [`pack`], of a container that stands still since before the [last pass](crate::Pass::Frozen) of its seeds: the content of files
 /// that have not changed since then is not sent again.
 pub fn pack_with_seeds(layer: &WritableLayer, seeds: &Seeder, out: impl Write) -> Result<PackStats> {
+    if seeds.is_empty() {
+        return pack(layer, out);
+    }
+    Packer::new(out, MAGIC_WITH_SEEDS, seeds).run(moved(layer)?)
+}
+
+fn moved(layer: &WritableLayer) -> Result<&Path> {
     match layer {
-        WritableLayer::Overlay(overlay) if !seeds.is_empty() => {
-            Packer::new(out, MAGIC_WITH_SEEDS, seeds).run(&overlay.upper)
-        }
-        _ => pack(layer, out),
+        WritableLayer::Overlay(Overlay { upper: dir, .. }) | WritableLayer::Volume { dir } => Ok(dir),
+        WritableLayer::Plain { rootfs } => Err(Error::NotAnOverlay { rootfs: rootfs.clone() }),
     }
 }
 

@@ -49,7 +49,8 @@ struct Kept {
 }
 
 impl SeedStore {
-    /// Makes the folder, which must not exist, for this user alone. It has to be on the file system that the layer will be on.
+    /// Makes the folder, which must not exist, for this user alone. It has to be on the file system that the layer will be on, and may
+    /// lie in the layer's own directory.
     pub fn create(path: &Path, limits: Limits) -> Result<Self> {
         fs::mkdir(path, Mode::RWXU).map_err(failed("create the folder", path))?;
         Ok(Self { dir: open_root(path)?, path: path.to_owned(), limits, seeds: HashMap::new(), bytes: 0 })
@@ -68,8 +69,13 @@ impl SeedStore {
         self.bytes
     }
 
+    /// The name of the folder, when it lies in this directory.
+    pub(crate) fn name_in(&self, dir: &Path) -> Option<&OsStr> {
+        self.path.file_name().filter(|_| self.path.parent() == Some(dir))
+    }
+
     /// Deletes the folder, with the seeds that no layer has taken.
-    pub fn remove(self) -> Result<()> {
+    pub(crate) fn remove(self) -> Result<()> {
         for id in self.seeds.keys() {
             let name = name(*id);
             fs::unlinkat(&self.dir, &name, AtFlags::empty()).map_err(failed("delete", &self.path.join(&name)))?;

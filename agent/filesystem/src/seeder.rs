@@ -30,6 +30,7 @@ use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::hash::{BuildHasher as _, RandomState};
 use std::io::{self, Write};
+use std::ops::AddAssign;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -84,6 +85,16 @@ pub struct SeedsSent {
     pub read_time: Duration,
     /// Bytes of files that are not at rest: the next pass reads them again.
     pub restless_bytes: u64,
+}
+
+impl AddAssign for SeedsSent {
+    fn add_assign(&mut self, other: Self) {
+        self.seeds += other.seeds;
+        self.data_bytes += other.data_bytes;
+        self.read_bytes += other.read_bytes;
+        self.read_time += other.read_time;
+        self.restless_bytes += other.restless_bytes;
+    }
 }
 
 /// Remembers what a target has of a layer's large files.
@@ -163,11 +174,11 @@ impl Seeder {
     /// # Errors
     /// When the directory cannot be opened, `out` fails, or the host cancels. Files that cannot be read are no error.
     pub fn pass(&mut self, layer: &WritableLayer, pass: Pass, host: &dyn Host, out: impl Write) -> Result<SeedsSent> {
-        let WritableLayer::Overlay(overlay) = layer else { return Ok(SeedsSent::default()) };
+        let Some(dir) = layer.moved() else { return Ok(SeedsSent::default()) };
         self.settled = false;
         self.pass += 1;
         let mut sending = Sending::new(out, host);
-        let root = open_root(&overlay.upper)?;
+        let root = open_root(dir)?;
         each_file(root, |dir, name, stat| self.visit(&mut sending, dir, name, stat))?;
         self.drop_unseen(&mut sending)?;
         let sent = sending.end()?;

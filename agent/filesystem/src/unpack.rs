@@ -77,21 +77,23 @@ pub fn unpack(reader: impl Read, dest: &Path, limits: &Limits) -> Result<UnpackS
     unpack_with_seeds(reader, dest, limits, None)
 }
 
-/// As [`unpack`], of a layer whose files may refer to seeds that came before. The bytes of all seeds count as content; those that no
-/// entry refers to stay in the store.
+/// As [`unpack`], of a layer whose files may refer to seeds that came before. The bytes of all seeds count as content; the store goes in
+/// the end, with those that no entry refers to. Its folder is all that may be in the directory.
 pub fn unpack_with_seeds(
     reader: impl Read,
     dest: &Path,
     limits: &Limits,
-    seeds: Option<&mut SeedStore>,
+    seeds: Option<SeedStore>,
 ) -> Result<UnpackStats> {
     let root = open_root(dest)?;
-    if !names(&root).map_err(failed("list", dest))?.is_empty() {
+    let own = seeds.as_ref().and_then(|seeds| seeds.name_in(dest));
+    let in_it = names(&root).map_err(failed("list", dest))?;
+    if in_it.iter().any(|name| Some(OsStr::from_bytes(name.to_bytes())) != own) {
         return Err(Error::NotEmpty { dir: dest.to_owned() });
     }
     let longest = limits.max_xattr_bytes + 2 * limits.max_path + FIXED_FIELDS;
     let frames = FrameReader::start(reader, longest, &[MAGIC, MAGIC_WITH_SEEDS])?;
-    let seeded_bytes = seeds.as_ref().map_or(0, |seeds| seeds.bytes());
+    let seeded_bytes = seeds.as_ref().map_or(0, SeedStore::bytes);
     let stats = UnpackStats::default();
     Unpacker { root, dest, limits, levels: Vec::new(), file: None, stats, seeds, seeded_bytes }.run(frames)
 }
@@ -119,7 +121,7 @@ struct Unpacker<'a> {
     levels: Vec<Level>,
     file: Option<Open>,
     stats: UnpackStats,
-    seeds: Option<&'a mut SeedStore>,
+    seeds: Option<SeedStore>,
     /// What all seeds hold.
     seeded_bytes: u64,
 }
@@ -295,9 +297,12 @@ impl Unpacker<'_> {
         if self.levels.is_empty() {
             return Err(refused(b"", "the stream has no root directory"));
         }
-        while let Some(level) = self.levels.pop() {
-            self.leave(&level)?;
+        while self.levels.len() > 1 {
+            self.levels.pop().map_or(Ok(()), |level| self.leave(&level))?;
         }
+        // It may lie in the root, whose time that changes.
+        self.seeds.take().map_or(Ok(()), SeedStore::remove)?;
+        self.levels.pop().map_or(Ok(()), |level| self.leave(&level))?;
         if (totals.entries, totals.data_bytes) != (self.stats.entries, self.stats.data_bytes) {
             return Err(refused(b"", "its totals are not what came: something is missing or too much"));
         }

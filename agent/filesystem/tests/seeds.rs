@@ -81,9 +81,7 @@ impl Move {
     fn end(&mut self) -> u64 {
         let mut stream = Vec::new();
         let packed = pack_with_seeds(&self.layer, &self.seeder, &mut stream).unwrap();
-        let mut store = self.store.take().unwrap();
-        unpack_with_seeds(stream.as_slice(), &self.target(""), &Limits::default(), Some(&mut store)).unwrap();
-        store.remove().unwrap();
+        unpack_with_seeds(stream.as_slice(), &self.target(""), &Limits::default(), self.store.take()).unwrap();
         assert!(!self.folder.path().join("seeds").exists());
         packed.seeded_bytes
     }
@@ -138,6 +136,41 @@ fn only_what_changed_is_sent_again() {
     assert_eq!((last.seeds, last.data_bytes), (1, 17));
     assert_eq!(this.end(), 640 * KIB + 17);
     this.assert_equal();
+}
+
+/// The folder of a volume may be a mount of its own, beside which there is no room on its file system.
+#[test]
+fn a_volume_keeps_its_seeds_in_itself_and_is_in_the_end_as_it_was_at_the_source() {
+    let mut this = Move::new();
+    this.layer = WritableLayer::Volume { dir: this.source("") };
+    let inside = this.target(".seeds");
+    this.store = Some(SeedStore::create(&inside, Limits::default()).unwrap());
+    write(&this.source("large"), 0, &noise(640 << 10, 1));
+    write(&this.source("gone"), 0, &noise(100 << 10, 3));
+    fs::hard_link(this.source("large"), this.source("again")).unwrap();
+    this.pass(Pass::Running, &COMPARES);
+    assert!(inside.join("1").exists());
+    fs::remove_file(this.source("gone")).unwrap();
+    write(&this.source("small"), 0, &noise(100, 2));
+    this.pass(Pass::Frozen, &COMPARES);
+    let old = std::time::UNIX_EPOCH + std::time::Duration::from_secs(1_000_000_000);
+    File::open(this.source("")).unwrap().set_modified(old).unwrap();
+    assert_eq!(this.end(), 640 * KIB);
+    this.assert_equal();
+    assert_eq!(fs::metadata(this.target("")).unwrap().modified().unwrap(), old);
+}
+
+#[test]
+fn whatever_else_is_in_a_volume_is_left_alone() {
+    let mut this = Move::new();
+    this.layer = WritableLayer::Volume { dir: this.source("") };
+    this.store = Some(SeedStore::create(&this.target(".seeds"), Limits::default()).unwrap());
+    write(&this.target("foreign"), 0, b"data");
+    let mut stream = Vec::new();
+    pack_with_seeds(&this.layer, &this.seeder, &mut stream).unwrap();
+    let refused = unpack_with_seeds(stream.as_slice(), &this.target(""), &Limits::default(), this.store.take());
+    assert!(matches!(refused, Err(Error::NotEmpty { .. })), "{refused:?}");
+    assert_eq!(fs::read(this.target("foreign")).unwrap(), b"data");
 }
 
 #[test]

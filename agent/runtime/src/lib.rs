@@ -16,6 +16,7 @@ mod restore;
 mod runc;
 pub mod stdio;
 mod tree;
+mod volumes;
 
 pub use cgroup::CgroupPaths;
 pub use container::{Container, ContainerMount, Init, NamespaceKind, Status, discover, find};
@@ -32,3 +33,4 @@ pub use quota::{CpuLimit, CpuQuota};
 pub use restore::{CgroupsMode, RestoreRequest, RestoreStdio, RunningRestore};
 pub use runc::Runc;
 pub use tree::Member;
+pub use volumes::{BindMount, Storage, bind_mounts};

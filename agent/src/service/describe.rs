@@ -14,7 +14,7 @@ use super::network;
 use crate::context::{Context, blocking};
 
 /// What this agent knows that others of its version may not.
-const AGENT_FEATURES: [&str; 1] = ["post_copy"];
+const AGENT_FEATURES: [&str; 2] = ["post_copy", "volumes"];
 /// And that this node lacks nothing for.
 const COLD: &str = "agent:cold";
 /// What of the kernel is needed for a restore alone.

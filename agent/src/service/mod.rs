@@ -6,6 +6,7 @@ mod describe;
 mod fetch;
 mod network;
 mod preflight;
+mod volumes;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -18,16 +19,18 @@ use podferry_common::identity::Peer;
 use podferry_common::tls::PeerInfo;
 use podferry_proto::v1::agent_service_server::AgentService;
 use podferry_proto::v1::{self, NetworkKind, PartState};
+use podferry_runtime::Container;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use crate::context::Context;
+use crate::context::{Context, blocking};
 use crate::journal::Standing;
 use crate::parts::{Authority, Entry, Part, Parts};
 use crate::recovery;
 use crate::source::{FreezeOrder, SourcePart};
 use crate::target::{PrepareOrder, TargetPart, fill};
+use crate::volumes::{MovedFiles, Volume};
 
 pub use delivery::Delivery;
 pub use fetch::Fetch;
@@ -128,6 +131,10 @@ impl Agent {
         let reservation = self.parts.reserve(migration, &request.workload)?;
         preflight::refuse(&self.context, &preflight::Wish::from(request.clone())).await?;
         let moves = request.network() == NetworkKind::Path;
+        let volumes = {
+            let (context, workload, named) = (self.context.clone(), request.workload.clone(), request.volumes);
+            blocking(move || volumes::of_target(&context, &workload, &named)).await?
+        };
         let order = PrepareOrder {
             migration,
             workload: request.workload.clone(),
@@ -137,6 +144,7 @@ impl Agent {
             keep_connections: request.keep_connections,
             fetch_from: Some(request.source_address).filter(|address| !address.is_empty()),
             cold: request.cold,
+            volumes,
         };
         let part = Arc::new(TargetPart::prepare(&self.context, order).await?);
         reservation.fill(Part::Target(part));
@@ -153,9 +161,12 @@ impl Agent {
         let reservation = self.parts.reserve(migration, &request.workload)?;
         let found = preflight::container(&self.context, &request.workload).await?;
         let link = preflight::link_of(&self.context, &found).await?;
+        let (volumes, files) = self.files_of(&found, request.volumes).await?;
         let order = FreezeOrder {
             migration,
             container: found,
+            volumes,
+            files,
             link: link.map(|found| found.link),
             target,
             target_address: request.target_address,
@@ -203,6 +214,24 @@ impl Agent {
             }
         });
         Ok(receiver)
+    }
+
+    /// What of a container's files moves: these volumes, and with its layer.
+    async fn files_of(
+        &self,
+        container: &Container,
+        named: Vec<v1::Volume>,
+    ) -> Result<(Vec<Volume>, MovedFiles), Failure> {
+        let (context, container) = (self.context.clone(), container.clone());
+        blocking(move || {
+            let volumes = volumes::of_source(&context, &container, &named)?;
+            let files = MovedFiles::of(&container, &volumes).map_err(|error| {
+                let what = "the container's writable layer is not found";
+                context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("freeze")
+            })?;
+            Ok((volumes, files))
+        })
+        .await
     }
 
     async fn undo(&self, request: v1::AbortRequest) -> Result<(), Failure> {

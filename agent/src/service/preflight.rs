@@ -11,7 +11,7 @@ use podferry_network::{ContainerLink, Netns, Unmoved};
 use podferry_proto::v1::{self, Finding, NetworkKind};
 use podferry_runtime::{Container, DeletedFile, NamespaceKind, Severity, Status};
 
-use super::{convert, describe, network};
+use super::{convert, describe, network, volumes};
 use crate::context::{Context, blocking};
 use crate::target::INTERFACE;
 use crate::target::bundle::Bundle;
@@ -24,6 +24,7 @@ pub(crate) struct Wish {
     layer_bytes: u64,
     network: NetworkKind,
     link: Option<v1::Link>,
+    volumes: Vec<v1::Volume>,
     /// It is created anew, not restored.
     pub(crate) cold: bool,
 }
@@ -36,6 +37,7 @@ impl From<v1::PreflightTargetRequest> for Wish {
             workload: request.workload,
             memory_bytes: request.memory_bytes,
             layer_bytes: request.layer_bytes,
+            volumes: request.volumes,
             link: request.link,
         }
     }
@@ -49,6 +51,7 @@ impl From<v1::PrepareRequest> for Wish {
             workload: request.workload,
             memory_bytes: request.memory_bytes,
             layer_bytes: request.layer_bytes,
+            volumes: request.volumes,
             link: request.link,
         }
     }
@@ -122,12 +125,12 @@ pub(crate) async fn source(
             };
             let report = podferry_runtime::preflight(&container).map_err(|error| failed(&error))?;
             let layer = WritableLayer::of(&container.rootfs).map_err(|error| failed(&error))?;
-            Ok((report, layer))
+            let volumes = volumes::at_source(&context, &container)?;
+            Ok((report, layer, volumes))
         })
         .await?
     };
-    let (report, layer) = looked;
-    let mut findings: Vec<Finding> = Vec::new();
+    let (report, layer, (volumes, mut findings)) = looked;
     if cold {
         findings.extend(terminal_finding(&container.config));
     } else {
@@ -141,13 +144,10 @@ pub(crate) async fn source(
     // They come back as files, and for a moment both as such and as images.
     let deleted = report.facts.deleted_files.iter().filter(|_| !cold);
     let deleted_bytes: u64 = deleted.map(|file| file.bytes).sum();
-    let layer_bytes = match &layer {
-        WritableLayer::Overlay(overlay) => content_bytes(&overlay.upper),
-        WritableLayer::Plain { rootfs } => {
-            findings.extend(plain_root(&container, rootfs));
-            0
-        }
-    };
+    if let WritableLayer::Plain { rootfs } = &layer {
+        findings.extend(plain_root(&container, rootfs));
+    }
+    let layer_bytes = layer.moved().map_or(0, content_bytes);
     Ok(v1::PreflightSourceResponse {
         findings,
         memory_bytes: report.facts.memory_bytes.saturating_add(deleted_bytes),
@@ -156,6 +156,7 @@ pub(crate) async fn source(
         link: link.map(|link| convert::link_message(&link.link)),
         tcp_connections: u32::try_from(report.facts.tcp_connections).unwrap_or(u32::MAX),
         processes: u32::try_from(report.facts.processes).unwrap_or(u32::MAX),
+        volumes,
     })
 }
 
@@ -275,6 +276,10 @@ pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding
     if wish.network == NetworkKind::Path {
         findings.extend(network::bridge_finding(&context.config.network.bridge));
     }
+    findings.extend({
+        let (context, wish) = (context.clone(), wish.clone());
+        blocking(move || volumes::at_target(&context, &wish.workload, &wish.volumes, wish.layer_bytes)).await?
+    });
     let needed = if wish.cold { room::to_store(wish.memory_bytes) } else { room::to_restore(wish.memory_bytes) };
     let facts = describe::host_facts(context).await?;
     if facts.memory_available < needed {
@@ -347,12 +352,12 @@ fn bundle_findings(bundle: &Bundle, wish: &Wish) -> Vec<Finding> {
     findings
 }
 
-fn refusal(kind: &str, message: String, remedy: String) -> Finding {
+pub(super) fn refusal(kind: &str, message: String, remedy: String) -> Finding {
     Finding { refuses: true, kind: kind.to_owned(), pid: 0, fd: -1, message, remedy }
 }
 
 /// Bytes of the regular files below a folder. What cannot be read counts nothing: the copy will say so.
-fn content_bytes(dir: &Path) -> u64 {
+pub(super) fn content_bytes(dir: &Path) -> u64 {
     let Ok(entries) = std::fs::read_dir(dir) else { return 0 };
     let size = |entry: std::fs::DirEntry| match entry.metadata() {
         Ok(metadata) if metadata.is_dir() => content_bytes(&entry.path()),

@@ -1,8 +1,8 @@
-//! A cold migration's source: the container is stopped, its layer is sent, and whoever undoes that starts it again.
+//! A cold migration's source: the container is stopped, its files are sent, and whoever undoes that starts it again.
 //!
 //! ```text
 //! container   runs ─────────────────│ SIGTERM ┄ ends by itself, or is killed │ stopped; runc's state and its root stay
-//! layer       round 1, round 2, …   │                                        │ last round, and all that is small
+//! files       round 1, round 2, …   │                                        │ last round, and all that is small
 //! journal                           │ begun, told
 //! ```
 //!
@@ -10,7 +10,7 @@
 //! before it is told. From then on an abort, also that of an agent started later, sees the stop through (nobody can tell a program that
 //! does not heed the signal from one that is half-way through its shutdown) and starts the container again from its bundle.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
@@ -25,12 +25,13 @@ use super::precopy::{Followers, Round, SendError, Way};
 use super::{RELEASE_TIMEOUT, SourcePart, init_lives, io_failed, ms, sweep, tell_progress};
 use crate::context::{Context, blocking};
 use crate::journal::{PartRecord, Role, Standing, StopNote};
+use crate::volumes::MovedFiles;
 use crate::worker::messages::WorkerRecord;
 use crate::worker::run::kill_once;
 
-/// Rounds over the layer at most.
+/// Rounds over the files at most.
 const MOST_ROUNDS: u32 = 4;
-/// So little of the layer is left for the stop.
+/// So little of the files is left for the stop.
 const LITTLE: u64 = 4 << 20;
 /// Between two looks at a container that is ending.
 const LOOK: Duration = Duration::from_millis(2);
@@ -47,7 +48,7 @@ struct Stopped {
 }
 
 impl SourcePart {
-    /// Sends what the layer's large files hold, stops the container, and sends the rest. Returns when the target has confirmed
+    /// Sends what the container's large files hold, stops the container, and sends the rest. Returns when the target has confirmed
     /// everything.
     pub(super) async fn stop_and_send(
         &self,
@@ -55,7 +56,7 @@ impl SourcePart {
         sender: Arc<Sender>,
         events: &mpsc::Sender<FreezeEvent>,
     ) -> Result<(), Failure> {
-        self.copy_layer(order, &sender, events).await?;
+        self.copy_files(order, &sender, events).await?;
         let sent_before = sender.stats();
         let stopped = self.stop(&order.container).await?;
         self.cut_link(order).await?;
@@ -63,7 +64,7 @@ impl SourcePart {
         let frozen = FreezeEvent::Frozen { freeze_ms: ms(stopped.told, stopped.at), killed: stopped.killed };
         let _nobody_watches = events.send(frozen).await;
         tokio::select! {
-            sent = self.send_rest_of_layer(order, &sender) => sent?,
+            sent = self.send_rest_of_files(order, &sender) => sent?,
             () = tell_progress(&sender, events) => {
                 return Err(self.context.refusal(FailureCode::Internal, "progress ended").in_phase("transfer"));
             }
@@ -93,8 +94,8 @@ impl SourcePart {
         Ok(())
     }
 
-    /// Goes over the running container's layer until little of it is left, or it does not become less.
-    async fn copy_layer(
+    /// Goes over the running container's files until little of it is left, or it does not become less.
+    async fn copy_files(
         &self,
         order: &FreezeOrder,
         sender: &Arc<Sender>,
@@ -105,13 +106,13 @@ impl SourcePart {
         let mut before = u64::MAX;
         for _ in 0..wish.max_rounds.min(MOST_ROUNDS) {
             let followers = Arc::clone(&self.followers).lock_owned().await;
-            let (way, rootfs) = (self.way(sender), order.container.rootfs.clone());
+            let (way, files) = (self.way(sender), order.files.clone());
             let telling = tell_progress(sender, events);
             let context = self.context.clone();
             let copying = blocking(move || {
-                let copied = round(followers, &rootfs, &way);
+                let copied = round(followers, &files, &way);
                 copied.map_err(|error| {
-                    context.failure(FailureCode::Unavailable, LAYER_FAILED, &error).in_phase("precopy")
+                    context.failure(FailureCode::Unavailable, FILES_FAILED, &error).in_phase("precopy")
                 })
             });
             let round = tokio::select! {
@@ -120,7 +121,7 @@ impl SourcePart {
             };
             let _nobody_watches = events.send(FreezeEvent::Round(round)).await;
             if SystemTime::now() > wish.deadline {
-                let message = "copying the writable layer did not end before its deadline";
+                let message = "copying the container's files did not end before its deadline";
                 return Err(self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("precopy"));
             }
             if round.raw_bytes <= LITTLE || round.raw_bytes > before / 2 {
@@ -185,21 +186,21 @@ impl SourcePart {
         .await
     }
 
-    async fn send_rest_of_layer(&self, order: &FreezeOrder, sender: &Arc<Sender>) -> Result<(), Failure> {
+    async fn send_rest_of_files(&self, order: &FreezeOrder, sender: &Arc<Sender>) -> Result<(), Failure> {
         let mut followers = Arc::clone(&self.followers).lock_owned().await;
-        let (way, rootfs, context) = (self.way(sender), order.container.rootfs.clone(), self.context.clone());
+        let (way, files, context) = (self.way(sender), order.files.clone(), self.context.clone());
         blocking(move || {
-            let sent = followers.seeds.last_round(&rootfs, &way);
-            sent.map_err(|error| context.failure(FailureCode::Unavailable, LAYER_FAILED, &error).in_phase("transfer"))
+            let sent = followers.seeds.last_round(&files, &way);
+            sent.map_err(|error| context.failure(FailureCode::Unavailable, FILES_FAILED, &error).in_phase("transfer"))
         })
         .await?;
-        self.send_layer(&order.container, sender).await
+        self.send_files(order, sender).await
     }
 
     /// Fails unless the container has been stopped and sent, and nobody has started it since.
     pub(super) async fn check_stopped(&self, record: &PartRecord) -> Result<(), Failure> {
         if !self.stopped.load(Ordering::Relaxed) {
-            let message = "the container is not stopped, or its layer is not sent";
+            let message = "the container is not stopped, or its files are not sent";
             return Err(self.context.refusal(FailureCode::FailedPrecondition, message).in_phase("commit"));
         }
         self.check_absent(record).await
@@ -251,12 +252,12 @@ impl SourcePart {
     }
 }
 
-const LAYER_FAILED: &str = "what the writable layer's files hold cannot be sent";
+const FILES_FAILED: &str = "what the container's files hold cannot be sent";
 
-/// One round over the layer of a running container; blocks.
-fn round(mut followers: OwnedMutexGuard<Followers>, rootfs: &Path, way: &Way) -> Result<Round, SendError> {
+/// One round over the files of a running container; blocks.
+fn round(mut followers: OwnedMutexGuard<Followers>, files: &MovedFiles, way: &Way) -> Result<Round, SendError> {
     let (begun, wire_before) = (Instant::now(), way.wire_bytes());
-    let sent = followers.seeds.round(rootfs, way)?;
+    let sent = followers.seeds.round(files, way)?;
     let wire_bytes = way.wire_bytes() - wire_before;
     Ok(Round { raw_bytes: sent.data_bytes, wire_bytes, duration: begun.elapsed(), ..Round::default() })
 }

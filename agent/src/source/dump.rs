@@ -7,8 +7,8 @@ use std::time::{Duration, Instant, SystemTime};
 use podferry_common::failure::{Failure, FailureCode};
 use podferry_common::identity::Peer;
 use podferry_criu::{CgroupsMode, DumpRequest};
-use podferry_filesystem::WritableLayer;
-use podferry_runtime::{Container, DESCRIPTORS, Externals};
+use podferry_filesystem::{Seeder, WritableLayer};
+use podferry_runtime::{DESCRIPTORS, Externals};
 use podferry_transfer::{Object, Sender, SenderStats, TransferError};
 use tokio::net::UnixListener;
 use tokio::sync::{OwnedMutexGuard, mpsc};
@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::order::{FreezeEvent, FreezeOrder, Verified};
 use super::precopy::{Converged, Followers, Rest, Round, SendError};
-use super::{LAYER, SourcePart, VERIFY, io_failed, ms, not_running, pages, patience, tell_progress};
+use super::{SourcePart, VERIFY, io_failed, ms, not_running, pages, patience, tell_progress};
 use crate::context::{Context, blocking};
 use crate::journal::PartDirs;
 use crate::throttle::ThrottleRecord;
@@ -159,14 +159,14 @@ impl SourcePart {
     /// Beside CRIU, which does not look where this looks.
     async fn spawn_last_round(&self, order: &FreezeOrder, rest: Option<Rest>, sender: &Arc<Sender>) -> LastRound {
         let mut followers = Arc::clone(&self.followers).lock_owned().await;
-        let (context, way, rootfs) = (self.context.clone(), self.way(sender), order.container.rootfs.clone());
+        let (context, way, files) = (self.context.clone(), self.way(sender), order.files.clone());
         tokio::task::spawn_blocking(move || match rest {
-            Some(rest) => followers.last_round(&context, &rootfs, &way, rest),
+            Some(rest) => followers.last_round(&context, &files, &way, rest),
             None => Ok(0),
         })
     }
 
-    /// Waits for the end of CRIU's dump, then sends images and writable layer, and what the end check needs.
+    /// Waits for the end of CRIU's dump, then sends images, writable layer and volumes, and what the end check needs.
     async fn send_rest(
         &self,
         order: &FreezeOrder,
@@ -200,8 +200,8 @@ impl SourcePart {
         tracing::debug!(migration = %order.migration, "the last round is sent");
         self.send_images(sender).await?;
         tracing::debug!(migration = %order.migration, "the images are sent");
-        self.send_layer(&order.container, sender).await?;
-        tracing::debug!(migration = %order.migration, "the writable layer is sent");
+        self.send_files(order, sender).await?;
+        tracing::debug!(migration = %order.migration, "the files are sent");
         let verifying = if order.verifies() { Some(self.verify(order, sender).await?) } else { None };
         Ok(Sent { pages, dumped_at, verifying })
     }
@@ -253,27 +253,21 @@ impl SourcePart {
         .await
     }
 
-    pub(super) async fn send_layer(&self, container: &Container, sender: &Arc<Sender>) -> Result<(), Failure> {
-        let rootfs = container.rootfs.clone();
+    /// Sends the writable layer and the volumes of a container that stands still.
+    pub(super) async fn send_files(&self, order: &FreezeOrder, sender: &Arc<Sender>) -> Result<(), Failure> {
+        let files = order.files.clone();
         let seeds = std::mem::take(&mut self.followers.lock().await.seeds);
         let sender = Arc::clone(sender);
         let context = self.context.clone();
         let cancelled = self.cancelled.clone();
         blocking(move || {
-            let failed = |error: &(dyn std::error::Error + 'static)| {
-                context
-                    .failure(FailureCode::Unavailable, "the writable layer cannot be sent", error)
-                    .in_phase("transfer")
-            };
-            let layer = WritableLayer::of(&rootfs).map_err(|error| failed(&error))?;
-            if matches!(layer, WritableLayer::Plain { .. }) {
-                return Ok(());
+            for ((name, layer), seeder) in files.iter().zip(seeds.into_seeders()) {
+                send_tree(&sender, name, layer, &seeder, &cancelled).map_err(|error| {
+                    let what = format!("the files of {name} cannot be sent");
+                    context.failure(FailureCode::Unavailable, &what, error.as_ref()).in_phase("transfer")
+                })?;
             }
-            let object = Object::Layer(LAYER.to_owned());
-            let writer = sender.open_blocking(&object).map_err(|error| failed(&error))?;
-            let mut out = pages::LayerOut::new(writer, cancelled);
-            podferry_filesystem::pack_with_seeds(&layer, seeds.seeder(), &mut out).map_err(|error| failed(&error))?;
-            out.close().map_err(|error| failed(&error))
+            Ok(())
         })
         .await
     }
@@ -355,6 +349,19 @@ fn send_file(sender: &Sender, file: &Path, cancelled: &CancellationToken) -> Res
     let writer = sender.open_blocking(&Object::ImageFile(name))?;
     let mut out = pages::LayerOut::new(writer, cancelled.clone());
     std::io::copy(&mut std::fs::File::open(file)?, &mut out)?;
+    Ok(out.close()?)
+}
+
+fn send_tree(
+    sender: &Sender,
+    name: &str,
+    layer: &WritableLayer,
+    seeder: &Seeder,
+    cancelled: &CancellationToken,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let writer = sender.open_blocking(&Object::Layer(name.to_owned()))?;
+    let mut out = pages::LayerOut::new(writer, cancelled.clone());
+    podferry_filesystem::pack_with_seeds(layer, seeder, &mut out)?;
     Ok(out.close()?)
 }
 

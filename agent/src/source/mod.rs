@@ -54,8 +54,6 @@ const UNDO_TIMEOUT: Duration = Duration::from_secs(30);
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(60);
 /// How often progress is told.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(100);
-/// The name of the writable layer in the transfer.
-pub const LAYER: &str = "upper";
 /// The phase of a failure that the end check has found.
 pub const VERIFY: &str = "verify";
 
@@ -110,6 +108,7 @@ impl SourcePart {
                 netns: order.container.namespace_paths.get(&podferry_runtime::NamespaceKind::Network).cloned(),
                 fetched_by: order.fetched_by(),
                 stop: order.stop.map(|grace| StopNote { grace, begun: None, told: false }),
+                volumes: order.volumes.clone(),
             },
         };
         // A target that cannot be reached is to cost the tasks nothing.
@@ -248,6 +247,7 @@ impl SourcePart {
         let job = precopy::Job {
             context: self.context.clone(),
             container: order.container.clone(),
+            files: order.files.clone(),
             order: wish,
             post_copy: order.post_copy,
             way: self.way(sender),

@@ -9,6 +9,7 @@ use podferry_runtime::Container;
 
 use super::precopy::{PreCopyOrder, Round};
 use crate::journal::FetchedBy;
+use crate::volumes::{MovedFiles, Volume};
 
 /// What the coordinator wants of a freeze.
 #[derive(Clone, Debug)]
@@ -35,6 +36,10 @@ pub struct FreezeOrder {
     pub post_copy: bool,
     /// Cold: stop the container, which gets so long to end, and send its layer alone.
     pub stop: Option<Duration>,
+    /// The volumes that move along, in the order in which the target expects them.
+    pub volumes: Vec<Volume>,
+    /// What of its files moves: its layer and these.
+    pub files: MovedFiles,
     /// How long after the end of pre-copy an unsealed part undoes itself.
     pub patience: Duration,
 }

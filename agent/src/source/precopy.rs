@@ -7,7 +7,7 @@
 //! ```
 //!
 //! Each process of the container's tree is followed by a tracker of its own. A round asks each what was written since the one
-//! before (the first time: all there is), and sends that. What large files of the writable layer hold is sent [beside it](seeds). What is
+//! before (the first time: all there is), and sends that. What large files of the writable layer and of volumes hold is sent [beside it](seeds). What is
 //! left when the container is frozen is sent in the freeze. CRIU does not see the memory that is moved this way; all of a process that
 //! cannot be followed is left to it.
 
@@ -42,6 +42,7 @@ use super::batch::Parted;
 use super::courtesy::Courtesy;
 use crate::context::Context;
 use crate::throttle::Throttle;
+use crate::volumes::MovedFiles;
 use seeds::Seeds;
 
 /// Bytes that are read and sent at a time: one frame of the transfer.
@@ -104,7 +105,7 @@ pub(super) enum SendError {
     /// The transfer is broken.
     #[error(transparent)]
     Transfer(#[from] TransferError),
-    /// The writable layer cannot be gone over, or what its files hold cannot be sent.
+    /// The writable layer or a volume cannot be gone over, or what its files hold cannot be sent.
     #[error(transparent)]
     Layer(#[from] podferry_filesystem::Error),
     /// The migration was aborted.
@@ -185,6 +186,7 @@ impl Way {
 pub(super) struct Job {
     pub(super) context: Context,
     pub(super) container: Container,
+    pub(super) files: MovedFiles,
     pub(super) order: PreCopyOrder,
     /// What does not converge stays here for the target to fetch.
     pub(super) post_copy: bool,
@@ -227,7 +229,7 @@ pub(super) struct Followers {
     /// What a person should know.
     notes: BTreeSet<String>,
     round: u32,
-    /// What of the writable layer's files was sent.
+    /// What of the files was sent.
     pub(super) seeds: Seeds,
     /// How much of what was sent may be kept, of all processes together.
     budget: Budget,
@@ -412,7 +414,7 @@ impl Followers {
         self.round += 1;
         let (begun, wire_before) = (Instant::now(), way.wire_bytes());
         let number = self.round;
-        let layer = self.seeds.round(&job.container.rootfs, way)?;
+        let files = self.seeds.round(&job.files, way)?;
         let mut round = Round::default();
         let mut lost = Vec::new();
         for (index, followed) in self.followed.iter_mut().enumerate() {
@@ -433,7 +435,7 @@ impl Followers {
         let (pages, left) = self.shared.round(number, way)?;
         round.pages += pages;
         self.notes.extend(left);
-        round.raw_bytes = round.pages * podferry_memory::PAGE_SIZE + layer.data_bytes;
+        round.raw_bytes = round.pages * podferry_memory::PAGE_SIZE + files.data_bytes;
         round.wire_bytes = way.wire_bytes() - wire_before;
         round.duration = begun.elapsed();
         // What this round sent was written during the one before; the first sends all there is and says nothing of that.
@@ -465,7 +467,7 @@ impl Followers {
     pub(super) fn last_round(
         &mut self,
         context: &Context,
-        rootfs: &Path,
+        files: &MovedFiles,
         way: &Way,
         rest: Rest,
     ) -> Result<u64, Failure> {
@@ -479,7 +481,7 @@ impl Followers {
         }
         let shared = self.shared.last_round(number, way);
         pages += shared.map_err(|error| failed(&error))?;
-        self.seeds.last_round(rootfs, way).map_err(|error| failed(&error))?;
+        self.seeds.last_round(files, way).map_err(|error| failed(&error))?;
         Ok(pages)
     }
 }

@@ -89,9 +89,9 @@ fn is_criu(pid: u32) -> bool {
     command.split(|byte| *byte == 0).any(|word| word == b"swrk")
 }
 
-/// Removes a container whose processes are dead: runc's state, the writable layer, the network namespace.
+/// Removes a container whose processes are dead: runc's state, the writable layer, what is in its volumes, the network namespace.
 ///
-/// Only what is podferry's: a bundle that lies elsewhere, and its namespace, stay for whoever made them. What cannot be
+/// Only what is podferry's: a bundle that lies elsewhere, and its namespace, stay for whoever made them, as do volumes that did not move. What cannot be
 /// removed is logged: the migration has succeeded all the same.
 pub(crate) async fn remove_container(context: &Context, record: &PartRecord, container: Option<&Container>) {
     let Role::Source { root, bundle, link, netns, .. } = &record.role else { return };
@@ -99,7 +99,7 @@ pub(crate) async fn remove_container(context: &Context, record: &PartRecord, con
     let id = record.workload.clone();
     let known = container.is_some();
     let ours = bundle.parent() == Some(context.config.runtime.bundles_dir.as_path());
-    let dir = bundle.clone();
+    let (dir, volumes) = (bundle.clone(), record.volumes().to_vec());
     // What is there under its name now, alive, is another: the workload has come back.
     if runc.container(&id).is_ok_and(|now| now.is_alive()) {
         tracing::error!(id, "a released container is not removed: one of that name runs");
@@ -112,6 +112,11 @@ pub(crate) async fn remove_container(context: &Context, record: &PartRecord, con
         let bundle = Bundle { dir, netns: None };
         if ours && let Err(error) = bundle.dismantle() {
             tracing::error!(%error, bundle = %bundle.dir.display(), "the released writable layer cannot be removed");
+        }
+        for volume in &volumes {
+            if let Err(error) = volume.clear() {
+                tracing::error!(%error, dir = %volume.dir.display(), "what is in a released volume cannot be removed");
+            }
         }
         Ok(())
     });

@@ -1,6 +1,6 @@
-//! What arrives for one migration: images into memory, the writable layer into its folder.
+//! What arrives for one migration: images into memory, the writable layer and volumes into their folders.
 //!
-//! Everything here comes from another node: names were checked by the transfer, the layer is unpacked under limits, and
+//! Everything here comes from another node: names were checked by the transfer, files are unpacked under limits, and
 //! nothing is looked at before the source's certificate was that of the node that the coordinator named.
 
 use std::collections::HashMap;
@@ -17,16 +17,16 @@ use podferry_common::failure::{Failure, FailureCode};
 use podferry_common::identity::Peer;
 use podferry_common::tls::PeerInfo;
 use podferry_criu::{PageSetWriter, Run, page_flags};
-use podferry_filesystem::{Limits, SeedStore};
+use podferry_filesystem::SeedStore;
 use podferry_memory::digest::Comparison;
 use podferry_runtime::DESCRIPTORS;
 use podferry_transfer::{Authorize, Deltas, Introduction, Object, Owner, PageRun, Sink};
 use tokio::sync::watch;
 
 use super::memory::{self, ArrivingMemory, List, ListOf, MemoryError};
-use super::seeds::{ArrivingSeeds, Unpacking, WriteBack};
+use super::seeds::{ArrivingTree, Unpacking, WriteBack};
 use crate::context;
-use crate::source::{LAYER, VERIFY};
+use crate::source::VERIFY;
 
 /// Where CRIU's inventory is kept until everything is here: CRIU may be waiting for it at its own place.
 const INVENTORY: (&str, &str) = ("inventory.img", "inventory.arrived");
@@ -49,8 +49,6 @@ pub struct Inbox {
     open: Mutex<Option<Opened>>,
     source: Peer,
     images: PathBuf,
-    layer: PathBuf,
-    layer_limits: Limits,
     arrival: watch::Sender<Arrival>,
     /// Whether the container's descriptors are here, which runc looks at first.
     described: watch::Sender<bool>,
@@ -58,23 +56,14 @@ pub struct Inbox {
 }
 
 impl Inbox {
-    /// Takes data from `source` only: images into `images`, the writable layer, at most `layer_bytes` of content, into
-    /// the empty folder `layer`, and what comes of its files before, into `seeds`. With `post_copy` some memory may stay with the
-    /// source.
-    pub fn new(
-        source: Peer,
-        images: PathBuf,
-        (layer, seeds): (PathBuf, PathBuf),
-        layer_bytes: u64,
-        post_copy: bool,
-    ) -> Arc<Self> {
+    /// Takes data from `source` only: images into `images`, and these trees, by their names. With `post_copy` some memory may stay with
+    /// the source.
+    pub(super) fn new(source: Peer, images: PathBuf, trees: Vec<(String, ArrivingTree)>, post_copy: bool) -> Arc<Self> {
         let (arrival, _) = watch::channel(Arrival::Waiting);
         let (described, _) = watch::channel(false);
         let memory = ArrivingMemory::new(images.clone(), post_copy);
-        let layer_limits = Limits { max_bytes: layer_bytes, ..Limits::default() };
-        let seeds = ArrivingSeeds::new(seeds, layer_limits);
-        let open = Mutex::new(Some(Opened { places: HashMap::new(), memory, seeds }));
-        Arc::new(Self { open, source, images, layer, layer_limits, arrival, described, taken: Mutex::new(false) })
+        let open = Mutex::new(Some(Opened { places: HashMap::new(), memory, trees: trees.into_iter().collect() }));
+        Arc::new(Self { open, source, images, arrival, described, taken: Mutex::new(false) })
     }
 
     /// Takes nothing any more. When this returns, nobody writes into the folders. Blocks for the disk at most.
@@ -83,22 +72,23 @@ impl Inbox {
         for place in open.places.into_values() {
             match place {
                 Place::Layer(unpacking) => drop(unpacking.finish()),
-                Place::Seeds(receiving) => drop(receiving.finish()),
+                Place::Seeds(_, receiving) => drop(receiving.finish()),
                 _ => {}
             }
         }
-        open.seeds.shut();
+        open.trees.into_values().for_each(ArrivingTree::shut);
     }
 
-    /// Waits until what came of files before their layer is on the disk, as far as that was begun. Blocks.
+    /// Waits until what came of files before their tree is on the disk, as far as that was begun. Blocks.
     ///
     /// # Errors
     /// When it is not: a later sync would not tell.
     pub fn written_back(&self) -> io::Result<()> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let write_back = open.as_mut().and_then(|open| open.seeds.take_write_back());
+        let trees = open.iter_mut().flat_map(|open| open.trees.values_mut());
+        let begun: Vec<WriteBack> = trees.filter_map(ArrivingTree::take_write_back).collect();
         drop(open);
-        write_back.map_or(Ok(()), WriteBack::finish)
+        begun.into_iter().try_for_each(WriteBack::finish)
     }
 
     fn with_open<T>(&self, work: impl FnOnce(&mut Opened) -> Result<T, Failure>) -> Result<T, Failure> {
@@ -182,8 +172,15 @@ struct Opened {
     places: HashMap<u32, Place>,
     /// What comes before the freeze: memory,
     memory: ArrivingMemory,
-    /// and what files hold.
-    seeds: ArrivingSeeds,
+    /// and what files hold, by the names of their trees.
+    trees: HashMap<String, ArrivingTree>,
+}
+
+impl Opened {
+    fn tree(&mut self, name: &str) -> Result<&mut ArrivingTree, Failure> {
+        let unknown = || failed(io::Error::other(format!("no layer named {name} is expected")));
+        self.trees.get_mut(name).ok_or_else(unknown)
+    }
 }
 
 /// Where an object goes.
@@ -196,7 +193,8 @@ enum Place {
     /// Digests of this owner's pages.
     Digests(Owner, Comparison),
     Layer(Unpacking<()>),
-    Seeds(Unpacking<SeedStore>),
+    /// Of the tree of this name.
+    Seeds(String, Unpacking<SeedStore>),
 }
 
 impl fmt::Debug for Place {
@@ -208,7 +206,7 @@ impl fmt::Debug for Place {
             Self::List(_) => "List",
             Self::Digests(..) => "Digests",
             Self::Layer(_) => "Layer",
-            Self::Seeds(_) => "Seeds",
+            Self::Seeds(..) => "Seeds",
         })
     }
 }
@@ -257,7 +255,7 @@ impl Sink for Receiving {
                 file.write_all(&data).map_err(|source| failed(ImageError { path: path.clone(), source }))
             }
             Some(Place::Layer(unpacking)) => unpacking.write(data).map_err(failed),
-            Some(Place::Seeds(receiving)) => receiving.write(data).map_err(failed),
+            Some(Place::Seeds(_, receiving)) => receiving.write(data).map_err(failed),
             Some(Place::List(list)) => list.extend(&data).map_err(failed),
             Some(Place::Digests(owner, comparison)) => open.memory.compare(*owner, comparison, &data).map_err(failed),
             Some(Place::Pages(..) | Place::Memory(_)) | None => {
@@ -295,7 +293,10 @@ impl Sink for Receiving {
             Some(Place::List(list)) => list.finish(&mut open.memory).map_err(failed),
             Some(Place::Digests(owner, comparison)) => memory::verdict(owner, comparison).map_err(different),
             Some(Place::Layer(unpacking)) => unpacking.finish().map_err(failed),
-            Some(Place::Seeds(receiving)) => receiving.finish().map(|store| open.seeds.put_back(store)).map_err(failed),
+            Some(Place::Seeds(name, receiving)) => {
+                let store = receiving.finish().map_err(failed)?;
+                open.tree(&name).map(|tree| tree.put_back(store))
+            }
             None => Err(failed(io::Error::other("what is not open is closed"))),
         })
     }
@@ -343,15 +344,12 @@ impl Receiving {
                 };
                 Place::Pages(*owner, PageSetWriter::create(&self.inbox.images, of, *id).map_err(failed)?)
             }
-            Object::Layer(name) if name == LAYER => {
-                let (layer, limits) = (self.inbox.layer.clone(), self.inbox.layer_limits);
-                Place::Layer(self.inbox.with_open(|open| open.seeds.unpack(layer, limits).map_err(failed))?)
+            Object::Layer(name) => {
+                Place::Layer(self.inbox.with_open(|open| open.tree(name)?.unpack().map_err(failed))?)
             }
-            Object::Seeds { layer, .. } if layer == LAYER => {
-                Place::Seeds(self.inbox.with_open(|open| open.seeds.receive().map_err(failed))?)
-            }
-            Object::Layer(name) | Object::Seeds { layer: name, .. } => {
-                return Err(failed(io::Error::other(format!("no layer named {name} is expected"))));
+            Object::Seeds { layer: name, .. } => {
+                let receiving = self.inbox.with_open(|open| open.tree(name)?.receive().map_err(failed))?;
+                Place::Seeds(name.clone(), receiving)
             }
             Object::Memory { owner, .. } => Place::Memory(*owner),
             Object::Existing { owner } => Place::List(List::of(ListOf::Existing(*owner))),

@@ -46,11 +46,13 @@ use crate::pager;
 use crate::pager::messages::PagerState;
 use crate::parts::Authority;
 use crate::source::VERIFY;
+use crate::volumes::{self, LAYER, Volume};
 use bundle::Bundle;
 use doorstep::Doorstep;
 use early::Started;
 use hook::{Hold, HookKeeper};
 use inbox::{Arrival, Inbox};
+use seeds::ArrivingTree;
 
 /// How often a restore is looked at while it works.
 const LOOK: Duration = Duration::from_millis(2);
@@ -82,6 +84,8 @@ pub struct PrepareOrder {
     pub fetch_from: Option<String>,
     /// The container is created from the bundle; nothing is restored.
     pub cold: bool,
+    /// The volumes that come along, in the order in which the source sends them.
+    pub volumes: Vec<Volume>,
 }
 
 /// The part.
@@ -104,7 +108,7 @@ pub struct TargetPart {
     ledger: Ledger,
     /// The restore that this agent started; a sealed one may be an earlier agent's.
     restore: Arc<Mutex<Option<Started>>>,
-    /// Bringing the layer to the disk, which goes on while the container is restored.
+    /// Bringing the files to the disk, which goes on while the container is restored.
     syncing: Mutex<Option<JoinHandle<Result<(), SyncError>>>>,
     restoring: AtomicBool,
     /// The container is created, not restored,
@@ -141,11 +145,16 @@ impl TargetPart {
                 netns: netns.clone(),
                 fetch_from: order.fetch_from.clone(),
                 cold: order.cold,
+                volumes: order.volumes,
             },
         };
         let made = async {
             record.begin(&dirs).map_err(|error| io_failed(context, &error))?;
             bundle.make_room().map_err(|error| io_failed(context, &error))?;
+            record.volumes().iter().try_for_each(Volume::make_room).map_err(|error| {
+                let what = "a volume cannot be made ready";
+                context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("prepare")
+            })?;
             make_network(context, &record).await?;
             if order.cold {
                 restore_mtu(&record);
@@ -163,11 +172,10 @@ impl TargetPart {
                 return Err(failure);
             }
         };
-        let layer_bytes = podferry_filesystem::free_bytes(&bundle.dir).unwrap_or(u64::MAX);
         let source = order.source.clone();
         let post_copy = order.fetch_from.is_some();
-        let folders = (bundle.upper(), bundle.seeds());
-        let inbox = Inbox::new(order.source, dirs.images.clone(), folders, layer_bytes, post_copy);
+        let trees = trees(&bundle, record.volumes());
+        let inbox = Inbox::new(order.source, dirs.images.clone(), trees, post_copy);
         context.admissions.expect(order.migration, Arc::clone(&inbox));
         let fetch_from = fetch::Source::of(&record.role);
         Ok(Self {
@@ -247,9 +255,10 @@ impl TargetPart {
             self.arrived().await?;
             let begun = Instant::now();
             tracing::debug!(migration = %self.migration, "everything is here");
-            let layer = self.bundle.upper();
-            let inbox = self.inbox.clone();
-            *self.syncing.lock().await = Some(spawn_blocking(move || sync(&layer, inbox.as_deref())));
+            let volumes: Vec<PathBuf> =
+                self.ledger.lock().await.volumes().iter().map(|volume| volume.dir.clone()).collect();
+            let (layer, inbox) = (self.bundle.upper(), self.inbox.clone());
+            *self.syncing.lock().await = Some(spawn_blocking(move || sync(&layer, &volumes, inbox.as_deref())));
             if self.cold {
                 self.create().await?;
             } else {
@@ -352,10 +361,10 @@ impl TargetPart {
         })
     }
 
-    /// The layer is on the disk, as far as it has to be: the source's is wiped after the commit.
+    /// The files are on the disk, as far as they have to be: the source's are wiped after the commit.
     async fn synced(&self) -> Result<(), Failure> {
         let Some(syncing) = self.syncing.lock().await.take() else { return Ok(()) };
-        let what = "the writable layer cannot be written to the disk";
+        let what = "the container's files cannot be written to the disk";
         let failed = |error: &(dyn std::error::Error + 'static)| {
             self.context.failure(FailureCode::Aborted, what, error).in_phase("commit")
         };
@@ -502,19 +511,29 @@ impl TargetPart {
     }
 }
 
-/// Why a layer is not on the disk.
+/// Where the container's files go, by their names in the transfer.
+fn trees(bundle: &Bundle, volumes: &[Volume]) -> Vec<(String, ArrivingTree)> {
+    let layer = ArrivingTree::new(bundle.upper(), bundle.seeds());
+    let volumes = volumes.iter().enumerate();
+    let volumes =
+        volumes.map(|(index, volume)| (volumes::name(index), ArrivingTree::new(volume.dir.clone(), volume.seeds())));
+    std::iter::once((LAYER.to_owned(), layer)).chain(volumes).collect()
+}
+
+/// Why files are not on the disk.
 #[derive(Debug, thiserror::Error)]
 enum SyncError {
-    /// It cannot be synced.
+    /// They cannot be synced.
     #[error(transparent)]
     Layer(#[from] podferry_filesystem::Error),
     /// What came before it could not be written.
-    #[error("what came of its files before the freeze could not be written")]
+    #[error("what came of them before the freeze could not be written")]
     Early(#[from] std::io::Error),
 }
 
-fn sync(layer: &Path, inbox: Option<&Inbox>) -> Result<(), SyncError> {
+fn sync(layer: &Path, volumes: &[PathBuf], inbox: Option<&Inbox>) -> Result<(), SyncError> {
     podferry_filesystem::sync(layer)?;
+    volumes.iter().try_for_each(|dir| podferry_filesystem::sync(dir))?;
     Ok(inbox.map_or(Ok(()), Inbox::written_back)?)
 }
 
@@ -527,6 +546,10 @@ async fn remove(context: &Context, record: &PartRecord, bundle: &Bundle, dirs: &
     }
     bundle.dismantle().map_err(|error| {
         context.failure(FailureCode::Internal, "the writable layer cannot be removed", &error).in_phase("rollback")
+    })?;
+    record.volumes().iter().try_for_each(Volume::clear).map_err(|error| {
+        let what = "what came into a volume cannot be removed";
+        context.failure(FailureCode::Internal, what, &error).in_phase("rollback")
     })?;
     remove_network(context, record).await?;
     dirs.wipe_volatile();

@@ -1,4 +1,5 @@
-//! The writable layer as it comes in: first what its large files hold, while the container still runs where it is, then the tree.
+//! The writable layer, or a volume, as it comes in: first what its large files hold, while the container still runs where it is, then
+//! the tree.
 //!
 //! Each object is unpacked on a thread of its own, so that a slow disk holds the transfer up and nothing else. What a file holds is
 //! brought to the disk as soon as it has come, beside that: of what is synced before the seal little is left to write then.
@@ -18,9 +19,10 @@ const QUEUE: usize = 4;
 /// Files that may wait to be written back. What finds no room is synced with the rest of the layer.
 const WRITE_BACK_QUEUE: usize = 64;
 
-/// What has come of the layer before it.
+/// A layer or volume as it comes in: where it goes, and what has come before it.
 #[derive(Debug)]
-pub(super) struct ArrivingSeeds {
+pub(super) struct ArrivingTree {
+    dest: PathBuf,
     folder: PathBuf,
     limits: Limits,
     standing: Standing,
@@ -39,10 +41,13 @@ enum Standing {
     Unpacked,
 }
 
-impl ArrivingSeeds {
-    /// Will keep them in this folder, which is made when the first one comes.
-    pub(super) fn new(folder: PathBuf, limits: Limits) -> Self {
-        Self { folder, limits, standing: Standing::Empty, write_back: None }
+impl ArrivingTree {
+    /// Will be unpacked into the empty folder `dest`, with as much as there is room for now. What comes before is kept in `seeds`, which
+    /// is made when the first one comes.
+    pub(super) fn new(dest: PathBuf, seeds: PathBuf) -> Self {
+        let max_bytes = podferry_filesystem::free_bytes(&dest).unwrap_or(u64::MAX);
+        let limits = Limits { max_bytes, ..Limits::default() };
+        Self { dest, folder: seeds, limits, standing: Standing::Empty, write_back: None }
     }
 
     /// Begins to take in an object of seeds. Its store has to be [put back](Self::put_back).
@@ -69,9 +74,9 @@ impl ArrivingSeeds {
         self.standing = Standing::Kept(store);
     }
 
-    /// Begins to unpack the layer, once, into an empty folder.
-    pub(super) fn unpack(&mut self, dest: PathBuf, limits: Limits) -> io::Result<Unpacking<()>> {
-        let mut store = match std::mem::replace(&mut self.standing, Standing::Unpacked) {
+    /// Begins to unpack the tree, once.
+    pub(super) fn unpack(&mut self) -> io::Result<Unpacking<()>> {
+        let store = match std::mem::replace(&mut self.standing, Standing::Unpacked) {
             Standing::Empty => None,
             Standing::Kept(store) => Some(store),
             Standing::Receiving | Standing::Unpacked => {
@@ -82,9 +87,10 @@ impl ArrivingSeeds {
         if let Some(write_back) = &mut self.write_back {
             write_back.files = None;
         }
+        let (dest, limits) = (self.dest.clone(), self.limits);
         Unpacking::start("unpack", move |pieces| {
-            podferry_filesystem::unpack_with_seeds(pieces, &dest, &limits, store.as_mut())?;
-            store.map_or(Ok(()), SeedStore::remove)
+            podferry_filesystem::unpack_with_seeds(pieces, &dest, &limits, store)?;
+            Ok(())
         })
     }
 
@@ -241,9 +247,9 @@ mod tests {
         (seeds.into(), tree.into())
     }
 
-    fn arriving(folder: &Path) -> ArrivingSeeds {
+    fn arriving(folder: &Path) -> ArrivingTree {
         std::fs::create_dir(folder.join("dest")).unwrap();
-        ArrivingSeeds::new(folder.join("seeds"), Limits::default())
+        ArrivingTree::new(folder.join("dest"), folder.join("seeds"))
     }
 
     #[test]
@@ -254,13 +260,13 @@ mod tests {
         let mut receiving = arriving.receive().unwrap();
         receiving.write(seeds).unwrap();
         arriving.put_back(receiving.finish().unwrap());
-        let mut unpacking = arriving.unpack(folder.path().join("dest"), Limits::default()).unwrap();
+        let mut unpacking = arriving.unpack().unwrap();
         unpacking.write(tree).unwrap();
         unpacking.finish().unwrap();
         assert_eq!(std::fs::read(folder.path().join("dest/file")).unwrap(), vec![7; 100_000]);
         assert!(!folder.path().join("seeds").exists());
         assert!(arriving.receive().is_err(), "seeds behind their layer");
-        assert!(arriving.unpack(folder.path().join("dest"), Limits::default()).is_err(), "a second layer");
+        assert!(arriving.unpack().is_err(), "a second layer");
         arriving.take_write_back().unwrap().finish().unwrap();
         arriving.shut();
     }
@@ -271,7 +277,7 @@ mod tests {
         let mut arriving = arriving(folder.path());
         let receiving = arriving.receive().unwrap();
         assert!(arriving.receive().is_err());
-        assert!(arriving.unpack(folder.path().join("dest"), Limits::default()).is_err());
+        assert!(arriving.unpack().is_err());
         assert!(receiving.finish().is_err(), "nothing has come");
     }
 

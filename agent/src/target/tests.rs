@@ -45,6 +45,7 @@ fn context(folder: &Path) -> Context {
             roots: vec![folder.join("runc")],
             bundles_dir: folder.join("bundles"),
             logs_dir: folder.join("logs"),
+            volume_dirs: vec![folder.join("volumes")],
         },
         network: Network { bridge: "pf-no-bridge".to_owned() },
         post_copy: PostCopy::default(),
@@ -77,6 +78,7 @@ async fn a_held_container_is_never_let_go_without_its_link() {
             netns: None,
             fetch_from: None,
             cold: false,
+            volumes: Vec::new(),
         },
     };
     let part = TargetPart::resumed(&context, record).unwrap();

@@ -25,6 +25,8 @@ const DOWNTIME_BUDGET_MS: f64 = 100.0;
 pub(super) fn budget_ms(asked: f64) -> f64 {
     if asked > 0.0 { asked } else { DOWNTIME_BUDGET_MS }
 }
+/// What an agent says in its features that takes volumes.
+const VOLUMES_WORD: &str = "agent:volumes";
 /// Rounds of pre-copy at most: memory that has not become less by then does not.
 const MAX_ROUNDS: u32 = 30;
 
@@ -188,6 +190,7 @@ impl Job {
     async fn preflight_target(&self, mut client: AgentClient) -> Result<Answer, Failure> {
         let node = self.agents.describe(&self.node, &self.address).await?;
         self.fit(&node)?;
+        self.takes_volumes(&node)?;
         let request = v1::PreflightTargetRequest {
             migration_id: self.id.to_string(),
             workload: self.container.clone(),
@@ -196,6 +199,7 @@ impl Job {
             network: self.facts.network,
             link: self.facts.link.clone(),
             strategy: v1::Strategy::from(self.strategy).into(),
+            volumes: self.facts.volumes.clone(),
         };
         let answer = client.preflight_target(request).await.map_err(|status| self.placed(&status))?.into_inner();
         match self.refusal(&answer.findings, "the workload cannot be restored on this node") {
@@ -226,6 +230,21 @@ impl Job {
         };
         let message = format!("the agent of node {} does not know {what}", self.node);
         Err(self.failure(FailureCode::Unimplemented, message).remedy(format!("update it, or use {instead}")))
+    }
+
+    /// One that does not know them would restore the container without.
+    fn takes_volumes(&self, node: &v1::DescribeResponse) -> Result<(), Failure> {
+        let volumes = self.moving_volumes();
+        if volumes.is_empty() || node.features.iter().any(|word| word == VOLUMES_WORD) {
+            return Ok(());
+        }
+        let names: Vec<_> = volumes.iter().map(|volume| volume.destination.as_str()).collect();
+        let message = format!(
+            "the workload has volumes ({}), and the agent of node {} does not know them",
+            names.join(", "),
+            self.node
+        );
+        Err(self.failure(FailureCode::Unimplemented, message).remedy("update it, or choose another target"))
     }
 
     fn needed_version(&self) -> u32 {
@@ -263,6 +282,7 @@ impl Job {
             bandwidth_limit: self.bandwidth_limit,
             post_copy: self.strategy.path().post_copy,
             stop: self.stop(),
+            volumes: self.moving_volumes(),
         };
         let mut events = client.freeze(request).await.map_err(|status| self.placed(&status))?.into_inner();
         let (mut rounds, mut complete) = (0, false);
@@ -370,7 +390,13 @@ impl Job {
             keep_connections: self.keeps_connections(),
             deadline_ms: self.part_deadline_ms(),
             cold: self.strategy == Strategy::Cold,
+            volumes: self.moving_volumes(),
         }
+    }
+
+    /// Both sides are told the same, in the same order.
+    fn moving_volumes(&self) -> Vec<v1::Volume> {
+        self.facts.volumes.iter().filter(|volume| volume.shared_filesystem.is_empty()).cloned().collect()
     }
 
     fn keeps_connections(&self) -> bool {

@@ -148,7 +148,9 @@ impl Driver {
                 }
                 facts.findings.iter().for_each(|finding| report.note(describe(finding)));
                 let cold = self.record.strategy == Strategy::Cold;
-                report.progress.expected_bytes = if cold { facts.layer_bytes } else { facts.memory_bytes };
+                let files =
+                    facts.volumes.iter().fold(facts.layer_bytes, |all, volume| all.saturating_add(volume.bytes));
+                report.progress.expected_bytes = if cold { files } else { facts.memory_bytes.saturating_add(files) };
                 self.facts = facts;
             }
             Answer::Target(findings) => findings.iter().for_each(|finding| report.note(describe(finding))),

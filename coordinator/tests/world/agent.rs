@@ -227,13 +227,13 @@ impl AgentService for Agent {
         request: Request<PreflightSourceRequest>,
     ) -> Result<Response<PreflightSourceResponse>, Status> {
         let after = self.enter("PreflightSource").await?;
-        let network = {
+        let (network, volumes) = {
             let state = self.shared.lock();
             let node = &state.nodes[&self.node];
             if node.containers.get(&request.get_ref().workload) != Some(&Copy::Running) {
                 return Err(refused("the container does not run"));
             }
-            node.network
+            (node.network, node.volumes.clone())
         };
         let findings = after.findings();
         after.answer(PreflightSourceResponse {
@@ -242,6 +242,7 @@ impl AgentService for Agent {
             network: network.into(),
             tcp_connections: 3,
             processes: 2,
+            volumes,
             ..PreflightSourceResponse::default()
         })
     }
@@ -253,12 +254,14 @@ impl AgentService for Agent {
         assert_eq!(request.get_ref().memory_bytes, MEMORY, "the target is asked about what the source said");
         assert_ne!(request.get_ref().strategy(), Strategy::Unspecified, "and about this strategy");
         let after = self.enter("PreflightTarget").await?;
+        self.shared.lock().asked_targets.push(request.into_inner());
         let findings = after.findings();
         after.answer(PreflightTargetResponse { findings })
     }
 
     async fn prepare(&self, request: Request<PrepareRequest>) -> Result<Response<PrepareResponse>, Status> {
         let after = self.enter("Prepare").await?;
+        self.shared.lock().prepares.push(request.get_ref().clone());
         let PrepareRequest { migration_id, workload, deadline_ms, .. } = request.into_inner();
         assert!(deadline_ms >= 5_000, "an unsealed part outlives the phases before its seal");
         if self.part(&migration_id).is_some() {

@@ -68,6 +68,8 @@ pub(crate) struct NodeState {
     pub(crate) description: v1::DescribeResponse,
     pub(crate) containers: BTreeMap<String, Copy>,
     pub(crate) network: v1::NetworkKind,
+    /// Those of its containers.
+    pub(crate) volumes: Vec<v1::Volume>,
     pub(crate) parts: HashMap<String, (Part, String)>,
 }
 
@@ -79,6 +81,10 @@ pub(crate) struct State {
     pub(crate) faults: HashMap<(String, &'static str), (Fault, usize)>,
     /// Migrations whose data is with the target.
     pub(crate) transferred: Vec<String>,
+    /// What targets were asked,
+    pub(crate) asked_targets: Vec<v1::PreflightTargetRequest>,
+    /// and told to prepare for.
+    pub(crate) prepares: Vec<v1::PrepareRequest>,
     /// What sources were asked for.
     pub(crate) freezes: Vec<v1::FreezeRequest>,
     /// How many rounds of pre-copy come after the first; one, unless set.
@@ -274,7 +280,7 @@ fn node(name: &str) -> NodeState {
         ..v1::DescribeResponse::default()
     };
     let (containers, parts) = (BTreeMap::new(), HashMap::new());
-    NodeState { description, containers, network: v1::NetworkKind::Path, parts }
+    NodeState { description, containers, network: v1::NetworkKind::Path, volumes: Vec::new(), parts }
 }
 
 /// Asks for a migration.

@@ -46,6 +46,7 @@ pub(crate) struct AgentRuntime {
     pub(crate) roots: Vec<PathBuf>,
     pub(crate) bundles_dir: PathBuf,
     pub(crate) logs_dir: PathBuf,
+    pub(crate) volume_dirs: Vec<PathBuf>,
 }
 
 /// Where an agent attaches a container's link.
@@ -131,6 +132,7 @@ pub(crate) fn agent(node: &Node, state: &State) -> AgentConfig {
             roots: vec![PathBuf::from(RUNC_ROOT)],
             bundles_dir: node.bundles(),
             logs_dir: node.container_logs(),
+            volume_dirs: vec![node.volumes()],
         },
         network: AgentNetwork { bridge: NODE_BRIDGE.to_owned() },
     }

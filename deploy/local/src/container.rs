@@ -9,7 +9,7 @@ use crate::error::{Error, FileContext, Result};
 use crate::network::{GATEWAY, NETNS_FOLDER, NODE_BRIDGE, PREFIX_LENGTH};
 use crate::node::Node;
 use crate::process::{self, ProcessId};
-use crate::workload::{Network, Workload, check_label};
+use crate::workload::{BindMount, Network, Workload, check_label};
 
 /// Where runc keeps its state on a node; a tmpfs of the node's own.
 pub const RUNC_ROOT: &str = "/run/runc";
@@ -33,6 +33,11 @@ impl Node {
     /// The bundle of the container with this name, as the node sees it.
     pub fn bundle(&self, name: &str) -> PathBuf {
         self.bundles().join(name)
+    }
+
+    /// The directory of this node that the container with this name has mounted at `destination`, when that is one of its volumes.
+    pub fn volume(&self, name: &str, destination: &Path) -> PathBuf {
+        self.volumes().join(name).join(destination.strip_prefix("/").unwrap_or(destination))
     }
 
     /// The cgroup path of the container with this name, absolute from the root of every hierarchy.
@@ -65,16 +70,31 @@ impl Node {
         let link = on_machine.join("lower");
         symlink(&lower, &link).at("link the root filesystem as", &link)?;
         let config = on_machine.join("config.json");
-        workload
+        self.with_volumes(workload)
             .spec(&self.cgroups_path(&workload.name))?
             .save(&config)
             .map_err(|error| Error::Document { what: config.display().to_string(), reason: error.to_string() })?;
         Ok(bundle)
     }
 
-    /// Makes the bundle, mounts its root filesystem, makes the network namespace of a linked one and runs the container.
+    /// The same workload with its volumes as mounts of this node's directories.
+    fn with_volumes(&self, workload: &Workload) -> Workload {
+        let mut here = workload.clone();
+        here.mounts.extend(workload.volumes.iter().map(|destination| BindMount {
+            source: self.volume(&workload.name, destination),
+            destination: destination.clone(),
+            read_only: false,
+        }));
+        here
+    }
+
+    /// Makes the bundle and the volumes, mounts its root filesystem, makes the network namespace of a linked one and runs the container.
     pub fn start_workload(&self, workload: &Workload) -> Result<Container> {
         let bundle = self.prepare_workload(workload)?;
+        for destination in &workload.volumes {
+            let folder = self.volume(&workload.name, destination);
+            fs::create_dir_all(&folder).at("create the volume", &folder)?;
+        }
         self.run_prepared(workload, &bundle).inspect_err(|_| {
             // The failure is what counts; what is left goes with the cluster at the latest.
             let _ = self.remove_workload(&workload.name);

@@ -86,6 +86,11 @@ impl Node {
         self.folder.join("bundles")
     }
 
+    /// Where containers' volumes are, the same path on the machine and on the node: they move with them.
+    pub fn volumes(&self) -> PathBuf {
+        self.folder.join("volumes")
+    }
+
     /// Where images of a migration are kept: a tmpfs that only the node sees.
     pub fn images(&self) -> PathBuf {
         self.folder.join("images")
@@ -145,8 +150,8 @@ impl Node {
     }
 
     pub(crate) fn make_folders(&self) -> Result<()> {
-        let folders = [self.bundles(), self.images(), self.agent_state(), self.container_logs(), self.identity()];
-        for folder in folders {
+        let folders = [self.bundles(), self.volumes(), self.images(), self.agent_state(), self.container_logs()];
+        for folder in folders.into_iter().chain([self.identity()]) {
             fs::create_dir_all(&folder).at("create the folder", &folder)?;
         }
         Ok(())

@@ -63,6 +63,8 @@ pub struct Workload {
     pub user: u32,
     /// What of the machine it sees besides its root filesystem.
     pub mounts: Vec<BindMount>,
+    /// Where it has volumes: directories of each node's own that move with it.
+    pub volumes: Vec<PathBuf>,
     /// Whether its standard streams are a terminal.
     pub terminal: bool,
     /// System call filter; none by default.
@@ -93,6 +95,7 @@ impl Workload {
             network: Network::default(),
             user: 0,
             mounts: Vec::new(),
+            volumes: Vec::new(),
             terminal: false,
             seccomp: None,
             capabilities: None,

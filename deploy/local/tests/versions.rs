@@ -48,10 +48,11 @@ impl Drop for Previous {
 /// What the previous version's agent reads: its own programs, and none that it does not know.
 fn config_of_previous(config: &str) -> String {
     let ours = podferry_local::default_binaries().canonicalize().unwrap().display().to_string();
-    let unknown = ["criu_shim", "pager", "tar"];
-    let known = |line: &&str| !unknown.iter().any(|key| line.starts_with(&format!("{key} =")));
-    let lines: Vec<&str> = config.lines().filter(known).collect();
-    lines.join("\n").replace(&ours, &previous().display().to_string())
+    let mut config: toml::Table = config.parse().unwrap();
+    for (table, unknown) in [("tools", &["criu_shim", "pager", "tar"][..]), ("runtime", &["volume_dirs"])] {
+        config[table].as_table_mut().unwrap().retain(|key, _| !unknown.contains(&key.as_str()));
+    }
+    toml::to_string(&config).unwrap().replace(&ours, &previous().display().to_string())
 }
 
 /// Puts an agent of the previous version in a node's place.

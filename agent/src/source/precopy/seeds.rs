@@ -1,6 +1,6 @@
-//! What the container's large files hold goes to the target in the rounds, too, as seeds of its writable layer.
+//! What the container's large files hold goes to the target in the rounds, too, as seeds of its writable layer and of its volumes.
 //!
-//! A round goes over the layer first and then over memory: what memory is written meanwhile is then sent once, in that round. The first
+//! A round goes over the files first and then over memory: what memory is written meanwhile is then sent once, in that round. The first
 //! round sends all large files and lasts as long as that takes, so nothing is decided before; a later one reads what is not at rest.
 //! In the freeze comes a last pass, beside CRIU's dump: nobody writes any more, and what the seeds hold then is what the layer says of
 //! its files. Convergence counts 4 KiB of files as a page: what of them is written in a round has to be sent in
@@ -8,21 +8,21 @@
 
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
-use std::path::Path;
 use std::time::Duration;
 
-use podferry_filesystem::{Host, Pass, Seeder, SeedsSent, WritableLayer};
+use podferry_filesystem::{Host, Pass, Seeder, SeedsSent};
 use podferry_memory::writers;
 use podferry_transfer::Object;
 
 use super::{SendError, Way};
-use crate::source::LAYER;
 use crate::source::pages::LayerOut;
+use crate::volumes::MovedFiles;
 
-/// What the target has of the layer's files.
+/// What the target has of the files.
 #[derive(Debug, Default)]
 pub(in crate::source) struct Seeds {
-    seeder: Seeder,
+    /// One for each that moves, in their order.
+    seeders: Vec<Seeder>,
     round: u32,
     /// What the last pass was like.
     last: SeedsSent,
@@ -32,20 +32,20 @@ impl Seeds {
     /// Sends what is new in a running container's files. Blocks.
     ///
     /// # Errors
-    /// When the layer is not found, or the transfer breaks.
-    pub(in crate::source) fn round(&mut self, rootfs: &Path, way: &Way) -> Result<SeedsSent, SendError> {
-        self.pass(rootfs, way, Pass::Running)
+    /// When a directory is not found, or the transfer breaks.
+    pub(in crate::source) fn round(&mut self, files: &MovedFiles, way: &Way) -> Result<SeedsSent, SendError> {
+        self.pass(files, way, Pass::Running)
     }
 
     /// Sends what is new since the last round, if there was one. The container must stand still. Blocks.
     ///
     /// # Errors
-    /// When the layer is not found, or the transfer breaks.
-    pub(in crate::source) fn last_round(&mut self, rootfs: &Path, way: &Way) -> Result<SeedsSent, SendError> {
+    /// When a directory is not found, or the transfer breaks.
+    pub(in crate::source) fn last_round(&mut self, files: &MovedFiles, way: &Way) -> Result<SeedsSent, SendError> {
         if self.round == 0 {
             return Ok(SeedsSent::default());
         }
-        self.pass(rootfs, way, Pass::Frozen)
+        self.pass(files, way, Pass::Frozen)
     }
 
     /// What files add to a freeze that have to be read then, however little of them is written: as much as it took in the last pass.
@@ -56,21 +56,24 @@ impl Seeds {
         read_time.mul_f64(part)
     }
 
-    /// For the layer, which refers to them.
-    pub(in crate::source) const fn seeder(&self) -> &Seeder {
-        &self.seeder
+    /// For what refers to them, in the order of the files.
+    pub(in crate::source) fn into_seeders(self) -> impl Iterator<Item = Seeder> {
+        self.seeders.into_iter().chain(std::iter::repeat_with(Seeder::default))
     }
 
-    fn pass(&mut self, rootfs: &Path, way: &Way, pass: Pass) -> Result<SeedsSent, SendError> {
+    fn pass(&mut self, files: &MovedFiles, way: &Way, pass: Pass) -> Result<SeedsSent, SendError> {
         self.round += 1;
-        let layer = WritableLayer::of(rootfs)?;
-        let object = Object::Seeds { layer: LAYER.to_owned(), round: self.round };
-        let mut out = SeedsOut { way, object, open: None };
-        let sent = self.seeder.pass(&layer, pass, &Watch(way), &mut out)?;
-        out.close()?;
-        self.last = sent;
-        tracing::debug!(round = self.round, ?pass, ?sent, "a pass over the writable layer");
-        Ok(sent)
+        self.seeders.resize_with(files.iter().len(), Seeder::default);
+        self.last = SeedsSent::default();
+        for ((name, layer), seeder) in files.iter().zip(&mut self.seeders) {
+            let object = Object::Seeds { layer: name.to_owned(), round: self.round };
+            let mut out = SeedsOut { way, object, open: None };
+            let sent = seeder.pass(layer, pass, &Watch(way), &mut out)?;
+            out.close()?;
+            self.last += sent;
+            tracing::debug!(round = self.round, ?pass, name, ?sent, "a pass over files");
+        }
+        Ok(self.last)
     }
 }
 
