@@ -50,7 +50,8 @@ fn config_of_previous(config: &str) -> String {
     let ours = podferry_local::default_binaries().canonicalize().unwrap().display().to_string();
     let mut config: toml::Table = config.parse().unwrap();
     for (table, unknown) in [("tools", &["criu_shim", "pager", "tar"][..]), ("runtime", &["volume_dirs"])] {
-        config[table].as_table_mut().unwrap().retain(|key, _| !unknown.contains(&key.as_str()));
+        let table = config[table].as_table_mut().unwrap();
+        unknown.iter().for_each(|key| drop(table.remove(*key)));
     }
     toml::to_string(&config).unwrap().replace(&ours, &previous().display().to_string())
 }
