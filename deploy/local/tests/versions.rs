@@ -51,7 +51,9 @@ fn config_of_previous(config: &str) -> String {
     let mut config: toml::Table = config.parse().unwrap();
     for (table, unknown) in [("tools", &["criu_shim", "pager", "tar"][..]), ("runtime", &["volume_dirs"])] {
         let table = config[table].as_table_mut().unwrap();
-        unknown.iter().for_each(|key| drop(table.remove(*key)));
+        for key in unknown {
+            table.remove(*key);
+        }
     }
     toml::to_string(&config).unwrap().replace(&ours, &previous().display().to_string())
 }
