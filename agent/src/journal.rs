@@ -101,12 +101,20 @@ pub enum Role {
 /// once `begun` is there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StopNote {
-    /// From its SIGTERM to its SIGKILL.
+    /// The number of the signal that asks it to end.
+    #[serde(default = "sigterm")]
+    pub signal: i32,
+    /// From that to its SIGKILL.
     pub grace: Duration,
-    /// Written before it is sent the SIGTERM.
+    /// Written before it is sent the signal.
     pub begun: Option<SystemTime>,
     /// Written behind that: it needs no other.
     pub told: bool,
+}
+
+/// What agents sent that did not note it.
+const fn sigterm() -> i32 {
+    15
 }
 
 /// Who fetches memory that stays with a source, and how it is given.
@@ -462,7 +470,7 @@ mod tests {
             link: None,
             netns: None,
             fetched_by: None,
-            stop: Some(StopNote { grace: Duration::from_secs(30), begun: None, told: false }),
+            stop: Some(StopNote { signal: 3, grace: Duration::from_secs(30), begun: None, told: false }),
             volumes: vec![Volume { destination: "/data".into(), dir: "/volumes/data".into(), made: false }],
         });
         record.note_stop(|stop| (stop.begun, stop.told) = (Some(SystemTime::UNIX_EPOCH), true));

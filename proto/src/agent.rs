@@ -87,7 +87,7 @@
 //! coordinator             source agent                         target agent
 //!   Freeze {stop} ───────▶ (copies large files) ═══════════════▶ keeps them
 //!                          Round ─▶ Round … ─▶ Converged
-//!                          SIGTERM ┄ grace period ┄ SIGKILL
+//!                          stop signal ┄ grace period ┄ SIGKILL
 //!   Restore ───────────────────────────────────────────────────▶ (waits for the rest)
 //!                          Frozen ─▶ Progress… ═════════════════▶ unpacks the layer, runc create
 //!                          Transferred                           answers Restore: held
@@ -95,10 +95,10 @@
 //!   Resume ────────────────────────────────────────────────────▶ link joined, address announced, runc start: answers
 //! ```
 //!
-//! - `Frozen` says that every process has ended; the link is cut by then. `freeze_ms` counts from the SIGTERM, with which the downtime
+//! - `Frozen` says that every process has ended; the link is cut by then. `freeze_ms` counts from the stop signal, with which the downtime
 //!   begins.
 //! - The target holds what `runc create` has made: its init waits at runc's fifo. HELD and SEALED mean that.
-//! - A source that has sent the SIGTERM and is not SEALED undoes itself as ever, and so does an `Abort`: the container is seen to its end,
+//! - A source that has sent the signal and is not SEALED undoes itself as ever, and so does an `Abort`: the container is seen to its end,
 //!   within what is left of its grace period, and started again from its bundle. That also holds for an agent that was killed: it
 //!   has noted what it was about to do. `Abort` is answered when the container runs.
 //! - A source does not seal, nor does it confirm `Release`, while a container of that id runs which it has not started: somebody else has,

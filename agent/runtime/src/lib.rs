@@ -15,6 +15,7 @@ mod quota;
 mod restore;
 mod runc;
 pub mod stdio;
+mod stop_signal;
 mod tree;
 mod volumes;
 
@@ -32,5 +33,6 @@ pub use process::has_stopped_for_good;
 pub use quota::{CpuLimit, CpuQuota};
 pub use restore::{CgroupsMode, RestoreRequest, RestoreStdio, RunningRestore};
 pub use runc::Runc;
+pub use stop_signal::{STOP_SIGNAL, UnknownSignal, stop_signal};
 pub use tree::Member;
 pub use volumes::{BindMount, Storage, bind_mounts};

@@ -23,9 +23,9 @@ impl Init {
         self.send(Signal::KILL);
     }
 
-    /// Asks exactly this process to end, with a SIGTERM. That it is gone already is no error.
-    pub fn terminate(self) {
-        self.send(Signal::TERM);
+    /// Asks exactly this process to end, with the signal of this number; a number of none is SIGTERM. That it is gone already is no error.
+    pub fn terminate(self, signal: i32) {
+        self.send(Signal::from_named_raw(signal).unwrap_or(Signal::TERM));
     }
 
     fn send(self, signal: Signal) {

@@ -19,13 +19,13 @@ use podferry_common::identity::Peer;
 use podferry_common::tls::PeerInfo;
 use podferry_proto::v1::agent_service_server::AgentService;
 use podferry_proto::v1::{self, NetworkKind, PartState};
-use podferry_runtime::Container;
+use podferry_runtime::{Container, stop_signal};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::context::{Context, blocking};
-use crate::journal::Standing;
+use crate::journal::{Standing, StopNote};
 use crate::parts::{Authority, Entry, Part, Parts};
 use crate::recovery;
 use crate::source::{FreezeOrder, SourcePart};
@@ -161,6 +161,7 @@ impl Agent {
         let reservation = self.parts.reserve(migration, &request.workload)?;
         let found = preflight::container(&self.context, &request.workload).await?;
         let link = preflight::link_of(&self.context, &found).await?;
+        let stop = request.stop.map(|stop| self.stop_of(&found, stop)).transpose()?;
         let (volumes, files) = self.files_of(&found, request.volumes).await?;
         let order = FreezeOrder {
             migration,
@@ -177,7 +178,7 @@ impl Agent {
                 .pre_copy
                 .map(|pre_copy| convert::pre_copy_of(&pre_copy, deadline_of(pre_copy.deadline_ms))),
             post_copy: request.post_copy,
-            stop: request.stop.map(|stop| Duration::from_millis(stop.grace_period_ms).min(DEADLINES.1)),
+            stop,
             patience: patience_of(request.deadline_ms),
         };
         let (part, connected) = SourcePart::begin(&self.context, &order).await?;
@@ -214,6 +215,15 @@ impl Agent {
             }
         });
         Ok(receiver)
+    }
+
+    /// How a container is stopped.
+    fn stop_of(&self, container: &Container, stop: v1::Stop) -> Result<StopNote, Failure> {
+        let signal = stop_signal(&container.annotations).map_err(|error| {
+            self.context.refusal(FailureCode::FailedPrecondition, error.to_string()).in_phase("freeze")
+        })?;
+        let grace = Duration::from_millis(stop.grace_period_ms).min(DEADLINES.1);
+        Ok(StopNote { signal, grace, begun: None, told: false })
     }
 
     /// What of a container's files moves: these volumes, and with its layer.

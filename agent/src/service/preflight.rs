@@ -9,7 +9,7 @@ use podferry_criu::GHOST_LIMIT;
 use podferry_filesystem::WritableLayer;
 use podferry_network::{ContainerLink, Netns, Unmoved};
 use podferry_proto::v1::{self, Finding, NetworkKind};
-use podferry_runtime::{Container, DeletedFile, NamespaceKind, Severity, Status};
+use podferry_runtime::{Container, DeletedFile, NamespaceKind, Severity, Status, stop_signal};
 
 use super::{convert, describe, network, volumes};
 use crate::context::{Context, blocking};
@@ -133,6 +133,10 @@ pub(crate) async fn source(
     let (report, layer, (volumes, mut findings)) = looked;
     if cold {
         findings.extend(terminal_finding(&container.config));
+        findings.extend(stop_signal(&container.annotations).err().map(|error| {
+            let remedy = "name another in config.json, or migrate without stopping it".to_owned();
+            refusal("stop-signal", error.to_string(), remedy)
+        }));
     } else {
         findings.extend(report.findings.iter().map(finding_of));
         let images_free = podferry_filesystem::free_bytes(&context.config.images_dir).unwrap_or(0);

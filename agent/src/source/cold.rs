@@ -164,7 +164,7 @@ impl SourcePart {
         let failed = |error: &std::io::Error| io_failed(&self.context, error);
         let begin = |note: &mut StopNote| note.begun = Some(SystemTime::now());
         self.ledger.change(&mut record, |record| record.note_stop(begin)).map_err(|error| failed(&error))?;
-        init.terminate();
+        init.terminate(note.signal);
         self.ledger
             .change(&mut record, |record| record.note_stop(|note| note.told = true))
             .map_err(|error| failed(&error))?;
@@ -242,7 +242,7 @@ impl SourcePart {
         }
         if !note.told {
             // An agent that was killed may not have come to it.
-            init.terminate();
+            init.terminate(note.signal);
         }
         // A clock that was set back must not make it longer.
         let left = note.grace.saturating_sub(begun.elapsed().unwrap_or_default());

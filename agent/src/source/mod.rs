@@ -35,7 +35,7 @@ use tokio::sync::{Mutex, MutexGuard, OwnedMutexGuard, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::context::{Context, blocking};
-use crate::journal::{FetchedBy, Ledger, PartDirs, PartRecord, Role, Standing, StopNote};
+use crate::journal::{FetchedBy, Ledger, PartDirs, PartRecord, Role, Standing};
 use crate::parts::Authority;
 use crate::worker::client::{View, Worker};
 use crate::worker::messages::{Order, Stage, WorkerRecord};
@@ -107,7 +107,7 @@ impl SourcePart {
                 link: order.link_handle(),
                 netns: order.container.namespace_paths.get(&podferry_runtime::NamespaceKind::Network).cloned(),
                 fetched_by: order.fetched_by(),
-                stop: order.stop.map(|grace| StopNote { grace, begun: None, told: false }),
+                stop: order.stop,
                 volumes: order.volumes.clone(),
             },
         };

@@ -8,7 +8,7 @@ use podferry_network::{ContainerLink, LinkHandle};
 use podferry_runtime::Container;
 
 use super::precopy::{PreCopyOrder, Round};
-use crate::journal::FetchedBy;
+use crate::journal::{FetchedBy, StopNote};
 use crate::volumes::{MovedFiles, Volume};
 
 /// What the coordinator wants of a freeze.
@@ -34,8 +34,8 @@ pub struct FreezeOrder {
     pub pre_copy: Option<PreCopyOrder>,
     /// Whether memory that pre-copy has not brought below the budget stays here for the target to fetch.
     pub post_copy: bool,
-    /// Cold: stop the container, which gets so long to end, and send its layer alone.
-    pub stop: Option<Duration>,
+    /// Cold: stop the container, and send its files alone.
+    pub stop: Option<StopNote>,
     /// The volumes that move along, in the order in which the target expects them.
     pub volumes: Vec<Volume>,
     /// What of its files moves: its layer and these.

@@ -47,7 +47,7 @@ impl Meter {
         record.report.timings.freeze = freeze_ms;
         if frozen.killed {
             let grace = record.grace_period_s;
-            record.report.note(format!("the workload did not end within {grace} s of its SIGTERM, and was killed"));
+            record.report.note(format!("the workload did not end within {grace} s of its stop signal, and was killed"));
         }
     }
 
@@ -159,7 +159,7 @@ mod tests {
             meter.frozen(&mut record, told, v1::Frozen { freeze_ms: 2000.0, killed: true });
             meter.resumed(&mut record, told + Duration::from_millis(500));
             assert!((record.report.downtime_ms - downtime_ms).abs() < 1e-6, "{strategy}: {:?}", record.report);
-            assert_eq!(record.report.notes, ["the workload did not end within 2 s of its SIGTERM, and was killed"]);
+            assert_eq!(record.report.notes, ["the workload did not end within 2 s of its stop signal, and was killed"]);
         }
     }
 

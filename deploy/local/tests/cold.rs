@@ -28,6 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 fn script(at_end: &str) -> String {
     format!(
         "trap '{at_end}' TERM
+         trap 'echo quit >>/data/log; exit 0' QUIT
          [ -e /data/big ] || dd if=/dev/urandom of=/data/big bs=1M count=12 2>/dev/null
          [ -p /data/fifo ] || busybox mkfifo /data/fifo
          exec 3<>/data/fifo
@@ -196,7 +197,7 @@ fn one_that_ignores_its_sigterm_is_killed_when_its_time_is_over() {
     let begun = Instant::now();
     let record = shell.stage.migrate_with(NAME, NODES[1], &["--strategy", "cold", "--grace-period", "2"]);
     assert!(begun.elapsed() >= Duration::from_secs(2), "{:?}", begun.elapsed());
-    assert!(notes(&record).contains("did not end within 2 s of its SIGTERM, and was killed"), "{record:#}");
+    assert!(notes(&record).contains("did not end within 2 s of its stop signal, and was killed"), "{record:#}");
     let downtime = record["downtime_ms"].as_f64().unwrap();
     assert!((2000.0..20_000.0).contains(&downtime), "{record:#}");
     shell.assert_log(1, &["start", "start"]);
@@ -204,6 +205,15 @@ fn one_that_ignores_its_sigterm_is_killed_when_its_time_is_over() {
     let record = shell.stage.migrate_with(NAME, NODES[0], &["--strategy", "cold", "--grace-period", "0"]);
     assert!(notes(&record).contains("within 0 s"), "{record:#}");
     shell.assert_runs(0, "after it was killed at once");
+    // Another signal it heeds, and its image says so.
+    let node = shell.stage.node(NODES[0]);
+    let config = node.on_machine(&node.bundle(NAME).join("config.json"));
+    let mut spec: Value = serde_json::from_str(&fs::read_to_string(&config).unwrap()).unwrap();
+    spec["annotations"]["org.opencontainers.image.stopSignal"] = "SIGQUIT".into();
+    fs::write(&config, spec.to_string()).unwrap();
+    let record = shell.stage.migrate_with(NAME, NODES[1], COLD);
+    assert!(!notes(&record).contains("killed"), "{record:#}");
+    shell.assert_log(1, &["start", "start", "start", "quit", "start"]);
 }
 
 #[test]

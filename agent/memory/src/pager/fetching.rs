@@ -10,7 +10,7 @@ use crate::fetch::{Answer, HEAD, LONGEST, Request};
 use crate::range::{PageRange, PageRanges};
 
 /// Bytes that nobody waits for and that are under way: what a link of 10 Gbit/s and 3 ms there and back has room for.
-const WINDOW: u64 = 4 << 20;
+pub(super) const WINDOW: u64 = 4 << 20;
 /// Between two tries to reach the fetcher.
 const AGAIN: Duration = Duration::from_millis(100);
 /// Bytes that are read at a time.
@@ -96,9 +96,14 @@ impl Fetching {
         self.ahead = Some(pieces.collect());
     }
 
-    /// Asks for what nobody waits for, as far as there is room on the way.
-    pub(super) fn ask_ahead(&mut self) {
-        while self.fetcher.is_some() && self.bytes_under_way < WINDOW {
+    /// Whether somebody waits for something that was asked for.
+    pub(super) fn is_awaited(&self) -> bool {
+        !self.awaited.is_empty()
+    }
+
+    /// Asks for what nobody waits for, as far as no more than so many bytes of it are under way.
+    pub(super) fn ask_ahead(&mut self, window: u64) {
+        while self.fetcher.is_some() && self.bytes_under_way < window {
             let Some((process, range)) = self.ahead.as_mut().and_then(VecDeque::pop_front) else { return };
             let wanted: PageRanges =
                 range.single_pages().filter(|page| !self.came.contains(&(process, page.start))).collect();
@@ -226,7 +231,7 @@ mod tests {
     fn what_comes_in_pieces_arrives_whole_and_no_more_is_asked_for_than_there_is_room() {
         let (mut fetching, mut fetcher) = connected();
         fetching.know_ahead([(7, range(0, 2048))].into_iter());
-        fetching.ask_ahead();
+        fetching.ask_ahead(WINDOW);
         let asked = heard(&mut fetcher);
         assert_eq!(asked.iter().map(|request| request.range.length()).sum::<u64>(), WINDOW);
         let first = asked[0].range;
@@ -240,8 +245,24 @@ mod tests {
             arrived.extend(fetching.receive());
         }
         assert_eq!(arrived, [Arrived::Pages(7, first, contents), Arrived::Zeros(7, asked[1].range)]);
-        fetching.ask_ahead();
+        fetching.ask_ahead(WINDOW);
         assert_eq!(heard(&mut fetcher).len(), 2, "as much as came");
+    }
+
+    #[test]
+    fn little_is_under_way_that_nobody_waits_for_when_little_may_be() {
+        let (mut fetching, mut fetcher) = connected();
+        fetching.know_ahead([(7, range(0, 2048))].into_iter());
+        fetching.ask_ahead(LONGEST);
+        fetching.ask_ahead(LONGEST);
+        let asked = heard(&mut fetcher);
+        assert_eq!(asked.iter().map(|request| request.range.length()).collect::<Vec<_>>(), [LONGEST]);
+        assert!(!fetching.is_awaited());
+        fetching.ask(7, range(1000, 1001));
+        assert!(fetching.is_awaited());
+        fetcher.write_all(&Answer::Zeros.encode(7, range(1000, 1001))).unwrap();
+        fetching.receive();
+        assert!(!fetching.is_awaited());
     }
 
     #[test]
@@ -253,7 +274,7 @@ mod tests {
         fetcher.write_all(&Answer::Zeros.encode(7, range(3, 5))).unwrap();
         assert_eq!(fetching.receive(), [Arrived::Zeros(7, range(3, 5))]);
         fetching.know_ahead([(7, range(0, 8))].into_iter());
-        fetching.ask_ahead();
+        fetching.ask_ahead(WINDOW);
         let asked: Vec<PageRange> = heard(&mut fetcher).iter().map(|request| request.range).collect();
         assert_eq!(asked, [range(0, 3), range(5, 8)]);
     }
@@ -262,7 +283,7 @@ mod tests {
     fn a_fetcher_that_is_gone_is_called_again_and_asked_for_all_that_did_not_come() {
         let (mut fetching, mut fetcher) = connected();
         fetching.know_ahead([(7, range(0, 64)), (8, range(0, 1))].into_iter());
-        fetching.ask_ahead();
+        fetching.ask_ahead(WINDOW);
         fetching.ask(7, range(100, 101));
         // Half an answer.
         fetcher.write_all(&Answer::Contents.encode(7, range(0, 64))[..20]).unwrap();
@@ -272,7 +293,7 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.set_nonblocking(true).unwrap();
         fetching.called(Ok(ours));
-        fetching.ask_ahead();
+        fetching.ask_ahead(WINDOW);
         fetching.ask(7, range(100, 101));
         let mut asked: Vec<_> = heard(&mut theirs).iter().map(|asked| (asked.process, asked.range)).collect();
         asked.sort_unstable();

@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::criu::{self, Heard, RESTORE_FINISHED};
-use super::fetching::{Arrived, Fetching};
+use super::fetching::{Arrived, Fetching, WINDOW};
 use super::holding::{Holding, Task};
 use super::lay::{Outcome, outcome_of, up_to_border, wake_all};
 use super::link::{Link, Note, Origin};
 use super::{Ended, Paged, PagerError, Progress, Stop, Surroundings, conversation};
 use crate::PAGE_SIZE;
+use crate::fetch::LONGEST;
 use crate::range::PageRange;
 use crate::sys::slot::Slot;
 use crate::sys::userfaultfd::{self, Event, Told};
@@ -28,8 +29,10 @@ const GRACE: Duration = Duration::from_millis(30);
 /// From a fault until pages are laid in again that nobody waits for: a process that has just been given one soon wants the next, and
 /// waits half a millisecond for it behind a piece, and less than a tenth without.
 const LULL: Duration = Duration::from_micros(200);
-/// So long at most nothing is laid in in the background because of faults: those of new pages do not come to an end.
+/// So long at most nothing is laid in, or asked for, in the background because of faults: those of new pages do not come to an end.
 const LONGEST_LULL: Duration = Duration::from_millis(20);
+/// From a fault until as much is asked for ahead again as there is room for on the way.
+const FEW_FAULTS: Duration = Duration::from_millis(2);
 /// How long to wait for events when there is nothing to lay in.
 const IDLE: Duration = Duration::from_millis(50);
 /// How long to leave a process alone that is changing its mappings.
@@ -223,10 +226,15 @@ impl<'a> Work<'a> {
         self.holding.tasks.iter().all(|task| task.pending.is_empty() || task.only_waits())
     }
 
-    /// How long still nothing is to be laid in in the background.
+    /// How long still nothing is to be laid in, or asked for, in the background. What somebody waits for goes through two agents and a
+    /// link: whatever these have to do beside that, it waits for.
     fn lull(&self) -> Duration {
-        let rests = self.piece.or(self.complete_since).is_some_and(|since| since.elapsed() >= LONGEST_LULL);
-        self.fault.filter(|_| !rests).map_or(Duration::ZERO, |fault| LULL.saturating_sub(fault.elapsed()))
+        let since = self.piece.or(self.complete_since);
+        let most = since.map_or(LONGEST_LULL, |since| LONGEST_LULL.saturating_sub(since.elapsed()));
+        if self.fetching.as_ref().is_some_and(Fetching::is_awaited) {
+            return most;
+        }
+        self.fault.map_or(Duration::ZERO, |fault| LULL.saturating_sub(fault.elapsed())).min(most)
     }
 
     /// Makes a change: the second holder learns it first.
@@ -277,13 +285,18 @@ impl<'a> Work<'a> {
         if !fetching.knows_ahead() {
             fetching.know_ahead(self.holding.missing().into_iter());
         }
-        fetching.ask_ahead();
+        let many_faults = self.fault.is_some_and(|fault| fault.elapsed() < FEW_FAULTS);
+        fetching.ask_ahead(if many_faults { LONGEST } else { WINDOW });
     }
 
     /// Takes what was fetched.
     fn take_arrived(&mut self) -> Result<()> {
-        let arrived = self.fetching.as_mut().map(Fetching::receive).unwrap_or_default();
-        for arrived in arrived {
+        let Some(fetching) = &mut self.fetching else { return Ok(()) };
+        if fetching.is_awaited() {
+            // Whoever gets its page soon wants the next.
+            self.fault = Some(Instant::now());
+        }
+        for arrived in fetching.receive() {
             let (pid, range, contents) = match arrived {
                 Arrived::Pages(pid, range, contents) => (pid, range, Some(contents)),
                 Arrived::Zeros(pid, range) => (pid, range, None),
