@@ -45,10 +45,10 @@ impl Drop for Previous {
     }
 }
 
-/// What the previous version's agent reads: its own programs, and none that it does not know.
+/// What the previous version's agent or coordinator reads: its own programs, and no key that it does not know.
 fn config_of_previous(config: &str) -> String {
     let ours = podferry_local::default_binaries().canonicalize().unwrap().display().to_string();
-    let unknown = ["criu_shim", "pager", "tar"];
+    let unknown = ["criu_shim", "pager", "tar", "rest_listen"];
     let known = |line: &&str| !unknown.iter().any(|key| line.starts_with(&format!("{key} =")));
     let lines: Vec<&str> = config.lines().filter(known).collect();
     lines.join("\n").replace(&ours, &previous().display().to_string())
@@ -133,7 +133,9 @@ fn a_coordinator_of_the_previous_version_moves_between_nodes_of_this_one() {
     let first_digest = counter.between(digest);
     let coordinator = stage.cluster.coordinator();
     coordinator.kill(Signal::TERM).unwrap();
-    let _old = Previous::start(coordinator.place(), "podferry-coordinator", &coordinator.config());
+    let path = coordinator.config().with_extension("previous.toml");
+    fs::write(&path, config_of_previous(&fs::read_to_string(coordinator.config()).unwrap())).unwrap();
+    let _old = Previous::start(coordinator.place(), "podferry-coordinator", &path);
     wait_for_both(&stage);
     for target in [NODES[1], NODES[0]] {
         let record = stage.migrate_with("redis", target, &WARM);
