@@ -11,7 +11,7 @@ use crate::v1;
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
 pub struct Migration {
-    /// Its id, a UUID.
+    /// Its id, 32 hexadecimal digits.
     pub id: String,
     /// The workload's name.
     pub workload: String,
