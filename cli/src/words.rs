@@ -1,21 +1,8 @@
 //! The protocol's numbers as the words that people and scripts see.
 
 use podferry_common::{Failure, FailureCode};
-use podferry_proto::v1::{Decision, Migration, Phase, Problem, Strategy};
-
-/// `warm`, `live`, …
-pub(crate) fn strategy(migration: &Migration) -> String {
-    lower(Strategy::try_from(migration.strategy).map_or("STRATEGY_UNKNOWN", |s| s.as_str_name()), "STRATEGY_")
-}
-
-/// `preflight`, `freeze`, `rolling_back`, …
-pub(crate) fn phase(migration: &Migration) -> String {
-    lower(Phase::try_from(migration.phase).map_or("PHASE_UNKNOWN", |p| p.as_str_name()), "PHASE_")
-}
-
-fn lower(name: &str, prefix: &str) -> String {
-    name.strip_prefix(prefix).unwrap_or(name).to_ascii_lowercase()
-}
+pub(crate) use podferry_proto::json::{phase, strategy};
+use podferry_proto::v1::{Decision, Migration, Phase, Problem};
 
 /// Whether it failed behind its commit: neither node runs the workload.
 pub(crate) fn is_lost(migration: &Migration) -> bool {

@@ -199,16 +199,29 @@ impl Failure {
         self
     }
 
+    /// The same with each text in at most [`MAX_TEXT_BYTES`], as failures leave a process.
+    #[must_use]
+    pub fn bounded(self) -> Self {
+        Self {
+            code: self.code,
+            node: self.node.map(cut),
+            phase: self.phase.map(cut),
+            message: cut(self.message),
+            criu_line: self.criu_line.map(cut),
+            remedy: self.remedy.map(cut),
+        }
+    }
+
     /// As a gRPC status: the message is the status' message, everything else goes to an `ErrorInfo` whose reason is the
     /// code and whose metadata keys are `node`, `phase`, `criu_line` and `remedy`. Texts longer than [`MAX_TEXT_BYTES`]
     /// are cut.
     pub fn into_status(self) -> Status {
-        let fields =
-            [(NODE, self.node), (PHASE, self.phase), (CRIU_LINE, self.criu_line), (REMEDY, self.remedy)].into_iter();
+        let Self { code, node, phase, message, criu_line, remedy } = self.bounded();
+        let fields = [(NODE, node), (PHASE, phase), (CRIU_LINE, criu_line), (REMEDY, remedy)].into_iter();
         let metadata: HashMap<String, String> =
-            fields.filter_map(|(key, value)| value.map(|value| (key.to_owned(), cut(value)))).collect();
-        let details = ErrorDetails::with_error_info(self.code.as_str(), DOMAIN, metadata);
-        Status::with_error_details(self.code.into(), cut(self.message), details)
+            fields.filter_map(|(key, value)| value.map(|value| (key.to_owned(), value))).collect();
+        let details = ErrorDetails::with_error_info(code.as_str(), DOMAIN, metadata);
+        Status::with_error_details(code.into(), message, details)
     }
 
     /// What [`Failure::into_status`] made, again. From any other status (a library's, or a broken connection's) the code

@@ -26,7 +26,7 @@ pub use ca::{CaError, LocalCa};
 pub use peer::{DOMAIN, InvalidPeer, Peer};
 
 use crate::failure::chain;
-use crate::tls::config;
+use crate::tls::{Protocol, config};
 
 /// A certificate file larger than this is none (and would only take memory).
 const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -147,6 +147,7 @@ struct Loaded {
     peer: Peer,
     not_after: SystemTime,
     server: Arc<ServerConfig>,
+    http1_server: Arc<ServerConfig>,
     client: Arc<ClientConfig>,
 }
 
@@ -175,7 +176,8 @@ impl Loaded {
         if not_after <= SystemTime::now() {
             warn!(certificate = %files.certificate.display(), %peer, "the certificate has expired: peers will refuse it");
         }
-        Ok(Self { contents, peer, not_after, server, client })
+        let http1_server = config::with_http1(&server);
+        Ok(Self { contents, peer, not_after, server, http1_server, client })
     }
 }
 
@@ -300,9 +302,13 @@ impl Identity {
         &self.0.files
     }
 
-    /// The current settings for accepting connections.
-    pub(crate) fn server_config(&self) -> Arc<ServerConfig> {
-        Arc::clone(&self.0.current.load().server)
+    /// The current settings for accepting connections that speak this protocol.
+    pub(crate) fn server_config(&self, protocol: Protocol) -> Arc<ServerConfig> {
+        let current = self.0.current.load();
+        Arc::clone(match protocol {
+            Protocol::Grpc => &current.server,
+            Protocol::Http1 => &current.http1_server,
+        })
     }
 
     /// The current settings for opening connections.

@@ -37,6 +37,32 @@ pub const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long [`refusal`] waits for an alert.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// What a listener speaks above TLS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    /// HTTP/2, for gRPC: a caller that has not agreed to it in the handshake is refused.
+    Grpc,
+    /// HTTP/1.1, for scripts and browsers: a caller that names no protocol is taken to speak it.
+    Http1,
+}
+
+impl Protocol {
+    /// Whether a handshake that agreed to this, or to nothing, will do.
+    fn is_met_by(self, agreed: Option<&[u8]>) -> bool {
+        match self {
+            Self::Grpc => agreed == Some(config::ALPN),
+            Self::Http1 => agreed.is_none_or(|agreed| agreed == config::ALPN_HTTP1),
+        }
+    }
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Grpc => "HTTP/2",
+            Self::Http1 => "HTTP/1.1",
+        }
+    }
+}
+
 /// Who is at the other end. In a tonic handler: `request.extensions().get::<PeerInfo>()`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerInfo {
@@ -103,11 +129,13 @@ pub enum TlsError {
         /// Who is there.
         found: Peer,
     },
-    /// The other side negotiated no HTTP/2, so it is none of ours.
-    #[error("{address} does not speak HTTP/2 over TLS")]
+    /// The other side did not agree to the protocol, so it is none of ours.
+    #[error("{address} does not speak {expected} over TLS")]
     Protocol {
         /// The other side.
         address: String,
+        /// What it ought to speak.
+        expected: &'static str,
     },
     /// The socket failed outside of the handshake.
     #[error("the socket of {address} failed")]
@@ -153,7 +181,7 @@ pub async fn dial(address: &str, identity: &Identity, expected: &Peer) -> Result
     let failed = |source| TlsError::ClientHandshake { peer: expected.clone(), address: address.to_owned(), source };
     let stream = stream.map_err(failed)?;
     let session = stream.get_ref().1;
-    let found = named(address, session.alpn_protocol(), session.peer_certificates())?;
+    let found = named(address, Protocol::Grpc, session.alpn_protocol(), session.peer_certificates())?;
     if found != *expected {
         return Err(TlsError::WrongPeer { address: address.to_owned(), expected: expected.clone(), found });
     }
@@ -176,26 +204,36 @@ pub async fn refusal(address: &str, identity: &Identity, expected: &Peer) -> Opt
 
 /// Does the server's side of the handshake on a fresh TCP connection and says who is there.
 pub async fn accept(tcp: TcpStream, identity: &Identity) -> Result<(TlsStream<TcpStream>, PeerInfo), TlsError> {
+    accept_speaking(Protocol::Grpc, tcp, identity).await
+}
+
+/// The same for a caller that speaks this protocol.
+async fn accept_speaking(
+    protocol: Protocol,
+    tcp: TcpStream,
+    identity: &Identity,
+) -> Result<(TlsStream<TcpStream>, PeerInfo), TlsError> {
     let unknown = |source| TlsError::Socket { address: "an incoming connection".to_owned(), source };
     let addr = tcp.peer_addr().map_err(unknown)?;
     tcp.set_nodelay(true).map_err(|source| TlsError::Socket { address: addr.to_string(), source })?;
-    let handshake = TlsAcceptor::from(identity.server_config()).accept(tcp);
+    let handshake = TlsAcceptor::from(identity.server_config(protocol)).accept(tcp);
     let late = |_| TlsError::Timeout { what: "the TLS handshake", address: addr.to_string() };
     let stream = timeout(HANDSHAKE_TIMEOUT, handshake).await.map_err(late)?;
     let stream = stream.map_err(|source| TlsError::ServerHandshake { address: addr, source })?;
     let session = stream.get_ref().1;
-    let peer = named(&addr.to_string(), session.alpn_protocol(), session.peer_certificates())?;
+    let peer = named(&addr.to_string(), protocol, session.alpn_protocol(), session.peer_certificates())?;
     Ok((stream.into(), PeerInfo { peer, addr }))
 }
 
 /// The peer that a finished handshake's certificate names.
 fn named(
     address: &str,
-    protocol: Option<&[u8]>,
+    expected: Protocol,
+    agreed: Option<&[u8]>,
     certificates: Option<&[CertificateDer<'static>]>,
 ) -> Result<Peer, TlsError> {
-    if protocol != Some(config::ALPN) {
-        return Err(TlsError::Protocol { address: address.to_owned() });
+    if !expected.is_met_by(agreed) {
+        return Err(TlsError::Protocol { address: address.to_owned(), expected: expected.as_str() });
     }
     let unnamed = |source| TlsError::Unnamed { address: address.to_owned(), source };
     let none = || unnamed(InvalidPeer::Certificate { reason: "there is none".to_owned() });

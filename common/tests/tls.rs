@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime};
 use futures::StreamExt;
 use podferry_common::chain;
 use podferry_common::identity::{Identity, IdentityError, IdentityFiles, LocalCa, Peer};
-use podferry_common::tls::{self, Incoming, PeerInfo, TlsError};
+use podferry_common::tls::{self, Incoming, PeerInfo, Protocol, TlsError};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tempfile::TempDir;
@@ -411,6 +411,17 @@ async fn a_silent_caller_is_dropped_after_the_timeout() {
     let end = timeout(2 * tls::HANDSHAKE_TIMEOUT, silent.read(&mut [0; 16])).await.expect("the server hangs up");
     assert_eq!(end.unwrap_or(0), 0);
     assert!(started.elapsed() >= tls::HANDSHAKE_TIMEOUT.mul_f64(0.9));
+    assert!(timeout(Duration::from_millis(50), incoming.next()).await.is_err(), "no connection, and no end");
+}
+
+#[tokio::test]
+async fn a_listener_for_http_1_takes_nobody_who_wants_http_2_alone() {
+    let cluster = Cluster::new();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut incoming = Incoming::speaking(Protocol::Http1, listener, &cluster.identity(&agent("n1")));
+    let addr = incoming.local_addr().unwrap().to_string();
+    let refused = tls::dial(&addr, &cluster.identity(&Peer::Coordinator), &agent("n1")).await.unwrap_err();
+    assert!(matches!(refused, TlsError::ClientHandshake { .. }), "{refused:?}");
     assert!(timeout(Duration::from_millis(50), incoming.next()).await.is_err(), "no connection, and no end");
 }
 

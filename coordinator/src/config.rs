@@ -18,8 +18,10 @@ const MIGRATIONS_PER_NODE: usize = 2;
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// Where the API listens.
+    /// Where the API listens for gRPC.
     pub listen: SocketAddr,
+    /// Where it listens for REST; nowhere, unless this is given.
+    pub rest_listen: Option<SocketAddr>,
     /// The folder that the record of all migrations lives in.
     pub state_dir: PathBuf,
     /// The inventory of nodes and workloads.
@@ -124,7 +126,9 @@ freeze = 0.5
         assert_eq!(config.inventory, Path::new("/etc/podferry/inventory.toml"));
         assert_eq!(config.deadlines.freeze, Duration::from_millis(500));
         assert_eq!(config.deadlines.prepare, Deadlines::default().prepare);
-        assert_eq!(config.migrations_per_node, 2);
+        assert_eq!((config.migrations_per_node, config.rest_listen), (2, None));
+        let with_rest = load(&format!("rest_listen = \"[::1]:7444\"\n{GOOD}")).unwrap();
+        assert_eq!(with_rest.rest_listen, Some("[::1]:7444".parse().unwrap()));
     }
 
     #[test]

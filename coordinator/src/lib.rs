@@ -6,7 +6,7 @@
 //! - [`cluster`]: where nodes and workloads come from,
 //! - [`store`]: where migrations are recorded,
 //! - [`runner`]: the I/O shell that takes migrations through their phases,
-//! - [`api`]: what callers can ask, and gRPC on it,
+//! - [`api`]: what callers can ask, and gRPC and REST on it,
 //! - [`config`]: the file `coordinator.toml`.
 
 pub mod api;

@@ -1,6 +1,7 @@
-//! `podferry-coordinator`: serves `CoordinatorService` and takes migrations through their phases.
+//! `podferry-coordinator`: serves `CoordinatorService`, and REST if it is asked to, and takes migrations through their phases.
 
 use std::error::Error;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -8,9 +9,9 @@ use std::time::Duration;
 use clap::Parser;
 use podferry_common::identity::Identity;
 use podferry_common::listen::listen;
-use podferry_common::tls::Incoming;
+use podferry_common::tls::{Incoming, Protocol};
 use podferry_common::{chain, telemetry};
-use podferry_coordinator::api::{Core, Current, serve};
+use podferry_coordinator::api::{Core, Current, ServeError, rest, serve};
 use podferry_coordinator::cluster::{Agents, Inventory};
 use podferry_coordinator::config::Config;
 use podferry_coordinator::runner::Runner;
@@ -66,16 +67,20 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let runner = Runner::new(store.clone(), agents.clone(), config.deadlines, config.migrations_per_node, stop.clone());
     let core = Core::new(inventory, agents, store, runner.clone(), config.deadlines);
 
-    let listener =
-        listen(config.listen).await.map_err(|error| format!("cannot listen on {}: {error}", config.listen))?;
-    let incoming = Incoming::new(listener, &identity);
-    let address = incoming.local_addr()?;
+    let incoming = accept(Protocol::Grpc, config.listen, &identity).await?;
+    let rest = match config.rest_listen {
+        Some(address) => Some(accept(Protocol::Http1, address, &identity).await?),
+        None => None,
+    };
     let open = runner.recover().await?;
-    tracing::info!(%address, peer = %identity.peer(), open_migrations = open, "listening");
+    if let Some(rest) = &rest {
+        tracing::info!(address = %rest.local_addr()?, "listening for REST");
+    }
+    tracing::info!(address = %incoming.local_addr()?, peer = %identity.peer(), open_migrations = open, "listening");
 
     tokio::spawn(stop_on_signal(signals, runner.clone()));
     let served = tokio::select! {
-        served = serve(Current::new(core, config.inventory.clone()), incoming, stop.clone()) => served,
+        served = serve_all(Current::new(core, config.inventory.clone()), incoming, rest, stop.clone()) => served,
         // Requests under way are finished, but a caller that does not read its answer keeps nobody from stopping.
         () = stopped_for(&stop, LAST_ANSWERS) => Ok(()),
     };
@@ -85,6 +90,28 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     served?;
     tracing::info!("stopped");
     Ok(())
+}
+
+async fn accept(protocol: Protocol, address: SocketAddr, identity: &Identity) -> Result<Incoming, Box<dyn Error>> {
+    let listener = listen(address).await.map_err(|error| format!("cannot listen on {address}: {error}"))?;
+    Ok(Incoming::speaking(protocol, listener, identity))
+}
+
+/// Serves gRPC, and REST where there is a listener for it, until `stop` is cancelled or gRPC cannot be served.
+async fn serve_all(
+    core: Current,
+    incoming: Incoming,
+    rest: Option<Incoming>,
+    stop: CancellationToken,
+) -> Result<(), ServeError> {
+    let rest = rest.map(|incoming| rest::serve(core.clone(), incoming, rest::Limits::default(), stop.clone()));
+    let rest = async {
+        if let Some(rest) = rest {
+            rest.await;
+        }
+        Ok(())
+    };
+    tokio::try_join!(serve(core, incoming, stop), rest).map(|((), ())| ())
 }
 
 async fn stopped_for(stop: &CancellationToken, time: Duration) {

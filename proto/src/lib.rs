@@ -6,12 +6,15 @@
 //! - [`delivery`]: and what it hands on of the container's network,
 //! - [`fetch`]: and which pages it fetches from the other when the container runs already.
 //!
-//! The modules of that name hold no code: their documentation is the specification of the service.
+//! The modules of that name hold no code: their documentation is the specification of the service. `json`, with the feature of
+//! that name, is how its answers look in JSON.
 
 pub mod agent;
 pub mod coordinator;
 pub mod delivery;
 pub mod fetch;
+#[cfg(feature = "json")]
+pub mod json;
 pub mod transfer;
 mod version;
 

@@ -1,4 +1,4 @@
-//! The settings that every connection has: TLS 1.3 only, certificates on both sides, HTTP/2.
+//! The settings that every connection has: TLS 1.3 only, certificates on both sides, one application protocol.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -13,6 +13,8 @@ use rustls::{ClientConfig, RootCertStore, ServerConfig};
 
 /// The only protocol spoken inside: HTTP/2, which gRPC needs.
 pub(crate) const ALPN: &[u8] = b"h2";
+/// What is spoken with scripts and browsers, on listeners of their own.
+pub(crate) const ALPN_HTTP1: &[u8] = b"http/1.1";
 
 /// What cannot be set up: the verifier's own error, or rustls'.
 type Refused = Box<dyn Error + Send + Sync>;
@@ -43,6 +45,13 @@ pub(crate) fn server(
     // Every connection shows a certificate that is valid now: a resumed session would not.
     config.send_tls13_tickets = 0;
     Ok(Arc::new(config))
+}
+
+/// The same for a listener that speaks HTTP/1.1.
+pub(crate) fn with_http1(grpc: &ServerConfig) -> Arc<ServerConfig> {
+    let mut config = grpc.clone();
+    config.alpn_protocols = vec![ALPN_HTTP1.to_vec()];
+    Arc::new(config)
 }
 
 /// Settings of the opening side: the server must show a certificate of one of `roots` for the name that is dialled.

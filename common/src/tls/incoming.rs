@@ -16,7 +16,7 @@ use tokio_rustls::TlsStream;
 use tonic::transport::server::Connected;
 use tracing::{debug, warn};
 
-use super::{PeerInfo, TlsError, accept};
+use super::{PeerInfo, Protocol, TlsError, accept_speaking};
 use crate::failure::chain;
 use crate::identity::Identity;
 
@@ -38,11 +38,16 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// Begins to accept. Must be called inside a tokio runtime.
+    /// Begins to accept connections for gRPC. Must be called inside a tokio runtime.
     pub fn new(listener: TcpListener, identity: &Identity) -> Self {
+        Self::speaking(Protocol::Grpc, listener, identity)
+    }
+
+    /// Begins to accept connections that speak this protocol. Must be called inside a tokio runtime.
+    pub fn speaking(protocol: Protocol, listener: TcpListener, identity: &Identity) -> Self {
         let local = listener.local_addr();
         let (done, connections) = mpsc::channel(QUEUE);
-        let acceptor = tokio::spawn(accept_all(listener, identity.clone(), done));
+        let acceptor = tokio::spawn(accept_all(protocol, listener, identity.clone(), done));
         Self { connections, acceptor, local }
     }
 
@@ -70,7 +75,7 @@ impl Drop for Incoming {
 }
 
 /// Accepts until it is aborted, or the receiver is gone. Its handshakes end with it: the set aborts them.
-async fn accept_all(listener: TcpListener, identity: Identity, done: mpsc::Sender<TlsConnection>) {
+async fn accept_all(protocol: Protocol, listener: TcpListener, identity: Identity, done: mpsc::Sender<TlsConnection>) {
     let slots = Arc::new(Semaphore::new(MAX_HANDSHAKES));
     let mut handshakes = JoinSet::new();
     loop {
@@ -79,7 +84,7 @@ async fn accept_all(listener: TcpListener, identity: Identity, done: mpsc::Sende
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((tcp, _)) => {
-                    handshakes.spawn(handshake(tcp, identity.clone(), done.clone(), slot));
+                    handshakes.spawn(handshake(protocol, tcp, identity.clone(), done.clone(), slot));
                 }
                 Err(error) => {
                     warn!(%error, "cannot accept a connection; the limit of open files may be too low");
@@ -91,10 +96,16 @@ async fn accept_all(listener: TcpListener, identity: Identity, done: mpsc::Sende
     }
 }
 
-async fn handshake(tcp: TcpStream, identity: Identity, done: mpsc::Sender<TlsConnection>, slot: OwnedSemaphorePermit) {
+async fn handshake(
+    protocol: Protocol,
+    tcp: TcpStream,
+    identity: Identity,
+    done: mpsc::Sender<TlsConnection>,
+    slot: OwnedSemaphorePermit,
+) {
     // Held until the server took the connection, so that a server which takes none collects none.
     let _slot = slot;
-    match accept(tcp, &identity).await {
+    match accept_speaking(protocol, tcp, &identity).await {
         Ok((stream, info)) => {
             debug!(peer = %info.peer, addr = %info.addr, "connection accepted");
             // The receiver is gone when the server stops: then nobody wants the connection.

@@ -145,8 +145,17 @@ impl Core {
         Ok(shown)
     }
 
-    /// Accepts a migration that `who` asks for, or refuses it and records nothing.
+    /// Accepts a migration that `who` asks for, or refuses it and records nothing. The log says which.
     pub async fn migrate(&self, request: &v1::MigrateRequest, who: &Peer) -> Result<Record, Failure> {
+        let answer = self.begin(request, who).await;
+        if let Err(failure) = &answer {
+            let v1::MigrateRequest { workload, target, .. } = request;
+            tracing::info!(peer = %who, workload, target, %failure, "migration refused");
+        }
+        answer
+    }
+
+    async fn begin(&self, request: &v1::MigrateRequest, who: &Peer) -> Result<Record, Failure> {
         let wishes = wishes(request)?;
         let workload = self.known_workload(&request.workload)?;
         let wanted = if request.target.is_empty() { None } else { Some(self.known_node(&request.target)?) };

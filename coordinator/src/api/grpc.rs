@@ -2,18 +2,19 @@
 
 use std::pin::Pin;
 
-use futures::{Stream, StreamExt as _, future, stream};
+use futures::{Stream, StreamExt as _};
 use podferry_common::identity::Peer;
 use podferry_common::tls::{self, Incoming, PeerInfo};
 use podferry_common::{Failure, FailureCode};
 use podferry_proto::v1::coordinator_service_server::{CoordinatorService, CoordinatorServiceServer};
 use podferry_proto::{DESCRIPTORS, Version, v1};
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
 use super::Current;
+use super::caller::{Open, authorise};
+use super::states::states;
 use crate::store::Record;
 
 /// The largest message that is taken, in bytes: the protocol's limit.
@@ -68,34 +69,9 @@ pub enum ServeError {
     Transport(#[from] tonic::transport::Error),
 }
 
-/// Whom a call is open to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Open {
-    Clients,
-    Agents,
-    Both,
-}
-
 /// Who calls, if this call is open to them.
 fn caller<T>(request: &Request<T>, open: Open) -> Result<Peer, Status> {
-    let denied = |message: String| Status::from(Failure::new(FailureCode::PermissionDenied, message));
-    let Some(PeerInfo { peer, .. }) = request.extensions().get::<PeerInfo>() else {
-        return Err(denied("the caller has shown no certificate".to_owned()));
-    };
-    let allowed = match peer {
-        Peer::Client(_) => open != Open::Agents,
-        Peer::Agent(_) => open != Open::Clients,
-        Peer::Coordinator => false,
-    };
-    if allowed {
-        return Ok(peer.clone());
-    }
-    let who = match open {
-        Open::Clients => "clients",
-        Open::Agents => "agents",
-        Open::Both => "clients and agents",
-    };
-    Err(denied(format!("{peer} may not make this call: it is for {who}")))
+    Ok(authorise(request.extensions().get::<PeerInfo>(), open)?)
 }
 
 type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::WatchMigrationResponse, Status>> + Send>>;
@@ -106,22 +82,6 @@ fn shown(record: &Record) -> v1::WatchMigrationResponse {
 
 fn listed(records: &[Record]) -> v1::ListMigrationsResponse {
     v1::ListMigrationsResponse { migrations: records.iter().map(Record::to_list_entry).collect() }
-}
-
-/// The states that come after the first, up to the outcome. A driver that is gone before it says the coordinator stops.
-fn later(view: watch::Receiver<Record>) -> impl Stream<Item = Result<v1::WatchMigrationResponse, Status>> {
-    stream::unfold(Some(view), |view| async move {
-        let mut view = view?;
-        if view.changed().await.is_err() {
-            let failure = Failure::new(FailureCode::Unavailable, "the coordinator is stopping");
-            return Some((Err(failure.remedy("watch again in a moment").into()), None));
-        }
-        let (message, settled) = {
-            let record = view.borrow_and_update();
-            (shown(&record), record.state.is_settled())
-        };
-        Some((Ok(message), (!settled).then_some(view)))
-    })
 }
 
 #[tonic::async_trait]
@@ -155,14 +115,8 @@ impl CoordinatorService for GrpcService {
 
     async fn migrate(&self, request: Request<v1::MigrateRequest>) -> Result<Response<v1::MigrateResponse>, Status> {
         let peer = caller(&request, Open::Clients)?;
-        let wanted = request.into_inner();
-        match self.core.get().migrate(&wanted, &peer).await {
-            Ok(record) => Ok(Response::new(v1::MigrateResponse { migration: Some(record.to_wire()) })),
-            Err(failure) => {
-                tracing::info!(%peer, workload = wanted.workload, target = wanted.target, %failure, "migration refused");
-                Err(failure.into())
-            }
-        }
+        let record = self.core.get().migrate(request.get_ref(), &peer).await?;
+        Ok(Response::new(v1::MigrateResponse { migration: Some(record.to_wire()) }))
     }
 
     async fn get_migration(
@@ -191,12 +145,9 @@ impl CoordinatorService for GrpcService {
         request: Request<v1::WatchMigrationRequest>,
     ) -> Result<Response<WatchStream>, Status> {
         caller(&request, Open::Clients)?;
-        let (now, view) = self.core.get().watch(&request.get_ref().id).await?;
-        let first = stream::once(future::ready(Ok(shown(&now))));
-        let later = stream::iter(view).flat_map(later);
-        // A server that stops waits for its requests: a watch may last for hours, so it ends by itself.
-        let stop = self.stop.clone().cancelled_owned();
-        Ok(Response::new(Box::pin(first.chain(later).take_until(stop))))
+        let states = states(&self.core.get(), &request.get_ref().id, self.stop.clone()).await?;
+        let messages = states.map(|state| state.map(|record| shown(&record)).map_err(Status::from));
+        Ok(Response::new(Box::pin(messages)))
     }
 
     async fn cancel_migration(

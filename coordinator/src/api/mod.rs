@@ -1,8 +1,11 @@
-//! What callers can ask: the core behind every front, and gRPC on it.
+//! What callers can ask: the core behind every front, and gRPC and REST on it.
 
+mod caller;
 mod core;
 mod current;
 mod grpc;
+pub mod rest;
+mod states;
 
 pub use core::Core;
 pub use current::Current;

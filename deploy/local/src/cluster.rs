@@ -25,6 +25,8 @@ use crate::workload::{Workload, check_label};
 
 /// The port that the coordinator listens on.
 pub const COORDINATOR_PORT: u16 = 7443;
+/// The port that it listens on for REST.
+pub const REST_PORT: u16 = 7444;
 /// How long processes and cgroups may take to go away.
 const GONE_DEADLINE: Duration = Duration::from_secs(15);
 /// The longest call of the command-line client: a migration that waits.
@@ -366,6 +368,11 @@ impl Coordinator {
     /// Its address and port, as clients and agents reach it.
     pub fn address(&self) -> String {
         format!("{}:{COORDINATOR_PORT}", network::COORDINATOR_ADDRESS)
+    }
+
+    /// Its address and port for REST.
+    pub fn rest_address(&self) -> String {
+        format!("{}:{REST_PORT}", network::COORDINATOR_ADDRESS)
     }
 
     /// The folder of its configuration, identity and state.

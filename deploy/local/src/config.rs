@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use podferry_common::identity::IdentityFiles;
 use serde::{Deserialize, Serialize};
 
-use crate::cluster::COORDINATOR_PORT;
+use crate::cluster::{COORDINATOR_PORT, REST_PORT};
 use crate::container::RUNC_ROOT;
 use crate::error::{Error, FileContext, Result};
 use crate::network::{COORDINATOR_ADDRESS, NODE_BRIDGE};
@@ -59,6 +59,7 @@ pub(crate) struct AgentNetwork {
 #[derive(Debug, Serialize)]
 pub(crate) struct CoordinatorConfig {
     pub(crate) listen: String,
+    pub(crate) rest_listen: String,
     pub(crate) state_dir: PathBuf,
     pub(crate) inventory: PathBuf,
     pub(crate) identity: IdentityFiles,
@@ -142,6 +143,7 @@ pub(crate) fn agent(node: &Node, state: &State) -> AgentConfig {
 pub(crate) fn coordinator(folder: &Path, identity: IdentityFiles) -> CoordinatorConfig {
     CoordinatorConfig {
         listen: coordinator_address(),
+        rest_listen: format!("{COORDINATOR_ADDRESS}:{REST_PORT}"),
         state_dir: folder.join("state"),
         inventory: folder.join("inventory.toml"),
         identity,

@@ -50,7 +50,7 @@ pub use rustix::process::Signal;
 
 pub use census::{Census, Change, Counts, Difference};
 pub use certificates::{CLIENT_USER, keep_certificates};
-pub use cluster::{COORDINATOR_PORT, Coordinator, LocalCluster, Options};
+pub use cluster::{COORDINATOR_PORT, Coordinator, LocalCluster, Options, REST_PORT};
 pub use command::Output;
 pub use container::{Container, RUNC_ROOT};
 pub use error::{Error, Result};

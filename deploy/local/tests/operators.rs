@@ -8,7 +8,7 @@ use std::path::Path;
 
 use podferry_common::identity::{Identity, Peer};
 use podferry_common::tls;
-use podferry_local::{AGENT_PORT, LocalCluster, Output, Signal};
+use podferry_local::{AGENT_PORT, LocalCluster, Output, REST_PORT, Signal};
 use serde_json::{Value, json};
 use support::{Line, NODES, Stage, inside, redis};
 use tonic_health::pb::HealthCheckRequest;
@@ -69,6 +69,8 @@ fn check_tells_the_fit_from_the_unreachable_and_agents_answer_health_and_reflect
     for name in NODES {
         health_and_reflection(&stage, name);
     }
+    assert_eq!(by_curl(cluster, "nodes").as_array().unwrap().len(), NODES.len());
+    assert_eq!(by_curl(cluster, "workloads"), answer(cluster, &["workloads"], DONE));
 
     stage.node(NODES[1]).kill_agent(Signal::KILL).unwrap();
     let nodes = answer(cluster, &["check"], FAILED);
@@ -80,6 +82,20 @@ fn check_tells_the_fit_from_the_unreachable_and_agents_answer_health_and_reflect
     let error = error(cluster, &["check"], UNREACHABLE);
     assert!(error["message"].as_str().unwrap().contains(&cluster.coordinator().address()), "{error}");
     assert!(!error["remedy"].as_str().unwrap().is_empty());
+}
+
+/// A list, as `curl` gets it over REST on the client side.
+fn by_curl(cluster: &LocalCluster, list: &str) -> Value {
+    let name = Peer::Coordinator.dns_name();
+    let files = cluster.client_identity();
+    let mut curl = cluster.client().command("curl");
+    curl.args(["--silent", "--show-error", "--fail-with-body", "--max-time", "20"]);
+    curl.args(["--connect-to", &format!("{name}:{REST_PORT}:{}", cluster.coordinator().rest_address())]);
+    curl.arg("--cacert").arg(files.ca).arg("--cert").arg(files.certificate).arg("--key").arg(files.key);
+    let output = curl.arg(format!("https://{name}:{REST_PORT}/api/v1/{list}")).output().unwrap();
+    let (said, complaint) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{said}{complaint}");
+    serde_json::from_str::<Value>(&said).unwrap()[list].clone()
 }
 
 /// As a monitor or `grpcurl` asks, with a client's certificate.

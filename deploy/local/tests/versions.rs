@@ -45,12 +45,15 @@ impl Drop for Previous {
     }
 }
 
-/// What the previous version's agent reads: its own programs, and none that it does not know.
+/// What the previous version's agent or coordinator reads: its own programs, and no key that it does not know.
 fn config_of_previous(config: &str) -> String {
     let ours = podferry_local::default_binaries().canonicalize().unwrap().display().to_string();
     let mut config: toml::Table = config.parse().unwrap();
+    for key in ["rest_listen"] {
+        config.remove(key);
+    }
     for (table, unknown) in [("tools", &["criu_shim", "pager", "tar"][..]), ("runtime", &["volume_dirs"])] {
-        let table = config[table].as_table_mut().unwrap();
+        let Some(table) = config.get_mut(table).and_then(toml::Value::as_table_mut) else { continue };
         for key in unknown {
             table.remove(*key);
         }
@@ -137,7 +140,9 @@ fn a_coordinator_of_the_previous_version_moves_between_nodes_of_this_one() {
     let first_digest = counter.between(digest);
     let coordinator = stage.cluster.coordinator();
     coordinator.kill(Signal::TERM).unwrap();
-    let _old = Previous::start(coordinator.place(), "podferry-coordinator", &coordinator.config());
+    let path = coordinator.config().with_extension("previous.toml");
+    fs::write(&path, config_of_previous(&fs::read_to_string(coordinator.config()).unwrap())).unwrap();
+    let _old = Previous::start(coordinator.place(), "podferry-coordinator", &path);
     wait_for_both(&stage);
     for target in [NODES[1], NODES[0]] {
         let record = stage.migrate_with("redis", target, &WARM);
