@@ -24,6 +24,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// The inventory of nodes and workloads.
     pub inventory: PathBuf,
+    /// The policy that says which clients may do what; without one all clients may do everything.
+    pub access: Option<PathBuf>,
     /// The coordinator's certificate, its key, and the authority.
     pub identity: IdentityFiles,
     /// Migrations that one node may take part in at a time.
@@ -78,7 +80,7 @@ impl Config {
         let folder = path.parent().unwrap_or(Path::new(""));
         let identity = &mut config.identity;
         let paths = [&mut config.state_dir, &mut config.inventory, &mut identity.ca, &mut identity.certificate];
-        for relative in paths.into_iter().chain([&mut identity.key]) {
+        for relative in paths.into_iter().chain([&mut identity.key]).chain(config.access.as_mut()) {
             *relative = folder.join(&*relative);
         }
         Ok(config)
@@ -97,6 +99,7 @@ mod tests {
 listen = "127.0.0.1:7440"
 state_dir = "state"
 inventory = "/etc/podferry/inventory.toml"
+access = "access.toml"
 
 [identity]
 ca = "tls/ca.pem"
@@ -138,15 +141,15 @@ freeze = 0.5
         ];
         let said: Vec<_> = broken.iter().map(|text| load(text).unwrap_err()).collect();
         insta::assert_snapshot!(said.join("\n"), @r#"
-        the configuration coordinator.toml is wrong: TOML parse error at line 12, column 10
+        the configuration coordinator.toml is wrong: TOML parse error at line 13, column 10
            |
-        12 | freeze = 0
+        13 | freeze = 0
            |          ^
         0 is no deadline: it is between 0.001 and 86400 seconds
 
-        the configuration coordinator.toml is wrong: TOML parse error at line 12, column 1
+        the configuration coordinator.toml is wrong: TOML parse error at line 13, column 1
            |
-        12 | freze = 1
+        13 | freze = 1
            | ^^^^^
         unknown field `freze`, expected one of `preflight`, `prepare`, `precopy`, `freeze`, `commit`, `release`, `resume`, `fill`, `abort`, `survey`
 

@@ -10,6 +10,7 @@ use podferry_common::identity::Identity;
 use podferry_common::listen::listen;
 use podferry_common::tls::Incoming;
 use podferry_common::{chain, telemetry};
+use podferry_coordinator::access::Gate;
 use podferry_coordinator::api::{Core, Current, serve};
 use podferry_coordinator::cluster::{Agents, Inventory};
 use podferry_coordinator::config::Config;
@@ -57,6 +58,7 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
     let config = Config::load(&arguments.config)?;
     let inventory = Inventory::load(&config.inventory)?;
+    let gate = Gate::following(config.access.clone())?;
     let identity = Identity::load(config.identity.clone())?;
     identity.watch(CERTIFICATE_INTERVAL);
     let store = Store::open(&config.state_dir)?;
@@ -64,7 +66,7 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let stop = CancellationToken::new();
     let agents = Agents::new(identity.clone());
     let runner = Runner::new(store.clone(), agents.clone(), config.deadlines, config.migrations_per_node, stop.clone());
-    let core = Core::new(inventory, agents, store, runner.clone(), config.deadlines);
+    let core = Core::new(inventory, agents, store, runner.clone(), config.deadlines, gate);
 
     let listener =
         listen(config.listen).await.map_err(|error| format!("cannot listen on {}: {error}", config.listen))?;

@@ -10,6 +10,7 @@ use podferry_common::{Failure, FailureCode, MigrationId, NodeName, WorkloadName,
 use podferry_proto::v1;
 use tokio::sync::watch;
 
+use crate::access::{Action, Gate, Verb};
 use crate::cluster::{Agents, Inventory, Location, Node, NodeView, Seen, Workload, locate, speaks, spoken, survey};
 use crate::migration::{Decision, State};
 use crate::placement::{Candidate, Choice, Demand, Facts, choose, judge};
@@ -34,12 +35,25 @@ pub struct Core {
     store: Store,
     runner: Runner,
     deadlines: Deadlines,
+    gate: Gate,
 }
 
 impl Core {
     /// The core on these parts.
-    pub fn new(inventory: Inventory, agents: Agents, store: Store, runner: Runner, deadlines: Deadlines) -> Self {
-        Self { inventory: Arc::new(inventory), agents, store, runner, deadlines }
+    pub fn new(
+        inventory: Inventory,
+        agents: Agents,
+        store: Store,
+        runner: Runner,
+        deadlines: Deadlines,
+        gate: Gate,
+    ) -> Self {
+        Self { inventory: Arc::new(inventory), agents, store, runner, deadlines, gate }
+    }
+
+    /// Who may ask for what.
+    pub fn gate(&self) -> &Gate {
+        &self.gate
     }
 
     /// The same with another inventory.
@@ -158,7 +172,8 @@ impl Core {
         }
         let views = self.look_for(workload, place.as_ref(), wanted).await;
         let location = locate(&views, workload, place.as_ref())?;
-        let (target, report) = self.target(&views, workload, &location, wanted, wishes)?;
+        let (target, report) = self.target(&views, workload, &location, wanted, wishes, who).await?;
+        self.gate.narrow(who, &moving(workload, &location, target.name.as_str())).await?;
         let record = Record {
             id: MigrationId::new(),
             workload: workload.name.clone(),
@@ -190,13 +205,14 @@ impl Core {
     }
 
     /// The wanted target if it will do, or the best one, with a report that says why not the others.
-    fn target<'a>(
+    async fn target<'a>(
         &'a self,
         views: &[NodeView],
         workload: &Workload,
         location: &Location<'_>,
         wanted: Option<&'a Node>,
         wishes: Wishes,
+        who: &Peer,
     ) -> Result<(&'a Node, Report), Failure> {
         let demand = demand(location, wishes)?;
         let load = self.runner.load();
@@ -212,9 +228,25 @@ impl Core {
             judge_wanted(&demand, view, &candidate(view))?;
             return Ok((wanted, Report::default()));
         }
-        let candidates: Vec<_> = views.iter().map(candidate).collect();
-        let Choice { target, others } = choose(&demand, &candidates)?;
         let mut report = Report::default();
+        let (mut candidates, mut beyond) = (Vec::new(), None);
+        for view in views {
+            let action = moving(workload, location, view.node.name.as_str());
+            match self.gate.decide(Some(who), &action) {
+                Ok(_) => candidates.push(candidate(view)),
+                Err(denial) => {
+                    report.note(format!("not to {}: {}", view.node.name, denial.why));
+                    beyond = Some(action);
+                }
+            }
+        }
+        // Placement would say that the workload runs there already, which is not why.
+        if let Some(action) = beyond
+            && candidates.iter().all(|candidate| candidate.name == demand.source)
+        {
+            self.gate.narrow(who, &action).await?;
+        }
+        let Choice { target, others } = choose(&demand, &candidates)?;
         for (name, why) in others {
             report.note(format!("not to {name}: {why}"));
         }
@@ -296,10 +328,11 @@ impl Core {
         Ok((self.migration(id).await?, None))
     }
 
-    /// Undoes a migration that is not committed.
-    pub async fn cancel(&self, id: &str, who: &str) -> Result<Record, Failure> {
+    /// Undoes a migration that is not committed, as `who` asks for.
+    pub async fn cancel(&self, id: &str, who: &Peer) -> Result<Record, Failure> {
         let record = self.migration(id).await?;
-        if let Some(answer) = self.runner.cancel(record.id, who).await {
+        self.gate.narrow(who, &cancelling(id, &record)).await?;
+        if let Some(answer) = self.runner.cancel(record.id, &who.to_string()).await {
             return answer;
         }
         let phase = self.migration(id).await?.state.phase();
@@ -312,6 +345,22 @@ impl Core {
         let id = parse_id(id)?;
         let store = self.store.clone();
         blocking(move || store.decision(id)).await.map_err(|error| internal(&error))
+    }
+}
+
+/// The migration that somebody asks for, now that it is known where the workload is.
+fn moving<'a>(workload: &'a Workload, location: &'a Location<'_>, target: &'a str) -> Action<'a> {
+    let source = Some(location.view.node.name.as_str());
+    Action { source, ..Action::migrate(workload.name.as_str(), target) }
+}
+
+/// The cancel that somebody asks for, now that it is known of what.
+fn cancelling<'a>(id: &'a str, record: &'a Record) -> Action<'a> {
+    Action {
+        workload: Some(record.workload.as_str()),
+        source: Some(record.source.as_str()),
+        target: Some(record.target.as_str()),
+        ..Action::on_migration(Verb::CancelMigration, id)
     }
 }
 

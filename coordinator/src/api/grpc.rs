@@ -13,7 +13,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
-use super::Current;
+use super::{Core, Current};
+use crate::access::{Action, Verb};
 use crate::store::Record;
 
 /// The largest message that is taken, in bytes: the protocol's limit.
@@ -31,6 +32,14 @@ impl GrpcService {
     /// The front of that core. Watches end when `stop` is cancelled.
     pub fn new(core: Current, stop: CancellationToken) -> Self {
         Self { core, stop }
+    }
+
+    /// The core and the caller, if the caller may do this.
+    async fn admit<T: Sync>(&self, request: &Request<T>, action: &Action<'_>) -> Result<(Core, Peer), Status> {
+        let peer = caller(request);
+        let core = self.core.admit(peer.as_ref(), action).await?;
+        let peer = peer.ok_or_else(|| Status::permission_denied("the caller has shown no certificate"))?;
+        Ok((core, peer))
     }
 }
 
@@ -68,34 +77,9 @@ pub enum ServeError {
     Transport(#[from] tonic::transport::Error),
 }
 
-/// Whom a call is open to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Open {
-    Clients,
-    Agents,
-    Both,
-}
-
-/// Who calls, if this call is open to them.
-fn caller<T>(request: &Request<T>, open: Open) -> Result<Peer, Status> {
-    let denied = |message: String| Status::from(Failure::new(FailureCode::PermissionDenied, message));
-    let Some(PeerInfo { peer, .. }) = request.extensions().get::<PeerInfo>() else {
-        return Err(denied("the caller has shown no certificate".to_owned()));
-    };
-    let allowed = match peer {
-        Peer::Client(_) => open != Open::Agents,
-        Peer::Agent(_) => open != Open::Clients,
-        Peer::Coordinator => false,
-    };
-    if allowed {
-        return Ok(peer.clone());
-    }
-    let who = match open {
-        Open::Clients => "clients",
-        Open::Agents => "agents",
-        Open::Both => "clients and agents",
-    };
-    Err(denied(format!("{peer} may not make this call: it is for {who}")))
+/// Who calls; `None` without a certificate.
+fn caller<T>(request: &Request<T>) -> Option<Peer> {
+    request.extensions().get::<PeerInfo>().map(|PeerInfo { peer, .. }| peer.clone())
 }
 
 type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::WatchMigrationResponse, Status>> + Send>>;
@@ -127,7 +111,7 @@ fn later(view: watch::Receiver<Record>) -> impl Stream<Item = Result<v1::WatchMi
 #[tonic::async_trait]
 impl CoordinatorService for GrpcService {
     async fn hello(&self, request: Request<v1::HelloRequest>) -> Result<Response<v1::HelloResponse>, Status> {
-        caller(&request, Open::Both)?;
+        self.admit(&request, &Action::new(Verb::Hello)).await?;
         Version::OURS.agree(request.get_ref().version.as_ref()).map_err(|mismatch| {
             let failure = Failure::new(FailureCode::FailedPrecondition, mismatch.to_string());
             Status::from(failure.remedy("use a client of the coordinator's version, or a neighbouring one"))
@@ -140,23 +124,23 @@ impl CoordinatorService for GrpcService {
         &self,
         request: Request<v1::ListNodesRequest>,
     ) -> Result<Response<v1::ListNodesResponse>, Status> {
-        caller(&request, Open::Clients)?;
-        Ok(Response::new(v1::ListNodesResponse { nodes: self.core.get().nodes().await }))
+        let (core, _) = self.admit(&request, &Action::new(Verb::ListNodes)).await?;
+        Ok(Response::new(v1::ListNodesResponse { nodes: core.nodes().await }))
     }
 
     async fn list_workloads(
         &self,
         request: Request<v1::ListWorkloadsRequest>,
     ) -> Result<Response<v1::ListWorkloadsResponse>, Status> {
-        caller(&request, Open::Clients)?;
-        let workloads = self.core.get().workloads(&request.get_ref().node).await?;
+        let (core, _) = self.admit(&request, &Action::new(Verb::ListWorkloads)).await?;
+        let workloads = core.workloads(&request.get_ref().node).await?;
         Ok(Response::new(v1::ListWorkloadsResponse { workloads }))
     }
 
     async fn migrate(&self, request: Request<v1::MigrateRequest>) -> Result<Response<v1::MigrateResponse>, Status> {
-        let peer = caller(&request, Open::Clients)?;
-        let wanted = request.into_inner();
-        match self.core.get().migrate(&wanted, &peer).await {
+        let wanted = request.get_ref();
+        let (core, peer) = self.admit(&request, &Action::migrate(&wanted.workload, &wanted.target)).await?;
+        match core.migrate(wanted, &peer).await {
             Ok(record) => Ok(Response::new(v1::MigrateResponse { migration: Some(record.to_wire()) })),
             Err(failure) => {
                 tracing::info!(%peer, workload = wanted.workload, target = wanted.target, %failure, "migration refused");
@@ -169,8 +153,9 @@ impl CoordinatorService for GrpcService {
         &self,
         request: Request<v1::GetMigrationRequest>,
     ) -> Result<Response<v1::GetMigrationResponse>, Status> {
-        caller(&request, Open::Clients)?;
-        let record = self.core.get().migration(&request.get_ref().id).await?;
+        let action = Action::on_migration(Verb::GetMigration, &request.get_ref().id);
+        let (core, _) = self.admit(&request, &action).await?;
+        let record = core.migration(&request.get_ref().id).await?;
         Ok(Response::new(v1::GetMigrationResponse { migration: Some(record.to_wire()) }))
     }
 
@@ -178,9 +163,9 @@ impl CoordinatorService for GrpcService {
         &self,
         request: Request<v1::ListMigrationsRequest>,
     ) -> Result<Response<v1::ListMigrationsResponse>, Status> {
-        caller(&request, Open::Clients)?;
+        let (core, _) = self.admit(&request, &Action::new(Verb::ListMigrations)).await?;
         let v1::ListMigrationsRequest { workload, active_only } = request.into_inner();
-        let records = self.core.get().migrations(&workload, active_only).await?;
+        let records = core.migrations(&workload, active_only).await?;
         Ok(Response::new(listed(&records)))
     }
 
@@ -190,8 +175,9 @@ impl CoordinatorService for GrpcService {
         &self,
         request: Request<v1::WatchMigrationRequest>,
     ) -> Result<Response<WatchStream>, Status> {
-        caller(&request, Open::Clients)?;
-        let (now, view) = self.core.get().watch(&request.get_ref().id).await?;
+        let action = Action::on_migration(Verb::WatchMigration, &request.get_ref().id);
+        let (core, _) = self.admit(&request, &action).await?;
+        let (now, view) = core.watch(&request.get_ref().id).await?;
         let first = stream::once(future::ready(Ok(shown(&now))));
         let later = stream::iter(view).flat_map(later);
         // A server that stops waits for its requests: a watch may last for hours, so it ends by itself.
@@ -203,8 +189,9 @@ impl CoordinatorService for GrpcService {
         &self,
         request: Request<v1::CancelMigrationRequest>,
     ) -> Result<Response<v1::CancelMigrationResponse>, Status> {
-        let peer = caller(&request, Open::Clients)?;
-        let record = self.core.get().cancel(&request.get_ref().id, &peer.to_string()).await?;
+        let id = &request.get_ref().id;
+        let (core, peer) = self.admit(&request, &Action::on_migration(Verb::CancelMigration, id)).await?;
+        let record = core.cancel(id, &peer).await?;
         Ok(Response::new(v1::CancelMigrationResponse { migration: Some(record.to_wire()) }))
     }
 
@@ -212,9 +199,9 @@ impl CoordinatorService for GrpcService {
         &self,
         request: Request<v1::GetDecisionRequest>,
     ) -> Result<Response<v1::GetDecisionResponse>, Status> {
-        let peer = caller(&request, Open::Agents)?;
         let id = &request.get_ref().migration_id;
-        let decision = self.core.get().decision(id).await?;
+        let (core, peer) = self.admit(&request, &Action::on_migration(Verb::GetDecision, id)).await?;
+        let decision = core.decision(id).await?;
         tracing::info!(%peer, migration = %id, ?decision, "decision asked for");
         let decision = v1::Decision::from(decision).into();
         Ok(Response::new(v1::GetDecisionResponse { decision }))
