@@ -8,10 +8,12 @@
 //! - [`runner`]: the I/O shell that takes migrations through their phases,
 //! - [`access`]: who may ask for what,
 //! - [`api`]: what callers can ask, and gRPC on it,
+//! - [`audit`]: who has asked for what, and what became of it,
 //! - [`config`]: the file `coordinator.toml`.
 
 pub mod access;
 pub mod api;
+pub mod audit;
 pub mod cluster;
 pub mod config;
 mod follow;

@@ -12,6 +12,7 @@ use podferry_common::tls::Incoming;
 use podferry_common::{chain, telemetry};
 use podferry_coordinator::access::Gate;
 use podferry_coordinator::api::{Core, Current, serve};
+use podferry_coordinator::audit::AuditLog;
 use podferry_coordinator::cluster::{Agents, Inventory};
 use podferry_coordinator::config::Config;
 use podferry_coordinator::runner::Runner;
@@ -58,14 +59,22 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
     let config = Config::load(&arguments.config)?;
     let inventory = Inventory::load(&config.inventory)?;
-    let gate = Gate::following(config.access.clone())?;
     let identity = Identity::load(config.identity.clone())?;
     identity.watch(CERTIFICATE_INTERVAL);
     let store = Store::open(&config.state_dir)?;
+    let audit = AuditLog::open(&config.audit_log_path(), config.audit_bounds())?;
+    let gate = Gate::new(config.access.clone(), audit.clone())?;
 
     let stop = CancellationToken::new();
     let agents = Agents::new(identity.clone());
-    let runner = Runner::new(store.clone(), agents.clone(), config.deadlines, config.migrations_per_node, stop.clone());
+    let runner = Runner::new(
+        store.clone(),
+        agents.clone(),
+        audit.clone(),
+        config.deadlines,
+        config.migrations_per_node,
+        stop.clone(),
+    );
     let core = Core::new(inventory, agents, store, runner.clone(), config.deadlines, gate);
 
     let listener =
@@ -83,7 +92,9 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     };
     // The server may have ended by itself.
     stop.cancel();
-    runner.join().await?;
+    let joined = runner.join().await;
+    audit.flush().await;
+    joined?;
     served?;
     tracing::info!("stopped");
     Ok(())

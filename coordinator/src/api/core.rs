@@ -161,6 +161,17 @@ impl Core {
 
     /// Accepts a migration that `who` asks for, or refuses it and records nothing.
     pub async fn migrate(&self, request: &v1::MigrateRequest, who: &Peer) -> Result<Record, Failure> {
+        let begun = self.begin(request, who).await;
+        if let Err(failure) = &begun {
+            let (workload, target) = (&request.workload, &request.target);
+            tracing::info!(peer = %who, workload, target, %failure, "migration refused");
+            // The log has said it if that cannot be written, and nothing is changed.
+            let _refused_anyway = self.gate.audit().refused(workload, target, who, failure).await;
+        }
+        begun
+    }
+
+    async fn begin(&self, request: &v1::MigrateRequest, who: &Peer) -> Result<Record, Failure> {
         let wishes = wishes(request)?;
         let workload = self.known_workload(&request.workload)?;
         let wanted = if request.target.is_empty() { None } else { Some(self.known_node(&request.target)?) };
@@ -189,12 +200,13 @@ impl Core {
             verify: request.verify,
             throttle: request.throttle,
             grace_period_s: grace_period_s_of(request, wishes.strategy)?,
+            requested_by: Some(who.clone()),
             created_at: Timestamp::now(),
             frozen_at: None,
             state: State::new(),
             report,
         };
-        self.runner.start(record, who).await
+        self.runner.start(record).await
     }
 
     /// The migration that a workload is part of, and where the last one has put it.

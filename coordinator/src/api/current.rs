@@ -75,8 +75,10 @@ mod tests {
         fs::write(&path, "[[workloads]]\nname = \"later\"\n").unwrap();
         let store = Store::open(&folder.path().join("state")).unwrap();
         let agents = testing::agents(folder.path());
-        let runner = testing::runner(&agents, &store);
-        let core = Core::new(inventory, agents, store, runner, Deadlines::default(), Gate::open());
+        let audit = testing::audit(folder.path());
+        let runner = testing::runner(&agents, &store, &audit);
+        let gate = Gate::new(None, audit).unwrap();
+        let core = Core::new(inventory, agents, store, runner, Deadlines::default(), gate);
         let current = Current::new(core, path.clone());
         assert_eq!(workloads(&current).await, ["later"]);
         fs::write(&path, "[[workloads]]\nname = \"LATEST\"\n").unwrap();

@@ -140,13 +140,8 @@ impl CoordinatorService for GrpcService {
     async fn migrate(&self, request: Request<v1::MigrateRequest>) -> Result<Response<v1::MigrateResponse>, Status> {
         let wanted = request.get_ref();
         let (core, peer) = self.admit(&request, &Action::migrate(&wanted.workload, &wanted.target)).await?;
-        match core.migrate(wanted, &peer).await {
-            Ok(record) => Ok(Response::new(v1::MigrateResponse { migration: Some(record.to_wire()) })),
-            Err(failure) => {
-                tracing::info!(%peer, workload = wanted.workload, target = wanted.target, %failure, "migration refused");
-                Err(failure.into())
-            }
-        }
+        let record = core.migrate(wanted, &peer).await?;
+        Ok(Response::new(v1::MigrateResponse { migration: Some(record.to_wire()) }))
     }
 
     async fn get_migration(
@@ -221,6 +216,7 @@ mod tests {
     fn long(number: usize, settled: bool) -> Record {
         let name = |side: &str| format!("{side}{number:0>62}");
         let mut record = testing::record(&name("w"), &name("s"), &name("t"));
+        record.requested_by = Some(Peer::client(name("u")).unwrap());
         let text = "ü".repeat(2000);
         let failure = Failure::new(FailureCode::ResourceExhausted, &text).on(&text).in_phase(&text);
         let why = Why { failure: failure.criu_line(&text).remedy(&text), cancelled: false };
