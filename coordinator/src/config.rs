@@ -48,6 +48,8 @@ pub struct Config {
     pub audit_log_files: usize,
     /// The coordinator's certificate, its key, and the authority.
     pub identity: IdentityFiles,
+    /// Where Prometheus may read figures over plain HTTP; nowhere unless this is set.
+    pub metrics_listen: Option<SocketAddr>,
     /// Migrations that one node may take part in at a time.
     #[serde(default = "migrations_per_node")]
     pub migrations_per_node: usize,

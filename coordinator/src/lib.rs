@@ -9,6 +9,7 @@
 //! - [`access`]: who may ask for what,
 //! - [`api`]: what callers can ask, and gRPC on it,
 //! - [`audit`]: who has asked for what, and what became of it,
+//! - [`metrics`]: what Prometheus can read,
 //! - [`config`]: the file `coordinator.toml`.
 
 pub mod access;
@@ -17,6 +18,7 @@ pub mod audit;
 pub mod cluster;
 pub mod config;
 mod follow;
+pub mod metrics;
 pub mod migration;
 pub mod placement;
 mod problem;

@@ -1,6 +1,7 @@
 //! `podferry-coordinator`: serves `CoordinatorService` and takes migrations through their phases.
 
 use std::error::Error;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -8,6 +9,7 @@ use std::time::Duration;
 use clap::Parser;
 use podferry_common::identity::Identity;
 use podferry_common::listen::listen;
+use podferry_common::metrics::Exporter;
 use podferry_common::tls::Incoming;
 use podferry_common::{chain, telemetry};
 use podferry_coordinator::access::Gate;
@@ -15,6 +17,7 @@ use podferry_coordinator::api::{Core, Current, serve};
 use podferry_coordinator::audit::AuditLog;
 use podferry_coordinator::cluster::{Agents, Inventory};
 use podferry_coordinator::config::Config;
+use podferry_coordinator::metrics::Metrics;
 use podferry_coordinator::runner::Runner;
 use podferry_coordinator::store::Store;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -62,8 +65,9 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let identity = Identity::load(config.identity.clone())?;
     identity.watch(CERTIFICATE_INTERVAL);
     let store = Store::open(&config.state_dir)?;
-    let audit = AuditLog::open(&config.audit_log_path(), config.audit_bounds())?;
-    let gate = Gate::new(config.access.clone(), audit.clone())?;
+    let metrics = Metrics::default();
+    let audit = AuditLog::open(&config.audit_log_path(), config.audit_bounds(), metrics.clone())?;
+    let gate = Gate::new(config.access.clone(), audit.clone(), metrics.clone())?;
 
     let stop = CancellationToken::new();
     let agents = Agents::new(identity.clone());
@@ -71,6 +75,7 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         store.clone(),
         agents.clone(),
         audit.clone(),
+        metrics.clone(),
         config.deadlines,
         config.migrations_per_node,
         stop.clone(),
@@ -84,9 +89,13 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let open = runner.recover().await?;
     tracing::info!(%address, peer = %identity.peer(), open_migrations = open, "listening");
 
+    let current = Current::new(core, config.inventory.clone());
+    if let Some(address) = config.metrics_listen {
+        export(address, &metrics, &runner, current.clone()).await?;
+    }
     tokio::spawn(stop_on_signal(signals, runner.clone()));
     let served = tokio::select! {
-        served = serve(Current::new(core, config.inventory.clone()), incoming, stop.clone()) => served,
+        served = serve(current, incoming, stop.clone()) => served,
         // Requests under way are finished, but a caller that does not read its answer keeps nobody from stopping.
         () = stopped_for(&stop, LAST_ANSWERS) => Ok(()),
     };
@@ -97,6 +106,22 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     joined?;
     served?;
     tracing::info!("stopped");
+    Ok(())
+}
+
+/// Lets Prometheus read, until the process ends.
+async fn export(
+    address: SocketAddr,
+    metrics: &Metrics,
+    runner: &Runner,
+    current: Current,
+) -> Result<(), Box<dyn Error>> {
+    let bound = Exporter::bind(address, metrics.registry(runner)).await;
+    let exporter = bound.map_err(|error| format!("cannot listen on {address} for metrics: {error}"))?;
+    tracing::info!(address = %exporter.local_addr()?, "metrics can be read");
+    tokio::spawn(exporter.run());
+    let metrics = metrics.clone();
+    tokio::spawn(async move { current.watch_agents(&metrics).await });
     Ok(())
 }
 

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::audit::{AuditLog, Bounds};
 use crate::cluster::Agents;
+use crate::metrics::Metrics;
 use crate::migration::State;
 use crate::runner::{Deadlines, Runner};
 use crate::store::{Record, Report, Store};
@@ -25,12 +26,20 @@ pub(crate) fn agents(folder: &Path) -> Agents {
 
 /// A runner on that store.
 pub(crate) fn runner(agents: &Agents, store: &Store, audit: &AuditLog) -> Runner {
-    Runner::new(store.clone(), agents.clone(), audit.clone(), Deadlines::default(), 2, CancellationToken::new())
+    Runner::new(
+        store.clone(),
+        agents.clone(),
+        audit.clone(),
+        Metrics::default(),
+        Deadlines::default(),
+        2,
+        CancellationToken::new(),
+    )
 }
 
 /// An audit log in that folder.
 pub(crate) fn audit(folder: &Path) -> AuditLog {
-    AuditLog::open(&folder.join("audit.log"), Bounds { bytes: 1 << 20, files: 1 }).unwrap()
+    AuditLog::open(&folder.join("audit.log"), Bounds { bytes: 1 << 20, files: 1 }, Metrics::default()).unwrap()
 }
 
 /// A migration between nodes on whose addresses nobody listens.

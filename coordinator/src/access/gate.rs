@@ -9,12 +9,14 @@ use podferry_common::{Failure, chain};
 use super::{Action, Denial, Grounds, Policy, PolicyError, Verb, decide};
 use crate::audit::{AuditError, AuditLog};
 use crate::follow::Follower;
+use crate::metrics::Metrics;
 
 /// The policy as it is now, and the log of what was decided. Clones share both.
 #[derive(Clone)]
 pub struct Gate {
     state: Arc<Mutex<State>>,
     audit: AuditLog,
+    metrics: Metrics,
 }
 
 struct State {
@@ -56,8 +58,8 @@ impl Gate {
     ///
     /// # Errors
     /// When the file cannot be used now.
-    pub fn new(policy: Option<PathBuf>, audit: AuditLog) -> Result<Self, PolicyError> {
-        Ok(Self { state: Arc::new(Mutex::new(State::following(policy)?)), audit })
+    pub fn new(policy: Option<PathBuf>, audit: AuditLog, metrics: Metrics) -> Result<Self, PolicyError> {
+        Ok(Self { state: Arc::new(Mutex::new(State::following(policy)?)), audit, metrics })
     }
 
     /// Where decisions are written down.
@@ -77,6 +79,7 @@ impl Gate {
     /// `PERMISSION_DENIED`; and `UNAVAILABLE` when something would be changed and the decision cannot be written down.
     pub async fn pass(&self, peer: Option<&Peer>, action: &Action<'_>) -> Result<(), Failure> {
         let decided = self.decide(peer, action);
+        self.metrics.asked(action.verb, decided.is_ok());
         // That somebody has said hello is no news, as long as that is all.
         if action.verb == Verb::Hello && decided.is_ok() {
             return Ok(());
@@ -90,6 +93,7 @@ impl Gate {
         match self.decide(Some(peer), action) {
             Ok(_) => Ok(()),
             denied => {
+                self.metrics.asked(action.verb, false);
                 let written = self.audit.request(Some(peer), action, &denied).await;
                 answer(action, denied, written)
             }

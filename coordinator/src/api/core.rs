@@ -68,6 +68,12 @@ impl Core {
         views.iter().map(|view| self.node(view)).collect()
     }
 
+    /// Which nodes' agents answer now.
+    pub(super) async fn answering(&self) -> HashMap<NodeName, bool> {
+        let views = self.survey(self.inventory.nodes()).await;
+        views.into_iter().map(|view| (view.node.name, view.seen.is_ok())).collect()
+    }
+
     fn node(&self, view: &NodeView) -> v1::Node {
         let (name, address) = (view.node.name.to_string(), view.node.address.clone());
         let seen = match &view.seen {

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use podferry_common::identity::Peer;
 use podferry_common::{Failure, chain};
@@ -10,6 +11,10 @@ use super::Core;
 use crate::access::Action;
 use crate::cluster::Inventory;
 use crate::follow::Follower;
+use crate::metrics::Metrics;
+
+/// How often agents are asked whether they answer.
+const AGENTS_INTERVAL: Duration = Duration::from_secs(15);
 
 /// The core, and the inventory file that it follows: an edited file counts from the next request on.
 #[derive(Clone)]
@@ -35,6 +40,15 @@ impl Current {
         let core = self.now();
         core.gate().pass(peer, action).await?;
         Ok(core)
+    }
+
+    /// Takes down again and again which agents answer, until it is dropped.
+    pub async fn watch_agents(&self, metrics: &Metrics) {
+        loop {
+            let answers = self.now().answering().await;
+            metrics.agents(&answers);
+            tokio::time::sleep(AGENTS_INTERVAL).await;
+        }
     }
 
     fn now(&self) -> Core {
@@ -77,7 +91,7 @@ mod tests {
         let agents = testing::agents(folder.path());
         let audit = testing::audit(folder.path());
         let runner = testing::runner(&agents, &store, &audit);
-        let gate = Gate::new(None, audit).unwrap();
+        let gate = Gate::new(None, audit, Metrics::default()).unwrap();
         let core = Core::new(inventory, agents, store, runner, Deadlines::default(), gate);
         let current = Current::new(core, path.clone());
         assert_eq!(workloads(&current).await, ["later"]);

@@ -18,6 +18,7 @@ use thiserror::Error;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::access::{Action, Denial, Grounds};
+use crate::metrics::Metrics;
 use crate::store::Record;
 use entry::{Entry, Line, MigrationEntry, RequestEntry};
 use file::LogFile;
@@ -75,17 +76,17 @@ struct Item {
 }
 
 impl AuditLog {
-    /// Opens the log, or makes it with mode 0600, and begins to write.
+    /// Opens the log, or makes it with mode 0600, and begins to write. What cannot be written is counted.
     ///
     /// # Errors
     /// When the file cannot be opened, or no thread can be started.
-    pub fn open(path: &Path, bounds: Bounds) -> Result<Self, AuditError> {
+    pub fn open(path: &Path, bounds: Bounds, metrics: Metrics) -> Result<Self, AuditError> {
         let failed = |source| AuditError::Open { path: path.to_owned(), source: Arc::new(source) };
         let file = LogFile::open(path, bounds).map_err(failed)?;
         let (items, queue) = mpsc::unbounded_channel();
         let path = path.to_owned();
         let writer = std::thread::Builder::new().name("audit".to_owned());
-        writer.spawn(move || write(queue, file, &path)).map_err(failed)?;
+        writer.spawn(move || write(queue, file, &path, &metrics)).map_err(failed)?;
         Ok(Self { items })
     }
 
@@ -143,7 +144,7 @@ fn line(entry: &Entry<'_>) -> Vec<u8> {
 }
 
 /// The thread that writes, until nobody can hand over anything any more.
-fn write(mut queue: mpsc::UnboundedReceiver<Item>, mut file: LogFile, path: &Path) {
+fn write(mut queue: mpsc::UnboundedReceiver<Item>, mut file: LogFile, path: &Path, metrics: &Metrics) {
     while let Some(first) = queue.blocking_recv() {
         let mut batch = vec![first];
         while batch.len() < BATCH
@@ -153,6 +154,7 @@ fn write(mut queue: mpsc::UnboundedReceiver<Item>, mut file: LogFile, path: &Pat
         }
         let written = write_batch(&mut file, &batch).map_err(|source| {
             tracing::error!(file = %path.display(), entries = batch.len(), error = %source, "the audit log cannot be written");
+            metrics.unwritten();
             AuditError::Write { path: path.to_owned(), source: Arc::new(source) }
         });
         for done in batch.into_iter().filter_map(|item| item.done) {

@@ -223,6 +223,7 @@ impl Driver {
         }
         if let Some(what) = What::of(&before, &self.record.state) {
             self.shared.audit.migration(what, &self.record);
+            self.shared.metrics.ended(what, &self.record);
         }
         if step.durability != Durability::Unchanged {
             self.view.send_replace(self.record.clone());

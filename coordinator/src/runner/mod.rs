@@ -24,8 +24,10 @@ pub use deadlines::Deadlines;
 
 use crate::audit::{AuditLog, What};
 use crate::cluster::Agents;
-use crate::migration::Event;
+use crate::metrics::Metrics;
+use crate::migration::{Event, Phase};
 use crate::store::{Conflict, Record, Store, StoreError};
+use crate::strategy::Strategy;
 use driver::Driver;
 
 /// A driver, seen from outside.
@@ -44,6 +46,7 @@ struct Shared {
     store: Store,
     agents: Agents,
     audit: AuditLog,
+    metrics: Metrics,
     deadlines: Deadlines,
     /// Migrations that one node may take part in at a time.
     limit: usize,
@@ -61,13 +64,28 @@ impl Runner {
         store: Store,
         agents: Agents,
         audit: AuditLog,
+        metrics: Metrics,
         deadlines: Deadlines,
         limit: usize,
         stop: CancellationToken,
     ) -> Self {
         let (live, tasks, closing, fatal) =
             (Mutex::default(), TaskTracker::new(), AtomicBool::new(false), Mutex::default());
-        Self { shared: Arc::new(Shared { store, agents, audit, deadlines, limit, live, tasks, stop, closing, fatal }) }
+        Self {
+            shared: Arc::new(Shared {
+                store,
+                agents,
+                audit,
+                metrics,
+                deadlines,
+                limit,
+                live,
+                tasks,
+                stop,
+                closing,
+                fatal,
+            }),
+        }
     }
 
     /// Goes on with every migration that a former process left open.
@@ -154,6 +172,16 @@ impl Runner {
             }
         }
         load
+    }
+
+    /// All migrations that are not final: how they are moved, and where they stand.
+    pub fn in_flight(&self) -> Vec<(Strategy, Phase)> {
+        let live = self.shared.live();
+        let seen = live.values().map(|handle| {
+            let record = handle.view.borrow();
+            (record.strategy, record.state.phase())
+        });
+        seen.collect()
     }
 
     /// Migrations that one node may take part in at a time.
