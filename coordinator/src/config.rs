@@ -8,11 +8,23 @@ use podferry_common::identity::IdentityFiles;
 use serde::Deserialize;
 use thiserror::Error;
 
+use crate::audit::Bounds;
 use crate::runner::Deadlines;
 
+/// The audit log's name in the state folder.
+const AUDIT_LOG: &str = "audit.log";
 /// Migrations that one node may take part in at a time, unless the configuration says otherwise: they share its network
 /// and its processors, and a frozen workload waits for both.
 const MIGRATIONS_PER_NODE: usize = 2;
+
+/// Bytes of one file of the audit log, unless the configuration says otherwise: some 200 000 lines.
+const AUDIT_LOG_BYTES: u64 = 64 << 20;
+/// The fewest of them: an hour's lines must not push each other out.
+const LEAST_AUDIT_LOG_BYTES: u64 = 64 << 10;
+/// Full files of the audit log that are kept, unless the configuration says otherwise.
+const AUDIT_LOG_FILES: usize = 8;
+/// The most of them: a turn renames each.
+const MOST_AUDIT_LOG_FILES: usize = 1000;
 
 /// The configuration. Relative paths are relative to the file's folder.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -26,14 +38,34 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// The inventory of nodes and workloads.
     pub inventory: PathBuf,
+    /// The policy that says which clients may do what; without one all clients may do everything.
+    pub access: Option<PathBuf>,
+    /// The audit log; `audit.log` in `state_dir` unless said otherwise.
+    pub audit_log: Option<PathBuf>,
+    /// Bytes of one file of the audit log.
+    #[serde(default = "audit_log_bytes")]
+    pub audit_log_bytes: u64,
+    /// Full files of the audit log that are kept.
+    #[serde(default = "audit_log_files")]
+    pub audit_log_files: usize,
     /// The coordinator's certificate, its key, and the authority.
     pub identity: IdentityFiles,
+    /// Where Prometheus may read figures over plain HTTP; nowhere unless this is set.
+    pub metrics_listen: Option<SocketAddr>,
     /// Migrations that one node may take part in at a time.
     #[serde(default = "migrations_per_node")]
     pub migrations_per_node: usize,
     /// How long things may take.
     #[serde(default)]
     pub deadlines: Deadlines,
+}
+
+fn audit_log_bytes() -> u64 {
+    AUDIT_LOG_BYTES
+}
+
+fn audit_log_files() -> usize {
+    AUDIT_LOG_FILES
 }
 
 fn migrations_per_node() -> usize {
@@ -59,6 +91,16 @@ pub enum ConfigError {
         /// What is wrong and where.
         source: toml::de::Error,
     },
+    /// Next to nothing of the audit log would be kept.
+    #[error(
+        "the configuration {} is wrong: audit_log_bytes must be at least {LEAST_AUDIT_LOG_BYTES}, and audit_log_files between 1 and \
+         {MOST_AUDIT_LOG_FILES}",
+        path.display()
+    )]
+    AuditBounds {
+        /// The file.
+        path: PathBuf,
+    },
     /// A node could take part in nothing.
     #[error("the configuration {} is wrong: migrations_per_node must be at least 1", path.display())]
     NoMigrations {
@@ -77,13 +119,29 @@ impl Config {
         if config.migrations_per_node == 0 {
             return Err(ConfigError::NoMigrations { path: path.to_owned() });
         }
+        if config.audit_log_bytes < LEAST_AUDIT_LOG_BYTES
+            || !(1..=MOST_AUDIT_LOG_FILES).contains(&config.audit_log_files)
+        {
+            return Err(ConfigError::AuditBounds { path: path.to_owned() });
+        }
         let folder = path.parent().unwrap_or(Path::new(""));
         let identity = &mut config.identity;
         let paths = [&mut config.state_dir, &mut config.inventory, &mut identity.ca, &mut identity.certificate];
-        for relative in paths.into_iter().chain([&mut identity.key]) {
+        let optional = config.access.as_mut().into_iter().chain(config.audit_log.as_mut());
+        for relative in paths.into_iter().chain([&mut identity.key]).chain(optional) {
             *relative = folder.join(&*relative);
         }
         Ok(config)
+    }
+
+    /// Where the audit log is.
+    pub fn audit_log_path(&self) -> PathBuf {
+        self.audit_log.clone().unwrap_or_else(|| self.state_dir.join(AUDIT_LOG))
+    }
+
+    /// How much of it is kept.
+    pub fn audit_bounds(&self) -> Bounds {
+        Bounds { bytes: self.audit_log_bytes, files: self.audit_log_files }
     }
 }
 
@@ -99,6 +157,7 @@ mod tests {
 listen = "127.0.0.1:7440"
 state_dir = "state"
 inventory = "/etc/podferry/inventory.toml"
+access = "access.toml"
 
 [identity]
 ca = "tls/ca.pem"
@@ -129,6 +188,9 @@ freeze = 0.5
         assert_eq!((config.migrations_per_node, config.rest_listen), (2, None));
         let with_rest = load(&format!("rest_listen = \"[::1]:7444\"\n{GOOD}")).unwrap();
         assert_eq!(with_rest.rest_listen, Some("[::1]:7444".parse().unwrap()));
+        assert_eq!(config.audit_log_path(), Path::new("state/audit.log"));
+        let elsewhere = load(&format!("audit_log = \"/var/log/podferry/audit.log\"\n{GOOD}")).unwrap();
+        assert_eq!(elsewhere.audit_log_path(), Path::new("/var/log/podferry/audit.log"));
     }
 
     #[test]
@@ -139,18 +201,20 @@ freeze = 0.5
             GOOD.replace("listen = \"127.0.0.1:7440\"", "listen = \"7440\""),
             GOOD.replace("state_dir = \"state\"", ""),
             format!("migrations_per_node = 0\n{GOOD}"),
+            format!("audit_log_bytes = 1000\n{GOOD}"),
+            format!("audit_log_files = 0\n{GOOD}"),
         ];
         let said: Vec<_> = broken.iter().map(|text| load(text).unwrap_err()).collect();
         insta::assert_snapshot!(said.join("\n"), @r#"
-        the configuration coordinator.toml is wrong: TOML parse error at line 12, column 10
+        the configuration coordinator.toml is wrong: TOML parse error at line 13, column 10
            |
-        12 | freeze = 0
+        13 | freeze = 0
            |          ^
         0 is no deadline: it is between 0.001 and 86400 seconds
 
-        the configuration coordinator.toml is wrong: TOML parse error at line 12, column 1
+        the configuration coordinator.toml is wrong: TOML parse error at line 13, column 1
            |
-        12 | freze = 1
+        13 | freze = 1
            | ^^^^^
         unknown field `freze`, expected one of `preflight`, `prepare`, `precopy`, `freeze`, `commit`, `release`, `resume`, `fill`, `abort`, `survey`
 
@@ -167,6 +231,8 @@ freeze = 0.5
         missing field `state_dir`
 
         the configuration coordinator.toml is wrong: migrations_per_node must be at least 1
+        the configuration coordinator.toml is wrong: audit_log_bytes must be at least 65536, and audit_log_files between 1 and 1000
+        the configuration coordinator.toml is wrong: audit_log_bytes must be at least 65536, and audit_log_files between 1 and 1000
         "#);
     }
 }

@@ -6,16 +6,26 @@
 //! - [`cluster`]: where nodes and workloads come from,
 //! - [`store`]: where migrations are recorded,
 //! - [`runner`]: the I/O shell that takes migrations through their phases,
+//! - [`access`]: who may ask for what,
 //! - [`api`]: what callers can ask, and gRPC and REST on it,
+//! - [`audit`]: who has asked for what, and what became of it,
+//! - [`metrics`]: what Prometheus can read,
 //! - [`config`]: the file `coordinator.toml`.
 
+pub mod access;
 pub mod api;
+pub mod audit;
 pub mod cluster;
 pub mod config;
+mod follow;
+pub mod metrics;
 pub mod migration;
 pub mod placement;
+mod problem;
 pub mod runner;
 pub mod store;
 pub mod strategy;
 #[cfg(test)]
 mod testing;
+
+pub use problem::Problem;

@@ -9,11 +9,15 @@ use std::time::Duration;
 use clap::Parser;
 use podferry_common::identity::Identity;
 use podferry_common::listen::listen;
+use podferry_common::metrics::Exporter;
 use podferry_common::tls::{Incoming, Protocol};
 use podferry_common::{chain, telemetry};
+use podferry_coordinator::access::Gate;
 use podferry_coordinator::api::{Core, Current, ServeError, rest, serve};
+use podferry_coordinator::audit::AuditLog;
 use podferry_coordinator::cluster::{Agents, Inventory};
 use podferry_coordinator::config::Config;
+use podferry_coordinator::metrics::Metrics;
 use podferry_coordinator::runner::Runner;
 use podferry_coordinator::store::Store;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -61,11 +65,22 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let identity = Identity::load(config.identity.clone())?;
     identity.watch(CERTIFICATE_INTERVAL);
     let store = Store::open(&config.state_dir)?;
+    let metrics = Metrics::default();
+    let audit = AuditLog::open(&config.audit_log_path(), config.audit_bounds(), metrics.clone())?;
+    let gate = Gate::new(config.access.clone(), audit.clone(), metrics.clone())?;
 
     let stop = CancellationToken::new();
     let agents = Agents::new(identity.clone());
-    let runner = Runner::new(store.clone(), agents.clone(), config.deadlines, config.migrations_per_node, stop.clone());
-    let core = Core::new(inventory, agents, store, runner.clone(), config.deadlines);
+    let runner = Runner::new(
+        store.clone(),
+        agents.clone(),
+        audit.clone(),
+        metrics.clone(),
+        config.deadlines,
+        config.migrations_per_node,
+        stop.clone(),
+    );
+    let core = Core::new(inventory, agents, store, runner.clone(), config.deadlines, gate);
 
     let incoming = accept(Protocol::Grpc, config.listen, &identity).await?;
     let rest = match config.rest_listen {
@@ -78,15 +93,21 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     }
     tracing::info!(address = %incoming.local_addr()?, peer = %identity.peer(), open_migrations = open, "listening");
 
+    let current = Current::new(core, config.inventory.clone());
+    if let Some(address) = config.metrics_listen {
+        export(address, &metrics, &runner, current.clone()).await?;
+    }
     tokio::spawn(stop_on_signal(signals, runner.clone()));
     let served = tokio::select! {
-        served = serve_all(Current::new(core, config.inventory.clone()), incoming, rest, stop.clone()) => served,
+        served = serve_all(current, incoming, rest, stop.clone()) => served,
         // Requests under way are finished, but a caller that does not read its answer keeps nobody from stopping.
         () = stopped_for(&stop, LAST_ANSWERS) => Ok(()),
     };
     // The server may have ended by itself.
     stop.cancel();
-    runner.join().await?;
+    let joined = runner.join().await;
+    audit.flush().await;
+    joined?;
     served?;
     tracing::info!("stopped");
     Ok(())
@@ -112,6 +133,21 @@ async fn serve_all(
         Ok(())
     };
     tokio::try_join!(serve(core, incoming, stop), rest).map(|((), ())| ())
+
+/// Lets Prometheus read, until the process ends.
+async fn export(
+    address: SocketAddr,
+    metrics: &Metrics,
+    runner: &Runner,
+    current: Current,
+) -> Result<(), Box<dyn Error>> {
+    let bound = Exporter::bind(address, metrics.registry(runner)).await;
+    let exporter = bound.map_err(|error| format!("cannot listen on {address} for metrics: {error}"))?;
+    tracing::info!(address = %exporter.local_addr()?, "metrics can be read");
+    tokio::spawn(exporter.run());
+    let metrics = metrics.clone();
+    tokio::spawn(async move { current.watch_agents(&metrics).await });
+    Ok(())
 }
 
 async fn stopped_for(stop: &CancellationToken, time: Duration) {

@@ -8,7 +8,9 @@ use podferry_common::MigrationId;
 use podferry_common::identity::{Identity, IdentityFiles, LocalCa, Peer};
 use tokio_util::sync::CancellationToken;
 
+use crate::audit::{AuditLog, Bounds};
 use crate::cluster::Agents;
+use crate::metrics::Metrics;
 use crate::migration::State;
 use crate::runner::{Deadlines, Runner};
 use crate::store::{Record, Report, Store};
@@ -23,8 +25,21 @@ pub(crate) fn agents(folder: &Path) -> Agents {
 }
 
 /// A runner on that store.
-pub(crate) fn runner(agents: &Agents, store: &Store) -> Runner {
-    Runner::new(store.clone(), agents.clone(), Deadlines::default(), 2, CancellationToken::new())
+pub(crate) fn runner(agents: &Agents, store: &Store, audit: &AuditLog) -> Runner {
+    Runner::new(
+        store.clone(),
+        agents.clone(),
+        audit.clone(),
+        Metrics::default(),
+        Deadlines::default(),
+        2,
+        CancellationToken::new(),
+    )
+}
+
+/// An audit log in that folder.
+pub(crate) fn audit(folder: &Path) -> AuditLog {
+    AuditLog::open(&folder.join("audit.log"), Bounds { bytes: 1 << 20, files: 1 }, Metrics::default()).unwrap()
 }
 
 /// A migration between nodes on whose addresses nobody listens.
@@ -44,6 +59,7 @@ pub(crate) fn record(workload: &str, source: &str, target: &str) -> Record {
         verify: false,
         throttle: false,
         grace_period_s: 0,
+        requested_by: None,
         created_at: Timestamp::now(),
         frozen_at: None,
         state: State::new(),

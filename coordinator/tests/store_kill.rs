@@ -31,6 +31,7 @@ fn record(number: u64) -> Record {
         verify: false,
         throttle: false,
         grace_period_s: 0,
+        requested_by: None,
         created_at: Timestamp::now(),
         frozen_at: None,
         state: State::new(),

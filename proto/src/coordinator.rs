@@ -5,6 +5,12 @@
 //! Every call comes over mutual TLS 1.3. A *client* certificate may call everything but `GetDecision`; an *agent*
 //! certificate may call `Hello` and `GetDecision` and nothing else. Anybody else is refused with `PERMISSION_DENIED`.
 //!
+//! A coordinator may have an access policy, which takes from clients what no grant of theirs allows: *viewers* may list, get and
+//! watch, *operators* also migrate and cancel within the workloads and nodes of a grant, *admins* everything. What is refused by it is
+//! `PERMISSION_DENIED`, too, and the message names what is missing. `Migrate` and `CancelMigration` are looked at twice: with
+//! what the request names, and again when it is known which workload and nodes it is about. A `Migrate` without a target goes to
+//! a node that the caller may use.
+//!
 //! A caller says [`Hello`](crate::v1::HelloRequest) first when it wants to know whether the two understand each other:
 //! each side names the versions it speaks (the newest and the one before), and `FAILED_PRECONDITION` is the answer when
 //! the ranges do not meet. Calls without a `Hello` are served as version 1.

@@ -40,6 +40,8 @@ pub struct Migration {
     pub keeps_connections: bool,
     /// What a person should know.
     pub notes: Vec<String>,
+    /// Who asked for it, as the certificate names them; empty in the records of coordinators that did not note it.
+    pub requested_by: String,
 }
 
 /// One pass over the memory.
@@ -106,6 +108,7 @@ impl From<&v1::Migration> for Migration {
             timings: Timings::from(&timings),
             keeps_connections: migration.keeps_connections,
             notes: migration.notes.clone(),
+            requested_by: migration.requested_by.clone(),
         }
     }
 }

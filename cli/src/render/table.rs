@@ -217,6 +217,7 @@ pub(super) fn migration(migration: &Migration) -> String {
         ("target", or_dash(&migration.target)),
         ("phase", phase),
         ("created", or_dash(&migration.created_at)),
+        ("requested by", or_dash(&migration.requested_by)),
         ("downtime", downtime),
         ("total", time(migration.total_ms)),
         ("on the wire", size(migration.wire_bytes)),

@@ -10,6 +10,7 @@ use podferry_common::{Failure, FailureCode, MigrationId, NodeName, WorkloadName,
 use podferry_proto::v1;
 use tokio::sync::watch;
 
+use crate::access::{Action, Gate, Verb};
 use crate::cluster::{Agents, Inventory, Location, Node, NodeView, Seen, Workload, locate, speaks, spoken, survey};
 use crate::migration::{Decision, State};
 use crate::placement::{Candidate, Choice, Demand, Facts, choose, judge};
@@ -34,12 +35,25 @@ pub struct Core {
     store: Store,
     runner: Runner,
     deadlines: Deadlines,
+    gate: Gate,
 }
 
 impl Core {
     /// The core on these parts.
-    pub fn new(inventory: Inventory, agents: Agents, store: Store, runner: Runner, deadlines: Deadlines) -> Self {
-        Self { inventory: Arc::new(inventory), agents, store, runner, deadlines }
+    pub fn new(
+        inventory: Inventory,
+        agents: Agents,
+        store: Store,
+        runner: Runner,
+        deadlines: Deadlines,
+        gate: Gate,
+    ) -> Self {
+        Self { inventory: Arc::new(inventory), agents, store, runner, deadlines, gate }
+    }
+
+    /// Who may ask for what.
+    pub fn gate(&self) -> &Gate {
+        &self.gate
     }
 
     /// The same with another inventory.
@@ -52,6 +66,12 @@ impl Core {
     pub async fn nodes(&self) -> Vec<v1::Node> {
         let views = self.survey(self.inventory.nodes()).await;
         views.iter().map(|view| self.node(view)).collect()
+    }
+
+    /// Which nodes' agents answer now.
+    pub(super) async fn answering(&self) -> HashMap<NodeName, bool> {
+        let views = self.survey(self.inventory.nodes()).await;
+        views.into_iter().map(|view| (view.node.name, view.seen.is_ok())).collect()
     }
 
     fn node(&self, view: &NodeView) -> v1::Node {
@@ -145,14 +165,16 @@ impl Core {
         Ok(shown)
     }
 
-    /// Accepts a migration that `who` asks for, or refuses it and records nothing. The log says which.
+    /// Accepts a migration that `who` asks for, or refuses it and records nothing. The logs say which.
     pub async fn migrate(&self, request: &v1::MigrateRequest, who: &Peer) -> Result<Record, Failure> {
-        let answer = self.begin(request, who).await;
-        if let Err(failure) = &answer {
-            let v1::MigrateRequest { workload, target, .. } = request;
+        let begun = self.begin(request, who).await;
+        if let Err(failure) = &begun {
+            let (workload, target) = (&request.workload, &request.target);
             tracing::info!(peer = %who, workload, target, %failure, "migration refused");
+            // The log has said it if that cannot be written, and nothing is changed.
+            let _refused_anyway = self.gate.audit().refused(workload, target, who, failure).await;
         }
-        answer
+        begun
     }
 
     async fn begin(&self, request: &v1::MigrateRequest, who: &Peer) -> Result<Record, Failure> {
@@ -167,7 +189,8 @@ impl Core {
         }
         let views = self.look_for(workload, place.as_ref(), wanted).await;
         let location = locate(&views, workload, place.as_ref())?;
-        let (target, report) = self.target(&views, workload, &location, wanted, wishes)?;
+        let (target, report) = self.target(&views, workload, &location, wanted, wishes, who).await?;
+        self.gate.narrow(who, &moving(workload, &location, target.name.as_str())).await?;
         let record = Record {
             id: MigrationId::new(),
             workload: workload.name.clone(),
@@ -183,12 +206,13 @@ impl Core {
             verify: request.verify,
             throttle: request.throttle,
             grace_period_s: grace_period_s_of(request, wishes.strategy)?,
+            requested_by: Some(who.clone()),
             created_at: Timestamp::now(),
             frozen_at: None,
             state: State::new(),
             report,
         };
-        self.runner.start(record, who).await
+        self.runner.start(record).await
     }
 
     /// The migration that a workload is part of, and where the last one has put it.
@@ -199,13 +223,14 @@ impl Core {
     }
 
     /// The wanted target if it will do, or the best one, with a report that says why not the others.
-    fn target<'a>(
+    async fn target<'a>(
         &'a self,
         views: &[NodeView],
         workload: &Workload,
         location: &Location<'_>,
         wanted: Option<&'a Node>,
         wishes: Wishes,
+        who: &Peer,
     ) -> Result<(&'a Node, Report), Failure> {
         let demand = demand(location, wishes)?;
         let load = self.runner.load();
@@ -221,9 +246,25 @@ impl Core {
             judge_wanted(&demand, view, &candidate(view))?;
             return Ok((wanted, Report::default()));
         }
-        let candidates: Vec<_> = views.iter().map(candidate).collect();
-        let Choice { target, others } = choose(&demand, &candidates)?;
         let mut report = Report::default();
+        let (mut candidates, mut beyond) = (Vec::new(), None);
+        for view in views {
+            let action = moving(workload, location, view.node.name.as_str());
+            match self.gate.decide(Some(who), &action) {
+                Ok(_) => candidates.push(candidate(view)),
+                Err(denial) => {
+                    report.note(format!("not to {}: {}", view.node.name, denial.why));
+                    beyond = Some(action);
+                }
+            }
+        }
+        // Placement would say that the workload runs there already, which is not why.
+        if let Some(action) = beyond
+            && candidates.iter().all(|candidate| candidate.name == demand.source)
+        {
+            self.gate.narrow(who, &action).await?;
+        }
+        let Choice { target, others } = choose(&demand, &candidates)?;
         for (name, why) in others {
             report.note(format!("not to {name}: {why}"));
         }
@@ -305,10 +346,11 @@ impl Core {
         Ok((self.migration(id).await?, None))
     }
 
-    /// Undoes a migration that is not committed.
-    pub async fn cancel(&self, id: &str, who: &str) -> Result<Record, Failure> {
+    /// Undoes a migration that is not committed, as `who` asks for.
+    pub async fn cancel(&self, id: &str, who: &Peer) -> Result<Record, Failure> {
         let record = self.migration(id).await?;
-        if let Some(answer) = self.runner.cancel(record.id, who).await {
+        self.gate.narrow(who, &cancelling(id, &record)).await?;
+        if let Some(answer) = self.runner.cancel(record.id, &who.to_string()).await {
             return answer;
         }
         let phase = self.migration(id).await?.state.phase();
@@ -321,6 +363,22 @@ impl Core {
         let id = parse_id(id)?;
         let store = self.store.clone();
         blocking(move || store.decision(id)).await.map_err(|error| internal(&error))
+    }
+}
+
+/// The migration that somebody asks for, now that it is known where the workload is.
+fn moving<'a>(workload: &'a Workload, location: &'a Location<'_>, target: &'a str) -> Action<'a> {
+    let source = Some(location.view.node.name.as_str());
+    Action { source, ..Action::migrate(workload.name.as_str(), target) }
+}
+
+/// The cancel that somebody asks for, now that it is known of what.
+fn cancelling<'a>(id: &'a str, record: &'a Record) -> Action<'a> {
+    Action {
+        workload: Some(record.workload.as_str()),
+        source: Some(record.source.as_str()),
+        target: Some(record.target.as_str()),
+        ..Action::on_migration(Verb::CancelMigration, id)
     }
 }
 

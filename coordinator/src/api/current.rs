@@ -1,14 +1,21 @@
-//! The core with the inventory as it is now.
+//! The core with the inventory as it is now, for those who may ask it.
 
-use std::fs;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use podferry_common::chain;
+use podferry_common::identity::Peer;
+use podferry_common::tls::PeerInfo;
+use podferry_common::{Failure, FailureCode, chain};
 
 use super::Core;
+use crate::access::Action;
 use crate::cluster::Inventory;
+use crate::follow::Follower;
+use crate::metrics::Metrics;
+
+/// How often agents are asked whether they answer.
+const AGENTS_INTERVAL: Duration = Duration::from_secs(15);
 
 /// The core, and the inventory file that it follows: an edited file counts from the next request on.
 #[derive(Clone)]
@@ -16,34 +23,40 @@ pub struct Current(Arc<Mutex<Followed>>);
 
 struct Followed {
     core: Core,
-    path: PathBuf,
-    /// Of the file that was read last, or of an older one: looked at before the reading, so that a change in between is
-    /// read once more instead of never. `None`: not known.
-    version: Option<FileVersion>,
-}
-
-/// Tells one version of a file from the next.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct FileVersion {
-    inode: u64,
-    bytes: u64,
-    seconds: i64,
-    nanoseconds: i64,
+    file: Follower,
 }
 
 impl Current {
     /// A core whose inventory was read from `path`, some time ago: the first request reads it again.
     pub fn new(core: Core, path: PathBuf) -> Self {
-        Self(Arc::new(Mutex::new(Followed { core, path, version: None })))
+        Self(Arc::new(Mutex::new(Followed { core, file: Follower::new(path) })))
     }
 
-    /// The core. A changed inventory that is wrong is logged once, and the last right one stays.
-    pub fn get(&self) -> Core {
+    /// The core, for a caller who may do this, and who that is: there is no other way to it. A changed inventory that is wrong is logged once,
+    /// and the last right one stays.
+    ///
+    /// # Errors
+    /// `PERMISSION_DENIED`, with what is missing.
+    pub async fn admit(&self, caller: Option<&PeerInfo>, action: &Action<'_>) -> Result<(Core, Peer), Failure> {
+        let (core, peer) = (self.now(), caller.map(|caller| &caller.peer));
+        core.gate().pass(peer, action).await?;
+        let nobody = || Failure::new(FailureCode::PermissionDenied, "the caller has shown no certificate");
+        Ok((core, peer.cloned().ok_or_else(nobody)?))
+    }
+
+    /// Takes down again and again which agents answer, until it is dropped.
+    pub async fn watch_agents(&self, metrics: &Metrics) {
+        loop {
+            let answers = self.now().answering().await;
+            metrics.agents(&answers);
+            tokio::time::sleep(AGENTS_INTERVAL).await;
+        }
+    }
+
+    fn now(&self) -> Core {
         let mut followed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let version = version_of(&followed.path);
-        if version.is_some() && version != followed.version {
-            followed.version = version;
-            match Inventory::load(&followed.path) {
+        if followed.file.has_changed() {
+            match Inventory::load(followed.file.path()) {
                 Ok(inventory) => followed.core = followed.core.with_inventory(inventory),
                 Err(error) => {
                     tracing::error!(error = chain(&error), "the changed inventory is wrong; the old one stays");
@@ -54,25 +67,18 @@ impl Current {
     }
 }
 
-fn version_of(path: &std::path::Path) -> Option<FileVersion> {
-    let metadata = fs::metadata(path).ok()?;
-    Some(FileVersion {
-        inode: metadata.ino(),
-        bytes: metadata.len(),
-        seconds: metadata.mtime(),
-        nanoseconds: metadata.mtime_nsec(),
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+    use crate::access::Gate;
     use crate::runner::Deadlines;
     use crate::store::Store;
     use crate::testing;
 
     async fn workloads(current: &Current) -> Vec<String> {
-        let all = current.get().workloads("").await.unwrap();
+        let all = current.now().workloads("").await.unwrap();
         all.into_iter().map(|workload| workload.name).collect()
     }
 
@@ -85,8 +91,11 @@ mod tests {
         fs::write(&path, "[[workloads]]\nname = \"later\"\n").unwrap();
         let store = Store::open(&folder.path().join("state")).unwrap();
         let agents = testing::agents(folder.path());
-        let runner = testing::runner(&agents, &store);
-        let current = Current::new(Core::new(inventory, agents, store, runner, Deadlines::default()), path.clone());
+        let audit = testing::audit(folder.path());
+        let runner = testing::runner(&agents, &store, &audit);
+        let gate = Gate::new(None, audit, Metrics::default()).unwrap();
+        let core = Core::new(inventory, agents, store, runner, Deadlines::default(), gate);
+        let current = Current::new(core, path.clone());
         assert_eq!(workloads(&current).await, ["later"]);
         fs::write(&path, "[[workloads]]\nname = \"LATEST\"\n").unwrap();
         assert_eq!(workloads(&current).await, ["later"], "a wrong one does not count");

@@ -12,9 +12,9 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
-use super::Current;
-use super::caller::{Open, authorise};
 use super::states::states;
+use super::{Core, Current};
+use crate::access::{Action, Verb};
 use crate::store::Record;
 
 /// The largest message that is taken, in bytes: the protocol's limit.
@@ -32,6 +32,11 @@ impl GrpcService {
     /// The front of that core. Watches end when `stop` is cancelled.
     pub fn new(core: Current, stop: CancellationToken) -> Self {
         Self { core, stop }
+    }
+
+    /// The core and the caller, if the caller may do this.
+    async fn admit<T: Sync>(&self, request: &Request<T>, action: &Action<'_>) -> Result<(Core, Peer), Status> {
+        Ok(self.core.admit(request.extensions().get(), action).await?)
     }
 }
 
@@ -69,9 +74,6 @@ pub enum ServeError {
     Transport(#[from] tonic::transport::Error),
 }
 
-/// Who calls, if this call is open to them.
-fn caller<T>(request: &Request<T>, open: Open) -> Result<Peer, Status> {
-    Ok(authorise(request.extensions().get::<PeerInfo>(), open)?)
 }
 
 type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::WatchMigrationResponse, Status>> + Send>>;
@@ -87,7 +89,7 @@ fn listed(records: &[Record]) -> v1::ListMigrationsResponse {
 #[tonic::async_trait]
 impl CoordinatorService for GrpcService {
     async fn hello(&self, request: Request<v1::HelloRequest>) -> Result<Response<v1::HelloResponse>, Status> {
-        caller(&request, Open::Both)?;
+        self.admit(&request, &Action::new(Verb::Hello)).await?;
         Version::OURS.agree(request.get_ref().version.as_ref()).map_err(|mismatch| {
             let failure = Failure::new(FailureCode::FailedPrecondition, mismatch.to_string());
             Status::from(failure.remedy("use a client of the coordinator's version, or a neighbouring one"))
@@ -100,22 +102,23 @@ impl CoordinatorService for GrpcService {
         &self,
         request: Request<v1::ListNodesRequest>,
     ) -> Result<Response<v1::ListNodesResponse>, Status> {
-        caller(&request, Open::Clients)?;
-        Ok(Response::new(v1::ListNodesResponse { nodes: self.core.get().nodes().await }))
+        let (core, _) = self.admit(&request, &Action::new(Verb::ListNodes)).await?;
+        Ok(Response::new(v1::ListNodesResponse { nodes: core.nodes().await }))
     }
 
     async fn list_workloads(
         &self,
         request: Request<v1::ListWorkloadsRequest>,
     ) -> Result<Response<v1::ListWorkloadsResponse>, Status> {
-        caller(&request, Open::Clients)?;
-        let workloads = self.core.get().workloads(&request.get_ref().node).await?;
+        let (core, _) = self.admit(&request, &Action::new(Verb::ListWorkloads)).await?;
+        let workloads = core.workloads(&request.get_ref().node).await?;
         Ok(Response::new(v1::ListWorkloadsResponse { workloads }))
     }
 
     async fn migrate(&self, request: Request<v1::MigrateRequest>) -> Result<Response<v1::MigrateResponse>, Status> {
-        let peer = caller(&request, Open::Clients)?;
-        let record = self.core.get().migrate(request.get_ref(), &peer).await?;
+        let wanted = request.get_ref();
+        let (core, peer) = self.admit(&request, &Action::migrate(&wanted.workload, &wanted.target)).await?;
+        let record = core.migrate(wanted, &peer).await?;
         Ok(Response::new(v1::MigrateResponse { migration: Some(record.to_wire()) }))
     }
 
@@ -123,8 +126,9 @@ impl CoordinatorService for GrpcService {
         &self,
         request: Request<v1::GetMigrationRequest>,
     ) -> Result<Response<v1::GetMigrationResponse>, Status> {
-        caller(&request, Open::Clients)?;
-        let record = self.core.get().migration(&request.get_ref().id).await?;
+        let action = Action::on_migration(Verb::GetMigration, &request.get_ref().id);
+        let (core, _) = self.admit(&request, &action).await?;
+        let record = core.migration(&request.get_ref().id).await?;
         Ok(Response::new(v1::GetMigrationResponse { migration: Some(record.to_wire()) }))
     }
 
@@ -132,9 +136,9 @@ impl CoordinatorService for GrpcService {
         &self,
         request: Request<v1::ListMigrationsRequest>,
     ) -> Result<Response<v1::ListMigrationsResponse>, Status> {
-        caller(&request, Open::Clients)?;
+        let (core, _) = self.admit(&request, &Action::new(Verb::ListMigrations)).await?;
         let v1::ListMigrationsRequest { workload, active_only } = request.into_inner();
-        let records = self.core.get().migrations(&workload, active_only).await?;
+        let records = core.migrations(&workload, active_only).await?;
         Ok(Response::new(listed(&records)))
     }
 
@@ -144,8 +148,9 @@ impl CoordinatorService for GrpcService {
         &self,
         request: Request<v1::WatchMigrationRequest>,
     ) -> Result<Response<WatchStream>, Status> {
-        caller(&request, Open::Clients)?;
-        let states = states(&self.core.get(), &request.get_ref().id, self.stop.clone()).await?;
+        let action = Action::on_migration(Verb::WatchMigration, &request.get_ref().id);
+        let (core, _) = self.admit(&request, &action).await?;
+        let states = states(&core, &request.get_ref().id, self.stop.clone()).await?;
         let messages = states.map(|state| state.map(|record| shown(&record)).map_err(Status::from));
         Ok(Response::new(Box::pin(messages)))
     }
@@ -154,8 +159,9 @@ impl CoordinatorService for GrpcService {
         &self,
         request: Request<v1::CancelMigrationRequest>,
     ) -> Result<Response<v1::CancelMigrationResponse>, Status> {
-        let peer = caller(&request, Open::Clients)?;
-        let record = self.core.get().cancel(&request.get_ref().id, &peer.to_string()).await?;
+        let id = &request.get_ref().id;
+        let (core, peer) = self.admit(&request, &Action::on_migration(Verb::CancelMigration, id)).await?;
+        let record = core.cancel(id, &peer).await?;
         Ok(Response::new(v1::CancelMigrationResponse { migration: Some(record.to_wire()) }))
     }
 
@@ -163,9 +169,9 @@ impl CoordinatorService for GrpcService {
         &self,
         request: Request<v1::GetDecisionRequest>,
     ) -> Result<Response<v1::GetDecisionResponse>, Status> {
-        let peer = caller(&request, Open::Agents)?;
         let id = &request.get_ref().migration_id;
-        let decision = self.core.get().decision(id).await?;
+        let (core, peer) = self.admit(&request, &Action::on_migration(Verb::GetDecision, id)).await?;
+        let decision = core.decision(id).await?;
         tracing::info!(%peer, migration = %id, ?decision, "decision asked for");
         let decision = v1::Decision::from(decision).into();
         Ok(Response::new(v1::GetDecisionResponse { decision }))
@@ -185,6 +191,7 @@ mod tests {
     fn long(number: usize, settled: bool) -> Record {
         let name = |side: &str| format!("{side}{number:0>62}");
         let mut record = testing::record(&name("w"), &name("s"), &name("t"));
+        record.requested_by = Some(Peer::client(name("u")).unwrap());
         let text = "ü".repeat(2000);
         let failure = Failure::new(FailureCode::ResourceExhausted, &text).on(&text).in_phase(&text);
         let why = Why { failure: failure.criu_line(&text).remedy(&text), cancelled: false };

@@ -1,6 +1,5 @@
 //! What callers can ask: the core behind every front, and gRPC and REST on it.
 
-mod caller;
 mod core;
 mod current;
 mod grpc;

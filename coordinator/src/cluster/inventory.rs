@@ -12,6 +12,8 @@ use serde::Deserialize;
 use thiserror::Error;
 use toml::Spanned;
 
+use crate::problem::Problem;
+
 /// The largest inventory that is read, in bytes: thousands of nodes fit.
 const MAX_BYTES: u64 = 16 << 20;
 /// The longest container id, in bytes: `podferry.v1` bounds ids so, and containerd's have this length.
@@ -44,17 +46,6 @@ pub struct Inventory {
     workloads: BTreeMap<WorkloadName, Workload>,
 }
 
-/// One thing that is wrong, and where.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
-    /// Line, from 1.
-    pub line: usize,
-    /// Column in characters, from 1.
-    pub column: usize,
-    /// What is wrong and what would be right.
-    pub message: String,
-}
-
 /// Why an inventory cannot be used.
 #[derive(Debug, Error)]
 pub enum InventoryError {
@@ -76,18 +67,13 @@ pub enum InventoryError {
         bytes: u64,
     },
     /// Its content is wrong.
-    #[error("{}", list(path, problems))]
+    #[error("{}", Problem::list(path, problems))]
     Invalid {
         /// The file.
         path: PathBuf,
         /// Everything that is wrong, in the order of the file.
         problems: Vec<Problem>,
     },
-}
-
-fn list(path: &Path, problems: &[Problem]) -> String {
-    let lines = problems.iter().map(|p| format!("{}:{}:{}: {}", path.display(), p.line, p.column, p.message));
-    lines.collect::<Vec<_>>().join("\n")
 }
 
 #[derive(Deserialize)]
@@ -128,10 +114,7 @@ impl Inventory {
 
     /// Checks a text.
     pub fn parse(text: &str) -> Result<Self, Vec<Problem>> {
-        let file: File = toml::from_str(text).map_err(|error| {
-            let message = error.message().trim_end().replace('\n', ", ");
-            vec![Problem::at(text, error.span().map_or(0, |span| span.start), message)]
-        })?;
+        let file: File = toml::from_str(text).map_err(|error| vec![Problem::of_toml(text, &error)])?;
         let mut reader = Reader { text, inventory: Self::default(), problems: Vec::new(), seen: HashMap::new() };
         file.nodes.iter().for_each(|table| reader.node(table));
         file.workloads.iter().for_each(|table| reader.workload(table));
@@ -158,20 +141,6 @@ impl Inventory {
     /// The workload of that name.
     pub fn workload(&self, name: &str) -> Option<&Workload> {
         self.workloads.get(&name.parse::<WorkloadName>().ok()?)
-    }
-}
-
-impl Problem {
-    fn at(text: &str, offset: usize, message: String) -> Self {
-        let before = text.get(..offset).unwrap_or(text);
-        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
-        Self { line: before.matches('\n').count() + 1, column: before[line_start..].chars().count() + 1, message }
-    }
-}
-
-impl fmt::Display for Problem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}: {}", self.line, self.column, self.message)
     }
 }
 

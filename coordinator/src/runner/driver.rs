@@ -14,6 +14,7 @@ use tokio::time::{Instant, sleep_until};
 use super::calls::{Answer, Input, Job, Surroundings, describe, keeps_connections, phase_word};
 use super::meter::Meter;
 use super::{Deadlines, Shared, blocking};
+use crate::audit::What;
 use crate::migration::{Call, Command, Durability, Event, Phase, State};
 use crate::store::{Record, StoreError, told};
 use crate::strategy::Strategy;
@@ -204,7 +205,8 @@ impl Driver {
 
     /// Steps the machine, writes when it has to be written, and executes.
     async fn apply(&mut self, event: Event, at: Instant) -> Result<(), StoreError> {
-        let step = self.record.state.clone().step(event, self.record.strategy.path());
+        let before = self.record.state.clone();
+        let step = before.clone().step(event, self.record.strategy.path());
         self.record.state = step.state;
         let changed = self.meter.book(&mut self.record, at);
         match step.durability {
@@ -220,6 +222,10 @@ impl Driver {
         }
         if changed {
             self.enter_phase();
+        }
+        if let Some(what) = What::of(&before, &self.record.state) {
+            self.shared.audit.migration(what, &self.record);
+            self.shared.metrics.ended(what, &self.record);
         }
         if step.durability != Durability::Unchanged {
             self.view.send_replace(self.record.clone());

@@ -14,7 +14,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use podferry_common::identity::Peer;
 use podferry_common::{Failure, FailureCode, MigrationId, NodeName, chain};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
@@ -23,9 +22,12 @@ use tokio_util::task::TaskTracker;
 
 pub use deadlines::Deadlines;
 
+use crate::audit::{AuditLog, What};
 use crate::cluster::Agents;
-use crate::migration::Event;
+use crate::metrics::Metrics;
+use crate::migration::{Event, Phase};
 use crate::store::{Conflict, Record, Store, StoreError};
+use crate::strategy::Strategy;
 use driver::Driver;
 
 /// A driver, seen from outside.
@@ -43,6 +45,8 @@ pub struct Runner {
 struct Shared {
     store: Store,
     agents: Agents,
+    audit: AuditLog,
+    metrics: Metrics,
     deadlines: Deadlines,
     /// Migrations that one node may take part in at a time.
     limit: usize,
@@ -56,10 +60,32 @@ struct Shared {
 
 impl Runner {
     /// No drivers yet. `stop` ends all of them, and is cancelled by the one that cannot write.
-    pub fn new(store: Store, agents: Agents, deadlines: Deadlines, limit: usize, stop: CancellationToken) -> Self {
+    pub fn new(
+        store: Store,
+        agents: Agents,
+        audit: AuditLog,
+        metrics: Metrics,
+        deadlines: Deadlines,
+        limit: usize,
+        stop: CancellationToken,
+    ) -> Self {
         let (live, tasks, closing, fatal) =
             (Mutex::default(), TaskTracker::new(), AtomicBool::new(false), Mutex::default());
-        Self { shared: Arc::new(Shared { store, agents, deadlines, limit, live, tasks, stop, closing, fatal }) }
+        Self {
+            shared: Arc::new(Shared {
+                store,
+                agents,
+                audit,
+                metrics,
+                deadlines,
+                limit,
+                live,
+                tasks,
+                stop,
+                closing,
+                fatal,
+            }),
+        }
     }
 
     /// Goes on with every migration that a former process left open.
@@ -69,6 +95,7 @@ impl Runner {
         let count = open.len();
         for record in open {
             tracing::info!(migration = %record.id, workload = %record.workload, phase = %record.state.phase(), "going on");
+            self.shared.audit.migration(What::TakenUp, &record);
             let failure = Failure::new(FailureCode::Aborted, "the coordinator was restarted before the commit")
                 .in_phase(record.state.phase().as_str())
                 .remedy("migrate again");
@@ -77,21 +104,21 @@ impl Runner {
         Ok(count)
     }
 
-    /// Records a migration that `who` asked for, and begins with it. Returns the record, or the conflict that stands
+    /// Records a migration, and begins with it. Returns the record, or the conflict that stands
     /// against it.
     ///
     /// Whoever asked may go away meanwhile, and this future is dropped then: a record that was written and has no driver
     /// would keep its workload busy until the next start. So both are done in a task that comes to its end.
-    pub async fn start(&self, record: Record, who: &Peer) -> Result<Record, Failure> {
-        let (runner, who) = (self.clone(), who.clone());
-        let begun = self.shared.tasks.spawn(async move { runner.begin(record, &who).await }).await;
+    pub async fn start(&self, record: Record) -> Result<Record, Failure> {
+        let runner = self.clone();
+        let begun = self.shared.tasks.spawn(async move { runner.begin(record).await }).await;
         begun.unwrap_or_else(|error| {
             let message = format!("the coordinator's own code failed as a migration began: {error}");
             Err(Failure::new(FailureCode::Internal, message).remedy("see the coordinator's log"))
         })
     }
 
-    async fn begin(&self, record: Record, who: &Peer) -> Result<Record, Failure> {
+    async fn begin(&self, record: Record) -> Result<Record, Failure> {
         if self.shared.closing.load(Ordering::Acquire) {
             return Err(Failure::new(FailureCode::Unavailable, "the coordinator is stopping").remedy("try again later"));
         }
@@ -102,10 +129,13 @@ impl Runner {
             Err(error) => return Err(self.shared.fail(error)),
         }
         // Here and not where it was asked for: that future may be gone.
+        let peer = record.requested_by.as_ref().map(ToString::to_string);
         tracing::info!(
-            peer = %who, migration = %record.id, workload = %record.workload, source = %record.source, target = %record.target,
+            peer, migration = %record.id, workload = %record.workload, source = %record.source, target = %record.target,
             strategy = %record.strategy, "migration accepted"
         );
+        // It is recorded, and goes on in any case. The log has said it if this cannot be written.
+        let _goes_on = self.shared.audit.accepted(&record).await;
         self.spawn(record.clone(), Event::Started);
         Ok(record)
     }
@@ -142,6 +172,16 @@ impl Runner {
             }
         }
         load
+    }
+
+    /// All migrations that are not final: how they are moved, and where they stand.
+    pub fn in_flight(&self) -> Vec<(Strategy, Phase)> {
+        let live = self.shared.live();
+        let seen = live.values().map(|handle| {
+            let record = handle.view.borrow();
+            (record.strategy, record.state.phase())
+        });
+        seen.collect()
     }
 
     /// Migrations that one node may take part in at a time.
@@ -238,11 +278,11 @@ mod tests {
     async fn a_migration_whose_client_has_gone_is_driven() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(&folder.path().join("state")).unwrap();
-        let runner = testing::runner(&testing::agents(folder.path()), &store);
+        let runner = testing::runner(&testing::agents(folder.path()), &store, &testing::audit(folder.path()));
         let record = testing::record("cart", "a", "b");
-        let (id, who) = (record.id, Peer::client("tester").unwrap());
+        let id = record.id;
         {
-            let mut starting = Box::pin(runner.start(record, &who));
+            let mut starting = Box::pin(runner.start(record));
             let begun = starting.as_mut().poll(&mut Context::from_waker(Waker::noop()));
             assert!(matches!(begun, Poll::Pending), "it has begun, and is dropped in the middle");
         }

@@ -1,6 +1,7 @@
 //! The record of one migration.
 
 use jiff::Timestamp;
+use podferry_common::identity::Peer;
 use podferry_common::{Failure, MigrationId, NodeName, WorkloadName};
 use podferry_proto::v1;
 use serde::{Deserialize, Serialize};
@@ -78,6 +79,9 @@ pub struct Record {
     /// Cold: seconds from the workload's SIGTERM to its SIGKILL.
     #[serde(default)]
     pub grace_period_s: u32,
+    /// Who asked for it; `None` when that was not recorded yet.
+    #[serde(default)]
+    pub requested_by: Option<Peer>,
     /// When it was accepted.
     pub created_at: Timestamp,
     /// When the source's processes stood still, as far as the coordinator saw it.
@@ -216,6 +220,7 @@ impl Record {
             keeps_connections: self.report.keeps_connections,
             notes: self.notes(texts),
             decision: v1::Decision::from(self.state.decision()).into(),
+            requested_by: self.requested_by.as_ref().map(Peer::dns_name).unwrap_or_default(),
         }
     }
 
@@ -389,7 +394,7 @@ mod tests {
             {"pages": 1, "raw_bytes": 4096, "wire_bytes": 100, "duration_ms": 2.0, "dirty_rate": 0.0}
         ]);
         let fields = old.as_object_mut().unwrap();
-        for new in ["downtime_budget_ms", "bandwidth_limit", "verify", "throttle", "grace_period_s"] {
+        for new in ["downtime_budget_ms", "bandwidth_limit", "verify", "throttle", "grace_period_s", "requested_by"] {
             fields.remove(new).unwrap();
         }
         for state in ["releasing", "resuming", "completed", "preparing"] {

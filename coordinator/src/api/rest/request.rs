@@ -15,7 +15,8 @@ use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
 use super::problem::Problem;
-use crate::api::caller::{Open, authorise};
+use crate::access::Action;
+use crate::api::{Core, Current};
 
 /// The longest body that is taken, in bytes: ten times what the largest sensible request needs.
 const MAX_BODY_BYTES: usize = 16 << 10;
@@ -24,9 +25,9 @@ const MAX_BODY_BYTES: usize = 16 << 10;
 pub(super) struct Caller(Option<PeerInfo>);
 
 impl Caller {
-    /// The caller, if this call is open to them: the rule is gRPC's.
-    pub(super) fn authorise(&self, open: Open) -> Result<Peer, Problem> {
-        Ok(authorise(self.0.as_ref(), open)?)
+    /// The core and the caller, if the caller may do this: the rule is gRPC's.
+    pub(super) async fn admit(&self, core: &Current, action: &Action<'_>) -> Result<(Core, Peer), Problem> {
+        Ok(core.admit(self.0.as_ref(), action).await?)
     }
 }
 

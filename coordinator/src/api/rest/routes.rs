@@ -9,6 +9,7 @@ use axum::response::{IntoResponse, Response};
 use axum::{Json, Router, middleware};
 use futures::StreamExt as _;
 use podferry_common::{Failure, FailureCode};
+use podferry_proto::v1;
 use tokio_util::sync::CancellationToken;
 use utoipa::OpenApi;
 use utoipa::openapi::security::{SecurityRequirement, SecurityScheme};
@@ -21,8 +22,8 @@ use super::types::{
     MigrateRequest, MigrationDetails, MigrationFilter, Migrations, Nodes, Version, WorkloadFilter, Workloads,
 };
 use super::{Limits, browser};
+use crate::access::{Action, Verb};
 use crate::api::Current;
-use crate::api::caller::Open;
 use crate::api::states::states;
 use crate::store::Record;
 
@@ -103,8 +104,8 @@ fn document() -> String {
         (status = "default", body = Problem, content_type = PROBLEM_JSON, description = "a refusal"),
     )
 )]
-async fn version(caller: Caller) -> Result<Json<Version>, Problem> {
-    caller.authorise(Open::Both)?;
+async fn version(State(front): State<Front>, caller: Caller) -> Result<Json<Version>, Problem> {
+    caller.admit(&front.core, &Action::new(Verb::Hello)).await?;
     Ok(Json(Version { coordinator_version: env!("CARGO_PKG_VERSION") }))
 }
 
@@ -118,7 +119,7 @@ async fn version(caller: Caller) -> Result<Json<Version>, Problem> {
     )
 )]
 async fn openapi(State(front): State<Front>, caller: Caller) -> Result<Response, Problem> {
-    caller.authorise(Open::Both)?;
+    caller.admit(&front.core, &Action::new(Verb::Hello)).await?;
     Ok(([(header::CONTENT_TYPE, "application/json")], front.document.to_string()).into_response())
 }
 
@@ -132,8 +133,8 @@ async fn openapi(State(front): State<Front>, caller: Caller) -> Result<Response,
     )
 )]
 async fn nodes(State(front): State<Front>, caller: Caller) -> Result<Json<Nodes>, Problem> {
-    caller.authorise(Open::Clients)?;
-    Ok(Json(front.core.get().nodes().await.into()))
+    let (core, _) = caller.admit(&front.core, &Action::new(Verb::ListNodes)).await?;
+    Ok(Json(core.nodes().await.into()))
 }
 
 /// Workloads, and where they are now.
@@ -151,8 +152,8 @@ async fn workloads(
     caller: Caller,
     Filter(filter): Filter<WorkloadFilter>,
 ) -> Result<Json<Workloads>, Problem> {
-    caller.authorise(Open::Clients)?;
-    Ok(Json(front.core.get().workloads(&filter.node).await?.into()))
+    let (core, _) = caller.admit(&front.core, &Action::new(Verb::ListWorkloads)).await?;
+    Ok(Json(core.workloads(&filter.node).await?.into()))
 }
 
 /// Migrations, newest first.
@@ -172,8 +173,8 @@ async fn migrations(
     caller: Caller,
     Filter(filter): Filter<MigrationFilter>,
 ) -> Result<Json<Migrations>, Problem> {
-    caller.authorise(Open::Clients)?;
-    let records = front.core.get().migrations(&filter.workload, filter.active).await?;
+    let (core, _) = caller.admit(&front.core, &Action::new(Verb::ListMigrations)).await?;
+    let records = core.migrations(&filter.workload, filter.active).await?;
     Ok(Json(records.as_slice().into()))
 }
 
@@ -190,9 +191,11 @@ async fn migrations(
     )
 )]
 async fn migrate(State(front): State<Front>, caller: Caller, request: Request) -> Result<Response, Problem> {
-    let peer = caller.authorise(Open::Clients)?;
-    let wanted: MigrateRequest = json(request, front.limits.body).await?;
-    let record = front.core.get().migrate(&wanted.into(), &peer).await?;
+    // Nothing is read of somebody who may ask for none at all.
+    caller.admit(&front.core, &Action::new(Verb::ListMigrations)).await?;
+    let wanted: v1::MigrateRequest = json::<MigrateRequest>(request, front.limits.body).await?.into();
+    let (core, peer) = caller.admit(&front.core, &Action::migrate(&wanted.workload, &wanted.target)).await?;
+    let record = core.migrate(&wanted, &peer).await?;
     let location = format!("/api/v1/migrations/{}", record.id);
     Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(MigrationDetails::from(&record))).into_response())
 }
@@ -208,8 +211,8 @@ async fn migrate(State(front): State<Front>, caller: Caller, request: Request) -
     )
 )]
 async fn migration(State(front): State<Front>, caller: Caller, Id(id): Id) -> Result<Json<MigrationDetails>, Problem> {
-    caller.authorise(Open::Clients)?;
-    let record = front.core.get().migration(&id).await?;
+    let (core, _) = caller.admit(&front.core, &Action::on_migration(Verb::GetMigration, &id)).await?;
+    let record = core.migration(&id).await?;
     Ok(Json(MigrationDetails::from(&record)))
 }
 
@@ -226,8 +229,8 @@ async fn migration(State(front): State<Front>, caller: Caller, Id(id): Id) -> Re
     )
 )]
 async fn cancel(State(front): State<Front>, caller: Caller, Id(id): Id) -> Result<Response, Problem> {
-    let peer = caller.authorise(Open::Clients)?;
-    let record = front.core.get().cancel(&id, &peer.to_string()).await?;
+    let (core, peer) = caller.admit(&front.core, &Action::on_migration(Verb::CancelMigration, &id)).await?;
+    let record = core.cancel(&id, &peer).await?;
     Ok((StatusCode::ACCEPTED, Json(MigrationDetails::from(&record))).into_response())
 }
 
@@ -255,8 +258,7 @@ async fn watch(
     Id(id): Id,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    caller.authorise(Open::Clients)?;
-    let core = front.core.get();
+    let (core, _) = caller.admit(&front.core, &Action::on_migration(Verb::WatchMigration, &id)).await?;
     let states = states(&core, &id, front.stop.clone()).await?;
     if headers.get(LAST_EVENT_ID).is_some_and(|seen| seen == LAST_EVENT) {
         return Ok(StatusCode::NO_CONTENT.into_response());
