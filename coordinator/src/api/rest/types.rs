@@ -172,7 +172,7 @@ pub(super) struct MigrationDetails {
     /// Which copy is the right one: `commit`, the target's; `abort`, the source's; `undecided`, the source's until it is decided. A
     /// migration that failed with `commit` has lost its workload.
     decision: String,
-    /// How far the transfer in the freeze is.
+    /// How far the transfer is.
     progress: Progress,
     /// What went wrong, in parts; `null` when nothing did.
     #[schema(required)]
@@ -202,7 +202,7 @@ impl From<&Record> for MigrationDetails {
     }
 }
 
-/// How far a transfer is.
+/// How far a transfer is, with all rounds. More may be sent than was expected.
 #[derive(Debug, Serialize, ToSchema)]
 #[expect(clippy::struct_field_names, reason = "the protocol's names")]
 struct Progress {
