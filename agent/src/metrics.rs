@@ -310,7 +310,7 @@ podferry_agent_connections_total 1
 
     fn lines(metrics: &Metrics) -> String {
         let text = encode(&metrics.registry()).unwrap();
-        text.lines().filter(|line| !line.contains("_bucket{")).map(|line| format!("{line}\n")).collect()
+        text.split_inclusive('\n').filter(|line| !line.contains("_bucket{")).collect()
     }
 
     fn value(metrics: &Metrics, series: &str) -> f64 {

@@ -124,7 +124,9 @@ fn assert_counted(stage: &Stage, records: &[Value]) {
 #[test]
 fn a_container_that_moved_live_moves_warm_and_live_again() {
     let stage = Stage::up(&["redis"]);
-    NODES.iter().for_each(|name| export(&stage.node(name)));
+    for name in NODES {
+        export(&stage.node(name));
+    }
     let mut records = Vec::new();
     let counter = Counter::on_redis(&stage, 20000);
     let first_digest = counter.between(digest);
