@@ -18,6 +18,9 @@ pub struct Config {
     pub node: NodeName,
     /// Where it listens: the coordinator's calls and other agents' transfers come to one port.
     pub listen: SocketAddr,
+    /// Where Prometheus may read figures over plain HTTP; nowhere unless this is set.
+    #[serde(default)]
+    pub metrics_listen: Option<SocketAddr>,
     /// Where it remembers its parts of migrations; on a disk.
     pub state_dir: PathBuf,
     /// Where images are kept while a container moves; a tmpfs is mounted there when there is none.

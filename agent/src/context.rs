@@ -11,6 +11,7 @@ use podferry_runtime::Runc;
 use podferry_runtime::stdio::ContainerStdio;
 
 use crate::config::Config;
+use crate::metrics::Metrics;
 use crate::target::inbox::Admissions;
 
 /// Shared by everything that runs in one agent.
@@ -25,12 +26,16 @@ pub struct Shared {
     pub identity: Identity,
     /// Which transfers are expected.
     pub admissions: Admissions,
+    /// What Prometheus can read.
+    pub metrics: Metrics,
 }
 
 impl Context {
     /// Of a new agent.
     pub fn new(config: Config, identity: Identity) -> Self {
-        Self(Arc::new(Shared { config, identity, admissions: Admissions::default() }))
+        let metrics = Metrics::default();
+        let admissions = Admissions::new(metrics.clone());
+        Self(Arc::new(Shared { config, identity, admissions, metrics }))
     }
 
     /// runc with this root folder.

@@ -1,12 +1,15 @@
 //! The agent as a process: one port for everything, until it is told to stop.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::time::Duration;
 
+use futures::TryStreamExt as _;
 use podferry_common::identity::Identity;
 use podferry_common::listen::listen;
+use podferry_common::metrics::Exporter;
 use podferry_proto::DESCRIPTORS;
 use podferry_proto::v1::agent_service_server::AgentServiceServer;
 use podferry_proto::v1::delivery_service_server::DeliveryServiceServer;
@@ -39,6 +42,9 @@ pub async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     let parts = Parts::default();
     recovery::recover(&context, &parts).await;
 
+    if let Some(address) = context.config.metrics_listen {
+        export(address, &context).await?;
+    }
     let delivery = Delivery::new(context.clone(), parts.clone());
     let fetch = Fetch::new(context.clone(), parts.clone());
     let agent = Agent::new(context.clone(), parts).await;
@@ -50,6 +56,8 @@ pub async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
         .build_v1()?;
     tracing::info!(node = %context.config.node, listen = %context.config.listen, "listening");
     let (mut server, incoming) = podferry_transfer::server(listener, &context.identity);
+    let metrics = context.metrics.clone();
+    let incoming = incoming.inspect_ok(move |_| metrics.connected());
     server
         .add_service(AgentServiceServer::new(agent))
         .add_service(DeliveryServiceServer::new(delivery))
@@ -59,6 +67,15 @@ pub async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
         .add_service(reflection)
         .serve_with_incoming_shutdown(incoming, stopped())
         .await?;
+    Ok(())
+}
+
+/// Lets Prometheus read, until the process ends.
+async fn export(address: SocketAddr, context: &Context) -> Result<(), Box<dyn std::error::Error>> {
+    let bound = Exporter::bind(address, context.metrics.registry()).await;
+    let exporter = bound.map_err(|error| format!("cannot listen on {address} for metrics: {error}"))?;
+    tracing::info!(address = %exporter.local_addr()?, "metrics can be read");
+    tokio::spawn(exporter.run());
     Ok(())
 }
 

@@ -26,6 +26,7 @@ use tonic::{Request, Response, Status};
 
 use crate::context::{Context, blocking};
 use crate::journal::{Standing, StopNote};
+use crate::metrics::{Sending, Stage};
 use crate::parts::{Authority, Entry, Part, Parts};
 use crate::recovery;
 use crate::source::{FreezeOrder, SourcePart};
@@ -94,6 +95,15 @@ impl Agent {
             Part::Target(target) => Ok(target),
             Part::Source(_) => Err(self.wrong_role("source")),
         }
+    }
+
+    /// Takes down how long a stage took, in milliseconds, or that it failed.
+    fn timed(&self, stage: Stage, done: Result<f64, Failure>) -> Result<f64, Failure> {
+        match &done {
+            Ok(milliseconds) => self.context.metrics.spent(stage, *milliseconds),
+            Err(failure) => self.context.metrics.failed(stage, failure),
+        }
+        done
     }
 
     fn wrong_role(&self, role: &str) -> Failure {
@@ -188,9 +198,10 @@ impl Agent {
 
         let (answers, receiver) = mpsc::channel(EVENT_QUEUE);
         let (events, mut incoming) = mpsc::channel(EVENT_QUEUE);
-        let parts = self.parts.clone();
+        let (parts, metrics) = (self.parts.clone(), self.context.metrics.clone());
         // A task of its own: it does not end when the coordinator's connection does.
         tokio::spawn(async move {
+            let mut sending = Sending::new(&metrics);
             let lost = Failure::new(FailureCode::Aborted, "the coordinator's connection broke").in_phase("freeze");
             let ended = {
                 let running = part.run(&order, connected, &events);
@@ -200,14 +211,19 @@ impl Agent {
                         ended = &mut running => break ended,
                         // Nobody waits for the end any more, and nobody may come back before the deadline.
                         () = answers.closed() => break Err(lost),
-                        Some(event) = incoming.recv() => { let _ = answers.send(Ok(convert::event(event))).await; }
+                        Some(event) = incoming.recv() => {
+                            sending.told(&event);
+                            let _ = answers.send(Ok(convert::event(event))).await;
+                        }
                     }
                 }
             };
             while let Ok(event) = incoming.try_recv() {
+                sending.told(&event);
                 let _ = answers.send(Ok(convert::event(event))).await;
             }
             if let Err(failure) = ended {
+                metrics.failed(Stage::Freeze, &failure);
                 tracing::warn!(%migration, %failure, "the freeze failed; undoing it");
                 let part = Part::Source(part);
                 recovery::undo(&parts, &part, migration, &failure.message, Authority::Own).await;
@@ -338,7 +354,8 @@ impl AgentService for Agent {
         self.only_coordinator(&request)?;
         let request = request.into_inner();
         let target = self.target(migration_of(&request.migration_id)?)?;
-        let restore_ms = target.restore(deadline_of(request.deadline_ms)).await?;
+        let restored = target.restore(deadline_of(request.deadline_ms)).await;
+        let restore_ms = self.timed(Stage::Restore, restored)?;
         Ok(Response::new(v1::RestoreResponse { restore_ms }))
     }
 
@@ -372,8 +389,10 @@ impl AgentService for Agent {
                 Ok(())
             })
             .await?;
+            self.context.metrics.spent(Stage::Release, milliseconds_since(begun));
         }
-        Ok(Response::new(v1::ReleaseResponse { release_ms: begun.elapsed().as_secs_f64() * 1e3 }))
+        let release_ms = milliseconds_since(begun);
+        Ok(Response::new(v1::ReleaseResponse { release_ms }))
     }
 
     async fn resume(&self, request: Request<v1::ResumeRequest>) -> Result<Response<v1::ResumeResponse>, Status> {
@@ -390,8 +409,9 @@ impl AgentService for Agent {
                 Ok(pid)
             })
             .await?;
+            self.context.metrics.spent(Stage::Resume, milliseconds_since(begun));
         }
-        let resume_ms = begun.elapsed().as_secs_f64() * 1e3;
+        let resume_ms = milliseconds_since(begun);
         Ok(Response::new(v1::ResumeResponse { resume_ms, pid: pid.unsigned_abs() }))
     }
 
@@ -407,6 +427,8 @@ impl AgentService for Agent {
         let filled = fill::wait(&self.context, migration).await?;
         #[expect(clippy::cast_precision_loss, reason = "below 2^52 ms")]
         let fill_ms = filled.fill_ms as f64;
+        self.context.metrics.spent(Stage::Fill, fill_ms);
+        self.context.metrics.filled(filled.pages);
         Ok(Response::new(v1::FillResponse { pages: filled.pages, faults: filled.faults, fill_ms }))
     }
 
@@ -466,6 +488,10 @@ async fn to_its_end<T: Send + 'static>(
         Ok(result) => result,
         Err(error) => Err(Failure::new(FailureCode::Internal, format!("a task of the agent panicked: {error}"))),
     }
+}
+
+fn milliseconds_since(begun: Instant) -> f64 {
+    begun.elapsed().as_secs_f64() * 1e3
 }
 
 fn migration_of(text: &str) -> Result<MigrationId, Failure> {

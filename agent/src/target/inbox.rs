@@ -26,6 +26,7 @@ use tokio::sync::watch;
 use super::memory::{self, ArrivingMemory, List, ListOf, MemoryError};
 use super::seeds::{ArrivingTree, Unpacking, WriteBack};
 use crate::context;
+use crate::metrics::Metrics;
 use crate::source::VERIFY;
 
 /// Where CRIU's inventory is kept until everything is here: CRIU may be waiting for it at its own place.
@@ -118,10 +119,18 @@ impl Inbox {
 }
 
 /// The transfers that are expected.
-#[derive(Clone, Debug, Default)]
-pub struct Admissions(Arc<Mutex<HashMap<MigrationId, Arc<Inbox>>>>);
+#[derive(Clone, Debug)]
+pub struct Admissions {
+    expected: Arc<Mutex<HashMap<MigrationId, Arc<Inbox>>>>,
+    metrics: Metrics,
+}
 
 impl Admissions {
+    /// None yet. What comes is counted.
+    pub fn new(metrics: Metrics) -> Self {
+        Self { expected: Arc::default(), metrics }
+    }
+
     /// Expects one.
     pub fn expect(&self, migration: MigrationId, inbox: Arc<Inbox>) {
         self.lock().insert(migration, inbox);
@@ -133,7 +142,7 @@ impl Admissions {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<MigrationId, Arc<Inbox>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.expected.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -156,13 +165,14 @@ impl Authorize for Admissions {
             return Err(refuse("this migration's data came already"));
         }
         drop(taken);
-        Ok(Box::new(Receiving { inbox }))
+        Ok(Box::new(Receiving { inbox, metrics: self.metrics.clone() }))
     }
 }
 
 /// One transfer as it comes in.
 struct Receiving {
     inbox: Arc<Inbox>,
+    metrics: Metrics,
 }
 
 /// What is being received.
@@ -238,6 +248,10 @@ fn different(error: MemoryError) -> Failure {
 }
 
 impl Sink for Receiving {
+    fn received(&mut self, wire_bytes: u64) {
+        self.metrics.received(wire_bytes);
+    }
+
     fn open(&mut self, id: u32, object: &Object) -> Result<(), Failure> {
         let place = self.place(object)?;
         self.inbox.with_open(|open| {
@@ -280,7 +294,8 @@ impl Sink for Receiving {
         })
     }
 
-    fn close(&mut self, id: u32, _length: u64, _digest: u64) -> Result<(), Failure> {
+    fn close(&mut self, id: u32, length: u64, _digest: u64) -> Result<(), Failure> {
+        self.metrics.received_whole(length);
         self.inbox.with_open(|open| match open.places.remove(&id) {
             Some(Place::Image(path, _)) => {
                 if path.ends_with(DESCRIPTORS) {

@@ -24,6 +24,7 @@ fn context(folder: &Path) -> Context {
     let config = Config {
         node,
         listen: (Ipv4Addr::LOCALHOST, 0).into(),
+        metrics_listen: None,
         state_dir: folder.join("state"),
         images_dir: folder.join("images"),
         runtime_dir: folder.join("run"),

@@ -69,6 +69,9 @@ pub trait Sink: Send + 'static {
         Err(Failure::new(FailureCode::InvalidArgument, message))
     }
 
+    /// A frame has come, whose message had so many bytes on the network. For those who count; told before what is in it.
+    fn received(&mut self, _wire_bytes: u64) {}
+
     /// An object is complete: its length in bytes and its digest are what the sender says.
     ///
     /// # Errors
@@ -129,6 +132,7 @@ impl Receiving {
     fn store(&mut self, sink: &mut dyn Sink) -> Result<Complete, Failure> {
         loop {
             let (frame, length) = self.items.blocking_recv().unwrap_or_else(|| Err(cut_off()))?;
+            sink.received(length as u64);
             match self.session.take(&frame).map_err(|error| refusal(&error))? {
                 Event::Open { id, object } => sink.open(id, &object)?,
                 Event::Data { id, offset, bytes } => sink.data(id, offset, bytes)?,

@@ -3,6 +3,9 @@
 
 mod support;
 
+use std::fs;
+
+use podferry_local::{Node, Signal};
 use serde_json::Value;
 use support::counter::{Counter, digest};
 use support::noise::Noise;
@@ -47,16 +50,93 @@ fn redis_moves_live_on_one_connection_and_most_of_its_memory_before_the_freeze()
     stage.assert_census(&after_two.unwrap(), |change| change.area == "tmpfs bytes" && change.after < change.before);
 }
 
+/// Where an agent lets itself be read, on its node's loopback.
+const METRICS: &str = "127.0.0.1:9464";
+
+/// Has an agent let itself be read.
+fn export(node: &Node) {
+    let config = fs::read_to_string(node.agent_config()).unwrap();
+    fs::write(node.agent_config(), format!("metrics_listen = \"{METRICS}\"\n{config}")).unwrap();
+    node.kill_agent(Signal::TERM).unwrap();
+    node.start_agent().unwrap();
+    node.wait_ready().unwrap();
+}
+
+/// An agent's figures.
+fn figures(node: &Node) -> String {
+    let (host, port) = METRICS.split_once(':').unwrap();
+    let ask = format!(
+        "exec 3<>/dev/tcp/{host}/{port}; printf 'GET /metrics HTTP/1.1\\r\\nhost: x\\r\\nconnection: close\\r\\n\\r\\n' >&3; cat <&3"
+    );
+    node.check(["bash", "-c", &ask]).unwrap()
+}
+
+/// A figure of an agent; 0 when there is none.
+fn figure(figures: &str, series: &str) -> f64 {
+    let line = figures.lines().find(|line| line.starts_with(&format!("podferry_agent_{series} ")));
+    line.map_or(0.0, |line| line.rsplit(' ').next().unwrap().parse().unwrap())
+}
+
+/// That both agents have counted what the reports say.
+fn assert_counted(stage: &Stage, records: &[Value]) {
+    for (name, other) in [(NODES[0], NODES[1]), (NODES[1], NODES[0])] {
+        let (seen, others) = (figures(&stage.node(name)), figures(&stage.node(other)));
+        let left: Vec<_> = records.iter().filter(|record| record["source"] == name).collect();
+        let came: Vec<_> = records.iter().filter(|record| record["target"] == name).collect();
+        let sum = |records: &[&Value], path: &str| records.iter().map(|record| number(record, path)).sum::<f64>();
+        let rounds = || left.iter().flat_map(|record| record["rounds"].as_array().unwrap());
+        let of_rounds = |key: &str| rounds().map(|round| round[key].as_f64().unwrap()).sum::<f64>();
+        let counts = |count: usize| f64::from(u32::try_from(count).unwrap());
+        let expected = [
+            ("sent_wire_bytes_total", sum(&left, "/wire_bytes")),
+            ("rounds_total", counts(rounds().count())),
+            ("pages_total", of_rounds("pages")),
+            ("round_seconds_sum", of_rounds("duration_ms") / 1e3),
+            ("round_dirty_pages_per_second_sum", of_rounds("dirty_rate")),
+            ("freezes_total", counts(left.len())),
+            ("stage_seconds_sum{stage=\"freeze\"}", sum(&left, "/timings/freeze") / 1e3),
+            ("stage_seconds_sum{stage=\"dump\"}", sum(&left, "/timings/dump") / 1e3),
+            ("stage_seconds_sum{stage=\"transfer\"}", sum(&left, "/timings/transfer") / 1e3),
+            ("stage_seconds_sum{stage=\"restore\"}", sum(&came, "/timings/restore") / 1e3),
+            ("stage_seconds_sum{stage=\"fill\"}", sum(&came, "/timings/fill") / 1e3),
+            ("stage_seconds_count{stage=\"release\"}", counts(left.len())),
+            ("stage_seconds_count{stage=\"resume\"}", counts(came.len())),
+        ];
+        for (series, reported) in expected {
+            let counted = figure(&seen, series);
+            // Times are shown to the microsecond, and rates to the thousandth.
+            let slack = if series.contains("dirty") { 1e-2 } else { 1e-4 };
+            assert!((counted - reported).abs() < slack, "{name} {series}: {counted}, reported {reported}\n{seen}");
+        }
+        let (sent, received) = (figure(&others, "sent_wire_bytes_total"), figure(&seen, "received_wire_bytes_total"));
+        assert!(
+            sent > 0.0 && (sent - received).abs() < sent / 100.0,
+            "{other} sent {sent}, {name} received {received}"
+        );
+        assert!(
+            figure(&seen, "received_raw_bytes_total") > received && figure(&seen, "connections_total") > 0.0,
+            "{seen}"
+        );
+        assert!(!seen.contains("podferry_agent_failures_total{"), "{seen}");
+    }
+}
+
 #[test]
 fn a_container_that_moved_live_moves_warm_and_live_again() {
     let stage = Stage::up(&["redis"]);
+    for name in NODES {
+        export(&stage.node(name));
+    }
+    let mut records = Vec::new();
     let counter = Counter::on_redis(&stage, 20000);
     let first_digest = counter.between(digest);
     for (hop, more) in [&LIVE[..], &["--strategy", "warm"], &LIVE, &LIVE].into_iter().enumerate() {
         let record = stage.migrate_with("redis", NODES[(hop + 1) % 2], more);
         assert_eq!(counter.between(digest), first_digest, "after hop {hop}: {record:#}");
+        records.push(record);
     }
     counter.stop();
+    assert_counted(&stage, &records);
 }
 
 #[test]
