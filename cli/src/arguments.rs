@@ -94,16 +94,7 @@ pub(crate) enum Verb {
         id: String,
     },
     /// Move all workloads of a node elsewhere, one after the other
-    Drain {
-        /// The node
-        node: String,
-        /// How to move them
-        #[arg(long, value_enum, default_value_t = Strategy::Warm)]
-        strategy: Strategy,
-        /// With postcopy and hybrid, which need it: risk each workload until its last page is across
-        #[arg(long)]
-        accept_loss: bool,
-    },
+    Drain(Drain),
     /// Say what each node's CRIU and kernel can do; fails if a node is unfit
     Check,
     /// Make certificates, for clusters without an authority of their own
@@ -127,32 +118,51 @@ pub(crate) struct Migrate {
     #[arg(long, value_name = "NODE")]
     pub(crate) to: Option<String>,
     /// How to move it
-    #[arg(long, value_enum, default_value_t = Strategy::Warm)]
+    #[arg(long, value_enum, default_value_t = Strategy::Auto)]
     pub(crate) strategy: Strategy,
     /// Follow it to its end; the exit code is its outcome
     #[arg(long)]
     pub(crate) wait: bool,
-    /// With postcopy and hybrid, which need it: risk the workload until its last page is across
+    /// With postcopy and hybrid, which need it, and auto: risk the workload until its last page is across
     #[arg(long)]
     pub(crate) accept_loss: bool,
+    /// With auto: restart it when nothing else can move it; its memory is lost, its connections are closed
+    #[arg(long)]
+    pub(crate) allow_restart: bool,
     /// Never compress what is sent
     #[arg(long)]
     pub(crate) no_compression: bool,
-    /// With live and hybrid: the downtime to aim at, in milliseconds, at most 60000; the coordinator's default is 100
+    /// With auto, live and hybrid: the downtime to aim at, in milliseconds, at most 60000; the coordinator's default is 100
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(1..=60_000))]
     pub(crate) downtime_budget: Option<u32>,
     /// The most bytes per second to send, at least 64K; K, M and G are powers of 1024
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub(crate) bandwidth_limit: Option<u64>,
-    /// With live: before the commit, compare all memory that was copied while it ran; costs downtime for each GiB
+    /// With live, which auto chooses then: before the commit, compare all memory that was copied while it ran; costs downtime for each GiB
     #[arg(long)]
     pub(crate) verify: bool,
-    /// With live: if it writes memory faster than it is sent, give it less CPU time, step by step, instead of giving up
+    /// With live, hybrid and auto: if it writes memory faster than it is sent, give it less CPU time, step by step, instead of giving up
     #[arg(long)]
     pub(crate) throttle: bool,
-    /// With cold: how long it gets to end after its SIGTERM before it is killed, at most 3600; the coordinator's default is 30
+    /// With cold, and auto that may restart: how long it gets to end after its SIGTERM before it is killed, at most 3600; the coordinator's default is 30
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(0..=3600))]
     pub(crate) grace_period: Option<u32>,
+}
+
+/// Flags of `drain`.
+#[derive(Debug, Args)]
+pub(crate) struct Drain {
+    /// The node
+    pub(crate) node: String,
+    /// How to move them
+    #[arg(long, value_enum, default_value_t = Strategy::Auto)]
+    pub(crate) strategy: Strategy,
+    /// With postcopy and hybrid, which need it, and auto: risk each workload until its last page is across
+    #[arg(long)]
+    pub(crate) accept_loss: bool,
+    /// With auto: restart a workload that nothing else can move; its memory is lost, its connections are closed
+    #[arg(long)]
+    pub(crate) allow_restart: bool,
 }
 
 /// A number of bytes, with a suffix or without.
@@ -194,6 +204,8 @@ pub(crate) enum Certificates {
 /// How a workload is moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Strategy {
+    /// What preflight finds best; the migration says why
+    Auto,
     /// Stop it, start it anew on the target
     Cold,
     /// Freeze it, move its memory, let it go on
@@ -211,6 +223,7 @@ pub(crate) enum Strategy {
 impl From<Strategy> for v1::Strategy {
     fn from(strategy: Strategy) -> Self {
         match strategy {
+            Strategy::Auto => Self::Auto,
             Strategy::Cold => Self::Cold,
             Strategy::Warm => Self::Warm,
             Strategy::Live => Self::Live,

@@ -3,8 +3,11 @@
 use podferry_common::{Failure, FailureCode};
 use podferry_proto::v1::{Decision, Migration, Phase, Problem, Strategy};
 
-/// `warm`, `live`, …
+/// `warm`, `live`, …; empty as long as it is still to be chosen.
 pub(crate) fn strategy(migration: &Migration) -> String {
+    if migration.strategy() == Strategy::Unspecified && Strategy::try_from(migration.strategy).is_ok() {
+        return String::new();
+    }
     lower(Strategy::try_from(migration.strategy).map_or("STRATEGY_UNKNOWN", |s| s.as_str_name()), "STRATEGY_")
 }
 

@@ -6,17 +6,18 @@ use podferry_common::{Failure, FailureCode};
 use podferry_proto::v1::{ListWorkloadsRequest, MigrateRequest, Migration, Phase, Workload};
 
 use super::migrate::to_the_end;
-use crate::arguments::{Global, Output, Strategy};
+use crate::arguments::{self, Global, Output};
 use crate::coordinator::{Coordinator, answer, connect, present};
 use crate::exit::Exit;
 use crate::progress::Progress;
 use crate::render::{self, DrainReport, LeftBehind};
 use crate::words;
 
-/// Moves what runs on `node` elsewhere. A workload that cannot be moved does not keep the others.
-pub(super) async fn drain(global: &Global, node: &str, strategy: Strategy, accept_loss: bool) -> Result<Exit, Failure> {
+/// Moves what runs on the node elsewhere. A workload that cannot be moved does not keep the others.
+pub(super) async fn drain(global: &Global, flags: arguments::Drain) -> Result<Exit, Failure> {
     let coordinator = connect(global).await?;
-    let mut drain = Drain { coordinator, strategy, accept_loss, output: global.output, report: DrainReport::of(node) };
+    let report = DrainReport::of(&flags.node);
+    let mut drain = Drain { coordinator, flags, output: global.output, report };
     let mut there = drain.look().await?;
     let mut dealt_with = HashSet::new();
     while let Some(workload) = there.iter().find(|workload| !dealt_with.contains(&workload.name)).cloned() {
@@ -51,8 +52,7 @@ fn stays(workload: &Workload) -> bool {
 
 struct Drain {
     coordinator: Coordinator,
-    strategy: Strategy,
-    accept_loss: bool,
+    flags: arguments::Drain,
     output: Output,
     report: DrainReport,
 }
@@ -107,9 +107,13 @@ impl Drain {
 
     /// Asks for a migration; returns the id of it, or of the one that somebody else was faster with.
     async fn begin(&mut self, workload: &str) -> Result<String, Failure> {
-        let strategy = podferry_proto::v1::Strategy::from(self.strategy).into();
-        let (name, accept_loss) = (workload.to_owned(), self.accept_loss);
-        let request = MigrateRequest { workload: name, strategy, accept_loss, ..MigrateRequest::default() };
+        let request = MigrateRequest {
+            workload: workload.to_owned(),
+            strategy: podferry_proto::v1::Strategy::from(self.flags.strategy).into(),
+            accept_loss: self.flags.accept_loss,
+            allow_restart: self.flags.allow_restart,
+            ..MigrateRequest::default()
+        };
         let refusal = match answer(self.coordinator.migrate(request)).await {
             Ok(begun) => return Ok(present(begun.migration)?.id),
             Err(failure) if failure.code != FailureCode::AlreadyExists => return Err(failure),

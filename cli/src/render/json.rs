@@ -26,6 +26,7 @@ pub(crate) struct Migration {
     timings: Timings,
     keeps_connections: bool,
     notes: Vec<String>,
+    strategy_reason: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -71,6 +72,7 @@ impl From<&v1::Migration> for Migration {
             timings: Timings::from(&timings),
             keeps_connections: migration.keeps_connections,
             notes: migration.notes.clone(),
+            strategy_reason: migration.strategy_reason.clone(),
         }
     }
 }

@@ -43,6 +43,9 @@ async fn drain_moves_everything_one_after_the_other() {
         cluster.seen().into_iter().map(|seen| (seen.request.workload, seen.request.target)).collect();
     assert_eq!(asked, [("redis", ""), ("cart", ""), ("catalogue", "")].map(|(w, t)| (w.to_owned(), t.to_owned())));
 
+    let first = &cluster.seen()[0].request;
+    assert_eq!((first.strategy(), first.allow_restart), (podferry_proto::v1::Strategy::Auto, false));
+
     let ran = cluster.run(&["drain", "n1", "--output", "json"]).await.exits(1);
     let report: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
     assert_eq!(report["migrations"].as_array().unwrap().len(), 4);

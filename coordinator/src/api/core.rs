@@ -1,5 +1,7 @@
 //! The questions and their answers, whatever they come in by.
 
+mod auto;
+
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -15,7 +17,7 @@ use crate::migration::{Decision, State};
 use crate::placement::{Candidate, Choice, Demand, Facts, choose, judge};
 use crate::runner::{Deadlines, Runner, blocking};
 use crate::store::{Record, Report, Store, StoreError};
-use crate::strategy::{Strategy, Wishes};
+use crate::strategy::{Asked, Strategy, Wishes};
 
 /// Downtimes that can be aimed at, in milliseconds.
 const DOWNTIME_BUDGETS: RangeInclusive<f64> = 1.0..=60_000.0;
@@ -148,6 +150,7 @@ impl Core {
     /// Accepts a migration that `who` asks for, or refuses it and records nothing.
     pub async fn migrate(&self, request: &v1::MigrateRequest, who: &Peer) -> Result<Record, Failure> {
         let wishes = wishes(request)?;
+        let grace_period_s = grace_period_s_of(request, wishes.strategy)?;
         let workload = self.known_workload(&request.workload)?;
         let wanted = if request.target.is_empty() { None } else { Some(self.known_node(&request.target)?) };
         let (busy, place) = self.recorded(workload).await?;
@@ -158,12 +161,26 @@ impl Core {
         }
         let views = self.look_for(workload, place.as_ref(), wanted).await;
         let location = locate(&views, workload, place.as_ref())?;
-        let (target, report) = self.target(&views, workload, &location, wanted, wishes)?;
+        let mut auto = self.auto(request, workload).await?;
+        let placed = self.target(&views, workload, &location, wanted, wishes);
+        let (target, report) = placed.or_else(|failure| {
+            let auto =
+                auto.as_mut().filter(|auto| auto.allow_restart && self.may_be_for_good(&views, &location, wanted));
+            let cold = Wishes { strategy: Strategy::Cold, ..wishes };
+            let placed = auto.and_then(|auto| {
+                let placed = self.target(&views, workload, &location, wanted, cold).ok()?;
+                auto.only_cold = Some(failure.message.clone());
+                Some(placed)
+            });
+            placed.ok_or(failure)
+        })?;
         let record = Record {
             id: MigrationId::new(),
             workload: workload.name.clone(),
             container: workload.container.clone(),
             strategy: wishes.strategy,
+            auto,
+            strategy_reason: String::new(),
             source: location.view.node.name.clone(),
             source_address: location.view.node.address.clone(),
             target: target.name.clone(),
@@ -173,7 +190,7 @@ impl Core {
             bandwidth_limit: request.bandwidth_limit,
             verify: request.verify,
             throttle: request.throttle,
-            grace_period_s: grace_period_s_of(request, wishes.strategy)?,
+            grace_period_s,
             created_at: Timestamp::now(),
             frozen_at: None,
             state: State::new(),
@@ -330,7 +347,8 @@ fn not_asked(node: &Node) -> Failure {
 
 /// What a request asks of the way a workload is moved, if that makes sense.
 fn wishes(request: &v1::MigrateRequest) -> Result<Wishes, Failure> {
-    let strategy = Strategy::requested(request.strategy)?;
+    let asked = Asked::of(request.strategy)?;
+    let strategy = asked.at_least();
     let refused = |message: String, remedy: &str| {
         Err(Failure::new(FailureCode::InvalidArgument, message).in_phase("preflight").remedy(remedy))
     };
@@ -341,6 +359,17 @@ fn wishes(request: &v1::MigrateRequest) -> Result<Wishes, Failure> {
         let (least, most) = (DOWNTIME_BUDGETS.start(), DOWNTIME_BUDGETS.end());
         let message = format!("{budget} ms is no downtime that can be aimed at: it is between {least} and {most} ms");
         return refused(message, "give another one, or none");
+    }
+    if limit > 0 && limit < LEAST_BANDWIDTH {
+        let message = format!("{limit} bytes per second are too little: the least limit is {LEAST_BANDWIDTH}");
+        return refused(message, "give a larger limit, or none");
+    }
+    if asked == Asked::Auto {
+        return Ok(Wishes { strategy, bandwidth_limit: limit });
+    }
+    if request.allow_restart && strategy != Strategy::Cold {
+        let message = format!("the strategy {strategy} does not restart the workload, whatever is allowed");
+        return refused(message, "use auto, or cold, or do not allow a restart");
     }
     if !no_budget && !strategy.copies_memory_beforehand() {
         let message = format!("the strategy {strategy} cannot aim at a downtime: {}", without_rounds(strategy));
@@ -376,10 +405,6 @@ fn wishes(request: &v1::MigrateRequest) -> Result<Wishes, Failure> {
         let message = format!("the strategy {strategy} cannot throttle a workload: {}", without_rounds(strategy));
         return refused(message, "use live, or do not throttle");
     }
-    if limit > 0 && limit < LEAST_BANDWIDTH {
-        let message = format!("{limit} bytes per second are too little: the least limit is {LEAST_BANDWIDTH}");
-        return refused(message, "give a larger limit, or none");
-    }
     Ok(Wishes { strategy, bandwidth_limit: limit })
 }
 
@@ -393,15 +418,21 @@ fn grace_period_s_of(request: &v1::MigrateRequest, strategy: Strategy) -> Result
     let refused = |message: String, remedy: &str| {
         Err(Failure::new(FailureCode::InvalidArgument, message).in_phase("preflight").remedy(remedy))
     };
+    let auto = Asked::of(request.strategy)? == Asked::Auto;
+    let may_stop = strategy == Strategy::Cold || (auto && request.allow_restart);
     match request.grace_period_s {
-        Some(_) if strategy != Strategy::Cold => {
+        Some(_) if auto && !may_stop => refused(
+            "no workload is stopped unless that is allowed".to_owned(),
+            "give no grace period, or --allow-restart",
+        ),
+        Some(_) if !may_stop => {
             refused(format!("the strategy {strategy} stops no workload"), "give no grace period, or use cold")
         }
         Some(asked) if asked > LONGEST_GRACE_PERIOD_S => refused(
             format!("{asked} s are no grace period: it is at most {LONGEST_GRACE_PERIOD_S} s"),
             "give a shorter one, or none",
         ),
-        None if strategy == Strategy::Cold => Ok(GRACE_PERIOD_S),
+        None if may_stop => Ok(GRACE_PERIOD_S),
         asked => Ok(asked.unwrap_or_default()),
     }
 }

@@ -13,18 +13,12 @@ use tokio::time::{Instant, timeout};
 use tonic::Status;
 
 use super::Deadlines;
+use super::choosing::Survey;
 use crate::cluster::{AgentClient, Agents, placed, speaks};
 use crate::migration::{Call, Side};
 use crate::store::Record;
-use crate::strategy::{Strategy, Wishes};
+use crate::strategy::{Auto, Choice, Strategy, Wishes, budget_ms};
 
-/// The downtime that a live migration aims at, in milliseconds, when nobody says one.
-const DOWNTIME_BUDGET_MS: f64 = 100.0;
-
-/// The downtime that is aimed at, in ms, where so much was asked for; 0 is nothing asked for.
-pub(super) fn budget_ms(asked: f64) -> f64 {
-    if asked > 0.0 { asked } else { DOWNTIME_BUDGET_MS }
-}
 /// Rounds of pre-copy at most: memory that has not become less by then does not.
 const MAX_ROUNDS: u32 = 30;
 
@@ -51,8 +45,12 @@ pub(super) enum Answer {
     Done,
     /// The source can be dumped, and this is what it is.
     Source(Arc<v1::PreflightSourceResponse>),
+    /// What the source says for the choice of a strategy.
+    Surveyed(Arc<Survey>),
     /// The target can take it; what a person should know.
     Target(Vec<Finding>),
+    /// The target can take it in this way, and this is what the source is then.
+    Chosen { choice: Choice, facts: Arc<v1::PreflightSourceResponse>, findings: Vec<Finding> },
     /// Everything has been sent.
     Transferred(v1::Transferred),
     /// Held; milliseconds that the restore took.
@@ -67,6 +65,8 @@ pub(super) struct Job {
     pub(super) id: MigrationId,
     pub(super) container: String,
     pub(super) strategy: Strategy,
+    /// By what the strategy is still to be chosen; none when it stands.
+    pub(super) auto: Option<Auto>,
     pub(super) compress: bool,
     pub(super) downtime_budget_ms: f64,
     pub(super) bandwidth_limit: u64,
@@ -81,6 +81,7 @@ pub(super) struct Job {
     pub(super) node: NodeName,
     pub(super) address: String,
     pub(super) facts: Arc<v1::PreflightSourceResponse>,
+    pub(super) survey: Arc<Survey>,
     /// For an abort: why.
     pub(super) reason: String,
     pub(super) deadlines: Deadlines,
@@ -89,12 +90,7 @@ pub(super) struct Job {
 }
 
 impl Job {
-    pub(super) fn new(
-        call: Call,
-        record: &Record,
-        facts: &Arc<v1::PreflightSourceResponse>,
-        with: Surroundings,
-    ) -> Self {
+    pub(super) fn new(call: Call, record: &Record, with: Surroundings) -> Self {
         let (node, address) = match call.side() {
             Side::Source => (&record.source, &record.source_address),
             Side::Target => (&record.target, &record.target_address),
@@ -104,6 +100,7 @@ impl Job {
             id: record.id,
             container: record.container.clone(),
             strategy: record.strategy,
+            auto: record.auto.clone().filter(|_| record.chosen().is_none()),
             compress: record.compress,
             downtime_budget_ms: record.downtime_budget_ms,
             bandwidth_limit: record.bandwidth_limit,
@@ -116,7 +113,8 @@ impl Job {
             target_address: record.target_address.clone(),
             node: node.clone(),
             address: address.clone(),
-            facts: Arc::clone(facts),
+            facts: with.facts,
+            survey: with.survey,
             reason: record.state.failure().map(ToString::to_string).unwrap_or_default(),
             deadlines: with.deadlines,
             agents: with.agents,
@@ -158,8 +156,14 @@ impl Job {
     async fn perform(&self) -> Result<Option<Answer>, Failure> {
         let client = self.agents.client(&self.node, &self.address)?;
         match self.call {
-            Call::PreflightSource => self.preflight_source(client).await.map(Some),
-            Call::PreflightTarget => self.preflight_target(client).await.map(Some),
+            Call::PreflightSource => match &self.auto {
+                Some(auto) => self.survey_source(auto, client).await.map(Some),
+                None => self.preflight_source(client).await.map(Some),
+            },
+            Call::PreflightTarget => match &self.auto {
+                Some(auto) => self.choose(auto, client).await.map(Some),
+                None => self.preflight_target(client).await.map(Some),
+            },
             Call::Freeze => self.freeze(client).await.map(|()| None),
             Call::Release => self.release(client).await.map(Some),
             Call::Resume => self.resume(client).await.map(Some),
@@ -172,36 +176,54 @@ impl Job {
         placed(status, &self.node, &self.address, phase_word(self.call))
     }
 
-    async fn preflight_source(&self, mut client: AgentClient) -> Result<Answer, Failure> {
+    async fn preflight_source(&self, client: AgentClient) -> Result<Answer, Failure> {
         let node = self.agents.describe(&self.node, &self.address).await?;
         self.fit(&node)?;
-        let (migration_id, workload) = (self.id.to_string(), self.container.clone());
-        let strategy = v1::Strategy::from(self.strategy).into();
-        let request = v1::PreflightSourceRequest { migration_id, workload, strategy };
-        let answer = client.preflight_source(request).await.map_err(|status| self.placed(&status))?.into_inner();
-        match self.refusal(&answer.findings, "the workload cannot be taken from this node") {
-            Some(failure) => Err(failure),
-            None => Ok(Answer::Source(Arc::new(answer))),
-        }
+        Ok(Answer::Source(self.ask_source(client, self.strategy).await??))
     }
 
-    async fn preflight_target(&self, mut client: AgentClient) -> Result<Answer, Failure> {
+    async fn preflight_target(&self, client: AgentClient) -> Result<Answer, Failure> {
         let node = self.agents.describe(&self.node, &self.address).await?;
         self.fit(&node)?;
+        Ok(Answer::Target(self.ask_target(client, self.strategy, &self.facts).await??))
+    }
+
+    /// What the source says of a workload that moves in that way; the inner error is that it cannot be taken so.
+    pub(super) async fn ask_source(
+        &self,
+        mut client: AgentClient,
+        strategy: Strategy,
+    ) -> Result<Result<Arc<v1::PreflightSourceResponse>, Failure>, Failure> {
+        let request = v1::PreflightSourceRequest {
+            migration_id: self.id.to_string(),
+            workload: self.container.clone(),
+            strategy: v1::Strategy::from(strategy).into(),
+            look_at_tracking: self.auto.is_some(),
+        };
+        let answer = client.preflight_source(request).await.map_err(|status| self.placed(&status))?.into_inner();
+        let refusal = self.refusal(&answer.findings, "the workload cannot be taken from this node");
+        Ok(refusal.map_or_else(|| Ok(Arc::new(answer)), Err))
+    }
+
+    /// What the target says to such a workload in that way; the inner error is that it cannot take it so.
+    pub(super) async fn ask_target(
+        &self,
+        mut client: AgentClient,
+        strategy: Strategy,
+        facts: &v1::PreflightSourceResponse,
+    ) -> Result<Result<Vec<Finding>, Failure>, Failure> {
         let request = v1::PreflightTargetRequest {
             migration_id: self.id.to_string(),
             workload: self.container.clone(),
-            memory_bytes: self.facts.memory_bytes,
-            layer_bytes: self.facts.layer_bytes,
-            network: self.facts.network,
-            link: self.facts.link.clone(),
-            strategy: v1::Strategy::from(self.strategy).into(),
+            memory_bytes: facts.memory_bytes,
+            layer_bytes: facts.layer_bytes,
+            network: facts.network,
+            link: facts.link.clone(),
+            strategy: v1::Strategy::from(strategy).into(),
         };
         let answer = client.preflight_target(request).await.map_err(|status| self.placed(&status))?.into_inner();
-        match self.refusal(&answer.findings, "the workload cannot be restored on this node") {
-            Some(failure) => Err(failure),
-            None => Ok(Answer::Target(answer.findings)),
-        }
+        let refusal = self.refusal(&answer.findings, "the workload cannot be restored on this node");
+        Ok(refusal.map_or(Ok(answer.findings), Err))
     }
 
     /// Whether that node can do its part. It may be another one than the one that was looked at before this migration was
@@ -380,6 +402,8 @@ impl Job {
 
 /// What a driver lends to its calls.
 pub(super) struct Surroundings {
+    pub(super) facts: Arc<v1::PreflightSourceResponse>,
+    pub(super) survey: Arc<Survey>,
     pub(super) deadlines: Deadlines,
     pub(super) agents: Agents,
     pub(super) inputs: mpsc::UnboundedSender<Input>,

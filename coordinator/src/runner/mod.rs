@@ -4,6 +4,7 @@
 //! whether a failed write is on disk is not known, and only a fresh look at the disk says it.
 
 mod calls;
+mod choosing;
 mod committed;
 mod deadlines;
 mod driver;
@@ -104,7 +105,7 @@ impl Runner {
         // Here and not where it was asked for: that future may be gone.
         tracing::info!(
             peer = %who, migration = %record.id, workload = %record.workload, source = %record.source, target = %record.target,
-            strategy = %record.strategy, "migration accepted"
+            strategy = record.chosen().map_or("auto", |strategy| strategy.as_str()), "migration accepted"
         );
         self.spawn(record.clone(), Event::Started);
         Ok(record)
