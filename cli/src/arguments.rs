@@ -2,6 +2,7 @@
 
 use std::env;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Args, Command, CommandFactory, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
@@ -163,6 +164,13 @@ pub(crate) struct Drain {
     /// With auto: restart a workload that nothing else can move; its memory is lost, its connections are closed
     #[arg(long)]
     pub(crate) allow_restart: bool,
+    /// How long there is, as after a notice that the node will be taken away: what copying beforehand would make too late moves warm (with
+    /// --accept-loss post-copy), and nothing is begun after it; a number with s, m or h behind it
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) deadline: Option<Duration>,
+    /// Move this workload before those with a lower number, which is 0 for others; may be given again
+    #[arg(long, value_name = "WORKLOAD=NUMBER", value_parser = priority, allow_hyphen_values = true)]
+    pub(crate) priority: Vec<(String, i32)>,
 }
 
 /// A number of bytes, with a suffix or without.
@@ -176,6 +184,26 @@ fn bytes(text: &str) -> Result<u64, String> {
     let number = if digits.starts_with('+') { None } else { digits.parse::<u64>().ok() };
     let bytes = number.and_then(|number| number.checked_mul(1 << shift)).filter(|bytes| *bytes > 0);
     bytes.ok_or_else(|| "it is a whole number of bytes, with K, M, G or nothing behind it: 100M".to_owned())
+}
+
+/// A time of at least a second, in seconds or with a suffix.
+fn duration(text: &str) -> Result<Duration, String> {
+    let (digits, seconds) = match text.char_indices().next_back() {
+        Some((at, 's')) => (&text[..at], 1),
+        Some((at, 'm')) => (&text[..at], 60),
+        Some((at, 'h')) => (&text[..at], 3600),
+        _ => (text, 1),
+    };
+    let number = if digits.starts_with('+') { None } else { digits.parse::<u32>().ok() };
+    let duration = number.filter(|number| *number > 0).map(|number| Duration::from_secs(u64::from(number) * seconds));
+    duration.ok_or_else(|| "it is a whole number with s, m, h or nothing (seconds) behind it: 90s".to_owned())
+}
+
+/// A workload and its priority.
+fn priority(text: &str) -> Result<(String, i32), String> {
+    let parts = text.split_once('=').filter(|(name, _)| !name.is_empty());
+    let parsed = parts.and_then(|(name, number)| Some((name.to_owned(), number.parse().ok()?)));
+    parsed.ok_or_else(|| "it is a workload and a whole number: redis=10".to_owned())
 }
 
 /// What `certificates` does.
@@ -262,6 +290,20 @@ mod tests {
         }
         for wrong in ["", "0", "M", "-1", "+1", "1.5G", "1GiB", "1 G", "17179869184G", "é"] {
             assert!(bytes(wrong).unwrap_err().contains("100M"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn deadlines_have_suffixes_and_priorities_have_names() {
+        for (text, seconds) in [("90", 90), ("90s", 90), ("2m", 120), ("1h", 3600)] {
+            assert_eq!(duration(text), Ok(Duration::from_secs(seconds)), "{text}");
+        }
+        for wrong in ["", "0", "s", "-1", "+1", "1.5m", "1d", "2 m", "é", "4294967296"] {
+            assert!(duration(wrong).unwrap_err().contains("90s"), "{wrong}");
+        }
+        assert_eq!(priority("redis=-3"), Ok(("redis".to_owned(), -3)));
+        for wrong in ["redis", "=3", "redis=", "redis=high", "redis=3000000000"] {
+            assert!(priority(wrong).unwrap_err().contains("redis=10"), "{wrong}");
         }
     }
 

@@ -9,7 +9,7 @@ use podferry_common::Failure;
 use podferry_common::identity::IdentityFiles;
 use podferry_proto::v1::{Migration, Node, Phase, Workload};
 
-use super::{Authority, DrainReport, Issued};
+use super::{Authority, DrainReport, Hurried, Issued};
 use crate::words;
 
 fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
@@ -298,6 +298,9 @@ pub(super) fn drain(report: &DrainReport) -> String {
     }
     for workload in &report.lost {
         line(&mut text, &format!("{workload} was lost on its way: it runs nowhere"));
+    }
+    for Hurried { workload, strategy, why } in &report.hurried {
+        line(&mut text, &format!("{workload} was moved {strategy} for want of time: {why}"));
     }
     let DrainReport { node, left_behind, .. } = report;
     let moved = report.moved();
