@@ -162,18 +162,7 @@ impl Core {
         let views = self.look_for(workload, place.as_ref(), wanted).await;
         let location = locate(&views, workload, place.as_ref())?;
         let mut auto = self.auto(request, workload).await?;
-        let placed = self.target(&views, workload, &location, wanted, wishes);
-        let (target, report) = placed.or_else(|failure| {
-            let auto =
-                auto.as_mut().filter(|auto| auto.allow_restart && self.may_be_for_good(&views, &location, wanted));
-            let cold = Wishes { strategy: Strategy::Cold, ..wishes };
-            let placed = auto.and_then(|auto| {
-                let placed = self.target(&views, workload, &location, wanted, cold).ok()?;
-                auto.only_cold = Some(failure.message.clone());
-                Some(placed)
-            });
-            placed.ok_or(failure)
-        })?;
+        let (target, report) = self.placed(&views, workload, &location, wanted, wishes, auto.as_mut())?;
         let record = Record {
             id: MigrationId::new(),
             workload: workload.name.clone(),

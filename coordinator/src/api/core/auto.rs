@@ -6,7 +6,8 @@ use podferry_proto::v1;
 use super::{Core, internal};
 use crate::cluster::{Location, Node, NodeView, Workload};
 use crate::runner::blocking;
-use crate::strategy::{Asked, Auto, Past};
+use crate::store::Report;
+use crate::strategy::{Asked, Auto, Past, Strategy, Wishes};
 
 impl Core {
     /// What is allowed and known where the choice is left to this coordinator; none where it is not.
@@ -25,9 +26,31 @@ impl Core {
         Ok(Some(Auto { accept_loss, allow_restart, only_cold: None, past }))
     }
 
+    /// The target; where a restart is allowed and no node can take the workload without, one that can with it.
+    pub(super) fn placed<'a>(
+        &'a self,
+        views: &[NodeView],
+        workload: &Workload,
+        location: &Location<'_>,
+        wanted: Option<&'a Node>,
+        wishes: Wishes,
+        auto: Option<&mut Auto>,
+    ) -> Result<(&'a Node, Report), Failure> {
+        let failure = match self.target(views, workload, location, wanted, wishes) {
+            Ok(placed) => return Ok(placed),
+            Err(failure) => failure,
+        };
+        let auto = auto.filter(|auto| auto.allow_restart && self.may_be_for_good(views, location, wanted));
+        let Some(auto) = auto else { return Err(failure) };
+        let cold = Wishes { strategy: Strategy::Cold, ..wishes };
+        let Ok(placed) = self.target(views, workload, location, wanted, cold) else { return Err(failure) };
+        auto.only_cold = Some(failure.message);
+        Ok(placed)
+    }
+
     /// Whether it will do no good to ask later, when placement finds no target. A node that is only busy now will take the workload
     /// then, without a restart.
-    pub(super) fn may_be_for_good(&self, views: &[NodeView], location: &Location<'_>, wanted: Option<&Node>) -> bool {
+    fn may_be_for_good(&self, views: &[NodeView], location: &Location<'_>, wanted: Option<&Node>) -> bool {
         let load = self.runner.load();
         let others = views.iter().map(|view| &view.node.name).filter(|name| **name != location.view.node.name);
         let busy = |name| load.get(name).is_some_and(|count| *count >= self.runner.limit());
