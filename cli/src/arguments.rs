@@ -2,6 +2,7 @@
 
 use std::env;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{Args, Command, CommandFactory, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
@@ -94,16 +95,7 @@ pub(crate) enum Verb {
         id: String,
     },
     /// Move all workloads of a node elsewhere, one after the other
-    Drain {
-        /// The node
-        node: String,
-        /// How to move them
-        #[arg(long, value_enum, default_value_t = Strategy::Warm)]
-        strategy: Strategy,
-        /// With postcopy and hybrid, which need it: risk each workload until its last page is across
-        #[arg(long)]
-        accept_loss: bool,
-    },
+    Drain(Drain),
     /// Say what each node's CRIU and kernel can do; fails if a node is unfit
     Check,
     /// Make certificates, for clusters without an authority of their own
@@ -127,32 +119,58 @@ pub(crate) struct Migrate {
     #[arg(long, value_name = "NODE")]
     pub(crate) to: Option<String>,
     /// How to move it
-    #[arg(long, value_enum, default_value_t = Strategy::Warm)]
+    #[arg(long, value_enum, default_value_t = Strategy::Auto)]
     pub(crate) strategy: Strategy,
     /// Follow it to its end; the exit code is its outcome
     #[arg(long)]
     pub(crate) wait: bool,
-    /// With postcopy and hybrid, which need it: risk the workload until its last page is across
+    /// With postcopy and hybrid, which need it, and auto: risk the workload until its last page is across
     #[arg(long)]
     pub(crate) accept_loss: bool,
+    /// With auto: restart it when nothing else can move it; its memory is lost, its connections are closed
+    #[arg(long)]
+    pub(crate) allow_restart: bool,
     /// Never compress what is sent
     #[arg(long)]
     pub(crate) no_compression: bool,
-    /// With live and hybrid: the downtime to aim at, in milliseconds, at most 60000; the coordinator's default is 100
+    /// With auto, live and hybrid: the downtime to aim at, in milliseconds, at most 60000; the coordinator's default is 100
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(1..=60_000))]
     pub(crate) downtime_budget: Option<u32>,
     /// The most bytes per second to send, at least 64K; K, M and G are powers of 1024
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub(crate) bandwidth_limit: Option<u64>,
-    /// With live: before the commit, compare all memory that was copied while it ran; costs downtime for each GiB
+    /// With live, which auto chooses then: before the commit, compare all memory that was copied while it ran; costs downtime for each GiB
     #[arg(long)]
     pub(crate) verify: bool,
-    /// With live: if it writes memory faster than it is sent, give it less CPU time, step by step, instead of giving up
+    /// With live, hybrid and auto: if it writes memory faster than it is sent, give it less CPU time, step by step, instead of giving up
     #[arg(long)]
     pub(crate) throttle: bool,
-    /// With cold: how long it gets to end after its SIGTERM before it is killed, at most 3600; the coordinator's default is 30
+    /// With cold, and auto that may restart: how long it gets to end after its SIGTERM before it is killed, at most 3600; the coordinator's default is 30
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(0..=3600))]
     pub(crate) grace_period: Option<u32>,
+}
+
+/// Flags of `drain`.
+#[derive(Debug, Args)]
+pub(crate) struct Drain {
+    /// The node
+    pub(crate) node: String,
+    /// How to move them
+    #[arg(long, value_enum, default_value_t = Strategy::Auto)]
+    pub(crate) strategy: Strategy,
+    /// With postcopy and hybrid, which need it, and auto: risk each workload until its last page is across
+    #[arg(long)]
+    pub(crate) accept_loss: bool,
+    /// With auto: restart a workload that nothing else can move; its memory is lost, its connections are closed
+    #[arg(long)]
+    pub(crate) allow_restart: bool,
+    /// How long there is, as after a notice that the node will be taken away: what copying beforehand would make too late moves warm (with
+    /// --accept-loss post-copy), and nothing is begun after it; a number with s, m or h behind it
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) deadline: Option<Duration>,
+    /// Move this workload before those with a lower number, which is 0 for others; may be given again
+    #[arg(long, value_name = "WORKLOAD=NUMBER", value_parser = priority, allow_hyphen_values = true)]
+    pub(crate) priority: Vec<(String, i32)>,
 }
 
 /// A number of bytes, with a suffix or without.
@@ -166,6 +184,26 @@ fn bytes(text: &str) -> Result<u64, String> {
     let number = if digits.starts_with('+') { None } else { digits.parse::<u64>().ok() };
     let bytes = number.and_then(|number| number.checked_mul(1 << shift)).filter(|bytes| *bytes > 0);
     bytes.ok_or_else(|| "it is a whole number of bytes, with K, M, G or nothing behind it: 100M".to_owned())
+}
+
+/// A time of at least a second, in seconds or with a suffix.
+fn duration(text: &str) -> Result<Duration, String> {
+    let (digits, seconds) = match text.char_indices().next_back() {
+        Some((at, 's')) => (&text[..at], 1),
+        Some((at, 'm')) => (&text[..at], 60),
+        Some((at, 'h')) => (&text[..at], 3600),
+        _ => (text, 1),
+    };
+    let number = if digits.starts_with('+') { None } else { digits.parse::<u32>().ok() };
+    let duration = number.filter(|number| *number > 0).map(|number| Duration::from_secs(u64::from(number) * seconds));
+    duration.ok_or_else(|| "it is a whole number with s, m, h or nothing (seconds) behind it: 90s".to_owned())
+}
+
+/// A workload and its priority.
+fn priority(text: &str) -> Result<(String, i32), String> {
+    let parts = text.split_once('=').filter(|(name, _)| !name.is_empty());
+    let parsed = parts.and_then(|(name, number)| Some((name.to_owned(), number.parse().ok()?)));
+    parsed.ok_or_else(|| "it is a workload and a whole number: redis=10".to_owned())
 }
 
 /// What `certificates` does.
@@ -194,6 +232,8 @@ pub(crate) enum Certificates {
 /// How a workload is moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Strategy {
+    /// What preflight finds best; the migration says why
+    Auto,
     /// Stop it, start it anew on the target
     Cold,
     /// Freeze it, move its memory, let it go on
@@ -211,6 +251,7 @@ pub(crate) enum Strategy {
 impl From<Strategy> for v1::Strategy {
     fn from(strategy: Strategy) -> Self {
         match strategy {
+            Strategy::Auto => Self::Auto,
             Strategy::Cold => Self::Cold,
             Strategy::Warm => Self::Warm,
             Strategy::Live => Self::Live,
@@ -249,6 +290,20 @@ mod tests {
         }
         for wrong in ["", "0", "M", "-1", "+1", "1.5G", "1GiB", "1 G", "17179869184G", "é"] {
             assert!(bytes(wrong).unwrap_err().contains("100M"), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn deadlines_have_suffixes_and_priorities_have_names() {
+        for (text, seconds) in [("90", 90), ("90s", 90), ("2m", 120), ("1h", 3600)] {
+            assert_eq!(duration(text), Ok(Duration::from_secs(seconds)), "{text}");
+        }
+        for wrong in ["", "0", "s", "-1", "+1", "1.5m", "1d", "2 m", "é", "4294967296"] {
+            assert!(duration(wrong).unwrap_err().contains("90s"), "{wrong}");
+        }
+        assert_eq!(priority("redis=-3"), Ok(("redis".to_owned(), -3)));
+        for wrong in ["redis", "=3", "redis=", "redis=high", "redis=3000000000"] {
+            assert!(priority(wrong).unwrap_err().contains("redis=10"), "{wrong}");
         }
     }
 

@@ -20,7 +20,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<Exit, Failure> {
     match verb {
         Verb::Migrate(flags) => migrate::migrate(&global, flags).await,
         Verb::Watch { id } => migrate::watch(&global, &id).await,
-        Verb::Drain { node, strategy, accept_loss } => drain::drain(&global, &node, strategy, accept_loss).await,
+        Verb::Drain(flags) => drain::drain(&global, flags).await,
         Verb::Nodes => nodes(&global).await,
         Verb::Check => check(&global).await,
         Verb::Workloads { node } => workloads(&global, node).await,

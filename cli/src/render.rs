@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::arguments::Output;
 
-pub(crate) use json::{Authority, DrainReport, Issued, LeftBehind};
+pub(crate) use json::{Authority, DrainReport, Hurried, Issued, LeftBehind};
 
 /// Prints the nodes.
 pub(crate) fn nodes(output: Output, nodes: &[Node]) {
@@ -66,6 +66,13 @@ pub(crate) fn drain(output: Output, report: &DrainReport) {
     match output {
         Output::Table => print(&table::drain(report)),
         Output::Json => json(report),
+    }
+}
+
+/// Says on standard error, as progress is, that a workload is moved in another way than was asked for; the report has it as JSON.
+pub(crate) fn hurried(output: Output, hurried: &Hurried) {
+    if !output.is_json() {
+        eprintln!("{} moves {}: {}", hurried.workload, hurried.strategy, hurried.why);
     }
 }
 

@@ -166,7 +166,7 @@ async fn the_json_of_a_migration_is_fixed() {
     let seen = cluster.seen();
     assert_eq!(seen[0].peer, Peer::client("alice").unwrap());
     assert_eq!(seen[0].request.target, "n2");
-    assert_eq!(seen[0].request.strategy(), Strategy::Warm);
+    assert_eq!((seen[0].request.strategy(), seen[0].request.allow_restart), (Strategy::Auto, false));
 }
 
 #[tokio::test]
@@ -177,7 +177,8 @@ async fn keys_are_there_before_anything_is_known() {
     let closing = Migration { keeps_connections: false, notes: Vec::new(), ..succeeded() };
     cluster.script.lock().unwrap().migrations.insert(ID.into(), vec![closing]);
     let ran = cluster.run(&["describe", ID, "-o", "json"]).await.exits(0);
-    assert!(ran.out.contains("\"keeps_connections\":false,\"notes\":[],"), "{}", ran.out);
+    let end = "\"keeps_connections\":false,\"notes\":[],\"strategy_reason\":\"\",\"requested_by\":\"ada.client.podferry.internal\"}\n";
+    assert!(ran.out.ends_with(end), "{}", ran.out);
     let request = cluster.seen()[0].request.clone();
     assert_eq!((request.strategy(), request.target.as_str(), request.no_compression), (Strategy::Live, "", true));
 }
@@ -215,6 +216,27 @@ async fn a_live_migration_tells_its_rounds() {
     for wrong in [["--downtime-budget", "0"], ["--downtime-budget", "60001"], ["--bandwidth-limit", "fast"]] {
         cluster.run(&[&["migrate", "redis"][..], &wrong].concat()).await.exits(2);
     }
+}
+
+#[tokio::test]
+async fn what_was_chosen_is_told_with_its_reason_and_nothing_before() {
+    let undecided = Migration { strategy: Strategy::Unspecified.into(), ..begun() };
+    let reason = "live: 256.0 MiB of 256.0 MiB can be copied while it runs. Not cold: needs --allow-restart";
+    let end = Migration { strategy: Strategy::Live.into(), strategy_reason: reason.into(), ..succeeded() };
+    let cluster = Cluster::start(accepting(vec![undecided.clone(), end.clone()])).await;
+    let ran = cluster.run(&[&MOVE[..], &["--allow-restart"]].concat()).await.exits(0);
+    assert!(ran.out.ends_with(&format!("\nchosen       {reason}\n")), "{}", ran.out);
+    assert!(cluster.seen()[0].request.allow_restart);
+    let described = cluster.run(&["describe", ID]).await.exits(0).out;
+    assert!(described.contains(&format!("\nconnections  move along\nchosen       {reason}\n")), "{described}");
+    let described: serde_json::Value =
+        serde_json::from_str(&cluster.run(&["describe", ID, "-o", "json"]).await.exits(0).out).unwrap();
+    assert_eq!((&described["strategy"], &described["strategy_reason"]), (&"live".into(), &reason.into()));
+    cluster.script.lock().unwrap().migrations.insert(ID.into(), vec![undecided]);
+    let described: serde_json::Value =
+        serde_json::from_str(&cluster.run(&["describe", ID, "-o", "json"]).await.exits(0).out).unwrap();
+    assert_eq!(described["strategy"], "");
+    assert!(cluster.run(&["describe", ID]).await.exits(0).out.contains("\nstrategy     -\n"));
 }
 
 #[tokio::test]

@@ -49,6 +49,8 @@ pub(crate) fn record(workload: &str, source: &str, target: &str) -> Record {
         workload: workload.parse().unwrap(),
         container: workload.to_owned(),
         strategy: Strategy::Warm,
+        auto: None,
+        strategy_reason: String::new(),
         source: source.parse().unwrap(),
         source_address: "127.0.0.1:1".to_owned(),
         target: target.parse().unwrap(),

@@ -21,6 +21,8 @@ fn record(number: u64) -> Record {
         workload: format!("w{number}").parse().unwrap(),
         container: "c".repeat(64),
         strategy: Strategy::Warm,
+        auto: None,
+        strategy_reason: String::new(),
         source: "a".parse().unwrap(),
         source_address: "127.0.0.1:1".to_owned(),
         target: "b".parse().unwrap(),

@@ -20,6 +20,9 @@
 //!   Resume ────────────────────────────────────────────────────▶ link joined, address announced, runs: answers
 //! ```
 //!
+//! Both preflights are about one strategy, and never about `AUTO`: a coordinator that has to choose asks the source about warm, with
+//! `look_at_tracking`, and about cold where that is allowed, and the target about what it would choose, again when that is refused.
+//!
 //! # The order of a live migration
 //!
 //! Since version 2. It differs before the freeze and after the resume:

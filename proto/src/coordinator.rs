@@ -34,6 +34,10 @@
 //! `rounds` grows by each round of pre-copy as it ends; a coordinator that is started again in `PRECOPY` undoes the migration,
 //! and the rounds before that are forgotten.
 //!
+//! With the strategy `AUTO` the coordinator chooses one of the others in `PREFLIGHT`, by what both agents say. `strategy` is unspecified until then, and
+//! stays so when none can work; `strategy_reason` says why that one, and why not the others. A request without a strategy
+//! is one of a client that knows no `AUTO`, and moves warm.
+//!
 //! `Migrate` answers as soon as the migration is recorded; it is refused at once (nothing recorded) when the workload or
 //! node is unknown, target equals source, the strategy is not offered, the agent of either node is too old for what is asked,
 //! the downtime or the bandwidth make no sense, or the workload is part of another migration.

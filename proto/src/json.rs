@@ -40,6 +40,8 @@ pub struct Migration {
     pub keeps_connections: bool,
     /// What a person should know.
     pub notes: Vec<String>,
+    /// Auto: what was chosen and why, and why not the others; empty before, and when a strategy was asked for.
+    pub strategy_reason: String,
     /// Who asked for it, as the certificate names them; empty in the records of coordinators that did not note it.
     pub requested_by: String,
 }
@@ -108,6 +110,7 @@ impl From<&v1::Migration> for Migration {
             timings: Timings::from(&timings),
             keeps_connections: migration.keeps_connections,
             notes: migration.notes.clone(),
+            strategy_reason: migration.strategy_reason.clone(),
             requested_by: migration.requested_by.clone(),
         }
     }
@@ -149,8 +152,11 @@ fn micro(milliseconds: f64) -> f64 {
     (milliseconds * 1000.0).round() / 1000.0
 }
 
-/// The word for a migration's strategy: `warm`, `live`, …
+/// The word for a migration's strategy: `warm`, `live`, …; empty as long as it is still to be chosen.
 pub fn strategy(migration: &v1::Migration) -> String {
+    if migration.strategy == i32::from(v1::Strategy::Unspecified) {
+        return String::new();
+    }
     lower(v1::Strategy::try_from(migration.strategy).map_or("STRATEGY_UNKNOWN", |s| s.as_str_name()), "STRATEGY_")
 }
 

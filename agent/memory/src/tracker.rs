@@ -204,6 +204,17 @@ pub enum Preference {
     SoftDirty,
 }
 
+/// What follows writes on this kernel in the way that is wanted; `None` when it has nothing for that. No process is touched.
+pub fn of_kernel(preference: Preference) -> Option<&'static str> {
+    let userfaultfd = || UserfaultfdTracker::try_kernel().is_ok().then_some(userfaultfd::NAME);
+    let soft_dirty = || SoftDirtyTracker::try_kernel().unwrap_or(false).then_some(soft_dirty::NAME);
+    match preference {
+        Preference::Auto => userfaultfd().or_else(soft_dirty),
+        Preference::Userfaultfd => userfaultfd(),
+        Preference::SoftDirty => soft_dirty(),
+    }
+}
+
 /// Begins to follow a process in the best way that kernel and process allow.
 pub fn attach(process: Pid) -> Result<Box<dyn WriteTracker + Send>, NotFollowed> {
     attach_as(process, Preference::Auto)

@@ -24,6 +24,13 @@ impl Member {
         Init { pid: self.pid, start_time: self.start_time }.is_alive()
     }
 
+    /// Bytes of its memory that a migration would move; 0 when it has ended. What it shares with others counts for each of them.
+    pub fn memory_to_move(&self) -> u64 {
+        let Ok(status) = Process::new(self.pid).and_then(|process| process.status()) else { return 0 };
+        let parts = [status.rssanon, status.vmswap, status.rssshmem];
+        parts.into_iter().flatten().sum::<u64>() * 1024
+    }
+
     fn of_pid(pid: i32) -> Option<Self> {
         let process = Process::new(pid).ok()?;
         let stat = process.stat().ok().filter(|stat| !matches!(stat.state, 'Z' | 'X'))?;

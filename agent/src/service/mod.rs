@@ -6,6 +6,7 @@ mod describe;
 mod fetch;
 mod network;
 mod preflight;
+mod tracking;
 mod volumes;
 
 use std::pin::Pin;
@@ -318,7 +319,11 @@ impl AgentService for Agent {
         self.only_coordinator(&request)?;
         let request = request.into_inner();
         let cold = request.strategy() == v1::Strategy::Cold;
-        Ok(Response::new(preflight::source(&self.context, &request.workload, cold).await?))
+        let mut answer = preflight::source(&self.context, &request.workload, cold).await?;
+        if request.look_at_tracking && !cold {
+            answer.tracking = Some(preflight::tracking(&self.context, &request.workload).await?);
+        }
+        Ok(Response::new(answer))
     }
 
     async fn preflight_target(

@@ -11,7 +11,7 @@ use podferry_network::{ContainerLink, Netns, Unmoved};
 use podferry_proto::v1::{self, Finding, NetworkKind};
 use podferry_runtime::{Container, DeletedFile, NamespaceKind, Severity, Status, stop_signal};
 
-use super::{convert, describe, network, volumes};
+use super::{convert, describe, network, tracking, volumes};
 use crate::context::{Context, blocking};
 use crate::target::INTERFACE;
 use crate::target::bundle::Bundle;
@@ -161,7 +161,25 @@ pub(crate) async fn source(
         tcp_connections: u32::try_from(report.facts.tcp_connections).unwrap_or(u32::MAX),
         processes: u32::try_from(report.facts.processes).unwrap_or(u32::MAX),
         volumes,
+        tracking: None,
     })
+}
+
+/// Whose memory could be followed while the container runs.
+///
+/// # Errors
+/// When it is not there, or has ended.
+pub(crate) async fn tracking(context: &Context, workload: &str) -> Result<v1::Tracking, Failure> {
+    let container = container(context, workload).await?;
+    let context = context.clone();
+    blocking(move || {
+        let members = container.tree().map_err(|error| {
+            let what = "the container's processes cannot be looked at";
+            context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("preflight")
+        })?;
+        Ok(tracking::look(&members, context.config.tracker.into()))
+    })
+    .await
 }
 
 /// What is wrong with a container that does not run, and what to do.

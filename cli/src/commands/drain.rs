@@ -1,22 +1,29 @@
 //! `drain`: all workloads of a node, one after the other, each to the node that placement chooses.
 
-use std::collections::HashSet;
+mod plan;
+
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
 
 use podferry_common::{Failure, FailureCode};
-use podferry_proto::v1::{ListWorkloadsRequest, MigrateRequest, Migration, Phase, Workload};
+use podferry_proto::v1::{self, ListWorkloadsRequest, MigrateRequest, Migration, Phase, Workload};
 
 use super::migrate::to_the_end;
-use crate::arguments::{Global, Output, Strategy};
+use crate::arguments::{self, Global, Output, Strategy};
 use crate::coordinator::{Coordinator, answer, connect, present};
 use crate::exit::Exit;
 use crate::progress::Progress;
-use crate::render::{self, DrainReport, LeftBehind};
+use crate::render::{self, DrainReport, Hurried, LeftBehind};
 use crate::words;
 
-/// Moves what runs on `node` elsewhere. A workload that cannot be moved does not keep the others.
-pub(super) async fn drain(global: &Global, node: &str, strategy: Strategy, accept_loss: bool) -> Result<Exit, Failure> {
+/// Moves what runs on the node elsewhere. A workload that cannot be moved does not keep the others.
+pub(super) async fn drain(global: &Global, flags: arguments::Drain) -> Result<Exit, Failure> {
     let coordinator = connect(global).await?;
-    let mut drain = Drain { coordinator, strategy, accept_loss, output: global.output, report: DrainReport::of(node) };
+    let report = DrainReport::of(&flags.node);
+    let begun = Instant::now();
+    let priorities = flags.priority.iter().cloned().collect();
+    let pace = plan::Pace::default();
+    let mut drain = Drain { coordinator, flags, priorities, begun, pace, output: global.output, report };
     let mut there = drain.look().await?;
     let mut dealt_with = HashSet::new();
     while let Some(workload) = there.iter().find(|workload| !dealt_with.contains(&workload.name)).cloned() {
@@ -51,17 +58,26 @@ fn stays(workload: &Workload) -> bool {
 
 struct Drain {
     coordinator: Coordinator,
-    strategy: Strategy,
-    accept_loss: bool,
+    flags: arguments::Drain,
+    priorities: HashMap<String, i32>,
+    begun: Instant,
+    pace: plan::Pace,
     output: Output,
     report: DrainReport,
 }
 
 impl Drain {
-    /// What is on the node now, or on its way from or to it. A node that does not say so is an error.
+    /// What is on the node now, or on its way from or to it, in the order in which it is to leave. A node that does not say so is
+    /// an error.
     async fn look(&mut self) -> Result<Vec<Workload>, Failure> {
         let request = ListWorkloadsRequest { node: self.report.node.clone() };
-        Ok(answer(self.coordinator.list_workloads(request)).await?.workloads)
+        let there = answer(self.coordinator.list_workloads(request)).await?.workloads;
+        Ok(plan::order(there, &self.priorities))
+    }
+
+    /// How much time there is until the deadline; none without one.
+    fn left(&self) -> Option<Duration> {
+        self.flags.deadline.map(|deadline| deadline.saturating_sub(self.begun.elapsed()))
     }
 
     /// Moves one workload and reports what became of it. `None` when the user interrupts.
@@ -74,6 +90,7 @@ impl Drain {
                     render::outcome(self.output, &ended);
                 }
                 self.note_lost(&ended);
+                self.note_pace(&workload, &ended);
                 still_there(&ended, &self.report.node)
             }
             Err(failure) => Some(LeftBehind { workload: workload.name, error: failure, migrated: false }),
@@ -83,6 +100,14 @@ impl Drain {
             self.report.left_behind.push(left);
         }
         Some(())
+    }
+
+    /// What a migration of this node's took says what the next ones take.
+    fn note_pace(&mut self, workload: &Workload, ended: &Migration) {
+        let took = Duration::try_from_secs_f64(ended.total_ms / 1e3).unwrap_or_default();
+        if ended.phase() == Phase::Succeeded && workload.migration_id.is_empty() {
+            self.pace.saw(workload.memory_bytes, took);
+        }
     }
 
     /// A workload that was lost is on no node: it is not left behind either.
@@ -97,19 +122,44 @@ impl Drain {
 
     /// Moves one workload, or follows the migration that it is part of already. `None` when the user interrupts.
     async fn move_one(&mut self, workload: &Workload) -> Result<Option<Migration>, Failure> {
-        let id = if workload.migration_id.is_empty() {
-            self.begin(&workload.name).await?
-        } else {
-            workload.migration_id.clone()
-        };
+        let id =
+            if workload.migration_id.is_empty() { self.begin(workload).await? } else { workload.migration_id.clone() };
         to_the_end(&mut self.coordinator, &id, Progress::new()).await
     }
 
+    /// How it is moved, in the time that is left.
+    fn strategy_for(&mut self, workload: &Workload) -> Result<Strategy, Failure> {
+        let arguments::Drain { strategy, accept_loss, .. } = self.flags;
+        match plan::next(strategy, accept_loss, workload.memory_bytes, self.left(), self.pace) {
+            plan::Next::AsAsked => Ok(strategy),
+            plan::Next::Faster { strategy, why } => {
+                let word =
+                    v1::Strategy::from(strategy).as_str_name().trim_start_matches("STRATEGY_").to_ascii_lowercase();
+                let hurried = Hurried { workload: workload.name.clone(), strategy: word, why };
+                render::hurried(self.output, &hurried);
+                self.report.hurried.push(hurried);
+                Ok(strategy)
+            }
+            plan::Next::TooLate => {
+                let deadline = self.flags.deadline.unwrap_or_default().as_secs();
+                let message = format!("{} was not begun: the deadline of {deadline} s has passed", workload.name);
+                Err(Failure::new(FailureCode::DeadlineExceeded, message).remedy("move it by itself, if there is time"))
+            }
+        }
+    }
+
     /// Asks for a migration; returns the id of it, or of the one that somebody else was faster with.
-    async fn begin(&mut self, workload: &str) -> Result<String, Failure> {
-        let strategy = podferry_proto::v1::Strategy::from(self.strategy).into();
-        let (name, accept_loss) = (workload.to_owned(), self.accept_loss);
-        let request = MigrateRequest { workload: name, strategy, accept_loss, ..MigrateRequest::default() };
+    async fn begin(&mut self, workload: &Workload) -> Result<String, Failure> {
+        let strategy = self.strategy_for(workload)?;
+        let workload = workload.name.as_str();
+        let request = MigrateRequest {
+            workload: workload.to_owned(),
+            strategy: v1::Strategy::from(strategy).into(),
+            accept_loss: self.flags.accept_loss,
+            // What takes the place of auto for want of time restarts nobody.
+            allow_restart: self.flags.allow_restart && strategy == self.flags.strategy,
+            ..MigrateRequest::default()
+        };
         let refusal = match answer(self.coordinator.migrate(request)).await {
             Ok(begun) => return Ok(present(begun.migration)?.id),
             Err(failure) if failure.code != FailureCode::AlreadyExists => return Err(failure),

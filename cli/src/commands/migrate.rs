@@ -21,6 +21,7 @@ pub(super) async fn migrate(global: &Global, flags: Migrate) -> Result<Exit, Fai
         downtime_budget_ms: flags.downtime_budget.map_or(0.0, f64::from),
         bandwidth_limit: flags.bandwidth_limit.unwrap_or_default(),
         accept_loss: flags.accept_loss,
+        allow_restart: flags.allow_restart,
         verify: flags.verify,
         throttle: flags.throttle,
         grace_period_s: flags.grace_period,

@@ -20,6 +20,8 @@ pub(crate) struct DrainReport {
     pub(crate) lost: Vec<String>,
     /// The workloads that do not run, so that there is nothing to move.
     pub(crate) not_running: Vec<String>,
+    /// The workloads that were moved in another way than was asked for, because time was short.
+    pub(crate) hurried: Vec<Hurried>,
     /// Whether it cannot be said any more what is there; the error says why.
     #[serde(skip)]
     pub(crate) lost_sight: bool,
@@ -29,8 +31,8 @@ impl DrainReport {
     /// Nothing was done yet.
     pub(crate) fn of(node: &str) -> Self {
         let (migrations, left_behind) = (Vec::new(), Vec::new());
-        let (lost, not_running) = (Vec::new(), Vec::new());
-        Self { node: node.to_owned(), migrations, left_behind, lost, not_running, lost_sight: false }
+        let (lost, not_running, hurried) = (Vec::new(), Vec::new(), Vec::new());
+        Self { node: node.to_owned(), migrations, left_behind, lost, not_running, hurried, lost_sight: false }
     }
 
     /// How many workloads left the node.
@@ -43,6 +45,17 @@ impl DrainReport {
     pub(crate) fn is_complete(&self) -> bool {
         self.left_behind.is_empty() && self.lost.is_empty() && !self.lost_sight
     }
+}
+
+/// A workload that a drain moved in another way than was asked for.
+#[derive(Debug, Serialize)]
+pub(crate) struct Hurried {
+    /// The workload.
+    pub(crate) workload: String,
+    /// How it was moved.
+    pub(crate) strategy: String,
+    /// Why.
+    pub(crate) why: String,
 }
 
 /// A workload that a drain could not move.

@@ -9,7 +9,7 @@ use podferry_common::Failure;
 use podferry_common::identity::IdentityFiles;
 use podferry_proto::v1::{Migration, Node, Phase, Workload};
 
-use super::{Authority, DrainReport, Issued};
+use super::{Authority, DrainReport, Hurried, Issued};
 use crate::words;
 
 fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
@@ -160,7 +160,7 @@ pub(super) fn migrations(migrations: &[Migration]) -> String {
         vec![
             migration.id.clone(),
             migration.workload.clone(),
-            words::strategy(migration),
+            or_dash(&words::strategy(migration)),
             migration.source.clone(),
             or_dash(&migration.target),
             words::phase(migration),
@@ -190,6 +190,7 @@ pub(super) fn outcome(migration: &Migration) -> String {
             if !migration.keeps_connections {
                 line(&mut text, "its TCP connections were closed; clients have to connect again");
             }
+            chosen(&mut text, migration);
             text
         }
         Phase::Failed if words::is_lost(migration) => format!(
@@ -212,7 +213,7 @@ pub(super) fn migration(migration: &Migration) -> String {
     let facts = [
         ("id", migration.id.clone()),
         ("workload", migration.workload.clone()),
-        ("strategy", words::strategy(migration)),
+        ("strategy", or_dash(&words::strategy(migration))),
         ("source", migration.source.clone()),
         ("target", or_dash(&migration.target)),
         ("phase", phase),
@@ -226,6 +227,7 @@ pub(super) fn migration(migration: &Migration) -> String {
     for (name, value) in facts {
         line(&mut text, &format!("{name:<13}{value}"));
     }
+    chosen(&mut text, migration);
     timings(&mut text, migration);
     if !migration.rounds.is_empty() {
         line(&mut text, "\nrounds");
@@ -239,6 +241,13 @@ pub(super) fn migration(migration: &Migration) -> String {
         text.push_str(&failure(&problem));
     }
     text
+}
+
+/// Why it is moved in this way, when nobody asked for it.
+fn chosen(text: &mut String, migration: &Migration) {
+    if !migration.strategy_reason.is_empty() {
+        line(text, &format!("chosen       {}", migration.strategy_reason));
+    }
 }
 
 fn timings(text: &mut String, migration: &Migration) {
@@ -290,6 +299,9 @@ pub(super) fn drain(report: &DrainReport) -> String {
     }
     for workload in &report.lost {
         line(&mut text, &format!("{workload} was lost on its way: it runs nowhere"));
+    }
+    for Hurried { workload, strategy, why } in &report.hurried {
+        line(&mut text, &format!("{workload} was moved {strategy} for want of time: {why}"));
     }
     let DrainReport { node, left_behind, .. } = report;
     let moved = report.moved();

@@ -1,7 +1,7 @@
 //! `drain`: what it moves, what it only follows, and what it must not call done.
 
 use podferry_common::{Failure, FailureCode};
-use podferry_proto::v1::{Migration, Workload};
+use podferry_proto::v1::{Migration, Strategy, Workload};
 
 use super::support::{Answer, Cluster, Meanwhile, Script};
 use super::{begun, failed, lost, node, succeeded, workload};
@@ -42,6 +42,9 @@ async fn drain_moves_everything_one_after_the_other() {
     let asked: Vec<(String, String)> =
         cluster.seen().into_iter().map(|seen| (seen.request.workload, seen.request.target)).collect();
     assert_eq!(asked, [("redis", ""), ("cart", ""), ("catalogue", "")].map(|(w, t)| (w.to_owned(), t.to_owned())));
+
+    let first = &cluster.seen()[0].request;
+    assert_eq!((first.strategy(), first.allow_restart), (Strategy::Auto, false));
 
     let ran = cluster.run(&["drain", "n1", "--output", "json"]).await.exits(1);
     let report: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
@@ -207,4 +210,29 @@ async fn what_others_do_during_a_drain_is_seen() {
     cluster.script.lock().unwrap().workloads = vec![workload("shop", "n1")];
     let ran = cluster.run(&["drain", "n1"]).await.exits(1);
     assert!(ran.err.contains(&conflict.message), "{}", ran.err);
+}
+
+#[tokio::test]
+async fn a_deadline_makes_large_ones_faster_and_begins_nothing_behind_it() {
+    let sized = |name: &str, gib: u64| Workload { memory_bytes: gib << 30, ..workload(name, "n1") };
+    let mut script = script(vec![sized("huge", 3), sized("small", 1), sized("vital", 2), sized("last", 4)]);
+    // They begin after 0, 4, 8 and 12 s, or later on a machine that lets them wait.
+    script.pace = std::time::Duration::from_secs(4);
+    let cluster = Cluster::start(script).await;
+    let flags = ["drain", "n1", "--deadline", "11s", "--priority", "vital=5", "--priority", "small=1", "-o", "json"];
+    let ran = cluster.run(&flags).await.exits(1);
+    let report: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
+    assert_eq!(asked(&cluster), ["vital", "small", "huge"], "by priority, then by size");
+    // The first is expected to take most of a minute; by what was seen of it, the second not three seconds, and the third four.
+    let strategies: Vec<_> = cluster.seen().iter().map(|seen| seen.request.strategy()).collect();
+    assert_eq!(strategies, [Strategy::Warm, Strategy::Auto, Strategy::Warm]);
+    let hurried: Vec<_> = report["hurried"].as_array().unwrap().iter().map(|one| one["workload"].clone()).collect();
+    assert_eq!(hurried, ["vital", "huge"]);
+    let left = &report["left_behind"];
+    assert_eq!((left.as_array().unwrap().len(), &left[0]["workload"]), (1, &"last".into()), "{report:#}");
+    assert_eq!((&left[0]["error"]["code"], &left[0]["migrated"]), (&"DEADLINE_EXCEEDED".into(), &false.into()));
+    let message = left[0]["error"]["message"].as_str().unwrap();
+    assert_eq!(message, "last was not begun: the deadline of 11 s has passed");
+    cluster.run(&["drain", "n1", "--deadline", "soon"]).await.exits(2);
+    cluster.run(&["drain", "n1", "--priority", "vital"]).await.exits(2);
 }

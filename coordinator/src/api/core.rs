@@ -1,5 +1,7 @@
 //! The questions and their answers, whatever they come in by.
 
+mod auto;
+
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -16,7 +18,7 @@ use crate::migration::{Decision, State};
 use crate::placement::{Candidate, Choice, Demand, Facts, choose, judge};
 use crate::runner::{Deadlines, Runner, blocking};
 use crate::store::{Record, Report, Store, StoreError};
-use crate::strategy::{Strategy, Wishes};
+use crate::strategy::{Asked, Strategy, Wishes};
 
 /// Downtimes that can be aimed at, in milliseconds.
 const DOWNTIME_BUDGETS: RangeInclusive<f64> = 1.0..=60_000.0;
@@ -26,6 +28,16 @@ const LEAST_BANDWIDTH: u64 = 64 << 10;
 const GRACE_PERIOD_S: u32 = 30;
 /// The most of them.
 const LONGEST_GRACE_PERIOD_S: u32 = 3600;
+
+/// A workload that somebody wants to be moved, and what is seen of the nodes.
+struct Journey<'n, 'v> {
+    who: &'v Peer,
+    workload: &'v Workload,
+    location: &'v Location<'v>,
+    views: &'v [NodeView],
+    /// Where to; none when placement chooses.
+    target: Option<&'n Node>,
+}
 
 /// Everything the coordinator can be asked. Clones share it.
 #[derive(Clone)]
@@ -179,6 +191,7 @@ impl Core {
 
     async fn begin(&self, request: &v1::MigrateRequest, who: &Peer) -> Result<Record, Failure> {
         let wishes = wishes(request)?;
+        let grace_period_s = grace_period_s_of(request, wishes.strategy)?;
         let workload = self.known_workload(&request.workload)?;
         let wanted = if request.target.is_empty() { None } else { Some(self.known_node(&request.target)?) };
         let (busy, place) = self.recorded(workload).await?;
@@ -189,13 +202,17 @@ impl Core {
         }
         let views = self.look_for(workload, place.as_ref(), wanted).await;
         let location = locate(&views, workload, place.as_ref())?;
-        let (target, report) = self.target(&views, workload, &location, wanted, wishes, who).await?;
+        let mut auto = self.auto(request, workload).await?;
+        let journey = Journey { who, workload, location: &location, views: &views, target: wanted };
+        let (target, report) = self.placed(&journey, wishes, auto.as_mut()).await?;
         self.gate.narrow(who, &moving(workload, &location, target.name.as_str())).await?;
         let record = Record {
             id: MigrationId::new(),
             workload: workload.name.clone(),
             container: workload.container.clone(),
             strategy: wishes.strategy,
+            auto,
+            strategy_reason: String::new(),
             source: location.view.node.name.clone(),
             source_address: location.view.node.address.clone(),
             target: target.name.clone(),
@@ -205,7 +222,7 @@ impl Core {
             bandwidth_limit: request.bandwidth_limit,
             verify: request.verify,
             throttle: request.throttle,
-            grace_period_s: grace_period_s_of(request, wishes.strategy)?,
+            grace_period_s,
             requested_by: Some(who.clone()),
             created_at: Timestamp::now(),
             frozen_at: None,
@@ -223,15 +240,8 @@ impl Core {
     }
 
     /// The wanted target if it will do, or the best one, with a report that says why not the others.
-    async fn target<'a>(
-        &'a self,
-        views: &[NodeView],
-        workload: &Workload,
-        location: &Location<'_>,
-        wanted: Option<&'a Node>,
-        wishes: Wishes,
-        who: &Peer,
-    ) -> Result<(&'a Node, Report), Failure> {
+    async fn target<'n>(&'n self, journey: &Journey<'n, '_>, wishes: Wishes) -> Result<(&'n Node, Report), Failure> {
+        let Journey { who, workload, location, views, target } = *journey;
         let demand = demand(location, wishes)?;
         let load = self.runner.load();
         let candidate = |view: &NodeView| Candidate {
@@ -240,7 +250,7 @@ impl Core {
             migrations: load.get(&view.node.name).copied().unwrap_or_default(),
             migration_limit: self.runner.limit(),
         };
-        if let Some(wanted) = wanted {
+        if let Some(wanted) = target {
             let view = views.iter().find(|view| view.node.name == wanted.name);
             let view = view.ok_or_else(|| not_asked(wanted))?;
             judge_wanted(&demand, view, &candidate(view))?;
@@ -397,7 +407,8 @@ fn not_asked(node: &Node) -> Failure {
 
 /// What a request asks of the way a workload is moved, if that makes sense.
 fn wishes(request: &v1::MigrateRequest) -> Result<Wishes, Failure> {
-    let strategy = Strategy::requested(request.strategy)?;
+    let asked = Asked::of(request.strategy)?;
+    let strategy = asked.at_least();
     let refused = |message: String, remedy: &str| {
         Err(Failure::new(FailureCode::InvalidArgument, message).in_phase("preflight").remedy(remedy))
     };
@@ -408,6 +419,17 @@ fn wishes(request: &v1::MigrateRequest) -> Result<Wishes, Failure> {
         let (least, most) = (DOWNTIME_BUDGETS.start(), DOWNTIME_BUDGETS.end());
         let message = format!("{budget} ms is no downtime that can be aimed at: it is between {least} and {most} ms");
         return refused(message, "give another one, or none");
+    }
+    if limit > 0 && limit < LEAST_BANDWIDTH {
+        let message = format!("{limit} bytes per second are too little: the least limit is {LEAST_BANDWIDTH}");
+        return refused(message, "give a larger limit, or none");
+    }
+    if asked == Asked::Auto {
+        return Ok(Wishes { strategy, bandwidth_limit: limit });
+    }
+    if request.allow_restart && strategy != Strategy::Cold {
+        let message = format!("the strategy {strategy} does not restart the workload, whatever is allowed");
+        return refused(message, "use auto, or cold, or do not allow a restart");
     }
     if !no_budget && !strategy.copies_memory_beforehand() {
         let message = format!("the strategy {strategy} cannot aim at a downtime: {}", without_rounds(strategy));
@@ -443,10 +465,6 @@ fn wishes(request: &v1::MigrateRequest) -> Result<Wishes, Failure> {
         let message = format!("the strategy {strategy} cannot throttle a workload: {}", without_rounds(strategy));
         return refused(message, "use live, or do not throttle");
     }
-    if limit > 0 && limit < LEAST_BANDWIDTH {
-        let message = format!("{limit} bytes per second are too little: the least limit is {LEAST_BANDWIDTH}");
-        return refused(message, "give a larger limit, or none");
-    }
     Ok(Wishes { strategy, bandwidth_limit: limit })
 }
 
@@ -460,15 +478,21 @@ fn grace_period_s_of(request: &v1::MigrateRequest, strategy: Strategy) -> Result
     let refused = |message: String, remedy: &str| {
         Err(Failure::new(FailureCode::InvalidArgument, message).in_phase("preflight").remedy(remedy))
     };
+    let auto = Asked::of(request.strategy)? == Asked::Auto;
+    let may_stop = strategy == Strategy::Cold || (auto && request.allow_restart);
     match request.grace_period_s {
-        Some(_) if strategy != Strategy::Cold => {
+        Some(_) if auto && !may_stop => refused(
+            "no workload is stopped unless that is allowed".to_owned(),
+            "give no grace period, or --allow-restart",
+        ),
+        Some(_) if !may_stop => {
             refused(format!("the strategy {strategy} stops no workload"), "give no grace period, or use cold")
         }
         Some(asked) if asked > LONGEST_GRACE_PERIOD_S => refused(
             format!("{asked} s are no grace period: it is at most {LONGEST_GRACE_PERIOD_S} s"),
             "give a shorter one, or none",
         ),
-        None if strategy == Strategy::Cold => Ok(GRACE_PERIOD_S),
+        None if may_stop => Ok(GRACE_PERIOD_S),
         asked => Ok(asked.unwrap_or_default()),
     }
 }

@@ -13,18 +13,12 @@ use tokio::time::{Instant, timeout};
 use tonic::Status;
 
 use super::Deadlines;
+use super::choosing::Survey;
 use crate::cluster::{AgentClient, Agents, placed, speaks};
 use crate::migration::{Call, Side};
 use crate::store::Record;
-use crate::strategy::{Strategy, Wishes};
+use crate::strategy::{Auto, Choice, Strategy, Wishes, budget_ms};
 
-/// The downtime that a live migration aims at, in milliseconds, when nobody says one.
-const DOWNTIME_BUDGET_MS: f64 = 100.0;
-
-/// The downtime that is aimed at, in ms, where so much was asked for; 0 is nothing asked for.
-pub(super) fn budget_ms(asked: f64) -> f64 {
-    if asked > 0.0 { asked } else { DOWNTIME_BUDGET_MS }
-}
 /// What an agent says in its features that takes volumes.
 const VOLUMES_WORD: &str = "agent:volumes";
 /// Rounds of pre-copy at most: memory that has not become less by then does not.
@@ -53,8 +47,12 @@ pub(super) enum Answer {
     Done,
     /// The source can be dumped, and this is what it is.
     Source(Arc<v1::PreflightSourceResponse>),
+    /// What the source says for the choice of a strategy.
+    Surveyed(Arc<Survey>),
     /// The target can take it; what a person should know.
     Target(Vec<Finding>),
+    /// The target can take it in this way, and this is what the source is then.
+    Chosen { choice: Choice, facts: Arc<v1::PreflightSourceResponse>, findings: Vec<Finding> },
     /// Everything has been sent.
     Transferred(v1::Transferred),
     /// Held; milliseconds that the restore took.
@@ -69,6 +67,8 @@ pub(super) struct Job {
     pub(super) id: MigrationId,
     pub(super) container: String,
     pub(super) strategy: Strategy,
+    /// By what the strategy is still to be chosen; none when it stands.
+    pub(super) auto: Option<Auto>,
     pub(super) compress: bool,
     pub(super) downtime_budget_ms: f64,
     pub(super) bandwidth_limit: u64,
@@ -83,6 +83,7 @@ pub(super) struct Job {
     pub(super) node: NodeName,
     pub(super) address: String,
     pub(super) facts: Arc<v1::PreflightSourceResponse>,
+    pub(super) survey: Arc<Survey>,
     /// For an abort: why.
     pub(super) reason: String,
     pub(super) deadlines: Deadlines,
@@ -91,12 +92,7 @@ pub(super) struct Job {
 }
 
 impl Job {
-    pub(super) fn new(
-        call: Call,
-        record: &Record,
-        facts: &Arc<v1::PreflightSourceResponse>,
-        with: Surroundings,
-    ) -> Self {
+    pub(super) fn new(call: Call, record: &Record, with: Surroundings) -> Self {
         let (node, address) = match call.side() {
             Side::Source => (&record.source, &record.source_address),
             Side::Target => (&record.target, &record.target_address),
@@ -106,6 +102,7 @@ impl Job {
             id: record.id,
             container: record.container.clone(),
             strategy: record.strategy,
+            auto: record.auto.clone().filter(|_| record.chosen().is_none()),
             compress: record.compress,
             downtime_budget_ms: record.downtime_budget_ms,
             bandwidth_limit: record.bandwidth_limit,
@@ -118,7 +115,8 @@ impl Job {
             target_address: record.target_address.clone(),
             node: node.clone(),
             address: address.clone(),
-            facts: Arc::clone(facts),
+            facts: with.facts,
+            survey: with.survey,
             reason: record.state.failure().map(ToString::to_string).unwrap_or_default(),
             deadlines: with.deadlines,
             agents: with.agents,
@@ -160,8 +158,14 @@ impl Job {
     async fn perform(&self) -> Result<Option<Answer>, Failure> {
         let client = self.agents.client(&self.node, &self.address)?;
         match self.call {
-            Call::PreflightSource => self.preflight_source(client).await.map(Some),
-            Call::PreflightTarget => self.preflight_target(client).await.map(Some),
+            Call::PreflightSource => match &self.auto {
+                Some(auto) => self.survey_source(auto, client).await.map(Some),
+                None => self.preflight_source(client).await.map(Some),
+            },
+            Call::PreflightTarget => match &self.auto {
+                Some(auto) => self.choose(auto, client).await.map(Some),
+                None => self.preflight_target(client).await.map(Some),
+            },
             Call::Freeze => self.freeze(client).await.map(|()| None),
             Call::Release => self.release(client).await.map(Some),
             Call::Resume => self.resume(client).await.map(Some),
@@ -174,38 +178,56 @@ impl Job {
         placed(status, &self.node, &self.address, phase_word(self.call))
     }
 
-    async fn preflight_source(&self, mut client: AgentClient) -> Result<Answer, Failure> {
+    async fn preflight_source(&self, client: AgentClient) -> Result<Answer, Failure> {
         let node = self.agents.describe(&self.node, &self.address).await?;
         self.fit(&node)?;
-        let (migration_id, workload) = (self.id.to_string(), self.container.clone());
-        let strategy = v1::Strategy::from(self.strategy).into();
-        let request = v1::PreflightSourceRequest { migration_id, workload, strategy };
-        let answer = client.preflight_source(request).await.map_err(|status| self.placed(&status))?.into_inner();
-        match self.refusal(&answer.findings, "the workload cannot be taken from this node") {
-            Some(failure) => Err(failure),
-            None => Ok(Answer::Source(Arc::new(answer))),
-        }
+        Ok(Answer::Source(self.ask_source(client, self.strategy).await??))
     }
 
-    async fn preflight_target(&self, mut client: AgentClient) -> Result<Answer, Failure> {
+    async fn preflight_target(&self, client: AgentClient) -> Result<Answer, Failure> {
         let node = self.agents.describe(&self.node, &self.address).await?;
         self.fit(&node)?;
-        self.takes_volumes(&node)?;
+        self.takes_volumes(&node, &self.facts)?;
+        Ok(Answer::Target(self.ask_target(client, self.strategy, &self.facts).await??))
+    }
+
+    /// What the source says of a workload that moves in that way; the inner error is that it cannot be taken so.
+    pub(super) async fn ask_source(
+        &self,
+        mut client: AgentClient,
+        strategy: Strategy,
+    ) -> Result<Result<Arc<v1::PreflightSourceResponse>, Failure>, Failure> {
+        let request = v1::PreflightSourceRequest {
+            migration_id: self.id.to_string(),
+            workload: self.container.clone(),
+            strategy: v1::Strategy::from(strategy).into(),
+            look_at_tracking: self.auto.is_some(),
+        };
+        let answer = client.preflight_source(request).await.map_err(|status| self.placed(&status))?.into_inner();
+        let refusal = self.refusal(&answer.findings, "the workload cannot be taken from this node");
+        Ok(refusal.map_or_else(|| Ok(Arc::new(answer)), Err))
+    }
+
+    /// What the target says to such a workload in that way; the inner error is that it cannot take it so.
+    pub(super) async fn ask_target(
+        &self,
+        mut client: AgentClient,
+        strategy: Strategy,
+        facts: &v1::PreflightSourceResponse,
+    ) -> Result<Result<Vec<Finding>, Failure>, Failure> {
         let request = v1::PreflightTargetRequest {
             migration_id: self.id.to_string(),
             workload: self.container.clone(),
-            memory_bytes: self.facts.memory_bytes,
-            layer_bytes: self.facts.layer_bytes,
-            network: self.facts.network,
-            link: self.facts.link.clone(),
-            strategy: v1::Strategy::from(self.strategy).into(),
-            volumes: self.facts.volumes.clone(),
+            memory_bytes: facts.memory_bytes,
+            layer_bytes: facts.layer_bytes,
+            network: facts.network,
+            link: facts.link.clone(),
+            strategy: v1::Strategy::from(strategy).into(),
+            volumes: facts.volumes.clone(),
         };
         let answer = client.preflight_target(request).await.map_err(|status| self.placed(&status))?.into_inner();
-        match self.refusal(&answer.findings, "the workload cannot be restored on this node") {
-            Some(failure) => Err(failure),
-            None => Ok(Answer::Target(answer.findings)),
-        }
+        let refusal = self.refusal(&answer.findings, "the workload cannot be restored on this node");
+        Ok(refusal.map_or(Ok(answer.findings), Err))
     }
 
     /// Whether that node can do its part. It may be another one than the one that was looked at before this migration was
@@ -233,8 +255,12 @@ impl Job {
     }
 
     /// One that does not know them would restore the container without.
-    fn takes_volumes(&self, node: &v1::DescribeResponse) -> Result<(), Failure> {
-        let volumes = self.moving_volumes();
+    pub(super) fn takes_volumes(
+        &self,
+        node: &v1::DescribeResponse,
+        facts: &v1::PreflightSourceResponse,
+    ) -> Result<(), Failure> {
+        let volumes = moving_volumes(facts);
         if volumes.is_empty() || node.features.iter().any(|word| word == VOLUMES_WORD) {
             return Ok(());
         }
@@ -282,7 +308,7 @@ impl Job {
             bandwidth_limit: self.bandwidth_limit,
             post_copy: self.strategy.path().post_copy,
             stop: self.stop(),
-            volumes: self.moving_volumes(),
+            volumes: moving_volumes(&self.facts),
         };
         let mut events = client.freeze(request).await.map_err(|status| self.placed(&status))?.into_inner();
         let (mut rounds, mut complete) = (0, false);
@@ -390,14 +416,10 @@ impl Job {
             keep_connections: self.keeps_connections(),
             deadline_ms: self.part_deadline_ms(),
             cold: self.strategy == Strategy::Cold,
-            volumes: self.moving_volumes(),
+            volumes: moving_volumes(&self.facts),
         }
     }
 
-    /// Both sides are told the same, in the same order.
-    fn moving_volumes(&self) -> Vec<v1::Volume> {
-        self.facts.volumes.iter().filter(|volume| volume.shared_filesystem.is_empty()).cloned().collect()
-    }
 
     fn keeps_connections(&self) -> bool {
         keeps_connections(self.strategy, &self.facts)
@@ -406,6 +428,8 @@ impl Job {
 
 /// What a driver lends to its calls.
 pub(super) struct Surroundings {
+    pub(super) facts: Arc<v1::PreflightSourceResponse>,
+    pub(super) survey: Arc<Survey>,
     pub(super) deadlines: Deadlines,
     pub(super) agents: Agents,
     pub(super) inputs: mpsc::UnboundedSender<Input>,
@@ -414,6 +438,11 @@ pub(super) struct Surroundings {
 /// Connections live on where the address moves along, and those who have them.
 pub(super) fn keeps_connections(strategy: Strategy, facts: &v1::PreflightSourceResponse) -> bool {
     facts.network() == NetworkKind::Path && strategy != Strategy::Cold
+}
+
+/// Both sides are told the same, in the same order.
+fn moving_volumes(facts: &v1::PreflightSourceResponse) -> Vec<v1::Volume> {
+    facts.volumes.iter().filter(|volume| volume.shared_filesystem.is_empty()).cloned().collect()
 }
 
 /// A finding in one line.

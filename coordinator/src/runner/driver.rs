@@ -12,23 +12,31 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
 use super::calls::{Answer, Input, Job, Surroundings, describe, keeps_connections, phase_word};
+use super::choosing::Survey;
 use super::meter::Meter;
 use super::{Deadlines, Shared, blocking};
 use crate::audit::What;
 use crate::migration::{Call, Command, Durability, Event, Phase, State};
 use crate::store::{Record, StoreError, told};
-use crate::strategy::Strategy;
+use crate::strategy::{Choice, Strategy};
 
 /// The pause before the first repetition; doubled for each further one.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// The longest pause between repetitions.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
+/// What to do about rounds that do not converge, for somebody who left the choice to the coordinator.
+const DOES_NOT_CONVERGE: &str = "migrate when it is less busy, or give a larger --downtime-budget; or let it be slowed down (--throttle), or \
+                                 frozen for all of its memory (--strategy warm), or fetch what is left after the resume, which risks it \
+                                 (--accept-loss)";
+
 /// A migration's task.
 pub(super) struct Driver {
     shared: Arc<Shared>,
     record: Record,
     facts: Arc<PreflightSourceResponse>,
+    /// What the source said, while the strategy is still to be chosen.
+    survey: Arc<Survey>,
     meter: Meter,
     inputs: mpsc::UnboundedSender<Input>,
     queue: mpsc::UnboundedReceiver<Input>,
@@ -51,8 +59,8 @@ impl Driver {
         let meter = Meter::new(&record);
         let deadlines = shared.deadlines.with_grace(Duration::from_secs(record.grace_period_s.into()));
         let deadline = deadlines.of_phase(record.state.phase()).map(|limit| Instant::now() + limit);
-        let (facts, calls, attempts) = (Arc::default(), JoinSet::new(), HashMap::new());
-        Self { shared, record, facts, meter, inputs, queue, view, calls, attempts, deadlines, deadline }
+        let (facts, survey, calls, attempts) = (Arc::default(), Arc::default(), JoinSet::new(), HashMap::new());
+        Self { shared, record, facts, survey, meter, inputs, queue, view, calls, attempts, deadlines, deadline }
     }
 
     /// Runs until the migration is final or the coordinator stops.
@@ -123,44 +131,69 @@ impl Driver {
 
     /// The stream of a freeze that breaks before the freeze has begun broke in pre-copy.
     fn in_its_phase(&self, call: Call, failure: Failure) -> Failure {
-        if call == Call::Freeze && self.record.state == State::PreCopying {
-            return failure.in_phase(Phase::PreCopy.as_str());
+        if call != Call::Freeze || self.record.state != State::PreCopying {
+            return failure;
         }
-        failure
+        let failure = failure.in_phase(Phase::PreCopy.as_str());
+        let gave_up = failure.code == FailureCode::FailedPrecondition && failure.remedy.is_none();
+        if gave_up && self.record.auto.is_some() { failure.remedy(DOES_NOT_CONVERGE) } else { failure }
     }
 
     /// Takes down what an answer says beyond yes.
     fn note(&mut self, call: Call, answer: Answer, at: Instant) {
         let report = &mut self.record.report;
         match answer {
-            Answer::Source(facts) => {
-                report.keeps_connections = keeps_connections(self.record.strategy, &facts);
-                if facts.tcp_connections > 0 && self.record.strategy == Strategy::Cold {
-                    report.note(format!(
-                        "{} established TCP connections are closed: the workload is stopped, and started anew",
-                        facts.tcp_connections
-                    ));
-                } else if !report.keeps_connections && facts.tcp_connections > 0 {
-                    report.note(format!(
-                        "{} established TCP connections are closed: the container's address cannot move along, because \
-                         its network namespace is not one given by path",
-                        facts.tcp_connections
-                    ));
-                }
-                facts.findings.iter().for_each(|finding| report.note(describe(finding)));
-                let cold = self.record.strategy == Strategy::Cold;
-                let files =
-                    facts.volumes.iter().fold(facts.layer_bytes, |all, volume| all.saturating_add(volume.bytes));
-                report.progress.expected_bytes = if cold { files } else { facts.memory_bytes.saturating_add(files) };
-                self.facts = facts;
-            }
+            Answer::Source(facts) => self.note_source(facts),
+            Answer::Surveyed(survey) => self.survey = survey,
             Answer::Target(findings) => findings.iter().for_each(|finding| report.note(describe(finding))),
+            Answer::Chosen { choice, facts, findings } => {
+                self.note_choice(choice);
+                self.note_source(facts);
+                for finding in &findings {
+                    self.record.report.note(describe(finding));
+                }
+            }
             Answer::Transferred(sent) => Meter::transferred(&mut self.record, &sent),
             Answer::Restored(restore_ms) => report.timings.restore = told(restore_ms),
             Answer::Filled(filled) => Meter::filled(&mut self.record, filled),
             Answer::Done if call == Call::Resume => self.meter.resumed(&mut self.record, at),
             Answer::Done => {}
         }
+    }
+
+    /// Takes down how the workload is moved. It is written with the state that the target's answer leads to, before the first call of
+    /// that: whoever goes on with this record goes on with this choice.
+    fn note_choice(&mut self, choice: Choice) {
+        // A choice that comes late must not change the path of what has been decided.
+        if !matches!(self.record.state, State::Preflight { .. }) {
+            return;
+        }
+        tracing::info!(migration = %self.record.id, strategy = %choice.strategy, reason = choice.reason, "strategy chosen");
+        self.record.choose(choice.strategy, choice.reason);
+        let grace = Duration::from_secs(self.record.grace_period_s.into());
+        self.deadlines = self.shared.deadlines.with_grace(grace);
+    }
+
+    fn note_source(&mut self, facts: Arc<PreflightSourceResponse>) {
+        let report = &mut self.record.report;
+        report.keeps_connections = keeps_connections(self.record.strategy, &facts);
+        if facts.tcp_connections > 0 && self.record.strategy == Strategy::Cold {
+            report.note(format!(
+                "{} established TCP connections are closed: the workload is stopped, and started anew",
+                facts.tcp_connections
+            ));
+        } else if !report.keeps_connections && facts.tcp_connections > 0 {
+            report.note(format!(
+                "{} established TCP connections are closed: the container's address cannot move along, because its network \
+                 namespace is not one given by path",
+                facts.tcp_connections
+            ));
+        }
+        facts.findings.iter().for_each(|finding| report.note(describe(finding)));
+        let cold = self.record.strategy == Strategy::Cold;
+        let files = facts.volumes.iter().fold(facts.layer_bytes, |all, volume| all.saturating_add(volume.bytes));
+        report.progress.expected_bytes = if cold { files } else { facts.memory_bytes.saturating_add(files) };
+        self.facts = facts;
     }
 
     /// Shows what keeps a committed migration from its end, without a write: the next attempt says it again.
@@ -257,11 +290,13 @@ impl Driver {
                 Command::Retry(call) => (call, self.pause(call)),
             };
             let with = Surroundings {
+                facts: Arc::clone(&self.facts),
+                survey: Arc::clone(&self.survey),
                 deadlines: self.deadlines,
                 agents: self.shared.agents.clone(),
                 inputs: self.inputs.clone(),
             };
-            self.calls.spawn(Job::new(call, &self.record, &self.facts, with).run(pause));
+            self.calls.spawn(Job::new(call, &self.record, with).run(pause));
         }
     }
 

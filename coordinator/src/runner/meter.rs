@@ -6,10 +6,9 @@ use jiff::Timestamp;
 use podferry_proto::v1;
 use tokio::time::Instant;
 
-use super::calls::budget_ms;
 use crate::migration::Phase;
 use crate::store::{Record, Round, told};
-use crate::strategy::Strategy;
+use crate::strategy::{Strategy, budget_ms};
 
 /// Times one migration.
 pub(super) struct Meter {

@@ -4,6 +4,7 @@
 //! whether a failed write is on disk is not known, and only a fresh look at the disk says it.
 
 mod calls;
+mod choosing;
 mod committed;
 mod deadlines;
 mod driver;
@@ -132,7 +133,7 @@ impl Runner {
         let peer = record.requested_by.as_ref().map(ToString::to_string);
         tracing::info!(
             peer, migration = %record.id, workload = %record.workload, source = %record.source, target = %record.target,
-            strategy = %record.strategy, "migration accepted"
+            strategy = record.chosen().map_or("auto", |strategy| strategy.as_str()), "migration accepted"
         );
         // It is recorded, and goes on in any case. The log has said it if this cannot be written.
         let _goes_on = self.shared.audit.accepted(&record).await;

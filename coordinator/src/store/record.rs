@@ -7,11 +7,13 @@ use podferry_proto::v1;
 use serde::{Deserialize, Serialize};
 
 use crate::migration::{Decision, Phase, State};
-use crate::strategy::Strategy;
+use crate::strategy::{Auto, Strategy};
 
 /// Notes of one migration that are kept, and the longest of them in bytes.
 const MAX_NOTES: usize = 16;
 const MAX_NOTE_BYTES: usize = 512;
+/// The longest reason of a strategy that is kept, in bytes.
+const MAX_REASON_BYTES: usize = 4096;
 
 /// How much of its texts a migration shows.
 #[derive(Clone, Copy)]
@@ -26,7 +28,7 @@ struct Texts {
     notes: usize,
     /// The last so many rounds.
     rounds: usize,
-    /// Bytes of each note.
+    /// Bytes of each note, and of the reason of a strategy.
     note: usize,
 }
 
@@ -52,8 +54,14 @@ pub struct Record {
     pub workload: WorkloadName,
     /// runc's id of the workload's container, which is what agents know it by.
     pub container: String,
-    /// How it is moved.
+    /// How it is moved. As long as that is still to be chosen, what every strategy but cold needs at least: see [`Record::chosen`].
     pub strategy: Strategy,
+    /// When the choice was left to the coordinator: by what it is made.
+    #[serde(default)]
+    pub auto: Option<Auto>,
+    /// When the choice was left to the coordinator: what was chosen, and why; empty before.
+    #[serde(default)]
+    pub strategy_reason: String,
     /// Where it ran at the start.
     pub source: NodeName,
     /// `host:port` of the source's agent, so that a migration can go on when the inventory has changed.
@@ -182,6 +190,22 @@ impl Record {
         if self.state.decision() == Decision::Commit { &self.target } else { &self.source }
     }
 
+    /// How it is moved; none as long as that is still to be chosen.
+    pub fn chosen(&self) -> Option<Strategy> {
+        (self.auto.is_none() || !self.strategy_reason.is_empty()).then_some(self.strategy)
+    }
+
+    /// Takes down what was chosen. What only other strategies do is not asked of it.
+    pub fn choose(&mut self, strategy: Strategy, reason: String) {
+        (self.strategy, self.strategy_reason) = (strategy, cut(reason, MAX_REASON_BYTES));
+        if !strategy.copies_memory_beforehand() {
+            (self.verify, self.throttle) = (false, false);
+        }
+        if strategy != Strategy::Cold {
+            self.grace_period_s = 0;
+        }
+    }
+
     /// As the API shows it.
     pub fn to_wire(&self) -> v1::Migration {
         self.shown(Texts::WHOLE)
@@ -197,7 +221,7 @@ impl Record {
         v1::Migration {
             id: self.id.to_string(),
             workload: self.workload.to_string(),
-            strategy: v1::Strategy::from(self.strategy).into(),
+            strategy: self.chosen().map_or(v1::Strategy::Unspecified, v1::Strategy::from).into(),
             source: self.source.to_string(),
             target: self.target.to_string(),
             phase: v1::Phase::from(self.state.phase()).into(),
@@ -221,6 +245,7 @@ impl Record {
             notes: self.notes(texts),
             decision: v1::Decision::from(self.state.decision()).into(),
             requested_by: self.requested_by.as_ref().map(Peer::dns_name).unwrap_or_default(),
+            strategy_reason: cut(self.strategy_reason.clone(), texts.note),
         }
     }
 
@@ -394,15 +419,45 @@ mod tests {
             {"pages": 1, "raw_bytes": 4096, "wire_bytes": 100, "duration_ms": 2.0, "dirty_rate": 0.0}
         ]);
         let fields = old.as_object_mut().unwrap();
-        for new in ["downtime_budget_ms", "bandwidth_limit", "verify", "throttle", "grace_period_s", "requested_by"] {
+        for new in [
+            "downtime_budget_ms",
+            "bandwidth_limit",
+            "verify",
+            "throttle",
+            "grace_period_s",
+            "requested_by",
+            "auto",
+            "strategy_reason",
+        ] {
             fields.remove(new).unwrap();
         }
         for state in ["releasing", "resuming", "completed", "preparing"] {
             old["state"] = state.into();
             let read: Record = serde_json::from_value(old.clone()).unwrap();
             assert_eq!((read.strategy, read.bandwidth_limit, read.verify), (Strategy::Warm, 0, false));
+            assert_eq!(read.chosen(), Some(Strategy::Warm));
             assert_eq!(read.report.rounds[0].raw_bytes, 4096);
         }
+    }
+
+    #[test]
+    fn what_is_not_chosen_yet_is_not_told_and_what_is_asks_for_nothing_that_it_cannot_do() {
+        let mut record = testing::record("cart", "a", "b");
+        record.auto = Some(Auto { allow_restart: true, ..Auto::default() });
+        (record.verify, record.throttle, record.grace_period_s) = (true, true, 30);
+        assert_eq!((record.chosen(), record.to_wire().strategy()), (None, v1::Strategy::Unspecified));
+        let mut live = record.clone();
+        live.choose(Strategy::Live, "live: it is large".to_owned());
+        assert_eq!((live.verify, live.throttle, live.grace_period_s), (true, true, 0));
+        assert_eq!(
+            (live.to_wire().strategy(), live.to_wire().strategy_reason),
+            (v1::Strategy::Live, "live: it is large".into())
+        );
+        record.choose(Strategy::Cold, "é".repeat(MAX_REASON_BYTES));
+        assert_eq!((record.verify, record.throttle, record.grace_period_s), (false, false, 30));
+        assert!(
+            record.strategy_reason.len() <= MAX_REASON_BYTES && record.to_list_entry().strategy_reason.len() <= 160
+        );
     }
 
     #[test]

@@ -3,6 +3,9 @@
 //! Every strategy is a path through the same phases, and all paths share the machine of [`crate::migration`] from the
 //! freeze on. What is not offered yet is refused by name here, before anything is recorded.
 
+mod choice;
+mod past;
+
 use std::fmt;
 
 use podferry_common::{Failure, FailureCode};
@@ -11,8 +14,41 @@ use serde::{Deserialize, Serialize};
 
 use crate::migration::{Path, Phase};
 
+pub use choice::{Choice, End, Goals, Obstacle, View, choose};
+pub use past::Past;
+
+/// The downtime that is aimed at, in milliseconds, when nobody says one.
+const DOWNTIME_BUDGET_MS: f64 = 100.0;
+
+/// The downtime that is aimed at, in milliseconds, where so much was asked for; 0 is nothing asked for.
+pub fn budget_ms(asked: f64) -> f64 {
+    if asked > 0.0 { asked } else { DOWNTIME_BUDGET_MS }
+}
+
+/// What a request says of how a workload is moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// So and not otherwise.
+    This(Strategy),
+    /// As preflight finds best.
+    Auto,
+}
+
+/// What a request that leaves the choice to the coordinator allows, and what was known before preflight. Kept with the migration.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Auto {
+    /// Post-copy and hybrid may be taken, with their risk.
+    pub accept_loss: bool,
+    /// Cold may be taken when nothing else can work.
+    pub allow_restart: bool,
+    /// Why placement found a target for cold alone; none when it found one for the others.
+    pub only_cold: Option<String>,
+    /// How the last migration of this workload went that copied memory beforehand.
+    pub past: Option<Past>,
+}
+
 /// The ways to move a workload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Strategy {
     /// Stop, copy, start.
@@ -147,27 +183,38 @@ impl Strategy {
         };
         node.features.iter().any(|feature| feature == word)
     }
+}
 
-    /// The strategy a request asks for, if this coordinator offers it. Unspecified means warm.
-    pub fn requested(wire: i32) -> Result<Self, Failure> {
+impl Asked {
+    /// What a request asks for, if this coordinator offers it. Unspecified means warm.
+    pub fn of(wire: i32) -> Result<Self, Failure> {
         let unknown = || {
             Failure::new(FailureCode::InvalidArgument, format!("there is no strategy number {wire}"))
                 .remedy("use a client of the coordinator's version")
         };
         let strategy = match v1::Strategy::try_from(wire).map_err(|_| unknown())? {
-            v1::Strategy::Unspecified | v1::Strategy::Warm => Self::Warm,
-            v1::Strategy::Cold => Self::Cold,
-            v1::Strategy::Live => Self::Live,
-            v1::Strategy::Postcopy => Self::Postcopy,
-            v1::Strategy::Hybrid => Self::Hybrid,
-            v1::Strategy::Application => Self::Application,
+            v1::Strategy::Auto => return Ok(Self::Auto),
+            v1::Strategy::Unspecified | v1::Strategy::Warm => Strategy::Warm,
+            v1::Strategy::Cold => Strategy::Cold,
+            v1::Strategy::Live => Strategy::Live,
+            v1::Strategy::Postcopy => Strategy::Postcopy,
+            v1::Strategy::Hybrid => Strategy::Hybrid,
+            v1::Strategy::Application => Strategy::Application,
         };
         if strategy.phases().is_some() {
-            return Ok(strategy);
+            return Ok(Self::This(strategy));
         }
         let message = format!("the strategy {strategy} is not available yet");
         Err(Failure::new(FailureCode::Unimplemented, message)
-            .remedy("use cold, warm or live, or postcopy or hybrid with their risk"))
+            .remedy("use auto, cold, warm or live, or postcopy or hybrid with their risk"))
+    }
+
+    /// What has to be possible at least for a migration to be recorded. Every strategy but cold needs all that warm needs.
+    pub fn at_least(self) -> Strategy {
+        match self {
+            Self::This(strategy) => strategy,
+            Self::Auto => Strategy::Warm,
+        }
     }
 }
 
@@ -218,19 +265,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn warm_is_the_default_and_what_is_not_offered_is_named() {
-        assert_eq!(Strategy::requested(v1::Strategy::Unspecified.into()), Ok(Strategy::Warm));
+    fn clients_that_know_no_auto_get_warm_and_what_is_not_offered_is_named() {
+        assert_eq!(Asked::of(v1::Strategy::Unspecified.into()), Ok(Asked::This(Strategy::Warm)));
+        assert_eq!(Asked::of(v1::Strategy::Auto.into()), Ok(Asked::Auto));
         for strategy in Strategy::ALL {
-            let answer = Strategy::requested(v1::Strategy::from(strategy).into());
+            let answer = Asked::of(v1::Strategy::from(strategy).into());
             if strategy != Strategy::Application {
-                assert_eq!(answer, Ok(strategy));
+                assert_eq!(answer, Ok(Asked::This(strategy)));
                 continue;
             }
             let failure = answer.unwrap_err();
             assert_eq!(failure.code, FailureCode::Unimplemented);
             assert_eq!(failure.message, format!("the strategy {strategy} is not available yet"));
         }
-        assert_eq!(Strategy::requested(99).unwrap_err().code, FailureCode::InvalidArgument);
+        assert_eq!(Asked::of(99).unwrap_err().code, FailureCode::InvalidArgument);
     }
 
     #[test]

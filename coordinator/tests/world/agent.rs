@@ -66,6 +66,12 @@ impl Agent {
         Some(fault)
     }
 
+    /// Takes down which strategy a preflight is about. An agent is never left to choose.
+    fn take_strategy(&self, strategy: Strategy) {
+        assert!(!matches!(strategy, Strategy::Unspecified | Strategy::Auto), "{strategy:?}");
+        self.shared.lock().asked.push((self.node.clone(), strategy));
+    }
+
     /// Changes the world, under its lock and its rule.
     fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
         let mut state = self.shared.lock();
@@ -226,7 +232,9 @@ impl AgentService for Agent {
         &self,
         request: Request<PreflightSourceRequest>,
     ) -> Result<Response<PreflightSourceResponse>, Status> {
+        self.take_strategy(request.get_ref().strategy());
         let after = self.enter("PreflightSource").await?;
+        let tracking = self.shared.lock().tracking.clone().filter(|_| request.get_ref().look_at_tracking);
         let (network, volumes) = {
             let state = self.shared.lock();
             let node = &state.nodes[&self.node];
@@ -243,6 +251,7 @@ impl AgentService for Agent {
             tcp_connections: 3,
             processes: 2,
             volumes,
+            tracking,
             ..PreflightSourceResponse::default()
         })
     }
@@ -252,7 +261,7 @@ impl AgentService for Agent {
         request: Request<PreflightTargetRequest>,
     ) -> Result<Response<PreflightTargetResponse>, Status> {
         assert_eq!(request.get_ref().memory_bytes, MEMORY, "the target is asked about what the source said");
-        assert_ne!(request.get_ref().strategy(), Strategy::Unspecified, "and about this strategy");
+        self.take_strategy(request.get_ref().strategy());
         let after = self.enter("PreflightTarget").await?;
         self.shared.lock().asked_targets.push(request.into_inner());
         let findings = after.findings();

@@ -93,6 +93,10 @@ pub(crate) struct State {
     pub(crate) no_word_of_convergence: bool,
     /// Sources do not know that memory can be compared.
     pub(crate) no_verification: bool,
+    /// What sources say of whose memory can be followed, to those who ask.
+    pub(crate) tracking: Option<v1::Tracking>,
+    /// The strategies that preflights were about, by node.
+    pub(crate) asked: Vec<(String, v1::Strategy)>,
     pub(crate) violations: Vec<String>,
 }
 

@@ -30,7 +30,8 @@ fn stage() -> Stage {
 
 /// Migrates, which has to end with this code; the words of the error.
 fn fails(stage: &Stage, words: &[&str], code: i32) -> String {
-    let output = stage.podferry(&[&["migrate", NAME, "--wait", "--output", "json"], words].concat());
+    let output =
+        stage.podferry(&[&["migrate", NAME, "--strategy", "warm", "--wait", "--output", "json"], words].concat());
     assert_eq!(output.status.code(), Some(code), "{}{}", output.stdout, output.stderr);
     let error = output.stderr.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok()).next_back();
     error.unwrap_or_else(|| panic!("no error in JSON: {}", output.stderr))["error"].to_string()

@@ -4,12 +4,13 @@
 mod support;
 
 use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
 
-use podferry_local::{Node, Signal};
+use podferry_local::{FIRST_CONTAINER_ADDRESS, Node, Signal, Workload};
 use serde_json::Value;
 use support::counter::{Counter, digest};
 use support::noise::Noise;
-use support::{NODES, Stage, churn, redis_address};
+use support::{NODES, Stage, churn, image, redis_address};
 
 /// As `--strategy live`; a budget that two shared cores keep.
 const LIVE: [&str; 4] = ["--strategy", "live", "--downtime-budget", "1000"];
@@ -159,6 +160,37 @@ fn memory_that_is_written_faster_than_it_is_sent_is_refused_before_the_freeze() 
     stage.migrate_with("redis", NODES[1], &LIVE);
     let (_, longest) = counter.stop();
     println!("the longest increment took {} ms", longest.as_millis());
+}
+
+/// Nobody says how: the default.
+#[test]
+fn auto_moves_redis_live_and_what_cannot_be_followed_warm_and_says_why() {
+    let stage = Stage::up(&["redis", "direct"]);
+    let counter = Counter::on_redis(&stage, 20000);
+    let address = Ipv4Addr::from_bits(FIRST_CONTAINER_ADDRESS.to_bits() + 1);
+    let program = "/usr/bin/podferry-hard-load";
+    let words = [program, "--mib", "32", "--direct", program];
+    let rootfs = image(stage.folder.path(), "load", "podferry-hard-load", &[]);
+    stage.start(&Workload::new("direct", rootfs, words, address));
+    let mut line = stage.connect(SocketAddr::new(address.into(), 7000));
+    let first_digest = counter.between(digest);
+
+    let live = stage.migrate_with("redis", NODES[1], &[]);
+    let reason = live["strategy_reason"].as_str().unwrap();
+    println!("{reason}");
+    assert!(live["strategy"] == "live" && pages(&live).len() >= 2, "{live:#}");
+    assert!(reason.starts_with("live: ") && reason.contains("followed by userfaultfd"), "{reason}");
+    assert_eq!(counter.between(digest), first_digest);
+    counter.stop();
+
+    let warm = stage.migrate_with("direct", NODES[1], &[]);
+    let reason = warm["strategy_reason"].as_str().unwrap();
+    println!("{reason}");
+    assert!(warm["strategy"] == "warm" && pages(&warm).len() == 1, "{warm:#}");
+    assert!(reason.starts_with("warm: ") && reason.contains("O_DIRECT"), "{reason}");
+    assert_eq!(line.ask("check-all"), "ok");
+    let described = stage.cluster.podferry(["describe", warm["id"].as_str().unwrap()]).unwrap().stdout;
+    assert!(described.contains(&format!("\nchosen       {reason}\n")), "{described}");
 }
 
 /// What is written in a second to so much memory is not sent in one on a busy machine.

@@ -73,7 +73,7 @@ fn connections_to_a_nodes_own_address_are_closed_when_its_container_moves() {
 /// Cancels a migration while the tasks are frozen and their memory is on its way.
 fn undo_in_the_middle(stage: &Stage) {
     stage.cluster.fabric().shell(SLOW).unwrap();
-    let words = ["migrate", NAME, "--to", NODES[1], "--no-compression", "--output", "json"];
+    let words = ["migrate", NAME, "--to", NODES[1], "--strategy", "warm", "--no-compression", "--output", "json"];
     let begun: Value = serde_json::from_str(&stage.cluster.podferry(words).unwrap().success().unwrap()).unwrap();
     let id = begun["id"].as_str().unwrap();
     let phase = |wanted: &'static str| {

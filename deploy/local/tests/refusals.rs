@@ -50,7 +50,8 @@ fn assert_refused(output: &Output, code: i32, words: &[&str]) {
 }
 
 fn migrate(cluster: &LocalCluster, workload: &str, target: &str) -> Output {
-    cluster.podferry(["migrate", workload, "--to", target, "--wait", "--output", "json"]).unwrap()
+    let words = ["migrate", workload, "--to", target, "--strategy", "warm", "--wait", "--output", "json"];
+    cluster.podferry(words).unwrap()
 }
 
 /// The source runs on with its connection, and nothing was left anywhere.

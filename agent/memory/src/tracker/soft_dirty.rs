@@ -13,6 +13,9 @@ use crate::range::{PageRange, PageRanges};
 use crate::sys::memory;
 use crate::sys::pagemap::{Query, category};
 
+/// The tracker's name.
+pub(super) const NAME: &str = "soft-dirty marks";
+
 /// Follows a process's writes by the soft-dirty marks of its pages, on kernels and processes for which there is no
 /// [`super::UserfaultfdTracker`].
 ///
@@ -58,7 +61,7 @@ impl SoftDirtyTracker {
         let pagemap = Pagemap::of(process).map_err(TrackError::of_file(process, "pagemap"))?;
         let scanned = pagemap.knows(category::SOFT_DIRTY).then(|| pagemap.empty_categories());
         fs::write(format!("/proc/{process}/clear_refs"), "4").map_err(TrackError::of_file(process, "clear_refs"))?;
-        let choice = Choice { tracker: "soft-dirty marks", reason };
+        let choice = Choice { tracker: NAME, reason };
         Ok(Self { choice, process: alone, pagemap, owed: PageRanges::new(), told: PageRanges::new(), scanned })
     }
 

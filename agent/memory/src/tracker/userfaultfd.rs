@@ -16,6 +16,9 @@ use crate::range::{PageRange, PageRanges};
 use crate::sys::pagemap::{Query, category};
 use crate::sys::userfaultfd::{self, feature};
 
+/// The tracker's name.
+pub(super) const NAME: &str = "userfaultfd";
+
 /// Follows a process's writes by write protection that the kernel lifts by itself (userfaultfd, `UFFD_FEATURE_WP_ASYNC`).
 ///
 /// The first write to a page after a round costs the process about 1 µs; nothing else of it is slower. What is not
@@ -71,7 +74,7 @@ impl UserfaultfdTracker {
         let userfaultfd = Arc::new(userfaultfd);
         let moves = Moves::of(Arc::clone(&userfaultfd)).map_err(|source| TrackError::Moves { process, source })?;
         let reason = "the kernel marks written pages by itself, without the process standing still".to_owned();
-        let choice = Choice { tracker: "userfaultfd", reason };
+        let choice = Choice { tracker: NAME, reason };
         let (refused, owed) = (Vec::new(), PageRanges::new());
         let mut tracker = Self { process, choice, moves, userfaultfd, pagemap, refused, owed, empty };
         // Now, so that whoever cannot be followed is known before anything of it is copied.

@@ -53,6 +53,8 @@ impl From<Vec<v1::Workload>> for Workloads {
 #[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub(super) enum Strategy {
+    /// The one that preflight finds best.
+    Auto,
     /// Stop, move the writable layer and the address, start anew.
     Cold,
     /// Freeze, move everything, resume.
@@ -70,6 +72,7 @@ pub(super) enum Strategy {
 impl From<Strategy> for v1::Strategy {
     fn from(strategy: Strategy) -> Self {
         match strategy {
+            Strategy::Auto => Self::Auto,
             Strategy::Cold => Self::Cold,
             Strategy::Warm => Self::Warm,
             Strategy::Live => Self::Live,
@@ -90,7 +93,7 @@ pub(super) struct MigrateRequest {
     /// The node that it is to go to. Without one the coordinator chooses.
     #[serde(default)]
     target: Option<String>,
-    /// Warm, when none is given.
+    /// Auto, when none is given.
     #[serde(default)]
     strategy: Option<Strategy>,
     /// Whether nothing is compressed.
@@ -112,6 +115,10 @@ pub(super) struct MigrateRequest {
     /// between them for too long, loses the workload.
     #[serde(default)]
     accept_loss: bool,
+    /// Auto: when no other strategy can work, the workload may be stopped and started anew, which loses its memory and closes its
+    /// connections.
+    #[serde(default)]
+    allow_restart: bool,
     /// Cold: seconds that the workload gets to end, at most 3600, before it is killed; 30 when none are given.
     #[serde(default)]
     grace_period_s: Option<u32>,
@@ -119,7 +126,7 @@ pub(super) struct MigrateRequest {
 
 impl From<MigrateRequest> for v1::MigrateRequest {
     fn from(wanted: MigrateRequest) -> Self {
-        let strategy = wanted.strategy.map_or(v1::Strategy::Unspecified, v1::Strategy::from);
+        let strategy = wanted.strategy.map_or(v1::Strategy::Auto, v1::Strategy::from);
         Self {
             workload: wanted.workload,
             target: wanted.target.unwrap_or_default(),
@@ -130,6 +137,7 @@ impl From<MigrateRequest> for v1::MigrateRequest {
             verify: wanted.verify,
             accept_loss: wanted.accept_loss,
             throttle: wanted.throttle,
+            allow_restart: wanted.allow_restart,
             grace_period_s: wanted.grace_period_s,
         }
     }

@@ -8,19 +8,25 @@ mod children;
 mod memory;
 mod workers;
 
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 use clap::Parser;
+use rustix::fs::OFlags;
 
 use crate::children::Children;
 use crate::memory::Backing;
 use crate::workers::{Findings, Plan};
 
+/// open(2)'s flag, as the library that makes the call has it.
+const O_DIRECT: i32 = OFlags::DIRECT.bits().cast_signed();
 /// Where the questions come in.
 const PORT: u16 = 7000;
 
@@ -46,6 +52,9 @@ struct Arguments {
     /// Which memory it is.
     #[arg(long, value_enum, default_value = "private")]
     backing: Backing,
+    /// Keep a file open for direct I/O, past which the kernel does not tell who writes to memory.
+    #[arg(long)]
+    direct: Option<PathBuf>,
     /// The number of a child, which answers on its standard streams; for the process's own use.
     #[arg(long, hide = true)]
     child: Option<u16>,
@@ -106,6 +115,8 @@ fn words(wrong: io::Result<u64>) -> String {
 }
 
 fn serve(arguments: &Arguments) -> io::Result<()> {
+    let direct = arguments.direct.as_ref();
+    let _open = direct.map(|file| File::options().read(true).custom_flags(O_DIRECT).open(file)).transpose()?;
     let children = Children::start(arguments.processes - 1)?;
     let findings = workers::start(arguments.plan())?;
     let service = Arc::new(Service { count: AtomicU64::new(0), findings, children });
