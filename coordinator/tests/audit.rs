@@ -84,7 +84,8 @@ async fn every_decision_is_written_down_with_who_what_and_why() {
     world.heal("a", "Prepare");
     assert_eq!(outcome(&mut client, &cancelled.id).await.phase(), v1::Phase::Cancelled);
     told(&world, &cancelled.id, &["accepted", "rolling_back", "cancelled"]).await;
-    let why = log(&world).pop().unwrap()["reason"].as_str().unwrap().to_owned();
+    let ended = log(&world).into_iter().find(|line| line["what"] == "cancelled").unwrap();
+    let why = ended["reason"].as_str().unwrap();
     assert!(why.contains("cancelled by client tester"), "{why}");
 
     migrate(&mut client, "shop", "nowhere").await.unwrap_err();

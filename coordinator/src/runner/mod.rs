@@ -130,7 +130,7 @@ impl Runner {
             Err(error) => return Err(self.shared.fail(error)),
         }
         // Here and not where it was asked for: that future may be gone.
-        let peer = record.requested_by.as_ref().map(ToString::to_string);
+        let peer = record.requested_by.as_ref().map(tracing::field::display);
         tracing::info!(
             peer, migration = %record.id, workload = %record.workload, source = %record.source, target = %record.target,
             strategy = record.chosen().map_or("auto", |strategy| strategy.as_str()), "migration accepted"
