@@ -74,8 +74,6 @@ pub enum ServeError {
     Transport(#[from] tonic::transport::Error),
 }
 
-}
-
 type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::WatchMigrationResponse, Status>> + Send>>;
 
 fn shown(record: &Record) -> v1::WatchMigrationResponse {
