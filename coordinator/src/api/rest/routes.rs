@@ -20,7 +20,7 @@ use super::request::{Caller, Filter, Id, json};
 use super::types::{
     MigrateRequest, MigrationDetails, MigrationFilter, Migrations, Nodes, Version, WorkloadFilter, Workloads,
 };
-use super::{Limits, browser};
+use super::{Limits, browser, page};
 use crate::api::Current;
 use crate::api::caller::Open;
 use crate::api::states::states;
@@ -49,6 +49,7 @@ impl Front {
     pub(super) fn router(self) -> Router {
         let (router, _document) = api().split_for_parts();
         router
+            .merge(page::files())
             .fallback(unknown_path)
             .method_not_allowed_fallback(unknown_method)
             .layer(middleware::from_fn(browser::guard))
