@@ -12,13 +12,14 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 
 .PHONY: help setup build demo test local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-layers bench-loads \
-	bench-slowdown bench-total bench-engine e2e-vm e2e-versions lint
+	bench-slowdown bench-total bench-engine e2e-vm e2e-versions e2e-page lint
 
 help:
 	@echo 'make demo          the main job, start to end: two nodes, real workloads under load, migrations there and back'
 	@echo 'make test          all tests, with real CRIU and runc'
 	@echo 'make e2e-vm        the soft-dirty tracker, and migrations between two kernels, in emulated machines that have both'
 	@echo 'make e2e-versions  migrations between this version of the protocol and the one before, as in an upgrade'
+	@echo 'make e2e-page      the page of the coordinator in headless Chromium'
 	@echo 'make local-up      two nodes, a client side and a coordinator on this machine, to play with'
 	@echo 'make local-down    takes them away again'
 	@echo 'make bench-stream  the transfer stream against raw TCP on the same link'
@@ -87,6 +88,9 @@ e2e-vm: setup
 
 e2e-versions: setup
 	@$(RUN) deploy/versions/e2e.sh
+
+e2e-page: setup
+	@$(RUN) deploy/page/e2e.sh
 
 lint: setup
 	@$(RUN) deploy/setup/lint.sh

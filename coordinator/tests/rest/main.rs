@@ -93,6 +93,10 @@ async fn nodes_workloads_and_the_document_are_answered() {
     assert_eq!((silent.status, &silent.json()["node"]), (503, &json!("c")), "{silent:?}");
     let document = rest.get("/api/v1/openapi.json").await;
     assert!(document.json()["paths"]["/api/v1/migrations"]["post"].is_object(), "{document:?}");
+    let page = rest.get("/").await;
+    let policy = page.header("content-security-policy");
+    assert!(page.text.contains("page.js") && policy.starts_with("default-src 'none'"), "{page:?}");
+    assert_eq!(rest.get("/page.js").await.header("content-type"), "text/javascript; charset=utf-8");
     let version = rest.get("/api/v1/version").await.json();
     assert_eq!(version, json!({"coordinator_version": env!("CARGO_PKG_VERSION")}));
     let head = rest.ask(Request::head("/api/v1/nodes").body(Body::empty()).unwrap()).await.unwrap();
@@ -148,7 +152,7 @@ async fn what_makes_no_sense_is_refused_with_what_to_do() {
         said.push(problem(&rest.ask(request.body(r#"{"workload": "shop"}"#.into()).unwrap()).await.unwrap()));
     }
     for path in [
-        "/",
+        "/page",
         "/api/v1/node",
         "/api/v1/migrations/",
         "/api/v1/migrations/../nodes",
@@ -184,7 +188,7 @@ async fn what_makes_no_sense_is_refused_with_what_to_do() {
     413 INVALID_ARGUMENT the body has more than 16384 bytes
     415 INVALID_ARGUMENT the body is not said to be JSON; what to do: send it with `Content-Type: application/json`
     415 INVALID_ARGUMENT the body is not said to be JSON; what to do: send it with `Content-Type: application/json`
-    /: 404 NOT_FOUND there is nothing at this path; what to do: see /api/v1/openapi.json
+    /page: 404 NOT_FOUND there is nothing at this path; what to do: see /api/v1/openapi.json
     /api/v1/node: 404 NOT_FOUND there is nothing at this path; what to do: see /api/v1/openapi.json
     /api/v1/migrations/: 404 NOT_FOUND there is nothing at this path; what to do: see /api/v1/openapi.json
     /api/v1/migrations/../nodes: 404 NOT_FOUND there is nothing at this path; what to do: see /api/v1/openapi.json
@@ -218,7 +222,9 @@ async fn callers_are_who_their_certificates_say_and_may_do_what_grpc_lets_them()
     assert_eq!(agent.get("/api/v1/version").await.status, 200, "as with Hello");
     let impostor = rest(&world, &coordinator, &Peer::Coordinator);
     for caller in [&agent, &impostor] {
-        for path in ["/api/v1/nodes", "/api/v1/workloads", "/api/v1/migrations", "/api/v1/migrations/x/watch"] {
+        for path in
+            ["/", "/page.js", "/api/v1/nodes", "/api/v1/workloads", "/api/v1/migrations", "/api/v1/migrations/x/watch"]
+        {
             let denied = caller.get(path).await;
             assert_eq!((denied.status, &denied.json()["code"]), (403, &json!("PERMISSION_DENIED")), "{path}");
         }

@@ -4,10 +4,12 @@
 //! - `types`: what requests and answers hold,
 //! - `request`: reading what callers send, within limits,
 //! - `problem`: refusals, as RFC 9457 has them,
+//! - `page`: the page that asks this API,
 //! - `browser`: what keeps other sites' pages from using the certificate of a browser,
 //! - `server`: connections.
 
 mod browser;
+mod page;
 mod problem;
 mod request;
 mod routes;

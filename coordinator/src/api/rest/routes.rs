@@ -21,7 +21,7 @@ use super::request::{Caller, Filter, Id, json};
 use super::types::{
     MigrateRequest, MigrationDetails, MigrationFilter, Migrations, Nodes, Version, WorkloadFilter, Workloads,
 };
-use super::{Limits, browser};
+use super::{Limits, browser, page};
 use crate::access::{Action, Verb};
 use crate::api::Current;
 use crate::api::states::states;
@@ -34,7 +34,7 @@ const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 /// What all handlers share.
 #[derive(Clone)]
 pub(super) struct Front {
-    core: Current,
+    pub(super) core: Current,
     limits: Limits,
     stop: CancellationToken,
     document: Arc<str>,
@@ -50,6 +50,7 @@ impl Front {
     pub(super) fn router(self) -> Router {
         let (router, _document) = api().split_for_parts();
         router
+            .merge(page::files())
             .fallback(unknown_path)
             .method_not_allowed_fallback(unknown_method)
             .layer(middleware::from_fn(browser::guard))
