@@ -6,6 +6,8 @@ const LOOK_EVERY_MS = 3000;
 const MOST_WATCHES = 3;
 const ENDED = new Set(["succeeded", "failed", "cancelled"]);
 const COMMITTED = new Set(["release", "resume", "fill"]);
+const HAS_BUDGET = new Set(["auto", "live", "hybrid"]);
+const MAY_LOSE = new Set(["auto", "postcopy", "hybrid"]);
 const PARTS = [
   ["before", "preparation", ["preflight", "prepare"]],
   ["copy", "copying while it runs", ["precopy"]],
@@ -234,7 +236,7 @@ function update(card, migration) {
     card.progress.removeAttribute("value");
   }
   const last = migration.rounds.at(-1);
-  const parts = [migration.strategy];
+  const parts = [migration.strategy || "to be chosen"];
   if (sent > 0) parts.push(`${bytes(sent)} of ${bytes(Math.max(sent, expected))}`);
   if (last && migration.phase === "precopy") {
     parts.push(rate(last.raw_bytes, last.duration_ms), `a freeze would add ${time(last.predicted_ms)}`);
@@ -279,10 +281,11 @@ function pastEntry(migration) {
   const outcome = make("strong", migration.phase === "succeeded" ? "good" : "bad", lost ? "lost" : migration.phase);
   const head = make("div", "row", undefined, make("h3", "", title(migration)), outcome);
   const when = new Date(migration.created_at).toLocaleString();
-  const figures = [when, migration.strategy, `${time(migration.total_ms)} in all`];
+  const figures = [when, migration.strategy || "not chosen", `${time(migration.total_ms)} in all`];
   if (migration.phase === "succeeded") figures.push(`${time(migration.downtime_ms)} down`, bytes(migration.wire_bytes));
   const entry = make("li", "", undefined, head, bar(migration), make("div", "soft", figures.join(" · ")));
   if (migration.reason) entry.append(make("div", "bad", migration.reason));
+  if (migration.strategy_reason) entry.append(make("div", "soft", migration.strategy_reason));
   migration.notes.forEach((note) => entry.append(make("div", "soft", note)));
   entry.dataset.migration = migration.id;
   return entry;
@@ -322,8 +325,8 @@ function openMove(workload, node) {
 // Shows what goes with the strategy.
 function adaptMove() {
   const strategy = byId("move-strategy").value;
-  byId("move-budget-label").hidden = !["live", "hybrid"].includes(strategy);
-  byId("move-loss-label").hidden = !["postcopy", "hybrid"].includes(strategy);
+  byId("move-budget-label").hidden = !HAS_BUDGET.has(strategy);
+  byId("move-loss-label").hidden = !MAY_LOSE.has(strategy);
   byId("move-note").hidden = strategy !== "cold";
 }
 
@@ -331,8 +334,8 @@ function wishes() {
   const strategy = byId("move-strategy").value;
   const wanted = { workload: moving, target: byId("move-target").value, strategy };
   const budget = byId("move-budget").valueAsNumber;
-  if (["live", "hybrid"].includes(strategy) && budget > 0) wanted.downtime_budget_ms = budget;
-  if (["postcopy", "hybrid"].includes(strategy)) wanted.accept_loss = byId("move-loss").checked;
+  if (HAS_BUDGET.has(strategy) && budget > 0) wanted.downtime_budget_ms = budget;
+  if (MAY_LOSE.has(strategy)) wanted.accept_loss = byId("move-loss").checked;
   return wanted;
 }
 

@@ -77,6 +77,7 @@ async fn a_live_migration_is_started_followed_and_found_again_with_the_mouse() {
     browser.click(MOVE_SHOP).await;
     browser.until("document.getElementById('move').open").await;
     browser.evaluate("document.getElementById('move-target').value = 'b'").await;
+    browser.evaluate("document.getElementById('move-strategy').value = 'live'").await;
     browser.click("#move-start").await;
     browser.until(&format!("{RUNNING}?.innerText.includes('precopy')")).await;
     browser.until(&format!("{RUNNING}.querySelectorAll('tbody tr').length === 1")).await;
