@@ -4,7 +4,7 @@ use std::pin::Pin;
 
 use futures::{Stream, StreamExt as _};
 use podferry_common::identity::Peer;
-use podferry_common::tls::{self, Incoming, PeerInfo};
+use podferry_common::tls::{self, Incoming};
 use podferry_common::{Failure, FailureCode};
 use podferry_proto::v1::coordinator_service_server::{CoordinatorService, CoordinatorServiceServer};
 use podferry_proto::{DESCRIPTORS, Version, v1};
