@@ -133,6 +133,7 @@ async fn serve_all(
         Ok(())
     };
     tokio::try_join!(serve(core, incoming, stop), rest).map(|((), ())| ())
+}
 
 /// Lets Prometheus read, until the process ends.
 async fn export(

@@ -420,7 +420,6 @@ impl Job {
         }
     }
 
-
     fn keeps_connections(&self) -> bool {
         keeps_connections(self.strategy, &self.facts)
     }

@@ -25,7 +25,8 @@ const FILES: [(&str, &str, &str); 3] = [
 /// The page's files, for those who may look at what it shows.
 pub(super) fn files() -> Router<Front> {
     FILES.into_iter().fold(Router::new(), |router, (path, media_type, text)| {
-        let answer = async move |State(front): State<Front>, caller: Caller| file(&front, &caller, media_type, text).await;
+        let answer =
+            async move |State(front): State<Front>, caller: Caller| file(&front, &caller, media_type, text).await;
         router.route(path, get(answer))
     })
 }
