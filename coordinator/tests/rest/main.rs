@@ -173,15 +173,15 @@ async fn what_makes_no_sense_is_refused_with_what_to_do() {
     400 INVALID_ARGUMENT the body is wrong: EOF while parsing an object at line 1 column 1; what to do: see /api/v1/openapi.json
     400 INVALID_ARGUMENT the body is no JSON object; what to do: see /api/v1/openapi.json
     400 INVALID_ARGUMENT the body is wrong: missing field `workload` at line 1 column 15; what to do: see /api/v1/openapi.json
-    400 INVALID_ARGUMENT the body is wrong: unknown field `tarjet`, expected one of `workload`, `target`, `strategy`, `no_compression`, `downtime_budget_ms`, `bandwidth_limit`, `verify`, `throttle`, `accept_loss`, `grace_period_s` at line 1 column 29; what to do: see /api/v1/openapi.json
+    400 INVALID_ARGUMENT the body is wrong: unknown field `tarjet`, expected one of `workload`, `target`, `strategy`, `no_compression`, `downtime_budget_ms`, `bandwidth_limit`, `verify`, `throttle`, `accept_loss`, `allow_restart`, `grace_period_s` at line 1 column 29; what to do: see /api/v1/openapi.json
     400 INVALID_ARGUMENT the body is wrong: duplicate field `workload` at line 1 column 31; what to do: see /api/v1/openapi.json
     400 INVALID_ARGUMENT the body is wrong: invalid type: integer `7`, expected a string at line 1 column 14; what to do: see /api/v1/openapi.json
-    400 INVALID_ARGUMENT the body is wrong: unknown variant `warp`, expected one of `cold`, `warm`, `live`, `postcopy`, `hybrid`, `application` at line 1 column 39; what to do: see /api/v1/openapi.json
+    400 INVALID_ARGUMENT the body is wrong: unknown variant `warp`, expected one of `auto`, `cold`, `warm`, `live`, `postcopy`, `hybrid`, `application` at line 1 column 39; what to do: see /api/v1/openapi.json
     400 INVALID_ARGUMENT the body is wrong: number out of range at line 1 column 68; what to do: see /api/v1/openapi.json
     400 INVALID_ARGUMENT -1 ms is no downtime that can be aimed at: it is between 1 and 60000 ms; what to do: give another one, or none
     400 INVALID_ARGUMENT the body is wrong: invalid value: integer `-1`, expected u64 at line 1 column 42; what to do: see /api/v1/openapi.json
     400 INVALID_ARGUMENT the strategy postcopy risks the workload: from its resume on the target until the last page is across, losing either node, or the link between them for too long, loses it; what to do: accept that risk (--accept-loss), or use live
-    501 UNIMPLEMENTED the strategy application is not available yet; what to do: use cold, warm or live, or postcopy or hybrid with their risk
+    501 UNIMPLEMENTED the strategy application is not available yet; what to do: use auto, cold, warm or live, or postcopy or hybrid with their risk
     404 NOT_FOUND there is no workload "nothing" in the inventory; what to do: name one of: redis, shop
     400 INVALID_ARGUMENT node a cannot take the workload: the workload runs there already; what to do: name another node, or none
     400 INVALID_ARGUMENT the body is wrong: trailing characters at line 1 column 21; what to do: see /api/v1/openapi.json

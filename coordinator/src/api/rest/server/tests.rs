@@ -13,8 +13,10 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::*;
+use crate::access::Gate;
 use crate::api::Core;
 use crate::cluster::Inventory;
+use crate::metrics::Metrics;
 use crate::runner::Deadlines;
 use crate::store::Store;
 use crate::testing;
@@ -46,8 +48,11 @@ impl Stage {
         std::fs::write(&inventory, "").unwrap();
         let store = Store::open(&folder.path().join("state")).unwrap();
         let agents = testing::agents(folder.path());
-        let runner = testing::runner(&agents, &store);
-        let core = Core::new(Inventory::load(&inventory).unwrap(), agents, store, runner, Deadlines::default());
+        let audit = testing::audit(folder.path());
+        let runner = testing::runner(&agents, &store, &audit);
+        let gate = Gate::new(None, audit, Metrics::default()).unwrap();
+        let inventory_now = Inventory::load(&inventory).unwrap();
+        let core = Core::new(inventory_now, agents, store, runner, Deadlines::default(), gate);
         let stop = CancellationToken::new();
         let server = tokio::spawn(serve(Current::new(core, inventory), incoming, limits, stop.clone()));
         Self { folder, address, stop, server }
