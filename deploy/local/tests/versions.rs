@@ -49,9 +49,7 @@ impl Drop for Previous {
 fn config_of_previous(config: &str) -> String {
     let ours = podferry_local::default_binaries().canonicalize().unwrap().display().to_string();
     let mut config: toml::Table = config.parse().unwrap();
-    for key in ["rest_listen"] {
-        config.remove(key);
-    }
+    config.remove("rest_listen");
     for (table, unknown) in [("tools", &["criu_shim", "pager", "tar"][..]), ("runtime", &["volume_dirs"])] {
         let Some(table) = config.get_mut(table).and_then(toml::Value::as_table_mut) else { continue };
         for key in unknown {
