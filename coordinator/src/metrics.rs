@@ -27,14 +27,14 @@ use crate::store::{Record, Report, Round, Timings};
 /// Labels of a migration whose outcome is known.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Ended {
-    strategy: String,
+    strategy: &'static str,
     outcome: &'static str,
 }
 
 /// Labels of what such a migration spent in a stage.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct InStage {
-    strategy: String,
+    strategy: &'static str,
     outcome: &'static str,
     stage: &'static str,
 }
@@ -49,7 +49,7 @@ struct Broken {
 /// Labels of a migration that goes on.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct InFlight {
-    strategy: String,
+    strategy: &'static str,
     phase: &'static str,
 }
 
@@ -188,7 +188,7 @@ impl Metrics {
             What::Failed => "lost",
             What::Accepted | What::Refused | What::TakenUp | What::Committed | What::RollingBack => return,
         };
-        let ended = Ended { strategy: record.strategy.to_string(), outcome };
+        let ended = Ended { strategy: record.strategy_word(), outcome };
         self.0.migrations.get_or_create(&ended).inc();
         self.0.report(&ended, &record.report);
         if let (Some(failure), What::RolledBack | What::Cancelled) = (record.state.failure(), what) {
@@ -240,7 +240,7 @@ impl Figures {
         self.raw_bytes.get_or_create(ended).inc_by(report.progress.raw_bytes);
         for (stage, milliseconds) in stages(&report.timings) {
             if milliseconds > 0.0 {
-                let labels = InStage { strategy: ended.strategy.clone(), outcome: ended.outcome, stage };
+                let labels = InStage { strategy: ended.strategy, outcome: ended.outcome, stage };
                 self.stages.get_or_create(&labels).observe(in_seconds(milliseconds));
             }
         }
@@ -289,7 +289,7 @@ impl Collector for UnderWay {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let family: Family<InFlight, Gauge> = Family::default();
         for (strategy, phase) in self.0.in_flight() {
-            family.get_or_create(&InFlight { strategy: strategy.to_string(), phase: phase.as_str() }).inc();
+            family.get_or_create(&InFlight { strategy, phase: phase.as_str() }).inc();
         }
         let help = "Migrations that are not over, by the phase that they are in.";
         let kind = <Family<InFlight, Gauge> as TypedMetric>::TYPE;

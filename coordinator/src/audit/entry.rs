@@ -127,7 +127,7 @@ pub(super) struct MigrationEntry<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     target: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    strategy: Option<String>,
+    strategy: Option<&'static str>,
     /// The name in the certificate of who asked for the migration; `null` when that is not known.
     requested_by: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -138,14 +138,14 @@ pub(super) struct MigrationEntry<'a> {
 
 impl<'a> MigrationEntry<'a> {
     pub(super) fn of(what: What, record: &'a Record) -> Self {
-        let Record { workload, source, target, strategy, requested_by, state, .. } = record;
+        let Record { workload, source, target, requested_by, state, .. } = record;
         Self {
             what,
             migration: Some(record.id),
             workload: WorkloadName::to_string(workload),
             source: Some(source),
             target: Some(target.to_string()),
-            strategy: Some(strategy.to_string()),
+            strategy: Some(record.strategy_word()),
             requested_by: requested_by.as_ref().map(Peer::dns_name),
             phase: Some(state.phase().as_str()),
             reason: state.failure().map(reason),
@@ -239,14 +239,17 @@ mod tests {
         let why = Why { failure: failure.clone(), cancelled: true };
         let ended = Record { state: State::Aborted { why }, ..record.clone() };
         let cancelled = Entry::Migration(MigrationEntry::of(What::Cancelled, &ended));
+        let open = Record { auto: Some(crate::strategy::Auto::default()), ..record.clone() };
+        let to_be_chosen = Entry::Migration(MigrationEntry::of(What::Accepted, &open));
         let refused = Entry::Migration(MigrationEntry::refused("shop", "", &ada, &failure));
-        let lines = [request, looked, accepted, cancelled, refused]
+        let lines = [request, looked, accepted, cancelled, to_be_chosen, refused]
             .map(|entry| serde_json::to_string(&Line { at, entry: &entry }).unwrap());
         insta::assert_snapshot!(lines.join("\n"), @r#"
         {"at":"1970-01-01T00:00:00Z","event":"request","peer":"ada.client.podferry.internal","action":"migrate","allowed":true,"why":"there is no access policy","workload":"shop","target":"b"}
         {"at":"1970-01-01T00:00:00Z","event":"request","peer":null,"action":"list_nodes","allowed":true,"why":"there is no access policy"}
         {"at":"1970-01-01T00:00:00Z","event":"migration","what":"accepted","migration":"01890000000070008000000000000000","workload":"shop","source":"a","target":"b","strategy":"warm","requested_by":"ada.client.podferry.internal","phase":"preflight"}
         {"at":"1970-01-01T00:00:00Z","event":"migration","what":"cancelled","migration":"01890000000070008000000000000000","workload":"shop","source":"a","target":"b","strategy":"warm","requested_by":"ada.client.podferry.internal","phase":"cancelled","reason":"ABORTED: cancelled by client ada"}
+        {"at":"1970-01-01T00:00:00Z","event":"migration","what":"accepted","migration":"01890000000070008000000000000000","workload":"shop","source":"a","target":"b","strategy":"auto","requested_by":"ada.client.podferry.internal","phase":"preflight"}
         {"at":"1970-01-01T00:00:00Z","event":"migration","what":"refused","workload":"shop","requested_by":"ada.client.podferry.internal","reason":"ABORTED: cancelled by client ada"}
         "#);
     }

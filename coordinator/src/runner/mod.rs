@@ -28,7 +28,6 @@ use crate::cluster::Agents;
 use crate::metrics::Metrics;
 use crate::migration::{Event, Phase};
 use crate::store::{Conflict, Record, Store, StoreError};
-use crate::strategy::Strategy;
 use driver::Driver;
 
 /// A driver, seen from outside.
@@ -133,7 +132,7 @@ impl Runner {
         let peer = record.requested_by.as_ref().map(tracing::field::display);
         tracing::info!(
             peer, migration = %record.id, workload = %record.workload, source = %record.source, target = %record.target,
-            strategy = record.chosen().map_or("auto", |strategy| strategy.as_str()), "migration accepted"
+            strategy = record.strategy_word(), "migration accepted"
         );
         // It is recorded, and goes on in any case. The log has said it if this cannot be written.
         let _goes_on = self.shared.audit.accepted(&record).await;
@@ -175,12 +174,12 @@ impl Runner {
         load
     }
 
-    /// All migrations that are not final: how they are moved, and where they stand.
-    pub fn in_flight(&self) -> Vec<(Strategy, Phase)> {
+    /// All migrations that are not final: the [word](Record::strategy_word) for how they are moved, and where they stand.
+    pub fn in_flight(&self) -> Vec<(&'static str, Phase)> {
         let live = self.shared.live();
         let seen = live.values().map(|handle| {
             let record = handle.view.borrow();
-            (record.strategy, record.state.phase())
+            (record.strategy_word(), record.state.phase())
         });
         seen.collect()
     }

@@ -195,6 +195,11 @@ impl Record {
         (self.auto.is_none() || !self.strategy_reason.is_empty()).then_some(self.strategy)
     }
 
+    /// The word for how it is moved, in logs and figures: `auto` as long as that is still to be chosen.
+    pub fn strategy_word(&self) -> &'static str {
+        self.chosen().map_or("auto", |strategy| strategy.as_str())
+    }
+
     /// Takes down what was chosen. What only other strategies do is not asked of it.
     pub fn choose(&mut self, strategy: Strategy, reason: String) {
         (self.strategy, self.strategy_reason) = (strategy, cut(reason, MAX_REASON_BYTES));
