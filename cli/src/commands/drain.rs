@@ -82,13 +82,18 @@ impl Drain {
 
     /// Moves one workload and reports what became of it. `None` when the user interrupts.
     async fn deal_with(&mut self, workload: Workload) -> Option<()> {
-        let left = match self.move_one(&workload).await {
+        let mut moved = self.move_one(&workload, self.flags.strategy).await;
+        if let Ok(Some(ended)) = &moved
+            && let Some(strategy) = self.instead(ended)
+        {
+            self.note_end(ended);
+            let here = Workload { migration_id: String::new(), ..workload.clone() };
+            moved = self.move_one(&here, strategy).await;
+        }
+        let left = match moved {
             Ok(None) => return None,
             Ok(Some(ended)) => {
-                self.report.migrations.push((&ended).into());
-                if !self.output.is_json() {
-                    render::outcome(self.output, &ended);
-                }
+                self.note_end(&ended);
                 self.note_lost(&ended);
                 self.note_pace(&workload, &ended);
                 still_there(&ended, &self.report.node)
@@ -100,6 +105,34 @@ impl Drain {
             self.report.left_behind.push(left);
         }
         Some(())
+    }
+
+    fn note_end(&mut self, ended: &Migration) {
+        self.report.migrations.push(ended.into());
+        if !self.output.is_json() {
+            render::outcome(self.output, ended);
+        }
+    }
+
+    /// How a workload is moved that auto has not moved because it writes memory faster than it is sent. Somebody who migrates it is asked
+    /// what to do; a node that is to be empty does not wait until it writes less.
+    fn instead(&mut self, ended: &Migration) -> Option<Strategy> {
+        let problem = ended.problem.as_ref()?;
+        let gave_up = problem.phase == "precopy" && problem.code == FailureCode::FailedPrecondition.as_str();
+        let chosen = self.flags.strategy == Strategy::Auto && ended.source == self.report.node;
+        if !gave_up || !chosen || ended.phase() != Phase::Failed {
+            return None;
+        }
+        self.note_other(&ended.workload, Strategy::Warm, problem.message.clone());
+        Some(Strategy::Warm)
+    }
+
+    /// Tells that a workload is moved in another way than was asked for.
+    fn note_other(&mut self, workload: &str, strategy: Strategy, why: String) {
+        let word = v1::Strategy::from(strategy).as_str_name().trim_start_matches("STRATEGY_").to_ascii_lowercase();
+        let hurried = Hurried { workload: workload.to_owned(), strategy: word, why };
+        render::hurried(self.output, &hurried);
+        self.report.hurried.push(hurried);
     }
 
     /// What a migration of this node's took says what the next ones take.
@@ -121,23 +154,20 @@ impl Drain {
     }
 
     /// Moves one workload, or follows the migration that it is part of already. `None` when the user interrupts.
-    async fn move_one(&mut self, workload: &Workload) -> Result<Option<Migration>, Failure> {
-        let id =
-            if workload.migration_id.is_empty() { self.begin(workload).await? } else { workload.migration_id.clone() };
+    async fn move_one(&mut self, workload: &Workload, asked: Strategy) -> Result<Option<Migration>, Failure> {
+        let id = match workload.migration_id.as_str() {
+            "" => self.begin(workload, asked).await?,
+            under_way => under_way.to_owned(),
+        };
         to_the_end(&mut self.coordinator, &id, Progress::new()).await
     }
 
     /// How it is moved, in the time that is left.
-    fn strategy_for(&mut self, workload: &Workload) -> Result<Strategy, Failure> {
-        let arguments::Drain { strategy, accept_loss, .. } = self.flags;
-        match plan::next(strategy, accept_loss, workload.memory_bytes, self.left(), self.pace) {
-            plan::Next::AsAsked => Ok(strategy),
+    fn strategy_for(&mut self, workload: &Workload, asked: Strategy) -> Result<Strategy, Failure> {
+        match plan::next(asked, self.flags.accept_loss, workload.memory_bytes, self.left(), self.pace) {
+            plan::Next::AsAsked => Ok(asked),
             plan::Next::Faster { strategy, why } => {
-                let word =
-                    v1::Strategy::from(strategy).as_str_name().trim_start_matches("STRATEGY_").to_ascii_lowercase();
-                let hurried = Hurried { workload: workload.name.clone(), strategy: word, why };
-                render::hurried(self.output, &hurried);
-                self.report.hurried.push(hurried);
+                self.note_other(&workload.name, strategy, why);
                 Ok(strategy)
             }
             plan::Next::TooLate => {
@@ -149,14 +179,14 @@ impl Drain {
     }
 
     /// Asks for a migration; returns the id of it, or of the one that somebody else was faster with.
-    async fn begin(&mut self, workload: &Workload) -> Result<String, Failure> {
-        let strategy = self.strategy_for(workload)?;
+    async fn begin(&mut self, workload: &Workload, asked: Strategy) -> Result<String, Failure> {
+        let strategy = self.strategy_for(workload, asked)?;
         let workload = workload.name.as_str();
         let request = MigrateRequest {
             workload: workload.to_owned(),
             strategy: v1::Strategy::from(strategy).into(),
             accept_loss: self.flags.accept_loss,
-            // What takes the place of auto for want of time restarts nobody.
+            // What takes the place of auto restarts nobody.
             allow_restart: self.flags.allow_restart && strategy == self.flags.strategy,
             ..MigrateRequest::default()
         };

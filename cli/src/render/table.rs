@@ -301,7 +301,7 @@ pub(super) fn drain(report: &DrainReport) -> String {
         line(&mut text, &format!("{workload} was lost on its way: it runs nowhere"));
     }
     for Hurried { workload, strategy, why } in &report.hurried {
-        line(&mut text, &format!("{workload} was moved {strategy} for want of time: {why}"));
+        line(&mut text, &format!("{workload} was moved {strategy}: {why}"));
     }
     let DrainReport { node, left_behind, .. } = report;
     let moved = report.moved();

@@ -236,3 +236,40 @@ async fn a_deadline_makes_large_ones_faster_and_begins_nothing_behind_it() {
     cluster.run(&["drain", "n1", "--deadline", "soon"]).await.exits(2);
     cluster.run(&["drain", "n1", "--priority", "vital"]).await.exits(2);
 }
+
+#[tokio::test]
+async fn what_auto_gives_up_because_it_writes_too_much_is_moved_warm() {
+    let gave_up = |strategy: Strategy| {
+        let end = Migration { strategy: strategy.into(), ..failed("precopy", "FAILED_PRECONDITION") };
+        of("redis", "m1", end)
+    };
+    let cluster = Cluster::start(script(vec![workload("redis", "n1")])).await;
+    let prepare = |end: Answer| {
+        let mut script = cluster.script.lock().unwrap();
+        script.migrate.insert("redis".into(), end);
+        // The second time that it is asked for.
+        let second = meanwhile(|script| {
+            script.migrate.insert("redis".into(), of("redis", "m2", succeeded()));
+        });
+        script
+            .meanwhile
+            .insert("redis".into(), meanwhile(|script| drop(script.meanwhile.insert("redis".into(), second))));
+    };
+    prepare(gave_up(Strategy::Live));
+    let ran = cluster.run(&["drain", "n1", "-o", "json"]).await.exits(0);
+    let report: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
+    let strategies: Vec<_> = cluster.seen().iter().map(|seen| seen.request.strategy()).collect();
+    assert_eq!(strategies, [Strategy::Auto, Strategy::Warm]);
+    assert_eq!(report["migrations"].as_array().unwrap().len(), 2, "{report:#}");
+    assert_eq!(
+        (&report["hurried"][0]["workload"], &report["hurried"][0]["strategy"]),
+        (&"redis".into(), &"warm".into())
+    );
+    assert_eq!(report["left_behind"], serde_json::json!([]), "{report:#}");
+    // Who asks for live gets that or nothing.
+    prepare(gave_up(Strategy::Live));
+    cluster.run(&["drain", "n1", "--strategy", "live"]).await.exits(1);
+    // And another failure is another matter.
+    prepare(of("redis", "m1", failed("restore", "INTERNAL")));
+    cluster.run(&["drain", "n1"]).await.exits(1);
+}
