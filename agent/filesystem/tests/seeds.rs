@@ -44,19 +44,27 @@ struct Move {
     folder: tempfile::TempDir,
     layer: WritableLayer,
     seeder: Seeder,
+    /// Where the store is.
+    seeds: PathBuf,
     store: Option<SeedStore>,
 }
 
 impl Move {
     fn new() -> Self {
+        Self::with_seeds_in("seeds")
+    }
+
+    /// The store is in this place of the folder with both sides.
+    fn with_seeds_in(place: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         for name in ["source", "target"] {
             fs::create_dir(folder.path().join(name)).unwrap();
         }
         let upper = folder.path().join("source");
         let layer = WritableLayer::Overlay(Overlay { lower: Vec::new(), upper, work: PathBuf::new() });
-        let store = SeedStore::create(&folder.path().join("seeds"), Limits::default()).unwrap();
-        Self { folder, layer, seeder: Seeder::default(), store: Some(store) }
+        let seeds = folder.path().join(place);
+        let store = SeedStore::create(&seeds, Limits::default()).unwrap();
+        Self { folder, layer, seeder: Seeder::default(), seeds, store: Some(store) }
     }
 
     fn source(&self, name: &str) -> PathBuf {
@@ -82,7 +90,7 @@ impl Move {
         let mut stream = Vec::new();
         let packed = pack_with_seeds(&self.layer, &self.seeder, &mut stream).unwrap();
         unpack_with_seeds(stream.as_slice(), &self.target(""), &Limits::default(), self.store.take()).unwrap();
-        assert!(!self.folder.path().join("seeds").exists());
+        assert!(!self.seeds.exists());
         packed.seeded_bytes
     }
 
@@ -141,15 +149,13 @@ fn only_what_changed_is_sent_again() {
 /// The folder of a volume may be a mount of its own, beside which there is no room on its file system.
 #[test]
 fn a_volume_keeps_its_seeds_in_itself_and_is_in_the_end_as_it_was_at_the_source() {
-    let mut this = Move::new();
+    let mut this = Move::with_seeds_in("target/.seeds");
     this.layer = WritableLayer::Volume { dir: this.source("") };
-    let inside = this.target(".seeds");
-    this.store = Some(SeedStore::create(&inside, Limits::default()).unwrap());
     write(&this.source("large"), 0, &noise(640 << 10, 1));
     write(&this.source("gone"), 0, &noise(100 << 10, 3));
     fs::hard_link(this.source("large"), this.source("again")).unwrap();
     this.pass(Pass::Running, &COMPARES);
-    assert!(inside.join("1").exists());
+    assert!(this.seeds.join("1").exists());
     fs::remove_file(this.source("gone")).unwrap();
     write(&this.source("small"), 0, &noise(100, 2));
     this.pass(Pass::Frozen, &COMPARES);
@@ -162,9 +168,8 @@ fn a_volume_keeps_its_seeds_in_itself_and_is_in_the_end_as_it_was_at_the_source(
 
 #[test]
 fn whatever_else_is_in_a_volume_is_left_alone() {
-    let mut this = Move::new();
+    let mut this = Move::with_seeds_in("target/.seeds");
     this.layer = WritableLayer::Volume { dir: this.source("") };
-    this.store = Some(SeedStore::create(&this.target(".seeds"), Limits::default()).unwrap());
     write(&this.target("foreign"), 0, b"data");
     let mut stream = Vec::new();
     pack_with_seeds(&this.layer, &this.seeder, &mut stream).unwrap();
