@@ -10,6 +10,7 @@ use podferry_common::failure::{Failure, FailureCode};
 use crate::journal::Standing;
 use crate::source::SourcePart;
 use crate::target::TargetPart;
+use crate::volumes::Volume;
 
 /// How long the removal of a released container is waited for.
 const TIDY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -84,6 +85,25 @@ impl Parts {
         parts.insert(migration, Entry::Beginning { workload: workload.to_owned() });
         drop(parts);
         Ok(Reservation { parts: self.clone(), migration, workload: workload.to_owned(), filled: false })
+    }
+
+    /// Fails when one of these volumes lies where another migration brings one: each would empty it when it is undone.
+    ///
+    /// # Errors
+    /// Which migration that is.
+    pub fn check_volumes(&self, volumes: &[Volume]) -> Result<(), Failure> {
+        let parts = self.lock();
+        let arriving = |entry: &Entry| match entry {
+            Entry::Alive { part: Part::Target(target), .. } => target.volumes().to_vec(),
+            _ => Vec::new(),
+        };
+        let taken = parts
+            .iter()
+            .find(|(_, entry)| arriving(entry).iter().any(|theirs| volumes.iter().any(|ours| ours.overlaps(theirs))));
+        let Some((other, _)) = taken else { return Ok(()) };
+        let message = format!("migration {other} fills a volume in the same directory");
+        let remedy = "give each workload a directory of its own in config.json, or wait for that migration";
+        Err(Failure::new(FailureCode::FailedPrecondition, message).in_phase("prepare").remedy(remedy))
     }
 
     /// What is known of a migration.

@@ -46,17 +46,28 @@ impl Volume {
         self.dir.join(SEEDS)
     }
 
-    /// Makes it ready to be filled; to be noted before. Idempotent.
+    /// Whether a migration may have it: to be asked before it is noted, for what is noted is emptied.
     ///
     /// # Errors
-    /// When it cannot be made, or has something in it.
-    pub fn make_room(&self) -> io::Result<()> {
-        fs::create_dir_all(&self.dir)?;
+    /// When it has something in it, or cannot be read.
+    pub fn check_empty(&self) -> io::Result<()> {
         if is_empty(&self.dir)? {
             return Ok(());
         }
-        let message = format!("{} is not empty any more: somebody else writes there", self.dir.display());
-        Err(io::Error::other(message))
+        Err(io::Error::other(format!("{} is not empty any more: somebody else writes there", self.dir.display())))
+    }
+
+    /// Makes the directory, if it is not there; to be noted before. Idempotent.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn make_room(&self) -> io::Result<()> {
+        fs::create_dir_all(&self.dir)
+    }
+
+    /// Whether one of them lies in the other, or they are the same.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        self.dir.starts_with(&other.dir) || other.dir.starts_with(&self.dir)
     }
 
     /// Removes all that is in it, and the directory when a migration has made it. Idempotent.
@@ -131,9 +142,14 @@ impl Look {
 
     /// Two of them that lie in each other: all of one would move with the other.
     pub fn overlap(&self) -> Option<(&Volume, &Volume)> {
-        let inside =
-            |one: &Volume, other: &Volume| one.destination != other.destination && one.dir.starts_with(&other.dir);
-        self.moving.iter().find_map(|one| Some((one, self.moving.iter().find(|other| inside(one, other))?)))
+        let mut rest = self.moving.as_slice();
+        while let Some((one, others)) = rest.split_first() {
+            if let Some(other) = others.iter().find(|other| one.overlaps(other)) {
+                return Some((one, other));
+            }
+            rest = others;
+        }
+        None
     }
 
     /// The volumes that a coordinator names, in its order.
@@ -183,7 +199,7 @@ impl MovedFiles {
     /// When its root is not found.
     pub fn of(container: &Container, volumes: &[Volume]) -> Result<Self, podferry_filesystem::Error> {
         let layer = WritableLayer::of(&container.rootfs)?;
-        let layer = layer.moved().is_some().then(|| (LAYER.to_owned(), layer));
+        let layer = layer.moved().is_ok().then(|| (LAYER.to_owned(), layer));
         let volumes = volumes.iter().enumerate();
         let volumes = volumes.map(|(index, volume)| (name(index), WritableLayer::Volume { dir: volume.dir.clone() }));
         Ok(Self(layer.into_iter().chain(volumes).collect()))
@@ -253,10 +269,11 @@ mod tests {
         for made in [false, true] {
             let dir = folder.path().join(made.to_string());
             let volume = Volume { destination: "/a".into(), dir: dir.clone(), made };
+            volume.check_empty().unwrap();
             volume.make_room().unwrap();
             fs::create_dir(volume.seeds()).unwrap();
             fs::write(dir.join("file"), "x").unwrap();
-            assert!(volume.make_room().is_err(), "it is not empty");
+            assert!(volume.check_empty().is_err(), "it is not empty");
             volume.clear().unwrap();
             volume.clear().unwrap();
             assert_eq!(dir.exists(), !made);

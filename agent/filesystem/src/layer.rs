@@ -57,12 +57,15 @@ impl WritableLayer {
         Ok(overlay.map_or_else(|| Self::Plain { rootfs: rootfs.to_owned() }, Self::Overlay))
     }
 
-    /// The directory with all that moves; none when that cannot be told from what does not.
-    pub fn moved(&self) -> Option<&Path> {
+    /// The directory with all that moves.
+    ///
+    /// # Errors
+    /// [`Error::NotAnOverlay`] when that cannot be told from what does not.
+    pub fn moved(&self) -> Result<&Path> {
         match self {
-            Self::Overlay(overlay) => Some(&overlay.upper),
-            Self::Volume { dir } => Some(dir),
-            Self::Plain { .. } => None,
+            Self::Overlay(overlay) => Ok(&overlay.upper),
+            Self::Volume { dir } => Ok(dir),
+            Self::Plain { rootfs } => Err(Error::NotAnOverlay { rootfs: rootfs.clone() }),
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::format::{
     CHUNK, DATA, END, ENTRY, Entry, FILE_END, FrameWriter, Kind, MAGIC, MAGIC_WITH_SEEDS, MAX_DEPTH, MAX_PATH,
     MAX_XATTRS, Totals, Xattr,
 };
-use crate::layer::{Overlay, WritableLayer};
+use crate::layer::WritableLayer;
 use crate::seeder::Seeder;
 use crate::tree::{by_descriptor, is_whiteout, names, open_beneath, open_file, open_root};
 
@@ -47,7 +47,7 @@ pub struct PackStats {
 /// is left out. Content that the container wrote a moment ago is read from the page cache it wrote to; nothing needs to
 /// be synced first.
 pub fn pack(layer: &WritableLayer, out: impl Write) -> Result<PackStats> {
-    Packer::new(out, MAGIC, &Seeder::default()).run(moved(layer)?)
+    Packer::new(out, MAGIC, &Seeder::default()).run(layer.moved()?)
 }
 
 /// As [`pack`], of a container that stands still since before the [last pass](crate::Pass::Frozen) of its seeds: the content of files
@@ -56,14 +56,7 @@ pub fn pack_with_seeds(layer: &WritableLayer, seeds: &Seeder, out: impl Write) -
     if seeds.is_empty() {
         return pack(layer, out);
     }
-    Packer::new(out, MAGIC_WITH_SEEDS, seeds).run(moved(layer)?)
-}
-
-fn moved(layer: &WritableLayer) -> Result<&Path> {
-    match layer {
-        WritableLayer::Overlay(Overlay { upper: dir, .. }) | WritableLayer::Volume { dir } => Ok(dir),
-        WritableLayer::Plain { rootfs } => Err(Error::NotAnOverlay { rootfs: rootfs.clone() }),
-    }
+    Packer::new(out, MAGIC_WITH_SEEDS, seeds).run(layer.moved()?)
 }
 
 struct Level {

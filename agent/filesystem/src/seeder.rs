@@ -174,7 +174,7 @@ impl Seeder {
     /// # Errors
     /// When the directory cannot be opened, `out` fails, or the host cancels. Files that cannot be read are no error.
     pub fn pass(&mut self, layer: &WritableLayer, pass: Pass, host: &dyn Host, out: impl Write) -> Result<SeedsSent> {
-        let Some(dir) = layer.moved() else { return Ok(SeedsSent::default()) };
+        let Ok(dir) = layer.moved() else { return Ok(SeedsSent::default()) };
         self.settled = false;
         self.pass += 1;
         let mut sending = Sending::new(out, host);

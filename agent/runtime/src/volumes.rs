@@ -1,12 +1,12 @@
 //! Bind mounts of a container: what each shows it of its node, on which storage that lies, and who else uses it.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
 use procfs::process::{MountInfo, Process};
-use rustix::fs::{AtFlags, StatxFlags, statx};
+use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
 use crate::error::Error;
 
@@ -83,9 +83,10 @@ impl Storage {
     /// When the directory is not there.
     pub fn of(dir: &Path) -> Result<Self, Error> {
         let real = fs::canonicalize(dir).map_err(Error::io("resolve", dir))?;
-        let opened = File::open(&real).map_err(Error::io("open", &real))?;
-        let seen = statx(&opened, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)
-            .map_err(|errno| Error::io("look at", &real)(errno.into()))?;
+        // Which mount it is, the kernel knows by itself: a server that does not answer is not asked.
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC;
+        let seen =
+            statx(CWD, &real, flags, StatxFlags::MNT_ID).map_err(|errno| Error::io("look at", &real)(errno.into()))?;
         let mounts = mounts_of(std::process::id().cast_signed())?;
         let mount = mounts.into_iter().find(|mount| u64::try_from(mount.mnt_id) == Ok(seen.stx_mnt_id));
         let mount = mount.ok_or_else(|| Error::io("find the mount of", &real)(std::io::ErrorKind::NotFound.into()))?;

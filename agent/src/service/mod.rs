@@ -21,7 +21,7 @@ use podferry_common::tls::PeerInfo;
 use podferry_proto::v1::agent_service_server::AgentService;
 use podferry_proto::v1::{self, NetworkKind, PartState};
 use podferry_runtime::{Container, stop_signal};
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
@@ -48,6 +48,8 @@ pub struct Agent {
     context: Context,
     parts: Parts,
     capabilities: Arc<describe::Capabilities>,
+    /// Held while a target's part is made.
+    preparing: Arc<Mutex<()>>,
 }
 
 type Events = Pin<Box<dyn Stream<Item = Result<v1::FreezeEvent, Status>> + Send>>;
@@ -56,7 +58,7 @@ impl Agent {
     /// Of this node; looks at CRIU and runc.
     pub async fn new(context: Context, parts: Parts) -> Self {
         let capabilities = Arc::new(describe::Capabilities::probe(&context).await);
-        Self { context, parts, capabilities }
+        Self { context, parts, capabilities, preparing: Arc::default() }
     }
 
     fn part(&self, migration: MigrationId) -> Result<Part, Failure> {
@@ -157,6 +159,9 @@ impl Agent {
             cold: request.cold,
             volumes,
         };
+        // Until this one is known as well.
+        let _one_at_a_time = self.preparing.lock().await;
+        self.parts.check_volumes(&order.volumes)?;
         let part = Arc::new(TargetPart::prepare(&self.context, order).await?);
         reservation.fill(Part::Target(part));
         self.watch_deadline(migration, deadline_of(request.deadline_ms));

@@ -146,11 +146,8 @@ fn device(path: &Path) -> u64 {
 
 fn overlap(look: &Look) -> Option<Finding> {
     let (one, other) = look.overlap()?;
-    let message = format!(
-        "{} lies in {}, and each would move with the other",
-        one.dir.display(),
-        if one.dir == other.dir { other.destination.display() } else { other.dir.display() }
-    );
+    let named = |volume: &Volume| format!("{} ({})", volume.destination.display(), volume.dir.display());
+    let message = format!("{} and {} are one directory, or one lies in the other", named(one), named(other));
     Some(refusal("volumes-overlap", message, "give each mount a directory of its own".to_owned()))
 }
 
@@ -175,14 +172,13 @@ fn used(context: &Context, volume: &Volume, own: &[i32]) -> Result<Option<Findin
 }
 
 fn stays(context: &Context, mount: &BindMount) -> Finding {
-    let folders: Vec<String> = context.config.runtime.volume_dirs.iter().map(|dir| dir.display().to_string()).collect();
     warning(
         "volume-stays",
         format!(
             "{} ({} here) is not moved: it lies below none of runtime.volume_dirs ({})",
             mount.destination.display(),
             mount.source.display(),
-            folders.join(", ")
+            folders(context, ", ")
         ),
         "see that both nodes have the same there, or put it below such a folder".to_owned(),
     )
@@ -190,7 +186,6 @@ fn stays(context: &Context, mount: &BindMount) -> Finding {
 
 fn missing(context: &Context, look: &Look, volume: &v1::Volume) -> Finding {
     let at = |mount: &&BindMount| is_at(&mount.destination, volume);
-    let folders = || context.config.runtime.volume_dirs.iter().map(|dir| dir.display().to_string()).collect::<Vec<_>>();
     let (message, remedy) = if let Some(mount) = look.staying.iter().find(at) {
         (
             format!(
@@ -198,7 +193,7 @@ fn missing(context: &Context, look: &Look, volume: &v1::Volume) -> Finding {
                 volume.destination,
                 mount.source.display()
             ),
-            format!("give it a directory below {}, which the migration fills", folders().join(" or ")),
+            format!("give it a directory below {}, which the migration fills", folders(context, " or ")),
         )
     } else if let Some((_, storage)) = look.shared.iter().find(|(mount, _)| is_at(&mount.destination, volume)) {
         (
@@ -213,7 +208,7 @@ fn missing(context: &Context, look: &Look, volume: &v1::Volume) -> Finding {
     } else {
         (
             format!("config.json mounts nothing at {}, where the source has a volume", volume.destination),
-            format!("let it mount a directory below {} there, which the migration fills", folders().join(" or ")),
+            format!("let it mount a directory below {} there, which the migration fills", folders(context, " or ")),
         )
     };
     refusal("no-volume", message, remedy)
@@ -259,6 +254,11 @@ fn too_small(volume: &Volume, bytes: u64) -> Option<Finding> {
         let message = format!("{needed} bytes are needed on the disk of {} and {free} are free", volume.dir.display());
         refusal("out-of-disk", message, format!("give {} more room", there.display()))
     })
+}
+
+fn folders(context: &Context, between: &str) -> String {
+    let folders: Vec<_> = context.config.runtime.volume_dirs.iter().map(|dir| dir.display().to_string()).collect();
+    folders.join(between)
 }
 
 fn warning(kind: &str, message: String, remedy: String) -> Finding {

@@ -94,6 +94,8 @@ pub struct TargetPart {
     context: Context,
     dirs: PartDirs,
     bundle: Bundle,
+    /// What comes with the container.
+    volumes: Vec<Volume>,
     workload: String,
     migration: MigrationId,
     keep_connections: bool,
@@ -126,6 +128,12 @@ impl TargetPart {
     pub async fn prepare(context: &Context, order: PrepareOrder) -> Result<Self, Failure> {
         let bundle = Bundle::read(&context.config.runtime.bundles_dir, &order.workload)
             .map_err(|failure| failure.on(context.config.node.as_str()))?;
+        let not_ready = |error: std::io::Error| {
+            let what = format!("a volume cannot be made ready: {error}");
+            context.refusal(FailureCode::FailedPrecondition, what).in_phase("prepare")
+        };
+        order.volumes.iter().try_for_each(Volume::check_empty).map_err(not_ready)?;
+        let volumes = order.volumes.clone();
         let dirs = PartDirs::of(&context.config, order.migration);
         let netns = order.link.as_ref().and(bundle.netns.clone());
         let host_interface = host_interface(order.migration);
@@ -151,10 +159,7 @@ impl TargetPart {
         let made = async {
             record.begin(&dirs).map_err(|error| io_failed(context, &error))?;
             bundle.make_room().map_err(|error| io_failed(context, &error))?;
-            record.volumes().iter().try_for_each(Volume::make_room).map_err(|error| {
-                let what = "a volume cannot be made ready";
-                context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("prepare")
-            })?;
+            volumes.iter().try_for_each(Volume::make_room).map_err(not_ready)?;
             make_network(context, &record).await?;
             if order.cold {
                 restore_mtu(&record);
@@ -174,7 +179,7 @@ impl TargetPart {
         };
         let source = order.source.clone();
         let post_copy = order.fetch_from.is_some();
-        let trees = trees(&bundle, record.volumes());
+        let trees = trees(&bundle, &volumes);
         let inbox = Inbox::new(order.source, dirs.images.clone(), trees, post_copy);
         context.admissions.expect(order.migration, Arc::clone(&inbox));
         let fetch_from = fetch::Source::of(&record.role);
@@ -184,6 +189,7 @@ impl TargetPart {
             ledger: Ledger::new(record, dirs.clone()),
             dirs,
             bundle,
+            volumes,
             workload: order.workload,
             migration: order.migration,
             keep_connections: order.keep_connections,
@@ -217,12 +223,13 @@ impl TargetPart {
         }
         let cold = matches!(record.role, Role::Target { cold: true, .. });
         let created = AtomicBool::new(cold && record.standing == Standing::Sealed);
-        let (workload, migration) = (record.workload.clone(), record.migration);
+        let (workload, migration, volumes) = (record.workload.clone(), record.migration, record.volumes().to_vec());
         let ledger = Ledger::new(record, dirs.clone());
         Ok(Self {
             context: context.clone(),
             dirs,
             bundle,
+            volumes,
             workload,
             migration,
             keep_connections,
@@ -255,9 +262,7 @@ impl TargetPart {
             self.arrived().await?;
             let begun = Instant::now();
             tracing::debug!(migration = %self.migration, "everything is here");
-            let volumes: Vec<PathBuf> =
-                self.ledger.lock().await.volumes().iter().map(|volume| volume.dir.clone()).collect();
-            let (layer, inbox) = (self.bundle.upper(), self.inbox.clone());
+            let (layer, volumes, inbox) = (self.bundle.upper(), self.volumes.clone(), self.inbox.clone());
             *self.syncing.lock().await = Some(spawn_blocking(move || sync(&layer, &volumes, inbox.as_deref())));
             if self.cold {
                 self.create().await?;
@@ -460,6 +465,11 @@ impl TargetPart {
         &self.doorstep
     }
 
+    /// What comes with the container.
+    pub fn volumes(&self) -> &[Volume] {
+        &self.volumes
+    }
+
     /// runc's id of the container.
     pub fn workload(&self) -> &str {
         &self.workload
@@ -531,9 +541,9 @@ enum SyncError {
     Early(#[from] std::io::Error),
 }
 
-fn sync(layer: &Path, volumes: &[PathBuf], inbox: Option<&Inbox>) -> Result<(), SyncError> {
+fn sync(layer: &Path, volumes: &[Volume], inbox: Option<&Inbox>) -> Result<(), SyncError> {
     podferry_filesystem::sync(layer)?;
-    volumes.iter().try_for_each(|dir| podferry_filesystem::sync(dir))?;
+    volumes.iter().try_for_each(|volume| podferry_filesystem::sync(&volume.dir))?;
     Ok(inbox.map_or(Ok(()), Inbox::written_back)?)
 }
 

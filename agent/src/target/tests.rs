@@ -11,6 +11,7 @@ use tokio::net::UnixStream;
 
 use super::*;
 use crate::config::{Config, Network, PostCopy, Runtime, Tools, Tracker};
+use crate::parts::{Part, Parts};
 
 const WORKLOAD: &str = "w";
 
@@ -93,4 +94,59 @@ async fn a_held_container_is_never_let_go_without_its_link() {
         assert!(told.is_err(), "it was told something: {told:?}");
         assert_eq!(part.standing(), Standing::Sealed);
     }
+}
+
+fn order(volumes: Vec<Volume>) -> PrepareOrder {
+    let source: NodeName = "n2".parse().unwrap();
+    PrepareOrder {
+        migration: MigrationId::new(),
+        workload: WORKLOAD.to_owned(),
+        source: Peer::Agent(source),
+        source_node: "n2".to_owned(),
+        link: None,
+        keep_connections: false,
+        fetch_from: None,
+        cold: false,
+        volumes,
+    }
+}
+
+fn volume(dir: &Path) -> Volume {
+    Volume { destination: "/data".into(), dir: dir.to_owned(), made: false }
+}
+
+/// Preflight has found it empty, and somebody was faster than the migration.
+#[tokio::test]
+async fn what_is_in_a_volume_when_a_migration_is_prepared_is_nobodys_to_delete() {
+    let folder = tempfile::tempdir().unwrap();
+    let context = context(folder.path());
+    let [taken, free] = ["taken", "free"].map(|name| folder.path().join(name));
+    fs::create_dir(&taken).unwrap();
+    fs::write(taken.join("file"), "precious").unwrap();
+    let failure = TargetPart::prepare(&context, order(vec![volume(&free), volume(&taken)])).await.unwrap_err();
+    assert!(failure.message.contains("not empty") && failure.message.contains("taken"), "{failure}");
+    assert_eq!(fs::read_to_string(taken.join("file")).unwrap(), "precious");
+    assert!(!free.exists(), "nothing is left of what was not prepared");
+}
+
+/// Each of the two would empty it when it is undone.
+#[tokio::test]
+async fn a_volume_that_another_migration_fills_is_not_for_this_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let (context, parts) = (context(folder.path()), Parts::default());
+    let ours = folder.path().join("ours");
+    let order = order(vec![volume(&ours)]);
+    let migration = order.migration;
+    parts.check_volumes(&order.volumes).unwrap();
+    let reservation = parts.reserve(migration, WORKLOAD).unwrap();
+    let part = Arc::new(TargetPart::prepare(&context, order).await.unwrap());
+    reservation.fill(Part::Target(Arc::clone(&part)));
+    for taken in [ours.clone(), ours.join("in"), folder.path().to_owned()] {
+        let failure = parts.check_volumes(&[volume(&taken)]).unwrap_err();
+        assert!(failure.message.contains(&migration.to_string()), "{failure}");
+    }
+    parts.check_volumes(&[volume(&folder.path().join("other"))]).unwrap();
+    part.abort(Authority::Own).await.unwrap();
+    parts.ended(migration, part.standing());
+    parts.check_volumes(&[volume(&ours)]).unwrap();
 }
