@@ -28,4 +28,4 @@ pub mod strategy;
 #[cfg(test)]
 mod testing;
 
-pub use problem::Problem;
+pub use problem::{FileError, Problem};

@@ -1,7 +1,9 @@
 //! What is wrong in a file that people write, and where.
 
-use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::{fmt, fs, io};
+
+use thiserror::Error;
 
 /// One thing that is wrong, and where.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,4 +41,56 @@ impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}: {}", self.line, self.column, self.message)
     }
+}
+
+/// Why such a file cannot be used.
+#[derive(Debug, Error)]
+pub enum FileError {
+    /// It cannot be read.
+    #[error("cannot read {what} {}", path.display())]
+    Read {
+        /// What it is, such as "the inventory".
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// It is larger than any of its kind.
+    #[error("{what} {} has {bytes} bytes, more than {most}: is it the right file?", path.display())]
+    TooLarge {
+        /// What it is.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// The largest that is read.
+        most: u64,
+    },
+    /// Its content is wrong.
+    #[error("{}", Problem::list(path, problems))]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// Everything that is wrong, in the order of the file.
+        problems: Vec<Problem>,
+    },
+}
+
+/// Reads a file of at most so many bytes and takes its text apart.
+pub(crate) fn load<T>(
+    what: &'static str,
+    path: &Path,
+    most: u64,
+    parse: impl FnOnce(&str) -> Result<T, Vec<Problem>>,
+) -> Result<T, FileError> {
+    let failed = |source| FileError::Read { what, path: path.to_owned(), source };
+    let bytes = fs::metadata(path).map_err(failed)?.len();
+    if bytes > most {
+        return Err(FileError::TooLarge { what, path: path.to_owned(), bytes, most });
+    }
+    let text = fs::read_to_string(path).map_err(failed)?;
+    parse(&text).map_err(|problems| FileError::Invalid { path: path.to_owned(), problems })
 }

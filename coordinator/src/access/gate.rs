@@ -6,10 +6,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use podferry_common::identity::Peer;
 use podferry_common::{Failure, chain};
 
-use super::{Action, Denial, Grounds, Policy, PolicyError, Verb, decide};
+use super::{Action, Denial, Grounds, Policy, Verb, decide};
 use crate::audit::{AuditError, AuditLog};
 use crate::follow::Follower;
 use crate::metrics::Metrics;
+use crate::problem::FileError;
 
 /// The policy as it is now, and the log of what was decided. Clones share both.
 #[derive(Clone)]
@@ -26,7 +27,7 @@ struct State {
 
 impl State {
     /// By the policy in that file; without one all clients may do everything that clients can do.
-    fn following(path: Option<PathBuf>) -> Result<Self, PolicyError> {
+    fn following(path: Option<PathBuf>) -> Result<Self, FileError> {
         let Some(path) = path else { return Ok(Self { policy: None, file: None }) };
         let mut file = Follower::new(path);
         let _first = file.has_changed();
@@ -58,7 +59,7 @@ impl Gate {
     ///
     /// # Errors
     /// When the file cannot be used now.
-    pub fn new(policy: Option<PathBuf>, audit: AuditLog, metrics: Metrics) -> Result<Self, PolicyError> {
+    pub fn new(policy: Option<PathBuf>, audit: AuditLog, metrics: Metrics) -> Result<Self, FileError> {
         Ok(Self { state: Arc::new(Mutex::new(State::following(policy)?)), audit, metrics })
     }
 

@@ -14,4 +14,4 @@ pub use action::{Action, Verb};
 pub use decide::{Denial, Grounds, decide};
 pub use gate::Gate;
 pub use pattern::Pattern;
-pub use policy::{Grant, Policy, PolicyError, Role};
+pub use policy::{Grant, Policy, Role};

@@ -2,15 +2,13 @@
 //!
 //! `docs/operations.md` describes the format. Errors say file, line and column, and all of them are said at once.
 
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Deserialize;
-use thiserror::Error;
 use toml::Spanned;
 
 use super::pattern::Pattern;
-use crate::problem::Problem;
+use crate::problem::{self, FileError, Problem};
 
 /// The largest policy that is read, in bytes: thousands of grants fit.
 const MAX_BYTES: u64 = 1 << 20;
@@ -81,36 +79,6 @@ pub struct Policy {
     grants: Vec<Grant>,
 }
 
-/// Why a policy cannot be used.
-#[derive(Debug, Error)]
-pub enum PolicyError {
-    /// The file cannot be read.
-    #[error("cannot read the access policy {}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why not.
-        #[source]
-        source: io::Error,
-    },
-    /// The file is larger than any policy.
-    #[error("the access policy {} has {bytes} bytes, more than {MAX_BYTES}: is it the right file?", path.display())]
-    TooLarge {
-        /// The file.
-        path: PathBuf,
-        /// Its size.
-        bytes: u64,
-    },
-    /// Its content is wrong.
-    #[error("{}", Problem::list(path, problems))]
-    Invalid {
-        /// The file.
-        path: PathBuf,
-        /// Everything that is wrong, in the order of the file.
-        problems: Vec<Problem>,
-    },
-}
-
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
@@ -131,14 +99,8 @@ struct GrantTable {
 
 impl Policy {
     /// Reads and checks a file.
-    pub fn load(path: &Path) -> Result<Self, PolicyError> {
-        let failed = |source| PolicyError::Read { path: path.to_owned(), source };
-        let bytes = std::fs::metadata(path).map_err(failed)?.len();
-        if bytes > MAX_BYTES {
-            return Err(PolicyError::TooLarge { path: path.to_owned(), bytes });
-        }
-        let text = std::fs::read_to_string(path).map_err(failed)?;
-        Self::parse(&text).map_err(|problems| PolicyError::Invalid { path: path.to_owned(), problems })
+    pub fn load(path: &Path) -> Result<Self, FileError> {
+        problem::load("the access policy", path, MAX_BYTES, Self::parse)
     }
 
     /// Checks a text.
@@ -282,6 +244,6 @@ nodes = ["a"]
         let path = folder.path().join("access.toml");
         std::fs::File::create(&path).unwrap().set_len(MAX_BYTES + 1).unwrap();
         let error = Policy::load(&path).unwrap_err();
-        assert!(matches!(error, PolicyError::TooLarge { bytes, .. } if bytes == MAX_BYTES + 1), "{error}");
+        assert!(matches!(error, FileError::TooLarge { bytes, .. } if bytes == MAX_BYTES + 1), "{error}");
     }
 }

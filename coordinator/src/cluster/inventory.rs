@@ -4,15 +4,13 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use podferry_common::{NodeName, WorkloadName};
 use serde::Deserialize;
-use thiserror::Error;
 use toml::Spanned;
 
-use crate::problem::Problem;
+use crate::problem::{self, FileError, Problem};
 
 /// The largest inventory that is read, in bytes: thousands of nodes fit.
 const MAX_BYTES: u64 = 16 << 20;
@@ -46,36 +44,6 @@ pub struct Inventory {
     workloads: BTreeMap<WorkloadName, Workload>,
 }
 
-/// Why an inventory cannot be used.
-#[derive(Debug, Error)]
-pub enum InventoryError {
-    /// The file cannot be read.
-    #[error("cannot read the inventory {}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why not.
-        #[source]
-        source: io::Error,
-    },
-    /// The file is larger than any inventory.
-    #[error("the inventory {} has {bytes} bytes, more than {MAX_BYTES}: is it the right file?", path.display())]
-    TooLarge {
-        /// The file.
-        path: PathBuf,
-        /// Its size.
-        bytes: u64,
-    },
-    /// Its content is wrong.
-    #[error("{}", Problem::list(path, problems))]
-    Invalid {
-        /// The file.
-        path: PathBuf,
-        /// Everything that is wrong, in the order of the file.
-        problems: Vec<Problem>,
-    },
-}
-
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
@@ -102,14 +70,8 @@ struct WorkloadTable {
 
 impl Inventory {
     /// Reads and checks a file.
-    pub fn load(path: &Path) -> Result<Self, InventoryError> {
-        let failed = |source| InventoryError::Read { path: path.to_owned(), source };
-        let bytes = std::fs::metadata(path).map_err(failed)?.len();
-        if bytes > MAX_BYTES {
-            return Err(InventoryError::TooLarge { path: path.to_owned(), bytes });
-        }
-        let text = std::fs::read_to_string(path).map_err(failed)?;
-        Self::parse(&text).map_err(|problems| InventoryError::Invalid { path: path.to_owned(), problems })
+    pub fn load(path: &Path) -> Result<Self, FileError> {
+        problem::load("the inventory", path, MAX_BYTES, Self::parse)
     }
 
     /// Checks a text.
