@@ -504,6 +504,7 @@ mod tests {
             link: None,
             netns: None,
             fetched_by: None,
+            take_over: None,
             stop: Some(StopNote { signal: 3, grace: Duration::from_secs(30), begun: None, told: false }),
             volumes: vec![Volume { destination: "/data".into(), dir: "/volumes/data".into(), made: false }],
         });
@@ -535,6 +536,7 @@ mod tests {
             plan: None,
             netns: None,
             fetch_from: None,
+            takes_over: false,
             cold: false,
             volumes: Vec::new(),
         });

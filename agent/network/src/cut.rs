@@ -177,7 +177,7 @@ fn program_filter(index: u32, direction: TcHandle, handle: TcHandle, program: &[
     let length = u16::try_from(program.len()).unwrap_or(u16::MAX);
     let options = [
         (TCA_BPF_OPS_LEN, length.to_ne_bytes().to_vec()),
-        (TCA_BPF_OPS, program.iter().flat_map(instruction::bytes).collect()),
+        (TCA_BPF_OPS, program.iter().copied().flat_map(instruction::bytes).collect()),
         (TCA_BPF_FLAGS, TCA_BPF_FLAG_ACT_DIRECT.to_ne_bytes().to_vec()),
     ];
     let option = |(kind, value)| TcOption::Bpf(TcFilterBpfOption::Other(DefaultNla::new(kind, value)));
@@ -240,7 +240,7 @@ mod instruction {
     }
 
     /// As the kernel takes them.
-    pub(super) fn bytes(instruction: &sock_filter) -> [u8; 8] {
+    pub(super) fn bytes(instruction: sock_filter) -> [u8; 8] {
         let mut bytes = [0; 8];
         bytes[..2].copy_from_slice(&instruction.code.to_ne_bytes());
         [bytes[2], bytes[3]] = [instruction.jt, instruction.jf];
@@ -293,7 +293,8 @@ fn has_filters(netlink: &mut Netlink, index: u32) -> io::Result<bool> {
 /// Whether the interface's hooks have filters that are not ours. A dump names each filter's chain with the handle 0 first.
 fn serves_others(netlink: &mut Netlink, index: u32) -> io::Result<bool> {
     let ours = |found: &TcMessage| {
-        found.header.info == FILTER_INFO && [TcHandle::UNSPEC, FILTER_HANDLE, HOLD_HANDLE].contains(&found.header.handle)
+        found.header.info == FILTER_INFO
+            && [TcHandle::UNSPEC, FILTER_HANDLE, HOLD_HANDLE].contains(&found.header.handle)
     };
     for direction in DIRECTIONS {
         let mut message = TcMessage::default();

@@ -186,12 +186,8 @@ impl Instance {
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut running = Running(command.spawn().map_err(started)?);
         let (input, output, errors) = (running.0.stdin.take(), running.0.stdout.take(), running.0.stderr.take());
-        let (fed, heard, said, ended) = tokio::join!(
-            feed(input, flow.input),
-            hear(output, flow.output),
-            hear(errors, None),
-            running.0.wait(),
-        );
+        let (fed, heard, said, ended) =
+            tokio::join!(feed(input, flow.input), hear(output, flow.output), hear(errors, None), running.0.wait(),);
         let status = ended.map_err(broke)?;
         if !status.success() {
             return Err(failed(name, status, &heard.unwrap_or_default(), &said.unwrap_or_default()));

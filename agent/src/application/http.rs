@@ -59,7 +59,9 @@ impl HttpHook {
         let uri: Uri = url.parse().map_err(|error| format!("is no URL: {error}"))?;
         let here = matches!(uri.host(), Some("127.0.0.1" | "localhost"));
         if uri.scheme_str() != Some("http") || !here {
-            return Err("is a URL of elsewhere: only http://127.0.0.1 and http://localhost are the container's".to_owned());
+            return Err(
+                "is a URL of elsewhere: only http://127.0.0.1 and http://localhost are the container's".to_owned()
+            );
         }
         let port = uri.port_u16().unwrap_or(80);
         if port == 0 {

@@ -4,7 +4,7 @@
 //! Each node goes by its own `config.json`, so neither runs what came from the other.
 //!
 //! - [`hook`] runs one, in the container or by HTTP,
-//! - [`presets`] has those of stock Redis and PostgreSQL,
+//! - [`presets`] has those of stock Redis and `PostgreSQL`,
 //! - [`relay`] lets the new instance reach the old one.
 
 pub mod hook;
@@ -186,7 +186,9 @@ impl Application {
             return Err("replicate needs caught-up, and caught-up replicate");
         }
         if !has(HookName::Export) && !has(HookName::Replicate) {
-            return Err("nothing moves the state: give export and import, or replicate and caught-up, or say that it is stateless");
+            return Err(
+                "nothing moves the state: give export and import, or replicate and caught-up, or say that it is stateless",
+            );
         }
         if has(HookName::Replicate) && self.port.is_none() {
             return Err("replicate needs podferry.dev/application.port, the port at which the old instance is reached");
@@ -215,7 +217,10 @@ impl Application {
 
 fn port_of(value: &str) -> Result<u16, WrongApplication> {
     let port = value.trim().parse().ok().filter(|port| *port > 0);
-    port.ok_or_else(|| WrongApplication::Hook { name: "port".to_owned(), why: format!("is {value:?}, which is no port") })
+    port.ok_or_else(|| WrongApplication::Hook {
+        name: "port".to_owned(),
+        why: format!("is {value:?}, which is no port"),
+    })
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use super::{Hook, HookName};
 
 /// Where Redis listens.
 pub const REDIS_PORT: u16 = 6379;
-/// Where PostgreSQL listens.
+/// Where `PostgreSQL` listens.
 pub const POSTGRESQL_PORT: u16 = 5432;
 
 /// Redis 6.2 and later: the new instance is a replica until it has all that the old one had when it was paused. A password is taken from
@@ -58,7 +58,7 @@ offset=$(echo "$here" | field slave_repl_offset) || exit 1
 [ "$offset" -ge "$there" ] || { echo "it is at $offset of $there" >&2; exit 1; }
 "#;
 
-/// PostgreSQL: all roles and databases by `pg_dumpall` and `psql`, over the local socket, as `POSTGRES_USER`. Downtime grows with the
+/// `PostgreSQL`: all roles and databases by `pg_dumpall` and `psql`, over the local socket, as `POSTGRES_USER`. Downtime grows with the
 /// databases. A cluster that replicates moves with less by hooks of its own.
 pub(super) fn postgresql() -> BTreeMap<HookName, Hook> {
     scripts([

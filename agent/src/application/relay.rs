@@ -142,9 +142,8 @@ pub fn answer(
         let (from, to) = stream.into_split();
         let back = pump(from, answers, |data| Ok(RelayResponse { data }));
         let both = async { tokio::try_join!(take(requests, to), back).map(drop) };
-        match ended.run_until_cancelled(both).await {
-            Some(Err(error)) => tracing::debug!(error, "a relayed connection broke off"),
-            Some(Ok(())) | None => {}
+        if let Some(Err(error)) = ended.run_until_cancelled(both).await {
+            tracing::debug!(error, "a relayed connection broke off");
         }
     });
     ReceiverStream::new(outgoing)

@@ -11,9 +11,7 @@ use podferry_common::tls::PeerInfo;
 use podferry_proto::v1::application_service_server::ApplicationService;
 use podferry_proto::v1::import_request::Kind as Import;
 use podferry_proto::v1::relay_request::Kind as Relayed;
-use podferry_proto::v1::{
-    BringUpRequest, BringUpResponse, ImportRequest, ImportResponse, RelayRequest, RelayResponse,
-};
+use podferry_proto::v1::{BringUpRequest, BringUpResponse, ImportRequest, ImportResponse, RelayRequest, RelayResponse};
 use tokio::sync::mpsc;
 use tonic::{Request, Response, Status, Streaming};
 

@@ -26,8 +26,8 @@ use tokio::sync::{Mutex, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use crate::context::{Context, blocking};
 use crate::application::Kind;
+use crate::context::{Context, blocking};
 use crate::journal::{Standing, StopNote, TakeOverNote};
 use crate::metrics::{Sending, Stage};
 use crate::parts::{Authority, Entry, Part, Parts};
@@ -152,9 +152,10 @@ impl Agent {
             let (context, workload, named) = (self.context.clone(), request.workload.clone(), request.volumes);
             blocking(move || volumes::of_target(&context, &workload, &named)).await?
         };
-        let take_over = match request.application {
-            true => Some(self.take_over_of(&request.workload, &request.source_address).await?),
-            false => None,
+        let take_over = if request.application {
+            Some(self.take_over_of(&request.workload, &request.source_address).await?)
+        } else {
+            None
         };
         let order = PrepareOrder {
             migration,
@@ -265,7 +266,8 @@ impl Agent {
             let what = "the workload cannot be replaced by a new instance";
             self.context.failure(FailureCode::FailedPrecondition, what, error).in_phase("freeze")
         };
-        let application = crate::application::Application::of(&container.annotations).map_err(|error| refused(&error))?;
+        let application =
+            crate::application::Application::of(&container.annotations).map_err(|error| refused(&error))?;
         let signal = stop_signal(&container.annotations).map_err(|error| refused(&error))?;
         let grace = Duration::from_millis(take_over.grace_period_ms).min(DEADLINES.1);
         Ok(TakeOverNote { stateless: application.kind() == Kind::Stateless, signal, grace, quiesced: false })

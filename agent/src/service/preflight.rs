@@ -160,16 +160,16 @@ pub(crate) async fn source(
         .await?
     };
     let (report, layer, (volumes, mut findings)) = looked;
-    if way != Way::Carried {
+    if way == Way::Carried {
+        findings.extend(report.findings.iter().map(finding_of));
+        let images_free = podferry_filesystem::free_bytes(&context.config.images_dir).unwrap_or(0);
+        findings.extend(deleted_findings(&report.facts.deleted_files, images_free));
+    } else {
         findings.extend(terminal_finding(&container.config));
         findings.extend(stop_signal(&container.annotations).err().map(|error| {
             let remedy = "name another in config.json, or migrate without stopping it".to_owned();
             refusal("stop-signal", error.to_string(), remedy)
         }));
-    } else {
-        findings.extend(report.findings.iter().map(finding_of));
-        let images_free = podferry_filesystem::free_bytes(&context.config.images_dir).unwrap_or(0);
-        findings.extend(deleted_findings(&report.facts.deleted_files, images_free));
     }
     if way == Way::Replaced {
         findings.extend(replaced_findings(&container));
@@ -312,9 +312,11 @@ pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding
         Ok(bundle) => {
             findings.extend(bundle_findings(&bundle, wish));
             if wish.way == Way::Replaced {
-                findings.extend(application_here(context, &wish.workload).err().map(|failure| {
-                    refusal("application", failure.message, failure.remedy.unwrap_or_default())
-                }));
+                findings.extend(
+                    application_here(context, &wish.workload)
+                        .err()
+                        .map(|failure| refusal("application", failure.message, failure.remedy.unwrap_or_default())),
+                );
             }
             if wish.way != Way::Carried {
                 // One that cannot be read has been found above.

@@ -75,8 +75,7 @@ impl SourcePart {
             self.cut_off(order, &application).await?;
         }
         let frozen = Instant::now();
-        let _nobody_watches =
-            events.send(FreezeEvent::Frozen { freeze_ms: ms(begun, frozen), killed: false }).await;
+        let _nobody_watches = events.send(FreezeEvent::Frozen { freeze_ms: ms(begun, frozen), killed: false }).await;
         let exported = match application.hook(HookName::Export) {
             Some(hook) => self.export(order, &application, hook, channel).await?,
             None => 0,
@@ -120,14 +119,13 @@ impl SourcePart {
         let request = BringUpRequest { migration_id: order.migration.to_string(), listening_ports };
         let deadline = order.pre_copy.map_or_else(SystemTime::now, |wish| wish.deadline);
         let mut client = ApplicationServiceClient::new(channel);
-        match tokio::time::timeout(patience(deadline), client.bring_up(request)).await {
-            Ok(answer) => answer.map(tonic::Response::into_inner).map_err(|status| Failure::from_status(&status)),
-            Err(_) => {
-                let message = format!("the new instance on {} was not ready before the deadline", order.target);
-                let failure = self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("precopy");
-                Err(failure.remedy("see why in that node's log of the container, or give it longer (deadlines.precopy)"))
-            }
-        }
+        let Ok(answer) = tokio::time::timeout(patience(deadline), client.bring_up(request)).await else {
+            let message = format!("the new instance on {} was not ready before the deadline", order.target);
+            let failure = self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("precopy");
+            let remedy = "see why in the log of the container there, or give it longer (deadlines.precopy)";
+            return Err(failure.remedy(remedy));
+        };
+        answer.map(tonic::Response::into_inner).map_err(|status| Failure::from_status(&status))
     }
 
     fn listening_ports(&self, container: &Container) -> Result<Vec<u32>, Failure> {
@@ -226,9 +224,8 @@ impl SourcePart {
 
     /// Fails unless the new instance has all, and this one has not ended meanwhile.
     pub(super) fn check_handed_over(&self, record: &PartRecord) -> Result<(), Failure> {
-        let refused = |message: &str| {
-            Err(self.context.refusal(FailureCode::FailedPrecondition, message).in_phase("commit"))
-        };
+        let refused =
+            |message: &str| Err(self.context.refusal(FailureCode::FailedPrecondition, message).in_phase("commit"));
         if !self.stopped.load(Ordering::Relaxed) {
             return refused("the new instance does not have all of the workload's state yet");
         }
@@ -274,7 +271,10 @@ impl SourcePart {
         note: TakeOverNote,
     ) {
         if let Some(Err(error)) = link.map(podferry_network::hold_new_connections) {
-            tracing::warn!(error = chain(&error), "new connections are not held, and may be refused while the workload ends");
+            tracing::warn!(
+                error = chain(&error),
+                "new connections are not held, and may be refused while the workload ends"
+            );
         }
         until_none(container, ACCEPTED, |inbound| inbound.arriving).await;
         until_none(container, LEFT, |inbound| inbound.arriving + inbound.open).await;

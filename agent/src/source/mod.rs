@@ -278,7 +278,9 @@ impl SourcePart {
 
     /// Before the freeze, so that nothing is missed. A migration goes on without: its clients wait a little longer then.
     fn watch_arrivals(&self, order: &FreezeOrder) {
-        let Some(link) = order.link.as_ref().filter(|_| order.keep_connections || order.take_over.is_some()) else { return };
+        let Some(link) = order.link.as_ref().filter(|_| order.keep_connections || order.take_over.is_some()) else {
+            return;
+        };
         match Arrivals::watch(&self.context, order, link) {
             Ok(arrivals) => drop(self.arrivals.set(arrivals)),
             Err(error) => tracing::warn!(error = chain(&error), "what comes in the freeze cannot be kept"),

@@ -71,7 +71,10 @@ impl TargetPart {
             let instance = self.enter(&container, take_over.application.port())?;
             let (instance, relay) = self.with_relay(take_over, instance).await?;
             let up = Up { instance, _relay: relay, ports };
-            take_over.up.set(up).map_err(|_| self.refused(FailureCode::AlreadyExists, "it was brought up before", "precopy"))?;
+            take_over
+                .up
+                .set(up)
+                .map_err(|_| self.refused(FailureCode::AlreadyExists, "it was brought up before", "precopy"))?;
             self.until_ready("precopy").await?;
             let ready = Instant::now();
             tracing::debug!(migration = %self.migration, "the new instance is ready");

@@ -6,7 +6,7 @@ mod support;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -36,7 +36,7 @@ fn phase(record: &Value) -> &str {
 }
 
 /// Asks Redis something over a connection of its own.
-fn ask_redis(netns: &PathBuf, question: &str) -> Result<String, String> {
+fn ask_redis(netns: &Path, question: &str) -> Result<String, String> {
     Connection::open(netns, redis_address()).and_then(|mut connection| connection.ask(question))
 }
 
@@ -44,7 +44,7 @@ fn ask_redis(netns: &PathBuf, question: &str) -> Result<String, String> {
 struct Connection(TcpStream);
 
 impl Connection {
-    fn open(netns: &PathBuf, address: SocketAddr) -> Result<Self, String> {
+    fn open(netns: &Path, address: SocketAddr) -> Result<Self, String> {
         let dialled = inside(netns, || TcpStream::connect_timeout(&address, Duration::from_secs(10)));
         let stream = dialled.map_err(|error| format!("it cannot be connected to: {error}"))?;
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
@@ -132,7 +132,7 @@ fn write_keys(netns: PathBuf) -> Loop<Written> {
     })
 }
 
-fn assert_all_there(netns: &PathBuf, written: &Written) {
+fn assert_all_there(netns: &Path, written: &Written) {
     let mut connection = Connection::open(netns, redis_address()).unwrap();
     for key in 1..=written.acknowledged {
         let head = connection.ask(&format!("GET key:{key}")).unwrap();
@@ -211,7 +211,7 @@ fn a_cart_goes_on_where_another_instance_was() {
 }
 
 /// One request over a connection of its own; its answer's body when it is a good one.
-fn http(netns: &PathBuf, method: &str, path: &str, body: &str) -> Result<String, String> {
+fn http(netns: &Path, method: &str, path: &str, body: &str) -> Result<String, String> {
     let address = SocketAddr::new(FIRST_CONTAINER_ADDRESS.into(), 8080);
     let mut connection = Connection::open(netns, address)?;
     let head = "host: test\r\nconnection: close\r\ncontent-type: application/json";
@@ -260,7 +260,7 @@ fn nobody_who_asks_a_stateless_service_is_refused() {
 }
 
 /// The old instance takes writes at its address, and nothing of another one is left.
-fn assert_undone(stage: &Stage, netns: &PathBuf, before: &podferry_local::Census, when: &str) {
+fn assert_undone(stage: &Stage, netns: &Path, before: &podferry_local::Census, when: &str) {
     let wrote = eventually(PATIENCE, || ask_redis(netns, &format!("SET undone {}", when.len())));
     assert_eq!(wrote, "+OK", "{when}");
     assert_eq!(stage.places("redis"), [NODES[0]], "{when}");

@@ -96,9 +96,10 @@ pub(super) fn grace_period_s_of(request: &v1::MigrateRequest, strategy: Strategy
             "no workload is stopped unless that is allowed".to_owned(),
             "give no grace period, or --allow-restart",
         ),
-        Some(_) if !may_stop => {
-            refused(format!("the strategy {strategy} stops no workload"), "give no grace period, or use cold or application")
-        }
+        Some(_) if !may_stop => refused(
+            format!("the strategy {strategy} stops no workload"),
+            "give no grace period, or use cold or application",
+        ),
         Some(asked) if asked > LONGEST_GRACE_PERIOD_S => refused(
             format!("{asked} s are no grace period: it is at most {LONGEST_GRACE_PERIOD_S} s"),
             "give a shorter one, or none",
