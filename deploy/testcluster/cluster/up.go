@@ -1,0 +1,322 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// How long the cluster may take to come up: on two idle cores it is ready in a quarter of it.
+const upDeadline = 3 * time.Minute
+
+// up makes the cluster and waits until both nodes are Ready. What a failure leaves is taken away by `down`; it is left for a
+// look unless the caller says otherwise.
+func (c *cluster) up(wait time.Duration) error {
+	begun := time.Now()
+	if err := c.checkBuild(); err != nil {
+		return err
+	}
+	api, err := c.claim()
+	if err != nil {
+		return err
+	}
+	defer api.Close()
+	if err := c.writeIdentities(); err != nil {
+		return err
+	}
+	if err := together(machines, func(m machine) error {
+		if m.Index == 0 {
+			return c.startMachine(m, api)
+		}
+		return c.startMachine(m, nil)
+	}); err != nil {
+		return err
+	}
+	if err := c.connect(); err != nil {
+		return err
+	}
+	// containerd unpacks the images while the control plane starts.
+	if err := together(machines, func(m machine) error {
+		if m.Index == 0 {
+			return c.startControl()
+		}
+		return c.startNode(m)
+	}); err != nil {
+		return err
+	}
+	return c.waitReady(begun.Add(wait))
+}
+
+func (c *cluster) checkBuild() error {
+	for _, part := range []string{"root/usr/bin/containerd", "bin/kubernetes", "images/pause.tar"} {
+		if !exists(filepath.Join(c.Build, part)) {
+			return fmt.Errorf("%s has no %s: run deploy/testcluster/build.sh", c.Build, part)
+		}
+	}
+	for _, b := range c.Binds {
+		if !exists(b.Host) {
+			return fmt.Errorf("there is no %s to bind to %s", b.Host, b.Node)
+		}
+	}
+	return nil
+}
+
+// claim makes the cluster's folder, which only one can, and the host's socket for its API server.
+func (c *cluster) claim() (*net.TCPListener, error) {
+	if err := os.MkdirAll(filepath.Dir(c.State), 0o755); err != nil {
+		return nil, err
+	}
+	if err := os.Mkdir(c.State, 0o755); errors.Is(err, os.ErrExist) {
+		return nil, fmt.Errorf("cluster %s is there already, at least in part (%s): use it, or take it away with `down`", c.Name, c.State)
+	} else if err != nil {
+		return nil, err
+	}
+	listener, err := net.ListenTCP("tcp4", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		return nil, err
+	}
+	c.APIPort = listener.Addr().(*net.TCPAddr).Port
+	return listener, c.save()
+}
+
+// together runs act for all at once and returns what went wrong.
+func together[T any](all []T, act func(T) error) error {
+	failures := make([]error, len(all))
+	var group sync.WaitGroup
+	for i, one := range all {
+		group.Go(func() { failures[i] = act(one) })
+	}
+	group.Wait()
+	return errors.Join(failures...)
+}
+
+// connect joins the machines by a bridge in the control plane. The links are made inside their namespaces: the host never
+// sees them.
+func (c *cluster) connect() error {
+	control := machines[0]
+	if err := c.script(control, `
+ip link set lo up
+ip link add br0 type bridge
+ip addr add `+control.Address+`/24 dev br0
+ip link set br0 up
+sysctl -qw net.ipv4.ip_forward=1`); err != nil {
+		return err
+	}
+	controlInit, err := c.initOf(control)
+	if err != nil {
+		return err
+	}
+	for _, m := range nodes() {
+		init, err := c.initOf(m)
+		if err != nil {
+			return err
+		}
+		port := "port-" + m.Name
+		output, err := exec.Command("ip", "link", "add", port, "netns", strconv.Itoa(controlInit.Pid), "type", "veth",
+			"peer", "name", "eth0", "netns", strconv.Itoa(init.Pid)).CombinedOutput()
+		if err != nil {
+			return fmt.Errorf("joining %s to the control plane: %w: %s", m.Name, err, output)
+		}
+		if err := c.script(control, "ip link set "+port+" master br0 up\nip route add "+m.Pods+" via "+m.Address); err != nil {
+			return err
+		}
+		lines := []string{"ip link set lo up", "ip addr add " + m.Address + "/24 dev eth0", "ip link set eth0 up",
+			"ip route add default via " + control.Address, "sysctl -qw net.ipv4.ip_forward=1"}
+		for _, other := range nodes() {
+			if other.Index != m.Index {
+				lines = append(lines, "ip route add "+other.Pods+" via "+other.Address)
+			}
+		}
+		if err := c.script(m, strings.Join(lines, "\n")); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *cluster) script(m machine, lines string) error {
+	_, err := c.output(m, "/usr/bin/bash", "-euc", lines)
+	return err
+}
+
+func (c *cluster) startServices(m machine, services []namedService) error {
+	for _, one := range services {
+		if _, err := c.ask(m, request{Op: "start", Service: one.name, Argv: one.argv}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *cluster) startControl() error { return c.startServices(machines[0], controlServices()) }
+
+// startNode starts a node's daemons; the kubelet once the images are there, since nothing is pulled.
+func (c *cluster) startNode(m machine) error {
+	root := filepath.Join("/proc", "%d", "root")
+	init, err := c.initOf(m)
+	if err != nil {
+		return err
+	}
+	root = fmt.Sprintf(root, init.Pid)
+	if err := writeFiles(root, 0o644, map[string][]byte{
+		"/etc/containerd/config.toml":            containerdConfig(),
+		"/etc/containerd/conf.d/podferry.toml":   handlerConfig(c.Runtime),
+		"/etc/cni/net.d/10-testcluster.conflist": cniConfig(m),
+	}); err != nil {
+		return err
+	}
+	services := nodeServices(m)
+	if err := c.startServices(m, services[:1]); err != nil {
+		return err
+	}
+	if err := c.waitFor(m, "containerd", 30*time.Second, "ctr", "version"); err != nil {
+		return err
+	}
+	images, err := filepath.Glob(filepath.Join(c.Build, "images", "*.tar"))
+	if err != nil {
+		return err
+	}
+	for _, image := range images {
+		if err := c.load(m, "/usr/share/testcluster/images/"+filepath.Base(image)); err != nil {
+			return err
+		}
+	}
+	return c.startServices(m, services[1:])
+}
+
+// load imports an image, named as the node sees its archive.
+func (c *cluster) load(m machine, archive string) error {
+	_, err := c.output(m, "ctr", "--namespace=k8s.io", "images", "import", "--local", archive)
+	return err
+}
+
+// waitFor repeats a command on a machine until it succeeds; the service's log tells why it did not.
+func (c *cluster) waitFor(m machine, service string, wait time.Duration, argv ...string) error {
+	for end := time.Now().Add(wait); ; time.Sleep(100 * time.Millisecond) {
+		_, err := c.output(m, argv...)
+		if err == nil {
+			return nil
+		}
+		if ended := c.ended(m, service); ended != "" || time.Now().After(end) {
+			return fmt.Errorf("%s on %s does not answer (%s): %w%s", service, m.Name, ended, err, c.tail(m, service))
+		}
+	}
+}
+
+// ended says how a service ended, and nothing while it runs.
+func (c *cluster) ended(m machine, service string) string {
+	answer, err := c.ask(m, request{Op: "status"})
+	if err != nil {
+		return err.Error()
+	}
+	one, known := answer.Services[service]
+	if !known || one.Pid != 0 {
+		return ""
+	}
+	return one.Ended
+}
+
+// kubectl runs kubectl on the host, with the cluster's kubeconfig.
+func (c *cluster) kubectl(input []byte, argv ...string) (string, error) {
+	command := exec.Command(filepath.Join(c.Build, "bin", "kubernetes"), append([]string{"kubectl", "--kubeconfig=" + c.kubeconfig()}, argv...)...)
+	command.Stdin = strings.NewReader(string(input))
+	var complaint strings.Builder
+	command.Stderr = &complaint
+	output, err := command.Output()
+	if err != nil {
+		return "", fmt.Errorf("kubectl %s: %w: %s", strings.Join(argv, " "), err, strings.TrimSpace(complaint.String()))
+	}
+	return string(output), nil
+}
+
+// waitReady waits for the API server, makes the RuntimeClass, and waits for nodes on which pods can be made.
+func (c *cluster) waitReady(end time.Time) error {
+	steps := []struct {
+		what string
+		try  func() error
+	}{
+		{"the API server", func() error {
+			_, err := c.kubectl(nil, "get", "--raw=/readyz")
+			return err
+		}},
+		{"the RuntimeClass", func() error {
+			_, err := c.kubectl(runtimeClass(), "apply", "--filename=-")
+			return err
+		}},
+		{"both nodes to be Ready", c.nodesReady},
+		{"the service account of namespace default", func() error {
+			_, err := c.kubectl(nil, "get", "serviceaccount", "default")
+			return err
+		}},
+	}
+	for _, step := range steps {
+		for {
+			err := step.try()
+			if err == nil {
+				break
+			}
+			if dead := c.dead(); dead != nil {
+				return fmt.Errorf("waiting for %s: %w", step.what, dead)
+			}
+			if time.Now().After(end) {
+				return fmt.Errorf("waiting for %s took too long: %w: the logs are in %s", step.what, err, c.path("*", "log"))
+			}
+			time.Sleep(200 * time.Millisecond)
+		}
+	}
+	return nil
+}
+
+func (c *cluster) nodesReady() error {
+	output, err := c.kubectl(nil, "get", "nodes", `--output=jsonpath={range .items[*]}{.metadata.name}={.status.conditions[?(@.type=="Ready")].status} {end}`)
+	if err != nil {
+		return err
+	}
+	for _, m := range nodes() {
+		if !strings.Contains(output, m.Name+"=True") {
+			return fmt.Errorf("the nodes' state is %q", strings.TrimSpace(output))
+		}
+	}
+	return nil
+}
+
+// dead is the first service that has ended.
+func (c *cluster) dead() error {
+	for _, m := range machines {
+		answer, err := c.ask(m, request{Op: "status"})
+		if err != nil {
+			return err
+		}
+		for name, one := range answer.Services {
+			if one.Pid == 0 {
+				return fmt.Errorf("%s on %s has ended: %s%s", name, m.Name, one.Ended, c.tail(m, name))
+			}
+		}
+	}
+	return nil
+}
+
+// down takes away all that is the cluster's, however far `up` came: whatever is in its cgroups dies, and with the last
+// process its namespaces, mounts and links go; then its folder.
+func (c *cluster) down() error {
+	if err := c.removeCgroups(30 * time.Second); err != nil {
+		return err
+	}
+	for end := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		err := os.RemoveAll(c.State)
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, syscall.EBUSY) || time.Now().After(end) {
+			return fmt.Errorf("cluster %s: %w: is something of it still mounted on this host?", c.Name, err)
+		}
+	}
+}
