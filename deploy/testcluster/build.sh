@@ -12,10 +12,10 @@ readonly OUT=$PODFERRY_STATE/testcluster
 # go itself takes the version that go.mod names, from the module proxy, if it is at least this one.
 readonly GO_MINIMUM=1.21
 # Raise it when the root is to be made anew.
-readonly ROOT_LAYOUT=1
-readonly ROOT_PACKAGES=(base-files base-passwd bash coreutils findutils gawk grep gzip jq kmod libc-bin mount netbase procps sed tar
-    util-linux conntrack iproute2 iptables nftables curl ca-certificates
-    containerd containernetworking-plugins criu etcd-server runc)
+readonly ROOT_LAYOUT=2
+readonly ROOT_PACKAGES=(containerd containernetworking-plugins criu etcd-server runc
+    base-files base-passwd bash ca-certificates conntrack coreutils curl dash findutils gawk grep gzip hostname
+    iproute2 iptables iputils-ping jq kmod libc-bin mount netbase nftables procps sed tar util-linux)
 
 check_go() {
     local version
@@ -51,6 +51,7 @@ finish_root() {
         ln -sf xtables-nft-multi "$root/usr/sbin/$name"
     done
     ln -sf gawk "$root/usr/bin/awk"
+    ln -sf dash "$root/usr/bin/sh"
     mkdir -p "$root"/{.proc,etc/kubernetes,usr/local/bin,usr/share/testcluster/images,var/log/testcluster,var/tmp}
     for name in kube-apiserver kube-controller-manager kube-scheduler kube-proxy kubelet kubectl; do
         ln -sf kubernetes "$root/usr/local/bin/$name"
@@ -88,11 +89,11 @@ go_build() {
 }
 
 build_kubernetes() {
-    local version minor begun=$SECONDS base=k8s.io/component-base/version client=k8s.io/client-go/pkg/version
+    local version minor flags begun=$SECONDS base=k8s.io/component-base/version client=k8s.io/client-go/pkg/version
     version=$(cd "$SOURCE/kubernetes" && go list -m -f '{{.Version}}' k8s.io/kubernetes)
     minor=${version#v*.}
-    go_build "$SOURCE/kubernetes" . "$OUT/bin/kubernetes" -ldflags "-s -w -X $base.gitVersion=$version -X $base.gitMajor=1 \
--X $base.gitMinor=${minor%%.*} -X $client.gitVersion=$version"
+    flags="-s -w -X $base.gitVersion=$version -X $base.gitMajor=1 -X $base.gitMinor=${minor%%.*} -X $client.gitVersion=$version"
+    go_build "$SOURCE/kubernetes" . "$OUT/bin/kubernetes" -ldflags "$flags"
     log "Kubernetes $version: $(du -h "$OUT/bin/kubernetes" | cut -f 1), $((SECONDS - begun)) s"
 }
 

@@ -46,7 +46,11 @@ func parseHierarchies(mountinfo string) []hierarchy {
 	for line := range strings.Lines(mountinfo) {
 		front, back, ok := strings.Cut(strings.TrimSpace(line), " - ")
 		fields, kind := strings.Fields(front), strings.Fields(back)
-		if !ok || len(fields) < 5 || len(kind) < 3 || fields[3] != "/" || !strings.HasPrefix(fields[4], cgroupRoot) {
+		if !ok || len(fields) < 5 || len(kind) < 3 || !strings.HasPrefix(fields[4], cgroupRoot) {
+			continue
+		}
+		// Seen from the cgroup namespace of a machine the root of the host's mount is above it: "/../..".
+		if strings.Trim(fields[3], "/.") != "" {
 			continue
 		}
 		switch kind[0] {

@@ -20,7 +20,7 @@ const upDeadline = 3 * time.Minute
 // up makes the cluster and waits until both nodes are Ready. What a failure leaves is taken away by `down`; it is left for a
 // look unless the caller says otherwise.
 func (c *cluster) up(wait time.Duration) error {
-	begun := time.Now()
+	end := time.Now().Add(wait)
 	if err := c.checkBuild(); err != nil {
 		return err
 	}
@@ -46,13 +46,13 @@ func (c *cluster) up(wait time.Duration) error {
 	// containerd unpacks the images while the control plane starts.
 	if err := together(machines, func(m machine) error {
 		if m.Index == 0 {
-			return c.startControl()
+			return c.startControl(end)
 		}
 		return c.startNode(m)
 	}); err != nil {
 		return err
 	}
-	return c.waitReady(begun.Add(wait))
+	return c.waitReady(end)
 }
 
 func (c *cluster) checkBuild() error {
@@ -156,7 +156,20 @@ func (c *cluster) startServices(m machine, services []namedService) error {
 	return nil
 }
 
-func (c *cluster) startControl() error { return c.startServices(machines[0], controlServices()) }
+// startControl starts etcd and the API server, and the others once it has made the roles that they need.
+func (c *cluster) startControl(end time.Time) error {
+	services := controlServices()
+	if err := c.startServices(machines[0], services[:2]); err != nil {
+		return err
+	}
+	if err := c.waitUntil("the API server", end, func() error {
+		_, err := c.kubectl(nil, "get", "--raw=/readyz")
+		return err
+	}); err != nil {
+		return err
+	}
+	return c.startServices(machines[0], services[2:])
+}
 
 // startNode starts a node's daemons; the kubelet once the images are there, since nothing is pulled.
 func (c *cluster) startNode(m machine) error {
@@ -237,42 +250,38 @@ func (c *cluster) kubectl(input []byte, argv ...string) (string, error) {
 	return string(output), nil
 }
 
-// waitReady waits for the API server, makes the RuntimeClass, and waits for nodes on which pods can be made.
+// waitReady makes the RuntimeClass, and waits for nodes on which pods can be made.
 func (c *cluster) waitReady(end time.Time) error {
-	steps := []struct {
-		what string
-		try  func() error
-	}{
-		{"the API server", func() error {
-			_, err := c.kubectl(nil, "get", "--raw=/readyz")
-			return err
-		}},
-		{"the RuntimeClass", func() error {
-			_, err := c.kubectl(runtimeClass(), "apply", "--filename=-")
-			return err
-		}},
-		{"both nodes to be Ready", c.nodesReady},
-		{"the service account of namespace default", func() error {
-			_, err := c.kubectl(nil, "get", "serviceaccount", "default")
-			return err
-		}},
+	if err := c.waitUntil("the RuntimeClass", end, func() error {
+		_, err := c.kubectl(runtimeClass(), "apply", "--filename=-")
+		return err
+	}); err != nil {
+		return err
 	}
-	for _, step := range steps {
-		for {
-			err := step.try()
-			if err == nil {
-				break
-			}
-			if dead := c.dead(); dead != nil {
-				return fmt.Errorf("waiting for %s: %w", step.what, dead)
-			}
-			if time.Now().After(end) {
-				return fmt.Errorf("waiting for %s took too long: %w: the logs are in %s", step.what, err, c.path("*", "log"))
-			}
-			time.Sleep(200 * time.Millisecond)
+	if err := c.waitUntil("both nodes to be Ready", end, c.nodesReady); err != nil {
+		return err
+	}
+	return c.waitUntil("the service account of namespace default", end, func() error {
+		_, err := c.kubectl(nil, "get", "serviceaccount", "default")
+		return err
+	})
+}
+
+// waitUntil repeats try until it succeeds, as long as everything that was started still runs.
+func (c *cluster) waitUntil(what string, end time.Time, try func() error) error {
+	for {
+		err := try()
+		if err == nil {
+			return nil
 		}
+		if dead := c.dead(); dead != nil {
+			return fmt.Errorf("waiting for %s: %w", what, dead)
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("waiting for %s took too long: %w: the logs are in %s", what, err, c.path("*", "log"))
+		}
+		time.Sleep(200 * time.Millisecond)
 	}
-	return nil
 }
 
 func (c *cluster) nodesReady() error {
