@@ -26,7 +26,7 @@ const usage = `testcluster [--build DIR] [--name NAME] COMMAND
   load ARCHIVE...                             import images (docker save, OCI archives) on both nodes
   image NAME:TAG ROOTFS ARCHIVE               pack a root filesystem as an image; needs no cluster
   stop MACHINE SERVICE [--signal N]           end a daemon (SIGTERM) and leave it ended
-  start MACHINE SERVICE                       start it again as it was
+  start MACHINE SERVICE                       start it again as it was; containerd and the API server are waited for
   restart MACHINE SERVICE [--signal N]        both
 
 DIR is what deploy/testcluster/build.sh made, by default the folder above this program's; NAME is "main".
@@ -203,8 +203,10 @@ func (c *cluster) service(m machine, command string, rest []string) error {
 		}
 	}
 	if command != "stop" {
-		_, err := c.ask(m, request{Op: "start", Service: name})
-		return err
+		if _, err := c.ask(m, request{Op: "start", Service: name}); err != nil {
+			return err
+		}
+		return c.waitAnswering(m, name, time.Now().Add(upDeadline))
 	}
 	return nil
 }

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"crypto/rand"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"net"
@@ -51,6 +53,7 @@ func (c *cluster) startMachine(m machine, api *net.TCPListener) error {
 	}
 	if err := writeFiles(c.path(m.Name, "upper", "etc"), 0o644, map[string][]byte{
 		"hostname": []byte(m.Name + "\n"), "hosts": hostsFile(), "resolv.conf": []byte("nameserver " + dnsAddress + "\n"),
+		"machine-id": machineID(),
 	}); err != nil {
 		return err
 	}
@@ -78,6 +81,13 @@ func (c *cluster) startMachine(m machine, api *net.TCPListener) error {
 	}
 }
 
+// machineID makes up what a node's system is known by.
+func machineID() []byte {
+	id := make([]byte, 16)
+	_, _ = rand.Read(id) // never fails
+	return []byte(hex.EncodeToString(id) + "\n")
+}
+
 // spawn has a child join the machine's cgroups and clone init from there, since a cgroup namespace begins at the cgroups of
 // who makes it. init is not our child: it outlives `up`.
 func (c *cluster) spawn(m machine, api *net.TCPListener) (process, error) {
@@ -86,7 +96,7 @@ func (c *cluster) spawn(m machine, api *net.TCPListener) (process, error) {
 		return process{}, err
 	}
 	defer log.Close()
-	command := exec.Command("/proc/self/exe", "--build", c.Build, "--name", c.Name, "spawn", m.Name)
+	command := c.self("spawn", m.Name)
 	command.Stderr = log
 	if api != nil {
 		socket, err := api.File()
@@ -109,7 +119,7 @@ func runSpawn(c *cluster, m machine) error {
 	if err := c.joinCgroups(m, false); err != nil {
 		return err
 	}
-	command := exec.Command("/proc/self/exe", "--build", c.Build, "--name", c.Name, "init", m.Name)
+	command := c.self("init", m.Name)
 	command.Stdout, command.Stderr = os.Stderr, os.Stderr
 	command.Env = append(os.Environ(), spawnCgroup+"="+filepath.Join(c.cgroup(), m.Name))
 	if m.Index == 0 {
@@ -124,6 +134,13 @@ func runSpawn(c *cluster, m machine) error {
 		return fmt.Errorf("init of %s ended at once: %w", m.Name, err)
 	}
 	return json.NewEncoder(os.Stdout).Encode(process{Pid: command.Process.Pid, Started: started})
+}
+
+// self is another command of this program on the same cluster, also when the program's file has been built anew.
+func (c *cluster) self(arguments ...string) *exec.Cmd {
+	command := exec.Command("/proc/self/exe", append([]string{"--build", c.Build, "--name", c.Name}, arguments...)...)
+	command.Args[0] = "testcluster"
+	return command
 }
 
 // initOf finds a machine's running init.
@@ -217,7 +234,7 @@ func serviceEnvironmentWith(term string) []string {
 
 // output runs a program on a machine and returns what it prints; what it says on standard error is part of the error.
 func (c *cluster) output(m machine, argv ...string) (string, error) {
-	command := exec.Command("/proc/self/exe", append([]string{"--build", c.Build, "--name", c.Name, "exec", m.Name, "--"}, argv...)...)
+	command := c.self(append([]string{"exec", m.Name, "--"}, argv...)...)
 	var complaint strings.Builder
 	command.Stderr = &complaint
 	output, err := command.Output()

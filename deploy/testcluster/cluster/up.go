@@ -48,7 +48,7 @@ func (c *cluster) up(wait time.Duration) error {
 		if m.Index == 0 {
 			return c.startControl(end)
 		}
-		return c.startNode(m)
+		return c.startNode(m, end)
 	}); err != nil {
 		return err
 	}
@@ -162,23 +162,19 @@ func (c *cluster) startControl(end time.Time) error {
 	if err := c.startServices(machines[0], services[:2]); err != nil {
 		return err
 	}
-	if err := c.waitUntil("the API server", end, func() error {
-		_, err := c.kubectl(nil, "get", "--raw=/readyz")
-		return err
-	}); err != nil {
+	if err := c.waitAnswering(machines[0], services[1].name, end); err != nil {
 		return err
 	}
 	return c.startServices(machines[0], services[2:])
 }
 
 // startNode starts a node's daemons; the kubelet once the images are there, since nothing is pulled.
-func (c *cluster) startNode(m machine) error {
-	root := filepath.Join("/proc", "%d", "root")
+func (c *cluster) startNode(m machine, end time.Time) error {
 	init, err := c.initOf(m)
 	if err != nil {
 		return err
 	}
-	root = fmt.Sprintf(root, init.Pid)
+	root := filepath.Join("/proc", strconv.Itoa(init.Pid), "root")
 	if err := writeFiles(root, 0o644, map[string][]byte{
 		"/etc/containerd/config.toml":            containerdConfig(),
 		"/etc/containerd/conf.d/podferry.toml":   handlerConfig(c.Runtime),
@@ -190,7 +186,7 @@ func (c *cluster) startNode(m machine) error {
 	if err := c.startServices(m, services[:1]); err != nil {
 		return err
 	}
-	if err := c.waitFor(m, "containerd", 30*time.Second, "ctr", "version"); err != nil {
+	if err := c.waitAnswering(m, services[0].name, end); err != nil {
 		return err
 	}
 	images, err := filepath.Glob(filepath.Join(c.Build, "images", "*.tar"))
@@ -211,16 +207,33 @@ func (c *cluster) load(m machine, archive string) error {
 	return err
 }
 
-// waitFor repeats a command on a machine until it succeeds; the service's log tells why it did not.
-func (c *cluster) waitFor(m machine, service string, wait time.Duration, argv ...string) error {
-	for end := time.Now().Add(wait); ; time.Sleep(100 * time.Millisecond) {
-		_, err := c.output(m, argv...)
+// waitAnswering waits for a service that others give up without: no kubelet starts without containerd, and no controller
+// without the roles that the API server makes.
+func (c *cluster) waitAnswering(m machine, service string, end time.Time) error {
+	var try func() error
+	switch service {
+	case "containerd":
+		try = func() error {
+			_, err := c.output(m, "ctr", "version")
+			return err
+		}
+	case "kube-apiserver":
+		try = func() error {
+			_, err := c.kubectl(nil, "get", "--raw=/readyz")
+			return err
+		}
+	default:
+		return nil
+	}
+	for {
+		err := try()
 		if err == nil {
 			return nil
 		}
 		if ended := c.ended(m, service); ended != "" || time.Now().After(end) {
 			return fmt.Errorf("%s on %s does not answer (%s): %w%s", service, m.Name, ended, err, c.tail(m, service))
 		}
+		time.Sleep(100 * time.Millisecond)
 	}
 }
 
