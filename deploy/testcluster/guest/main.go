@@ -1,3 +1,6 @@
+// CRIU cannot dump the multipath TCP sockets that Go listens with by default.
+//go:debug multipathtcp=0
+
 // Command guest is what runs in the test cluster's own images: the process that holds a pod's namespaces, and a small service.
 package main
 
