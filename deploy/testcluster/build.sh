@@ -116,7 +116,7 @@ make_images() {
     install -m 0755 "$OUT/bin/guest" "$pause/pause"
     make_image pause /pause
     "$PODFERRY_ROOT/deploy/setup/image.sh" guest "$guest" -- "$OUT/bin/guest"
-    for applet in grep head hostname sed tail wget; do
+    for applet in grep head hostname sed tail tar wget; do
         ln -s busybox "$guest/rootfs/usr/bin/$applet"
     done
     make_image guest /usr/bin/guest serve

@@ -16,9 +16,10 @@ readonly PATIENCE=60
 readonly UP_SECONDS=${PODFERRY_TESTCLUSTER_UP_SECONDS:-60}
 
 readonly CASES=(
-    comes_up nodes_have_the_version_that_is_pinned a_pod_runs_on_each_node pods_reach_each_other_across_nodes
-    services_reach_pods_of_the_other_node logs_are_read commands_are_executed a_stateful_set_keeps_names
-    the_handler_podferry_runs_pods daemons_restart_under_running_pods the_control_plane_restarts images_are_imported
+    own_programs_are_sound comes_up nodes_have_the_version_that_is_pinned a_pod_runs_on_each_node
+    pods_reach_each_other_across_nodes services_reach_pods_of_the_other_node logs_are_read commands_are_executed
+    a_stateful_set_keeps_names the_handler_podferry_runs_pods daemons_restart_under_running_pods
+    the_control_plane_restarts images_are_imported the_host_keeps_its_settings
     a_second_cluster_stands_beside_the_first a_start_that_was_cut_short_leaves_nothing goes_down_and_leaves_nothing
 )
 
@@ -74,8 +75,22 @@ host_of() { fetch "$1" "$2" | sed -nE 's/.*"host":"([^"]*)".*/\1/p'; }
 nonce_of() { fetch "$1" "$2" | sed -nE 's/.*"nonce":"([^"]*)".*/\1/p'; }
 is_host() { [[ $(host_of "$1" "$2") == "$3" ]]; }
 
+own_programs_are_sound() {
+    cd "$PODFERRY_ROOT/deploy/testcluster"
+    [[ $(gofmt -l .) == '' ]]
+    go vet ./... </dev/null
+    go test -count=1 ./... </dev/null
+}
+
+# What the kubelet and kube-proxy set on a host that is theirs.
+settings() {
+    sysctl -e vm.overcommit_memory vm.panic_on_oom kernel.panic kernel.panic_on_oops kernel.keys.root_maxkeys \
+        kernel.keys.root_maxbytes net.ipv4.ip_forward net.netfilter.nf_conntrack_max net.ipv4.conf.all.route_localnet
+}
+
 comes_up() {
     local begun=$SECONDS
+    settings >"$work/settings"
     mkdir -p "$work/runtime"
     printf '#!/bin/sh\nprintf "%%s\\n" "$*" >>/opt/testcluster-e2e/calls\nexec /usr/sbin/runc "$@"\n' >"$work/runtime/wrapper"
     chmod 0755 "$work/runtime/wrapper"
@@ -190,6 +205,8 @@ images_are_imported() {
     pod imported node-a | sed 's#podferry.test/guest:1#podferry.test/imported:2#' | kube apply -f -
     until_true ready imported
 }
+
+the_host_keeps_its_settings() { diff "$work/settings" <(settings); }
 
 a_second_cluster_stands_beside_the_first() {
     second up

@@ -1,13 +1,18 @@
 package main
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"regexp"
+	"syscall"
+	"time"
 )
 
 // Addresses. They exist only inside the namespaces of the cluster, so that every cluster has the same.
@@ -105,6 +110,28 @@ func (c *cluster) save() error {
 	}
 	return os.WriteFile(c.path("cluster.json"), append(content, '\n'), 0o644)
 }
+
+// lock keeps others from making or taking away the same cluster as long as this process lives. It is a name that no file
+// stands for, so that it too is gone when the process is.
+func (c *cluster) lock(wait time.Duration) error {
+	sum := sha256.Sum256([]byte(c.State))
+	for end := time.Now().Add(wait); ; time.Sleep(100 * time.Millisecond) {
+		held, err := net.Listen("unix", "@podferry-testcluster-"+hex.EncodeToString(sum[:16]))
+		if err == nil {
+			heldLock = held
+			return nil
+		}
+		if !errors.Is(err, syscall.EADDRINUSE) {
+			return fmt.Errorf("locking cluster %s: %w", c.Name, err)
+		}
+		if time.Now().After(end) {
+			return fmt.Errorf("cluster %s is being made or taken away by another `testcluster up` or `down`: wait for it, or end it", c.Name)
+		}
+	}
+}
+
+// heldLock is closed, and so given up, only with the process.
+var heldLock net.Listener
 
 // path names something in the cluster's folder.
 func (c *cluster) path(parts ...string) string {

@@ -107,7 +107,9 @@ func controlServices() []namedService {
 			"--service-account-issuer=https://kubernetes.default.svc.cluster.local", "--service-account-key-file="+at("sa.pub"),
 			"--service-account-signing-key-file="+at("sa.key"), "--kubelet-certificate-authority="+at("ca.crt"),
 			"--kubelet-client-certificate="+at("apiserver.crt"), "--kubelet-client-key="+at("apiserver.key"),
-			"--kubelet-preferred-address-types=InternalIP")},
+			"--kubelet-preferred-address-types=InternalIP",
+			// There is no kube-proxy beside the API server: it reaches webhooks at their pods' addresses.
+			"--enable-aggregator-routing=true")},
 		{"kube-controller-manager", program("kube-controller-manager", append(own("kube-controller-manager"),
 			"--root-ca-file="+at("ca.crt"), "--service-account-private-key-file="+at("sa.key"),
 			"--use-service-account-credentials=true", "--cluster-signing-cert-file="+at("ca.crt"),

@@ -49,6 +49,7 @@ type supervisor struct {
 	mu       sync.Mutex
 	services map[string]*service
 	changed  *sync.Cond
+	logs     string
 }
 
 // runInit is process 1 of a machine, in namespaces of its own, started by `spawn`.
@@ -71,7 +72,7 @@ func runInit(c *cluster, m machine) error {
 			return err
 		}
 	}
-	s := &supervisor{services: map[string]*service{}}
+	s := &supervisor{services: map[string]*service{}, logs: machineLogs}
 	s.changed = sync.NewCond(&s.mu)
 	go s.reap()
 	return s.serve()
@@ -213,7 +214,7 @@ func (s *supervisor) start(name string, argv []string) error {
 	if len(argv) == 0 {
 		return fmt.Errorf("service %s has never been started: give its command", name)
 	}
-	pid, err := launch(name, argv)
+	pid, err := launch(filepath.Join(s.logs, name+".log"), argv)
 	if err != nil {
 		return fmt.Errorf("service %s: %w", name, err)
 	}
@@ -225,8 +226,8 @@ var serviceEnvironment = []string{
 	"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin", "HOME=/root", "LC_ALL=C.UTF-8",
 }
 
-func launch(name string, argv []string) (int, error) {
-	log, err := os.OpenFile(filepath.Join(machineLogs, name+".log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
+func launch(file string, argv []string) (int, error) {
+	log, err := os.OpenFile(file, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	if err != nil {
 		return 0, err
 	}

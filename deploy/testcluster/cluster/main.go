@@ -64,8 +64,14 @@ func run(arguments []string) error {
 		if err != nil {
 			return err
 		}
+		if err := c.lock(30 * time.Second); err != nil {
+			return err
+		}
 		if command == "up" {
 			return runUp(c, rest)
+		}
+		if len(rest) > 0 {
+			return fmt.Errorf("down takes no %q: name the cluster before it, with --name", rest)
 		}
 		return c.down()
 	}
