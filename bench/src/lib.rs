@@ -2,6 +2,7 @@
 //!
 //! What the clients of a workload see is the only measure: [`load`] checks each of their answers and times each pause.
 
+pub mod chaos;
 pub mod clients;
 pub mod demo;
 pub mod error;
