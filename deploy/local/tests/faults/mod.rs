@@ -1,6 +1,6 @@
 //! What tests of whole clusters share.
 
-#![allow(dead_code, reason = "each test binary uses its own part")]
+#![allow(dead_code, unused_imports, reason = "each test binary uses its own part")]
 #![allow(unreachable_pub, reason = "a module of several test binaries")]
 #![allow(clippy::unwrap_used, reason = "a helper that fails has to fail its test")]
 
