@@ -13,6 +13,7 @@ pub mod migration;
 pub mod moves;
 pub mod processor;
 pub mod slowdown;
+pub mod soak;
 pub mod spread;
 pub mod stage;
 pub mod stream;

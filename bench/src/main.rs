@@ -7,7 +7,7 @@ use podferry_bench::{
     chaos, demo,
     load::{self, Event, Kind, LoadOptions, LoadReport, Readiness, redis_data, sql},
     loads::{self, Load as HardLoad},
-    local, moves, slowdown,
+    local, moves, slowdown, soak,
     stage::{Interrupt, Strategy},
     stream, total,
 };
@@ -45,6 +45,12 @@ enum Command {
     Slowdown(SlowdownArguments),
     /// Measure how long a live migration of idle memory takes in all, against the page stream alone with the same bytes.
     Total(Extent),
+    /// Move a mixed set of workloads under load for long, and check that agents and coordinator do not grow.
+    Soak {
+        /// How many migrations there are.
+        #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(30..))]
+        migrations: u32,
+    },
     /// Measure the page stream between two network namespaces against raw TCP, and packing against none.
     Stream(stream::Arguments),
     /// A local cluster to play with, which goes on until it is taken down.
@@ -85,7 +91,7 @@ struct ChaosArguments {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     repeat: u16,
     /// How many clusters there are at once: most of a case is waiting.
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
     jobs: u16,
 }
 
@@ -201,6 +207,7 @@ fn run(command: Command) -> Outcome {
                 staged(|interrupt| Ok(slowdown::run(options, interrupt)?.passed))
             }
             Command::Total(extent) => staged(|interrupt| Ok(total::run(extent.quick, interrupt)?.passed)),
+            Command::Soak { migrations } => staged(|interrupt| Ok(soak::run(migrations, interrupt)?.holds())),
             Command::Stream(arguments) => {
                 Ok(if stream::run(arguments).await? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
             }

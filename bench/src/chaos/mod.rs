@@ -16,6 +16,7 @@ use std::{
 
 use podferry_local::Strategy;
 
+pub(crate) use self::theatre::workload;
 use self::{
     case::Case,
     report::{Outcome, describe, table},
@@ -76,7 +77,10 @@ pub fn run(options: &Options, interrupt: &Interrupt) -> Result<Summary> {
     std::thread::scope(|scope| {
         for _ in 0..options.jobs.max(1) {
             scope.spawn(|| {
-                while let Some((strategy, cases)) = locked(&queue).pop() {
+                loop {
+                    // Taken before it is played: the others want one, too.
+                    let next = locked(&queue).pop();
+                    let Some((strategy, cases)) = next else { return };
                     play_batch(strategy, &cases, interrupt, &outcomes);
                 }
             });
@@ -99,9 +103,11 @@ fn batches(cases: &[Case], repeat: usize) -> Vec<(Strategy, Vec<Case>)> {
     for strategy in Strategy::ALL {
         let own = cases.iter().filter(|case| case.strategy == strategy).copied();
         let all: Vec<Case> = own.flat_map(|case| std::iter::repeat_n(case, repeat)).collect();
-        batches.extend(all.chunks(BATCH).map(|part| (strategy, part.to_vec())));
+        batches.extend(all.chunks(BATCH).enumerate().map(|(number, part)| (number, strategy, part.to_vec())));
     }
-    batches
+    // Something of each strategy first: whoever ends it early has seen more.
+    batches.sort_by_key(|(number, ..)| *number);
+    batches.into_iter().map(|(_, strategy, part)| (strategy, part)).collect()
 }
 
 fn play_batch(strategy: Strategy, cases: &[Case], interrupt: &Interrupt, outcomes: &Mutex<Vec<Outcome>>) {

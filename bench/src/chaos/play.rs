@@ -498,7 +498,7 @@ mod tests {
     #[test]
     fn a_fault_outlasts_the_deadline_of_its_phase() {
         let held = |moment, fault| hold_time(Case { strategy: Strategy::Postcopy, moment, fault }).as_secs();
-        assert_eq!(held(Moment::Held, Fault::Cut(Link::Agents, Way::Both)), 11);
+        assert_eq!(held(Moment::Held, Fault::Cut(Link::Agents, Way::Both)), 9);
         assert_eq!(held(Moment::Fill, Fault::Stall(Victim::Coordinator)), 4);
         assert!(held(Moment::Fill, Fault::Gone) > RECOVER);
     }

@@ -1,6 +1,6 @@
 //! A cluster with short deadlines and a Redis that is counted on, where faults are played.
 
-use std::{collections::BTreeMap, fs, path::Path, process::Command};
+use std::{collections::BTreeMap, fs, net::Ipv4Addr, path::Path, process::Command};
 
 use podferry_local::{
     FIRST_CONTAINER_ADDRESS, LocalCluster, Options, Strategy, Workload,
@@ -34,8 +34,8 @@ pub(super) const RECOVER: u64 = 9;
 pub(super) const DEADLINES: [(&str, u64); 10] = [
     ("preflight", 5),
     ("prepare", 5),
-    ("precopy", 10),
-    ("freeze", 10),
+    ("precopy", 8),
+    ("freeze", 8),
     ("commit", 4),
     ("release", 4),
     ("resume", 4),
@@ -66,7 +66,7 @@ impl Theatre {
     /// Brings it up, and moves the workload there and back twice, so that all that is made only once is there.
     pub(super) fn up(strategy: Strategy, interrupt: &Interrupt) -> Result<Self> {
         let stage = Stage::up_as("chaos", interrupt, options_for)?;
-        let workload = workload(strategy, &stage.image(Program::Redis)?);
+        let workload = workload(NAME, FIRST_CONTAINER_ADDRESS, strategy, &stage.image(Program::Redis)?);
         let cluster = stage.cluster();
         cluster.start_workload(NODES[0], &workload)?;
         cluster.prepare_workload(NODES[1], &workload)?;
@@ -171,8 +171,8 @@ fi",
     Ok(options)
 }
 
-/// The one that is moved cold writes down each change before it answers, and takes a while to end.
-pub(super) fn workload(strategy: Strategy, rootfs: &Path) -> Workload {
+/// A Redis. The one that is moved cold writes down each change before it answers, and takes a while to end.
+pub(crate) fn workload(name: &str, ip: Ipv4Addr, strategy: Strategy, rootfs: &Path) -> Workload {
     let redis = "/bin/redis-server --protected-mode no --dir /data";
     let script = match strategy {
         Strategy::Cold => format!(
@@ -182,7 +182,7 @@ pub(super) fn workload(strategy: Strategy, rootfs: &Path) -> Workload {
         ),
         _ => format!("exec {redis} --save ''"),
     };
-    Workload::new(NAME, rootfs, ["/bin/sh", "-c", &script], FIRST_CONTAINER_ADDRESS)
+    Workload::new(name, rootfs, ["/bin/sh", "-c", &script], ip)
 }
 
 #[cfg(test)]
@@ -191,7 +191,8 @@ mod tests {
 
     #[test]
     fn only_what_is_moved_cold_is_written_to_disk() {
-        let words = |strategy| workload(strategy, Path::new("/images/redis")).args.concat();
+        let image = Path::new("/images/redis");
+        let words = |strategy| workload(NAME, FIRST_CONTAINER_ADDRESS, strategy, image).args.concat();
         assert!(words(Strategy::Cold).contains("--appendonly yes") && words(Strategy::Cold).contains("trap"));
         assert!(
             words(Strategy::Live).contains("exec /bin/redis-server") && !words(Strategy::Live).contains("appendonly")
