@@ -42,7 +42,9 @@ impl Drop for Mounted {
 pub fn full_state(node: &Node) -> Result<Mounted> {
     let (state, kept) = (node.agent_state(), node.folder().join("kept-state"));
     node.shell(&format!("rm -rf {kept} && cp -a {} {kept}", state.display(), kept = kept.display()))?;
-    let tiny = Mounted::new(node, "-t tmpfs -o size=64k tmpfs", &state)?;
+    let used = node.shell(&format!("du -sk {}", state.display()))?;
+    let used = used.split_whitespace().next().and_then(|kib| kib.parse::<u64>().ok()).unwrap_or(0);
+    let tiny = Mounted::new(node, &format!("-t tmpfs -o size={}k tmpfs", used + 64), &state)?;
     node.shell(&format!(
         "cp -a {}/. {state} && dd if=/dev/zero of={state}/filler bs=4k 2>/dev/null || test -s {state}/filler",
         kept.display(),

@@ -61,9 +61,20 @@ impl Begun {
         })
     }
 
-    /// Waits until it is in a phase.
+    /// Waits until it is in a phase. One that has ended, or is being undone, does not come to another.
     pub fn wait_phase(&self, phase: &str) -> Result<()> {
-        self.log.wait(&format!("phase={phase} ")).map(drop)
+        let wanted = format!("phase={phase} ");
+        let come = wait_every(SHARP, &format!("{wanted:?} in the coordinator's log"), || {
+            if self.log.find(&wanted).is_some() { Some(true) } else { self.is_over().then_some(false) }
+        })?;
+        if come { Ok(()) } else { Err(Error::NotRunning { what: format!("the migration, before its {phase},") }) }
+    }
+
+    /// Whether it has ended, or is being undone.
+    pub fn is_over(&self) -> bool {
+        ["rolling_back", "failed", "cancelled", "succeeded"]
+            .iter()
+            .any(|phase| self.log.find(&format!("phase={phase} ")).is_some())
     }
 }
 
@@ -126,12 +137,26 @@ impl Scene<'_> {
         links::Slow::down(self.cluster, NODES[1 - self.at], links::TESTS_RATE)
     }
 
-    /// Migrates until the moment, and halts there. The id of a migration that was too quick, and goes on, is the inner error.
+    /// Migrates until the moment, and halts there. The id of a migration that was too quick, or that a busy machine had undone
+    /// before, is the inner error: it goes on.
     pub fn halt_at(&self, moment: Moment) -> Result<Result<Halted, String>> {
-        use Moment::{Committed, Dump, Fill, Filled, Held, PreCopy, Preflight, Prepare, Released, Sealed, Transfer};
         let begun = self.begin()?;
         let id = begun.id()?;
         let stopped = Stopped::default();
+        let met = self.meet(moment, &begun, &id, &stopped);
+        if met.as_ref().is_ok_and(|met| *met) {
+            return Ok(Ok(Halted { begun, id, stopped }));
+        }
+        stopped.all_go_on();
+        match met {
+            Err(error) if !begun.is_over() => Err(error),
+            _ => Ok(Err(id)),
+        }
+    }
+
+    /// Whether the moment could be met.
+    fn meet(&self, moment: Moment, begun: &Begun, id: &str, stopped: &Stopped) -> Result<bool> {
+        use Moment::{Committed, Dump, Fill, Filled, Held, PreCopy, Preflight, Prepare, Released, Sealed, Transfer};
         if self.strategy.copies_beforehand() && (Dump..=Released).contains(&moment) {
             // In pre-copy whoever begins to follow a process stops it, too, for an instant.
             begun.wait_phase("freeze")?;
@@ -148,37 +173,36 @@ impl Scene<'_> {
             }
             PreCopy => {
                 begun.wait_phase("precopy")?;
-                self.await_first_copies(&id)?;
+                self.await_first_copies(id)?;
                 "phase=freeze"
             }
             Fill | Filled => {
-                self.stop_filling(&stopped, &id)?;
+                self.stop_filling(stopped, id)?;
                 if self.strategy.may_lose() { "phase=release" } else { "phase=succeeded" }
             }
             Dump | Transfer => {
-                self.await_freeze(&begun)?;
+                self.await_freeze(begun)?;
                 if moment == Transfer {
-                    self.await_pages(&begun, &id)?;
+                    self.await_pages(begun, id)?;
                 }
                 "phase=commit"
             }
             Held | Sealed | Committed | Released => {
-                self.halt_before_commit(&begun, &stopped)?;
+                self.halt_before_commit(begun, stopped)?;
                 "phase=commit"
             }
         };
         if begun.log.find(next).is_some() {
-            stopped.all_go_on();
-            return Ok(Err(id));
+            return Ok(false);
         }
         if (Held..=Released).contains(&moment) {
             self.await_held()?;
         }
         if (Sealed..=Released).contains(&moment) {
-            self.seal(&begun, &stopped, &id)?;
+            self.seal(begun, stopped, id)?;
         }
         if (Committed..=Released).contains(&moment) {
-            self.commit(&begun, &stopped)?;
+            self.commit(begun, stopped)?;
         }
         if moment == Released {
             stopped.stop(agent(&self.target()?)?)?;
@@ -187,9 +211,9 @@ impl Scene<'_> {
             thread::sleep(HEARING);
         }
         if moment == Filled {
-            self.fill(&begun, &stopped, &id)?;
+            self.fill(begun, stopped, id)?;
         }
-        Ok(Ok(Halted { begun, id, stopped }))
+        Ok(true)
     }
 
     fn coordinator(&self) -> Result<ProcessId> {
@@ -210,7 +234,7 @@ impl Scene<'_> {
     fn await_freeze(&self, begun: &Begun) -> Result<()> {
         wait_every(SHARP, "the tasks to be stopped", || {
             // A migration that has failed before would never stop them.
-            let over = || ["phase=commit", "phase=rolling_back"].iter().any(|phase| begun.log.find(phase).is_some());
+            let over = || begun.log.find("phase=commit").is_some() || begun.is_over();
             (self.is_stopped().unwrap_or(true) || over()).then_some(())
         })
     }
