@@ -18,7 +18,8 @@ pub struct Stopped(RefCell<Vec<Halt>>);
 #[derive(Debug)]
 struct Halt {
     process: ProcessId,
-    /// `nsenter`, which stops itself with the child that it waits for, and would not reap it for ever.
+    /// `nsenter`, which would stop itself with the child that it waits for, and let it go on when it goes on itself, at a time when
+    /// the child may have been stopped once more. Stopped before its child, it does not see any of this.
     parent: Option<ProcessId>,
 }
 
@@ -35,11 +36,11 @@ impl Stopped {
     /// Stops a process, and waits until it stands still.
     pub fn stop(&self, process: ProcessId) -> Result<()> {
         let parent = processes::nsenter_of(process.pid);
-        if !process.signal(Signal::STOP) {
-            return Err(Error::NotRunning { what: format!("process {}", process.pid) });
+        if let Some(parent) = parent {
+            stop_one(parent)?;
         }
         self.0.borrow_mut().push(Halt { process, parent });
-        wait_for("a process to stop", || matches!(processes::state(process.pid), Some('T' | 't') | None).then_some(()))
+        stop_one(process)
     }
 
     /// Lets one go on.
@@ -68,6 +69,14 @@ impl Stopped {
     pub fn all_go_on(&self) {
         self.0.borrow_mut().drain(..).for_each(|halt| halt.end());
     }
+}
+
+fn stop_one(process: ProcessId) -> Result<()> {
+    if !process.signal(Signal::STOP) {
+        return Err(Error::NotRunning { what: format!("process {}", process.pid) });
+    }
+    let what = format!("process {} to stop", process.pid);
+    wait_for(&what, || matches!(processes::state(process.pid), Some('T' | 't') | None).then_some(()))
 }
 
 impl Drop for Stopped {
