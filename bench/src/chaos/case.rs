@@ -174,8 +174,8 @@ impl Case {
     /// One of these has to be in the reason of a migration that failed; none: any words will do.
     pub fn reasons(&self) -> &'static [&'static str] {
         match self.fault {
-            // Of layers it is known beforehand how much fits.
-            Fault::FullImages | Fault::FullState | Fault::FullLayers => &["o space left", "too large"],
+            // Sometimes it is known beforehand how much fits.
+            Fault::FullImages | Fault::FullState | Fault::FullLayers => &["o space left", "too large", "are free"],
             Fault::Kill { victim: Victim::Coordinator, .. } => &["coordinator"],
             Fault::BrokenDump | Fault::RefusedDump | Fault::BrokenRestore | Fault::RefusedRestore => &["CRIU", "criu"],
             Fault::Cut(..) | Fault::Stall(_) => &["node-a", "node-b", "coordinator", "s passed", "deadline"],

@@ -142,12 +142,28 @@ fn at_moment(theatre: &mut Theatre, case: Case, interrupt: &Interrupt) -> Result
     Ok(record)
 }
 
+/// Does it again for as long as the coordinator refuses to begin: a connection over a link that was cut for seconds takes as long again
+/// to find out that the link is back.
+fn once_all_answer<T>(
+    interrupt: &Interrupt,
+    mut work: impl FnMut() -> std::result::Result<T, podferry_local::Error>,
+) -> Result<T> {
+    let begun = Instant::now();
+    loop {
+        interrupt.check()?;
+        match work() {
+            Err(podferry_local::Error::Refused { .. }) if begun.elapsed() < PATIENCE => std::thread::sleep(8 * LOOK),
+            other => return Ok(other?),
+        }
+    }
+}
+
 /// Migrates until the moment. The link stays slow where the moment needs it.
 fn halt(theatre: &mut Theatre, moment: Moment, interrupt: &Interrupt) -> Result<(Option<Slow>, Halted)> {
     for _ in 0..AIMS {
         interrupt.check()?;
         let slow = moment.needs_slow_link().then(|| theatre.scene().slow_down()).transpose()?;
-        let id = match theatre.scene().halt_at(moment)? {
+        let id = match once_all_answer(interrupt, || theatre.scene().halt_at(moment))? {
             Ok(halted) => return Ok((slow, halted)),
             Err(id) => id,
         };
@@ -313,8 +329,12 @@ fn damage_when_it_comes(theatre: &Theatre, id: &str) -> Result<std::thread::Join
 
 fn slow_link(theatre: &mut Theatre, interrupt: &Interrupt) -> Result<Value> {
     let slow = Slow::down(theatre.cluster(), NODES[1 - theatre.at], links::CRAWL)?;
-    let begun = theatre.scene().begin()?;
-    let record = ended(theatre, &begun.id()?, interrupt)?;
+    let (_begun, id) = once_all_answer(interrupt, || {
+        let begun = theatre.scene().begin()?;
+        let id = begun.id()?;
+        Ok((begun, id))
+    })?;
+    let record = ended(theatre, &id, interrupt)?;
     heal(theatre, vec![Undo::Slow(slow)])?;
     if text(&record, "phase") == "succeeded" {
         theatre.at = 1 - theatre.at;

@@ -119,6 +119,12 @@ pub enum Error {
         /// How long it was waited for, in seconds.
         seconds: u64,
     },
+    /// The coordinator would not begin a migration.
+    #[error("the migration was refused: {words}")]
+    Refused {
+        /// What its log says.
+        words: String,
+    },
     /// A client of a workload could not talk to it, or was answered wrongly.
     #[error("{what}: {source}")]
     Client {

@@ -53,7 +53,10 @@ pub struct Begun {
 impl Begun {
     /// Waits until the coordinator has taken it, and says its id.
     pub fn id(&self) -> Result<String> {
-        let line = self.log.wait("migration accepted")?;
+        let line = wait_every(SHARP, "the coordinator to take the migration", || {
+            let refused = || self.log.find("migration refused").map(|words| Err(Error::Refused { words }));
+            self.log.find("migration accepted").map(Ok).or_else(refused)
+        })??;
         let id = line.split("migration=").nth(1).and_then(|rest| rest.split_whitespace().next());
         id.map(str::to_owned).ok_or_else(|| Error::Document {
             what: "the coordinator's log".to_owned(),
