@@ -279,11 +279,11 @@ pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding
     match Bundle::read(&context.config.runtime.bundles_dir, &wish.workload) {
         Ok(bundle) => {
             findings.extend(bundle_findings(&bundle, wish));
-            if wish.cold {
-                // One that cannot be read has been found above.
-                let spec = Spec::load(bundle.dir.join("config.json")).ok();
-                findings.extend(spec.as_ref().and_then(terminal_finding));
-            }
+            // One that cannot be read has been found above.
+            let spec = Spec::load(bundle.dir.join("config.json")).ok();
+            findings.extend(spec.as_ref().and_then(|spec| {
+                if wish.cold { terminal_finding(spec) } else { limit_finding(spec, wish.memory_bytes) }
+            }));
         }
         Err(failure) => findings.push(refusal("no-bundle", failure.message, failure.remedy.unwrap_or_default())),
     }
@@ -330,6 +330,19 @@ fn terminal_finding(config: &Spec) -> Option<Finding> {
     wanted.then(|| {
         let message = "its standard streams are a terminal, which nobody takes when it is started anew".to_owned();
         refusal("terminal", message, "set process.terminal to false in config.json, and start it so".to_owned())
+    })
+}
+
+/// A container that has more memory than it may have here is killed by the kernel, and where memory is laid in behind the commit
+/// not before it: then no copy is left.
+fn limit_finding(config: &Spec, memory_bytes: u64) -> Option<Finding> {
+    let limit = config.linux().as_ref()?.resources().as_ref()?.memory().as_ref()?.limit()?;
+    // Neither 0 nor -1 is a limit.
+    let limit = u64::try_from(limit).ok().filter(|limit| *limit > 0)?;
+    (limit < memory_bytes).then(|| {
+        let message =
+            format!("the target's config.json allows {limit} bytes of memory, and the container has {memory_bytes}");
+        refusal("memory-limit", message, "raise linux.resources.memory.limit in config.json".to_owned())
     })
 }
 
@@ -404,6 +417,23 @@ mod tests {
             assert!(remedy.contains(words), "{remedy}");
             assert!(message.contains(&format!("{status:?}").to_lowercase()), "{message}");
         }
+    }
+
+    #[test]
+    fn a_limit_below_the_memory_that_a_container_has_is_refused_with_both_figures() {
+        let config = |limit: i64| -> Spec {
+            serde_json::from_value(serde_json::json!({
+                "ociVersion": "1.2.0",
+                "linux": { "resources": { "memory": { "limit": limit } } },
+            }))
+            .unwrap()
+        };
+        let found = limit_finding(&config(4 << 20), 12 << 20).unwrap();
+        assert!(found.refuses && found.message.contains("allows 4194304 bytes") && found.message.contains("12582912"));
+        for none in [0, -1, 12 << 20] {
+            assert_eq!(limit_finding(&config(none), 12 << 20), None, "{none}");
+        }
+        assert_eq!(limit_finding(&Spec::default(), u64::MAX), None, "by default there is none");
     }
 
     #[test]

@@ -65,7 +65,7 @@ impl Fault {
 
     /// Whether it holds from before the migration, which is then not halted.
     pub fn is_from_the_beginning(self) -> bool {
-        matches!(self, Self::SlowLink | Self::Expired(_))
+        matches!(self, Self::SlowLink | Self::Expired(_) | Self::LittleMemory)
     }
 }
 
@@ -168,7 +168,10 @@ impl Case {
             _ => either,
         };
         let costs_memory = matches!(self.fault, Fault::Gone | Fault::Kill { victim: Victim::BothPagers, .. });
-        Allowed { phases, loss: self.strategy.may_lose() && self.moment.is_committed() && costs_memory }
+        // What fetches memory needs room for it.
+        let takes_room = self.fault == Fault::FullImages;
+        let loss = self.strategy.may_lose() && (self.moment.is_committed() && costs_memory || takes_room);
+        Allowed { phases, loss }
     }
 
     /// One of these has to be in the reason of a migration that failed; none: any words will do.
@@ -177,6 +180,7 @@ impl Case {
             // Sometimes it is known beforehand how much fits.
             Fault::FullImages | Fault::FullState | Fault::FullLayers => &["o space left", "too large", "are free"],
             Fault::Kill { victim: Victim::Coordinator, .. } => &["coordinator"],
+            Fault::LittleMemory => &["bytes of memory"],
             Fault::BrokenDump | Fault::RefusedDump | Fault::BrokenRestore | Fault::RefusedRestore => &["CRIU", "criu"],
             Fault::Cut(..) | Fault::Stall(_) => &["node-a", "node-b", "coordinator", "s passed", "deadline"],
             _ => &[],
@@ -239,17 +243,14 @@ fn others(strategy: Strategy, moment: Moment) -> Vec<Fault> {
             };
             let mut faults: Vec<Fault> = who.into_iter().map(Fault::Expired).collect();
             faults.extend([Fault::SlowLink, Fault::FullState]);
+            // What is started anew has no memory yet.
+            faults.extend((!cold).then_some(Fault::LittleMemory));
             faults
         }
         Moment::Prepare if cold => vec![Fault::FullLayers],
-        Moment::Prepare => vec![
-            Fault::FullImages,
-            Fault::LittleMemory,
-            Fault::BrokenDump,
-            Fault::BrokenRestore,
-            Fault::RefusedDump,
-            Fault::RefusedRestore,
-        ],
+        Moment::Prepare => {
+            vec![Fault::FullImages, Fault::BrokenDump, Fault::BrokenRestore, Fault::RefusedDump, Fault::RefusedRestore]
+        }
         Moment::Dump if !cold => vec![Fault::BadImage, Fault::Kill { victim: Victim::CriuOfDump, late: false }],
         Moment::Held if !cold => {
             [Victim::CriuOfRestore, Victim::RuncRestore].map(|victim| Fault::Kill { victim, late: false }).into()
@@ -328,7 +329,8 @@ mod tests {
             assert_eq!(allowed.loss, costly, "{case}");
             assert_eq!(allowed.phases == ["succeeded"], !costly, "{case}");
         }
-        assert!(all(3).iter().filter(|case| !case.moment.is_committed()).all(|case| !case.allowed().loss));
+        let before = all(3).into_iter().filter(|case| !case.moment.is_committed() && case.fault != Fault::FullImages);
+        assert!(before.into_iter().all(|case| !case.allowed().loss));
     }
 
     #[test]

@@ -49,7 +49,7 @@ enum Undo {
     Mounted(Mounted),
     Mark(Node, &'static str),
     StartAgain(Victim),
-    Limit,
+    Limit(Node),
 }
 
 /// Plays a case. An error is of the means, and no verdict: the theatre is of no use then.
@@ -59,7 +59,7 @@ pub(super) fn play(theatre: &mut Theatre, case: Case, interrupt: &Interrupt) -> 
     let source_at = theatre.at;
     let record = match case.fault {
         Fault::Expired(victim) => expired(theatre, victim, interrupt)?,
-        Fault::SlowLink => slow_link(theatre, interrupt)?,
+        Fault::SlowLink | Fault::LittleMemory => from_the_beginning(theatre, case, interrupt)?,
         _ => at_moment(theatre, case, interrupt)?,
     };
     let mut outcome = Outcome::new(case, &record);
@@ -83,11 +83,9 @@ fn text<'a>(record: &'a Value, key: &str) -> &'a str {
     record[key].as_str().unwrap_or_default()
 }
 
-/// The target's agent has said that memory is gone for good.
+/// The target's agent has said that memory is gone for good: no other failure asks for that.
 fn is_loss(record: &Value) -> bool {
-    let reason = text(record, "reason");
-    text(record, "phase") == "failed"
-        && ["DATA_LOSS", "cannot be had", "its memory"].iter().any(|word| reason.contains(word))
+    text(record, "phase") == "failed" && text(record, "reason").contains("start the workload anew")
 }
 
 fn at_moment(theatre: &mut Theatre, case: Case, interrupt: &Interrupt) -> Result<Value> {
@@ -121,7 +119,6 @@ fn at_moment(theatre: &mut Theatre, case: Case, interrupt: &Interrupt) -> Result
         Fault::FullImages
             | Fault::FullState
             | Fault::FullLayers
-            | Fault::LittleMemory
             | Fault::BrokenDump
             | Fault::BrokenRestore
             | Fault::RefusedDump
@@ -244,15 +241,16 @@ fn inject(theatre: &Theatre, case: Case) -> Result<Vec<Undo>> {
         Fault::FullImages => vec![Undo::Images(NoRoomForImages::new(&target)?)],
         Fault::FullState => vec![Undo::Mounted(full_state(&target)?)],
         Fault::FullLayers => vec![Undo::Mounted(full_layers(&target)?)],
+        Fault::SlowLink => vec![Undo::Slow(Slow::down(theatre.cluster(), target.name(), links::CRAWL)?)],
         Fault::LittleMemory => {
             limit_memory(&target, Some(LITTLE_MEMORY))?;
-            vec![Undo::Limit]
+            vec![Undo::Limit(target)]
         }
         Fault::BrokenDump => mark(source, ENDS_AT_ONCE)?,
         Fault::BrokenRestore => mark(target, ENDS_AT_ONCE)?,
         Fault::RefusedDump => mark(source, IS_REFUSED)?,
         Fault::RefusedRestore => mark(target, IS_REFUSED)?,
-        Fault::Stall(_) | Fault::BadImage | Fault::SlowLink | Fault::Expired(_) => vec![],
+        Fault::Stall(_) | Fault::BadImage | Fault::Expired(_) => vec![],
     })
 }
 
@@ -277,7 +275,7 @@ fn heal(theatre: &Theatre, undo: Vec<Undo>) -> Result<()> {
             Undo::Mounted(mounted) => mounted.end()?,
             Undo::Mark(node, path) => drop(node.shell(&format!("rm -f {path}"))?),
             Undo::StartAgain(victim) => theatre.scene().start_again(victim)?,
-            Undo::Limit => limit_memory(&theatre.scene().target()?, None)?,
+            Undo::Limit(node) => limit_memory(&node, None)?,
         }
     }
     Ok(())
@@ -327,15 +325,15 @@ fn damage_when_it_comes(theatre: &Theatre, id: &str) -> Result<std::thread::Join
     }))
 }
 
-fn slow_link(theatre: &mut Theatre, interrupt: &Interrupt) -> Result<Value> {
-    let slow = Slow::down(theatre.cluster(), NODES[1 - theatre.at], links::CRAWL)?;
+fn from_the_beginning(theatre: &mut Theatre, case: Case, interrupt: &Interrupt) -> Result<Value> {
+    let undo = inject(theatre, case)?;
     let (_begun, id) = once_all_answer(interrupt, || {
         let begun = theatre.scene().begin()?;
         let id = begun.id()?;
         Ok((begun, id))
     })?;
     let record = ended(theatre, &id, interrupt)?;
-    heal(theatre, vec![Undo::Slow(slow)])?;
+    heal(theatre, undo)?;
     if text(&record, "phase") == "succeeded" {
         theatre.at = 1 - theatre.at;
     }
@@ -526,7 +524,10 @@ mod tests {
     #[test]
     fn only_a_failure_that_says_so_is_a_loss() {
         let record = |phase: &str, reason: &str| serde_json::json!({ "phase": phase, "reason": reason });
-        assert!(is_loss(&record("failed", "DATA_LOSS on node-b: memory of process 1 cannot be had")));
+        assert!(is_loss(&record(
+            "failed",
+            "the rest of the memory cannot be had (on node-a, in fill); what to do: start the workload anew"
+        )));
         assert!(!is_loss(&record("failed", "node-b: the transfer broke")));
         assert!(!is_loss(&record("succeeded", "")));
     }

@@ -66,10 +66,10 @@ fn a_target_without_memory_is_refused_with_the_figures_or_undone() {
     available.end().unwrap();
     stage.assert_sound("after a target without memory");
 
-    // The target's own limit is less than the container has: the kernel kills in the middle of the restore.
+    // The target's own limit is less than the container has: the kernel would kill it, in a live migration behind the commit.
     limit_memory(&stage, 4 << 20);
-    let said = fails(&stage, &["--to", NODES[1]], FAILED);
-    assert_says(&said, &[NODES[1], "the container cannot be restored"]);
+    let said = fails(&stage, &["--to", NODES[1]], REFUSED);
+    assert_says(&said, &[NODES[1], "config.json allows 4194304 bytes of memory", "raise linux.resources.memory.limit"]);
     stage.assert_sound("after a limit that is too low");
     node.remove_workload(NAME).unwrap();
     stage.cluster.prepare_workload(node.name(), &redis()).unwrap();
