@@ -11,13 +11,15 @@ RUN := deploy/setup/run.sh
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 
-.PHONY: help setup build demo test local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-layers bench-loads \
+.PHONY: help setup build demo test chaos soak local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-layers bench-loads \
 	bench-slowdown bench-total bench-engine e2e-vm e2e-versions e2e-page \
 	testcluster testcluster-up testcluster-down e2e-testcluster lint
 
 help:
 	@echo 'make demo          the main job, start to end: two nodes, real workloads under load, migrations there and back'
 	@echo 'make test          all tests, with real CRIU and runc'
+	@echo 'make chaos         whatever fails in whatever phase of each strategy: one copy runs, nothing confirmed is lost, nothing is left'
+	@echo 'make soak          500 migrations of a mixed set of workloads under load; agents and coordinator must not grow'
 	@echo 'make e2e-vm        the soft-dirty tracker, and migrations between two kernels, in emulated machines that have both'
 	@echo 'make e2e-versions  migrations between this version of the protocol and the one before, as in an upgrade'
 	@echo 'make e2e-page      the page of the coordinator in headless Chromium'
@@ -49,6 +51,14 @@ demo: build
 
 test: setup
 	@$(RUN) deploy/setup/test.sh
+
+# ARGS='--list', or ARGS='--only "live / fill" --repeat 3 --seed 7'; QUICK=1 for a few cases of each kind.
+chaos: build
+	@$(RUN) $(RELEASE)/podferry-bench chaos $(ARGS)
+
+# ARGS='--migrations 1000'
+soak: build
+	@$(RUN) $(RELEASE)/podferry-bench soak $(ARGS)
 
 local-up: build
 	@$(RUN) $(RELEASE)/podferry-bench local up

@@ -2,6 +2,7 @@
 //!
 //! What the clients of a workload see is the only measure: [`load`] checks each of their answers and times each pause.
 
+pub mod chaos;
 pub mod clients;
 pub mod demo;
 pub mod error;
@@ -12,6 +13,7 @@ pub mod migration;
 pub mod moves;
 pub mod processor;
 pub mod slowdown;
+pub mod soak;
 pub mod spread;
 pub mod stage;
 pub mod stream;

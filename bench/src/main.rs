@@ -4,10 +4,10 @@ use std::{io::Read, net::SocketAddr, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand};
 use podferry_bench::{
-    demo,
+    chaos, demo,
     load::{self, Event, Kind, LoadOptions, LoadReport, Readiness, redis_data, sql},
     loads::{self, Load as HardLoad},
-    local, moves, slowdown,
+    local, moves, slowdown, soak,
     stage::{Interrupt, Strategy},
     stream, total,
 };
@@ -27,6 +27,8 @@ struct Cli {
 enum Command {
     /// Move three workloads under load between two local nodes and back, and check that nothing of them is lost.
     Demo(Extent),
+    /// Let everything fail in every phase of migrations of Redis under load, and check that nothing is lost and nothing doubled.
+    Chaos(ChaosArguments),
     /// Measure warm migration of Redis at several sizes.
     Warm(Extent),
     /// Measure live migration of Redis at several sizes.
@@ -43,6 +45,12 @@ enum Command {
     Slowdown(SlowdownArguments),
     /// Measure how long a live migration of idle memory takes in all, against the page stream alone with the same bytes.
     Total(Extent),
+    /// Move a mixed set of workloads under load for long, and check that agents and coordinator do not grow.
+    Soak {
+        /// How many migrations there are.
+        #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(30..))]
+        migrations: u32,
+    },
     /// Measure the page stream between two network namespaces against raw TCP, and packing against none.
     Stream(stream::Arguments),
     /// A local cluster to play with, which goes on until it is taken down.
@@ -64,6 +72,27 @@ struct Extent {
     /// Fewer moves, smaller sizes.
     #[arg(long, env = "QUICK", value_parser = clap::builder::FalseyValueParser::new(), action = clap::ArgAction::SetTrue)]
     quick: bool,
+}
+
+#[derive(Debug, Args)]
+struct ChaosArguments {
+    #[command(flatten)]
+    extent: Extent,
+    /// Only cases with this in their name, as in "live / fill" or "kill hook"; may be given several times.
+    #[arg(long)]
+    only: Vec<String>,
+    /// Show the cases' names, and do nothing.
+    #[arg(long)]
+    list: bool,
+    /// Says who comes back late after it was killed, and which way a link is cut.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// How often each case is played.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    repeat: u16,
+    /// How many clusters there are at once: most of a case is waiting.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    jobs: u16,
 }
 
 #[derive(Debug, Args)]
@@ -163,9 +192,10 @@ fn run(command: Command) -> Outcome {
     let outcome = runtime.block_on(async {
         match command {
             Command::Demo(extent) => staged(|interrupt| Ok(demo::run(extent.quick, interrupt)?.holds())),
+            Command::Chaos(arguments) => run_chaos(arguments),
             Command::Warm(extent) => measure(Strategy::Warm, &extent),
             Command::Live(extent) => measure(Strategy::Live, &extent),
-            Command::Postcopy(extent) => measure(Strategy::PostCopy, &extent),
+            Command::Postcopy(extent) => measure(Strategy::Postcopy, &extent),
             Command::Hybrid(extent) => measure(Strategy::Hybrid, &extent),
             Command::Layers(extent) => staged(|interrupt| Ok(moves::run_layers(extent.quick, interrupt)?.holds())),
             Command::Loads(LoadsArguments { extent, only }) => {
@@ -177,6 +207,7 @@ fn run(command: Command) -> Outcome {
                 staged(|interrupt| Ok(slowdown::run(options, interrupt)?.passed))
             }
             Command::Total(extent) => staged(|interrupt| Ok(total::run(extent.quick, interrupt)?.passed)),
+            Command::Soak { migrations } => staged(|interrupt| Ok(soak::run(migrations, interrupt)?.holds())),
             Command::Stream(arguments) => {
                 Ok(if stream::run(arguments).await? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
             }
@@ -190,6 +221,16 @@ fn run(command: Command) -> Outcome {
     // The thread that waits for standard input cannot be ended.
     runtime.shutdown_background();
     outcome
+}
+
+fn run_chaos(arguments: ChaosArguments) -> Outcome {
+    let ChaosArguments { extent, only, list, seed, repeat, jobs } = arguments;
+    let options = chaos::Options { quick: extent.quick, only, seed, repeat: repeat.into(), jobs: jobs.into() };
+    if list {
+        chaos::chosen(&options)?.iter().for_each(|case| println!("{case}"));
+        return Ok(ExitCode::SUCCESS);
+    }
+    staged(|interrupt| Ok(chaos::run(&options, interrupt)?.holds()))
 }
 
 fn measure(strategy: Strategy, extent: &Extent) -> Outcome {

@@ -14,6 +14,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+pub use podferry_local::Strategy;
 use podferry_local::{FIRST_CONTAINER_ADDRESS, LocalCluster, Node, Options, Workload};
 
 use crate::{
@@ -32,42 +33,6 @@ const MOVE_DEADLINE: Duration = Duration::from_secs(120);
 const EXIT_DEADLINE: Duration = Duration::from_secs(10);
 /// How often is looked whether somebody wants the end. Short enough that a move's end is not noticed late.
 const POLL: Duration = Duration::from_millis(200);
-
-/// How workloads are moved.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Strategy {
-    /// Freeze, transfer, resume.
-    Warm,
-    /// Copy memory while the workload runs, then freeze.
-    Live,
-    /// Freeze, resume, fetch the memory behind the running workload.
-    PostCopy,
-    /// Live, and fetch what does not converge.
-    Hybrid,
-}
-
-impl Strategy {
-    /// Its name on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Warm => "warm",
-            Self::Live => "live",
-            Self::PostCopy => "postcopy",
-            Self::Hybrid => "hybrid",
-        }
-    }
-
-    /// Further words: what is measured is what comes out, not whether it is what was aimed at.
-    fn more(self) -> &'static [&'static str] {
-        match self {
-            Self::Warm => &[],
-            Self::Live => &["--downtime-budget", "1000"],
-            Self::PostCopy => &["--accept-loss"],
-            Self::Hybrid => &["--downtime-budget", "1000", "--accept-loss"],
-        }
-    }
-}
 
 /// What there is to be moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -174,14 +139,15 @@ impl Stage {
     /// Brings the cluster up in a folder of this process's own below `.podferry/NAME`; sweeps what earlier processes that
     /// were killed left there.
     pub fn up(name: &str, interrupt: &Interrupt) -> Result<Self> {
-        Self::up_as(name, interrupt, |options| options)
+        Self::up_as(name, interrupt, Ok)
     }
 
     /// As [`Stage::up`], of a cluster with other options.
-    pub fn up_as(name: &str, interrupt: &Interrupt, change: impl FnOnce(Options) -> Options) -> Result<Self> {
+    pub fn up_as(name: &str, interrupt: &Interrupt, change: impl FnOnce(Options) -> Result<Options>) -> Result<Self> {
         interrupt.check()?;
         let folder = Folder::claim(&podferry_local::workspace_root().join(".podferry").join(name))?;
-        let cluster = LocalCluster::up(&change(options(&folder.path))).inspect_err(|_| folder.remove_empty())?;
+        let made = change(options(&folder.path)).and_then(|options| Ok(LocalCluster::up(&options)?));
+        let cluster = made.inspect_err(|_| folder.remove_empty())?;
         Ok(Self { cluster, folder, interrupt: interrupt.clone() })
     }
 
@@ -241,8 +207,7 @@ impl Stage {
     }
 
     fn try_migrate(&self, program: Program, strategy: Strategy, source: &str, target: &str) -> Result<MigrationRecord> {
-        let how = [&["--strategy", strategy.name()], strategy.more()].concat();
-        let record = self.ask(program.name(), &how, target)?;
+        let record = self.ask(program.name(), strategy.words(), target)?;
         if !record.succeeded() {
             return Err(Error::Misplaced(format!("{}: {}", record.phase, record.reason)));
         }

@@ -128,7 +128,7 @@ pub fn run(quick: bool, interrupt: &Interrupt) -> Result<TotalResult> {
     let (mib, pairs) = if quick { (QUICK_MIB, QUICK_PAIRS) } else { (MIB, PAIRS) };
     let stage = Stage::up_as("total", interrupt, |mut options| {
         options.workloads = vec![WORKLOAD.to_owned()];
-        options
+        Ok(options)
     })?;
     let measured = measure(&stage, mib, pairs, interrupt);
     let result = measured.inspect_err(|_| println!("logs: {}", stage.logs().display()))?;

@@ -17,7 +17,7 @@ use podferry_bench::{
     load::LoadReport,
     stage::{Interrupt, NODES, Program, Stage, Strategy},
 };
-use podferry_local::{Options, Place};
+use podferry_local::Place;
 
 /// Builds what a cluster is made of: cargo builds only this package's own programs for its tests.
 fn build_programs() {
@@ -38,7 +38,8 @@ fn build_programs() {
 
 fn stage() -> Stage {
     build_programs();
-    Stage::up_as("test-stage", &Interrupt::default(), Options::without_agents).expect("the cluster comes up")
+    Stage::up_as("test-stage", &Interrupt::default(), |options| Ok(options.without_agents()))
+        .expect("the cluster comes up")
 }
 
 /// What all clients of all workloads saw in this time.

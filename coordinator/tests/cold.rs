@@ -79,7 +79,7 @@ async fn a_new_instance_takes_over_and_both_agents_are_told_so() {
     let wish = || v1::MigrateRequest { strategy: v1::Strategy::Application.into(), ..cold(Some(7)) };
     let (_coordinator, mut client) = world.coordinator().await;
     let unknown = request(&mut client, wish()).await.unwrap_err();
-    assert!(unknown.message.contains("its agent does not know this kind of migration"), "{unknown}");
+    assert!(unknown.message.contains("is not fit for migrations"), "{unknown}");
     for node in ["a", "b"] {
         world.node(node, |node| node.description.features.push("agent:application".to_owned()));
     }

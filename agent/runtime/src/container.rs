@@ -217,8 +217,17 @@ impl Container {
             private_kib += status.rssanon.unwrap_or(0) + status.vmswap.unwrap_or(0);
             shared_kib = shared_kib.max(status.rssshmem.unwrap_or(0));
         }
-        let charged = self.cgroups.controller("memory").and_then(charged_shmem).unwrap_or(0);
+        let charged = self.cgroups.controller("memory").and_then(|dir| charged(dir, "shmem")).unwrap_or(0);
         Ok(private_kib * 1024 + charged.max(shared_kib * 1024))
+    }
+
+    /// Bytes of memory that are charged to its cgroup and that the kernel cannot drop: anonymous, shared, tmpfs. Pages that processes share since
+    /// a fork count once. None where its cgroup has no memory controller.
+    pub fn charged_memory(&self) -> Option<u64> {
+        let dir = self.cgroups.controller("memory")?;
+        // `anon` in version 2 of cgroups, `rss` in version 1, which counts the same.
+        let anonymous = charged(dir, "anon").or_else(|| charged(dir, "rss"))?;
+        Some(anonymous + charged(dir, "shmem").unwrap_or(0))
     }
 
     fn current_status(&self) -> Status {
@@ -296,10 +305,10 @@ pub(crate) fn collect_descendants(pid: i32, pids: &mut BTreeSet<i32>) {
     }
 }
 
-/// Bytes of shared memory and tmpfs that are charged to a memory cgroup (`shmem` in `memory.stat`, both versions).
-fn charged_shmem(dir: &Path) -> Option<u64> {
+/// Bytes of one kind that are charged to a memory cgroup (`memory.stat`; `shmem`, which both versions have, is shared memory and tmpfs).
+fn charged(dir: &Path, kind: &str) -> Option<u64> {
     let text = fs::read_to_string(dir.join("memory.stat")).ok()?;
-    text.lines().find_map(|line| line.strip_prefix("shmem "))?.trim().parse().ok()
+    text.lines().find_map(|line| line.strip_prefix(kind)?.strip_prefix(' '))?.trim().parse().ok()
 }
 
 /// What this crate reads of runc's `state.json` (libcontainer's `State`).

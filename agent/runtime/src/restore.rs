@@ -163,6 +163,12 @@ impl Runc {
         check_id(id)?;
         Ok(Record::read(self, id)?.map(|record| record.work_path))
     }
+
+    /// Removes the note of a restore that has come to its end, for whoever did not start it and so cannot wait for it.
+    pub fn forget_restore(&self, id: &str) -> Result<(), Error> {
+        check_id(id)?;
+        Record::remove(self, id)
+    }
 }
 
 impl RunningRestore {

@@ -44,6 +44,8 @@ impl Way {
 pub(crate) struct Wish {
     workload: String,
     memory_bytes: u64,
+    /// What counts against its limit; 0 when that is not known.
+    charged_bytes: u64,
     layer_bytes: u64,
     network: NetworkKind,
     link: Option<v1::Link>,
@@ -58,6 +60,7 @@ impl From<v1::PreflightTargetRequest> for Wish {
             way: Way::of(request.strategy()),
             workload: request.workload,
             memory_bytes: request.memory_bytes,
+            charged_bytes: request.charged_bytes,
             layer_bytes: request.layer_bytes,
             volumes: request.volumes,
             link: request.link,
@@ -76,6 +79,8 @@ impl From<v1::PrepareRequest> for Wish {
             },
             workload: request.workload,
             memory_bytes: request.memory_bytes,
+            // Preflight has compared it.
+            charged_bytes: 0,
             layer_bytes: request.layer_bytes,
             volumes: request.volumes,
             link: request.link,
@@ -187,6 +192,7 @@ pub(crate) async fn source(
     Ok(v1::PreflightSourceResponse {
         findings,
         memory_bytes: report.facts.memory_bytes.saturating_add(deleted_bytes),
+        charged_bytes: container.charged_memory().unwrap_or(0),
         layer_bytes: layer_bytes.saturating_add(deleted_bytes),
         network: network_kind(&container).into(),
         link: link.map(|link| convert::link_message(&link.link)),
@@ -312,17 +318,17 @@ pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding
         Ok(bundle) => {
             findings.extend(bundle_findings(&bundle, wish));
             if wish.way == Way::Replaced {
+                let wrong = application_here(context, &wish.workload).err();
                 findings.extend(
-                    application_here(context, &wish.workload)
-                        .err()
-                        .map(|failure| refusal("application", failure.message, failure.remedy.unwrap_or_default())),
+                    wrong.map(|failure| refusal("application", failure.message, failure.remedy.unwrap_or_default())),
                 );
             }
-            if wish.way != Way::Carried {
-                // One that cannot be read has been found above.
-                let spec = Spec::load(bundle.dir.join("config.json")).ok();
-                findings.extend(spec.as_ref().and_then(terminal_finding));
-            }
+            // One that cannot be read has been found above.
+            let spec = Spec::load(bundle.dir.join("config.json")).ok();
+            findings.extend(spec.as_ref().and_then(|spec| match wish.way {
+                Way::Carried => limit_finding(spec, wish.charged_bytes),
+                Way::StartedAnew | Way::Replaced => terminal_finding(spec),
+            }));
         }
         Err(failure) => findings.push(refusal("no-bundle", failure.message, failure.remedy.unwrap_or_default())),
     }
@@ -410,6 +416,19 @@ fn terminal_finding(config: &Spec) -> Option<Finding> {
     })
 }
 
+/// A container that has more memory than it may have here is killed by the kernel, and where memory is laid in behind the commit
+/// not before it: then no copy is left.
+fn limit_finding(config: &Spec, charged_bytes: u64) -> Option<Finding> {
+    let limit = config.linux().as_ref()?.resources().as_ref()?.memory().as_ref()?.limit()?;
+    // Neither 0 nor -1 is a limit.
+    let limit = u64::try_from(limit).ok().filter(|limit| *limit > 0)?;
+    (limit < charged_bytes).then(|| {
+        let message =
+            format!("the target's config.json allows {limit} bytes of memory, and the container has {charged_bytes}");
+        refusal("memory-limit", message, "raise linux.resources.memory.limit in config.json".to_owned())
+    })
+}
+
 /// The same as an error, for a caller that goes on to change things.
 ///
 /// # Errors
@@ -481,6 +500,23 @@ mod tests {
             assert!(remedy.contains(words), "{remedy}");
             assert!(message.contains(&format!("{status:?}").to_lowercase()), "{message}");
         }
+    }
+
+    #[test]
+    fn a_limit_below_the_memory_that_a_container_has_is_refused_with_both_figures() {
+        let config = |limit: i64| -> Spec {
+            serde_json::from_value(serde_json::json!({
+                "ociVersion": "1.2.0",
+                "linux": { "resources": { "memory": { "limit": limit } } },
+            }))
+            .unwrap()
+        };
+        let found = limit_finding(&config(4 << 20), 12 << 20).unwrap();
+        assert!(found.refuses && found.message.contains("allows 4194304 bytes") && found.message.contains("12582912"));
+        for none in [0, -1, 12 << 20] {
+            assert_eq!(limit_finding(&config(none), 12 << 20), None, "{none}");
+        }
+        assert_eq!(limit_finding(&Spec::default(), u64::MAX), None, "by default there is none");
     }
 
     #[test]

@@ -200,10 +200,14 @@ impl TargetPart {
     /// Whether a restore that an earlier agent started is done: runc writes the pid then. It has died when nothing of it is
     /// left.
     fn earlier_restore_ended(&self) -> Result<bool, Failure> {
+        let runc = self.context.runc(self.context.config.runc_root());
         if self.pid_file().is_file() {
+            // Who started it would have, had it lived.
+            if let Err(error) = runc.forget_restore(&self.workload) {
+                tracing::warn!(%error, workload = self.workload, "the note of a restore that succeeded stays");
+            }
             return Ok(true);
         }
-        let runc = self.context.runc(self.context.config.runc_root());
         let left = runc.container(&self.workload).and_then(|container| container.processes());
         match left {
             Ok(processes) if !processes.is_empty() => Ok(false),

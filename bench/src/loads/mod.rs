@@ -70,7 +70,7 @@ pub fn run(loads: &[Load], quick: bool, interrupt: &Interrupt) -> Result<LoadsRe
     let names = loads.iter().map(|load| load.name().to_owned()).collect();
     let stage = Stage::up_as("loads", interrupt, |mut options| {
         options.workloads = names;
-        options
+        Ok(options)
     })?;
     let moves = if quick { FEW_MOVES } else { MOVES };
     let mut rows = Vec::new();

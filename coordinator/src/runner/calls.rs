@@ -224,6 +224,7 @@ impl Job {
             link: facts.link.clone(),
             strategy: v1::Strategy::from(strategy).into(),
             volumes: facts.volumes.clone(),
+            charged_bytes: facts.charged_bytes,
         };
         let answer = client.preflight_target(request).await.map_err(|status| self.placed(&status))?.into_inner();
         let refusal = self.refusal(&answer.findings, "the workload cannot be restored on this node");

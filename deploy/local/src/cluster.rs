@@ -1,5 +1,6 @@
 //! The whole cluster: up, down, attach, sweep.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -55,6 +56,10 @@ pub struct Options {
     /// How long each certificate is valid, 24 h unless changed and at least 30 s. With agents, certificates are issued
     /// anew when half of it is over.
     pub certificate_lifetime: Duration,
+    /// The coordinator's deadlines that are not its defaults, in seconds, by the names that `coordinator.toml` has for them.
+    pub deadlines: BTreeMap<String, u64>,
+    /// For so many seconds a post-copy's target tries a source that does not answer; the agents' default unless given.
+    pub recover_within_s: Option<u64>,
 }
 
 impl Options {
@@ -72,6 +77,8 @@ impl Options {
             tools: crate::default_tools(),
             start_agents: true,
             certificate_lifetime: certificates::LIFETIME,
+            deadlines: BTreeMap::new(),
+            recover_within_s: None,
         }
     }
 
@@ -147,7 +154,7 @@ impl LocalCluster {
     pub fn up(options: &Options) -> Result<Self> {
         options.check()?;
         let (layout, mut state) = claim(options)?;
-        let made = make(&layout, &mut state, &options.workloads).and_then(|()| {
+        let made = make(&layout, &mut state, options).and_then(|()| {
             let cluster = Self::of(layout.clone(), state.clone());
             cluster.start_daemons()?;
             Ok(cluster)
@@ -468,10 +475,10 @@ fn is_overlay(folder: &Path) -> bool {
         .is_ok_and(|status| status.filesystem_type() == nix::sys::statfs::OVERLAYFS_SUPER_MAGIC)
 }
 
-fn make(layout: &Layout, state: &mut State, workloads: &[String]) -> Result<()> {
+fn make(layout: &Layout, state: &mut State, options: &Options) -> Result<()> {
     let logs = layout.logs();
     fs::create_dir_all(&logs).at("create the folder", &logs)?;
-    write_configuration(layout, state, workloads)?;
+    write_configuration(layout, state, options)?;
     make_network(state)?;
     for index in 0..state.nodes.len() {
         let name = state.nodes[index].name.clone();
@@ -498,17 +505,17 @@ fn make_network(state: &State) -> Result<()> {
     Ok(())
 }
 
-fn write_configuration(layout: &Layout, state: &State, workloads: &[String]) -> Result<()> {
+fn write_configuration(layout: &Layout, state: &State, options: &Options) -> Result<()> {
     for node in &state.nodes {
         let handle = Node::new(layout, state, node);
         handle.make_folders()?;
-        config::write(&handle.agent_config(), &config::agent(&handle, state))?;
+        config::write(&handle.agent_config(), &config::agent(&handle, state, options.recover_within_s))?;
     }
     let folder = layout.coordinator();
     let identity = IdentityFiles::in_folder(layout.coordinator_identity());
     certificates::make(layout, state)?;
-    config::write(&folder.join("inventory.toml"), &config::inventory(state, workloads))?;
-    config::write(&folder.join("coordinator.toml"), &config::coordinator(&folder, identity))
+    config::write(&folder.join("inventory.toml"), &config::inventory(state, &options.workloads))?;
+    config::write(&folder.join("coordinator.toml"), &config::coordinator(&folder, identity, options.deadlines.clone()))
 }
 
 /// Removes all that the state names. Can be repeated after any failure; the state file goes last.

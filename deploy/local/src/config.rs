@@ -1,5 +1,6 @@
 //! The configuration files of agents and the coordinator, as they read them.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -25,6 +26,8 @@ pub(crate) struct AgentConfig {
     pub(crate) tools: AgentTools,
     pub(crate) runtime: AgentRuntime,
     pub(crate) network: AgentNetwork,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) post_copy: Option<AgentPostCopy>,
 }
 
 /// The programs an agent starts.
@@ -55,6 +58,12 @@ pub(crate) struct AgentNetwork {
     pub(crate) bridge: String,
 }
 
+/// How long an agent tries to get memory that a container of its still needs.
+#[derive(Debug, Serialize)]
+pub(crate) struct AgentPostCopy {
+    pub(crate) recover_within_s: u64,
+}
+
 /// `coordinator.toml`.
 #[derive(Debug, Serialize)]
 pub(crate) struct CoordinatorConfig {
@@ -63,6 +72,7 @@ pub(crate) struct CoordinatorConfig {
     pub(crate) state_dir: PathBuf,
     pub(crate) inventory: PathBuf,
     pub(crate) identity: IdentityFiles,
+    pub(crate) deadlines: BTreeMap<String, u64>,
 }
 
 /// The coordinator's inventory of a machine without Kubernetes.
@@ -110,7 +120,7 @@ pub(crate) fn register(path: &Path, workload: &str) -> Result<()> {
 }
 
 /// The configuration of a node's agent.
-pub(crate) fn agent(node: &Node, state: &State) -> AgentConfig {
+pub(crate) fn agent(node: &Node, state: &State, recover_within_s: Option<u64>) -> AgentConfig {
     let program = |name: &str| state.binaries.join(name);
     AgentConfig {
         node: node.name().to_owned(),
@@ -136,17 +146,23 @@ pub(crate) fn agent(node: &Node, state: &State) -> AgentConfig {
             volume_dirs: vec![node.volumes()],
         },
         network: AgentNetwork { bridge: NODE_BRIDGE.to_owned() },
+        post_copy: recover_within_s.map(|recover_within_s| AgentPostCopy { recover_within_s }),
     }
 }
 
 /// The configuration of the coordinator, whose files lie in `folder`.
-pub(crate) fn coordinator(folder: &Path, identity: IdentityFiles) -> CoordinatorConfig {
+pub(crate) fn coordinator(
+    folder: &Path,
+    identity: IdentityFiles,
+    deadlines: BTreeMap<String, u64>,
+) -> CoordinatorConfig {
     CoordinatorConfig {
         listen: coordinator_address(),
         rest_listen: format!("{COORDINATOR_ADDRESS}:{REST_PORT}"),
         state_dir: folder.join("state"),
         inventory: folder.join("inventory.toml"),
         identity,
+        deadlines,
     }
 }
 

@@ -111,6 +111,28 @@ pub enum Error {
         /// How long it was tried, in seconds.
         seconds: u64,
     },
+    /// Something that had to come did not.
+    #[error("waited {seconds} s in vain for {what}")]
+    Waited {
+        /// What did not come.
+        what: String,
+        /// How long it was waited for, in seconds.
+        seconds: u64,
+    },
+    /// The coordinator would not begin a migration.
+    #[error("the migration was refused: {words}")]
+    Refused {
+        /// What its log says.
+        words: String,
+    },
+    /// A client of a workload could not talk to it, or was answered wrongly.
+    #[error("{what}: {source}")]
+    Client {
+        /// What it asked.
+        what: String,
+        /// What came of it.
+        source: io::Error,
+    },
 }
 
 /// Results of this crate.

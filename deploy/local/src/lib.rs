@@ -36,11 +36,13 @@ mod config;
 mod container;
 mod daemon;
 mod error;
+pub mod faults;
 mod network;
 mod node;
 mod place;
 mod process;
 mod state;
+mod strategy;
 mod workload;
 
 use std::path::{Path, PathBuf};
@@ -61,6 +63,7 @@ pub use network::{
 pub use node::{AGENT_PORT, Node};
 pub use place::{Place, Running};
 pub use process::ProcessId;
+pub use strategy::Strategy;
 pub use workload::{BindMount, Network, Workload};
 
 /// The folder of the workspace that this program was built from.

@@ -309,7 +309,7 @@ fn nodes_without_criu_take_part() {
         eventually(PATIENCE, || node.start_agent().and_then(|_| node.wait_ready()).map_err(|error| error.to_string()));
     }
     let nodes = shell.stage.cluster.podferry(["nodes"]).unwrap().stdout;
-    let is_unfit = |line: &&str| line.contains("unfit") && line.contains(" cold ");
+    let is_unfit = |line: &&str| line.contains("unfit") && line.contains(" cold,application ");
     assert_eq!(nodes.lines().filter(is_unfit).count(), 2, "{nodes}");
     let refused = shell.stage.try_migrate(NAME, NODES[1]).unwrap_err();
     assert!(refused.contains("not fit"), "{refused}");
@@ -413,10 +413,10 @@ fn halt_at(shell: &Shell, at: usize, moment: Moment, stopped: &Stopped) -> Strin
         Moment::Transfer => until("its end", || status(&source).as_deref() == Some("stopped")),
         Moment::Created | Moment::Sealed | Moment::Committed => {
             let coordinator = shell.stage.cluster.coordinator().process().unwrap();
-            log.wait("phase=freeze ");
+            log.wait("phase=freeze ").unwrap();
             // The target has to hear that it is to restore; the workload takes seconds to end.
             thread::sleep(Duration::from_millis(400));
-            stopped.stop(coordinator);
+            stopped.stop(coordinator).unwrap();
             until("it to be created", || status(&target).as_deref() == Some("created"));
             // The agent has to hear of it, too.
             thread::sleep(Duration::from_millis(200));
@@ -426,9 +426,9 @@ fn halt_at(shell: &Shell, at: usize, moment: Moment, stopped: &Stopped) -> Strin
         seal(shell, [&source, &target], &log, &id, stopped);
     }
     if moment == Moment::Committed {
-        stopped.stop(agent(&source));
+        stopped.stop(agent(&source)).unwrap();
         stopped.go_on(shell.stage.cluster.coordinator().process().unwrap());
-        log.wait("phase=release ");
+        log.wait("phase=release ").unwrap();
         thread::sleep(Duration::from_millis(50));
     }
     id
@@ -438,12 +438,12 @@ fn halt_at(shell: &Shell, at: usize, moment: Moment, stopped: &Stopped) -> Strin
 fn seal(shell: &Shell, [source, target]: [&Node; 2], log: &LogTail, id: &str, stopped: &Stopped) {
     let coordinator = shell.stage.cluster.coordinator().process().unwrap();
     let is_sealed = |node: &Node| standing(node, id).as_deref() == Some("sealed");
-    stopped.stop(agent(source));
+    stopped.stop(agent(source)).unwrap();
     stopped.go_on(coordinator);
-    log.wait("phase=commit ");
+    log.wait("phase=commit ").unwrap();
     until("the target to be sealed", || is_sealed(target));
     thread::sleep(Duration::from_millis(50));
-    stopped.stop(coordinator);
+    stopped.stop(coordinator).unwrap();
     stopped.go_on(agent(source));
     until("the source to be sealed", || is_sealed(source));
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use faults::stage::{NAME, NODES, Stage};
 use faults::{redis, serial, wait_every, wait_for};
+use podferry_local::faults::room::{Mounted, full_state as full_state_of};
 use podferry_local::{Node, Workload};
 use serde_json::Value;
 
@@ -62,18 +63,18 @@ fn a_target_without_memory_is_refused_with_the_figures_or_undone() {
         // The images and the restored memory, and something to spare.
         assert!((64 + 2 * MEMORY..200).contains(&needed), "{said}");
     }
-    drop(available);
+    available.end().unwrap();
     stage.assert_sound("after a target without memory");
 
-    // The target's own limit is less than the container has: the kernel kills in the middle of the restore.
+    // The target's own limit is less than the container has: the kernel would kill it, in a live migration behind the commit.
     limit_memory(&stage, 4 << 20);
-    let said = fails(&stage, &["--to", NODES[1]], FAILED);
-    assert_says(&said, &[NODES[1], "the container cannot be restored"]);
+    let said = fails(&stage, &["--to", NODES[1]], REFUSED);
+    assert_says(&said, &[NODES[1], "config.json allows 4194304 bytes of memory", "raise linux.resources.memory.limit"]);
     stage.assert_sound("after a limit that is too low");
     node.remove_workload(NAME).unwrap();
     stage.cluster.prepare_workload(node.name(), &redis()).unwrap();
     stage.migrate();
-    stage.counting.as_ref().unwrap().assert_alive("after the migration that works");
+    stage.assert_alive("after the migration that works");
 }
 
 fn limit_memory(stage: &Stage, bytes: i64) {
@@ -83,28 +84,6 @@ fn limit_memory(stage: &Stage, bytes: i64) {
     stage.cluster.prepare_workload(node.name(), &limited).unwrap();
 }
 
-/// A mount on a node that goes when it is dropped, also when a test fails: the node may be asked for its processes then.
-struct Mounted {
-    node: Node,
-    point: String,
-}
-
-impl Mounted {
-    fn new(node: &Node, what: &str, point: &Path) -> Self {
-        let point = point.display().to_string();
-        node.shell(&format!("mount {what} {point}")).unwrap();
-        Self { node: node.clone(), point }
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        if let Err(error) = self.node.shell(&format!("umount {}", self.point)) {
-            assert!(std::thread::panicking(), "{error}");
-        }
-    }
-}
-
 /// Lets a node see so many KiB of available memory.
 fn pretend_memory(node: &Node, kib: u64) -> Mounted {
     let real = fs::read_to_string("/proc/meminfo").unwrap();
@@ -112,7 +91,7 @@ fn pretend_memory(node: &Node, kib: u64) -> Mounted {
     let lines = others.chain([format!("MemAvailable: {kib} kB").as_str()]).collect::<Vec<_>>().join("\n");
     let file = node.folder().join("meminfo");
     fs::write(&file, lines + "\n").unwrap();
-    Mounted::new(node, &format!("--bind {}", file.display()), Path::new("/proc/meminfo"))
+    Mounted::new(node, &format!("--bind {}", file.display()), Path::new("/proc/meminfo")).unwrap()
 }
 
 #[test]
@@ -125,25 +104,17 @@ fn a_target_whose_disk_fills_up_on_the_way_is_undone_and_named() {
     full_state(&mut stage);
     full_bundles(&mut stage);
     stage.migrate();
-    stage.counting.as_ref().unwrap().assert_alive("after the migration that works");
+    stage.assert_alive("after the migration that works");
 }
 
 /// Where the agent keeps its state.
 fn full_state(stage: &mut Stage) {
     let node = stage.target();
     let state = node.agent_state();
-    let kept = node.folder().join("kept-state");
-    node.shell(&format!("cp -a {} {}", state.display(), kept.display())).unwrap();
-    let tiny = Mounted::new(&node, "-t tmpfs -o size=64k tmpfs", &state);
-    let fill = format!(
-        "cp -a {}/. {state} && dd if=/dev/zero of={state}/filler bs=4k 2>/dev/null || test -s {state}/filler",
-        kept.display(),
-        state = state.display()
-    );
-    node.shell(&fill).unwrap();
+    let tiny = full_state_of(&node).unwrap();
     let said = fails(stage, &["--to", NODES[1]], FAILED);
     assert_says(&said, &["RESOURCE_EXHAUSTED", NODES[1], &state.display().to_string(), "No space left", "make room"]);
-    drop(tiny);
+    tiny.end().unwrap();
     stage.assert_sound("after a target whose state is full");
 }
 
@@ -152,26 +123,26 @@ fn full_bundles(stage: &mut Stage) {
     let node = stage.target();
     let bundles = node.bundles();
     node.remove_workload(NAME).unwrap();
-    let tmpfs = Mounted::new(&node, "-t tmpfs -o size=256m tmpfs", &bundles);
+    let tmpfs = Mounted::new(&node, "-t tmpfs -o size=256m tmpfs", &bundles).unwrap();
     stage.cluster.prepare_workload(node.name(), &redis()).unwrap();
-    stage.slow_down(&node);
+    let slow = stage.slow_down(&node);
     let begun = stage.begin();
     let id = begun.id();
     wait_every(Duration::from_micros(500), "the tasks to be stopped", || stage.is_stopped().then_some(()));
     node.shell(&format!("mount -o remount,size={ROOM}m {}", bundles.display())).unwrap();
     let (phase, reason) = stage.ended(&id);
-    stage.speed_up(&node);
+    drop(slow);
     assert_eq!(phase, "failed", "{reason}");
     let upper = node.bundle(NAME).join("upper");
     let blob = upper.join("data/blob").display().to_string();
     assert_says(&reason, &[NODES[1], "no space left for", &blob, "what to do: make room"]);
-    stage.counting.as_ref().unwrap().assert_alive("after a target whose bundles are full");
+    stage.assert_alive("after a target whose bundles are full");
     stage.assert_one_copy("after a target whose bundles are full");
     wait_for("the layer to be removed", || {
         fs::read_dir(node.on_machine(&upper)).unwrap().next().is_none().then_some(())
     });
     node.remove_workload(NAME).unwrap();
-    drop(tmpfs);
+    tmpfs.end().unwrap();
     stage.cluster.prepare_workload(node.name(), &redis()).unwrap();
     stage.assert_sound("after a target whose bundles are full");
 }

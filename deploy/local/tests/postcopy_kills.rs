@@ -97,7 +97,7 @@ fn a_link_that_comes_back_in_time_costs_a_wait_and_nothing_else() {
     assert_eq!(phase, "succeeded", "{reason}\n{}", stage.logs());
     stage.assert_sound("after the link came back");
     stage.migrate();
-    stage.counting.as_ref().unwrap().assert_alive("after the migration that followed");
+    stage.assert_alive("after the migration that followed");
 }
 
 #[test]

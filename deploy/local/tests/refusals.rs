@@ -20,6 +20,7 @@ use faults::stage::{NAME, NODES, Stage, agent};
 use faults::{options, processes, redis, serial, wait_every, wait_for};
 use podferry_common::identity::{IdentityFiles, LocalCa, Peer};
 use podferry_common::{MigrationId, tls};
+use podferry_local::faults::links::Slow;
 use podferry_local::{BindMount, LocalCluster, Node, Output, Workload, workspace_root};
 use podferry_proto::Version;
 use podferry_proto::v1::FreezeRequest;
@@ -81,7 +82,7 @@ fn what_makes_no_sense_or_cannot_work_on_the_target_is_refused() {
     with_little_room_for_images(&stage);
     with_little_room_for_files(&mut stage);
     stage.migrate();
-    stage.counting.as_ref().unwrap().assert_alive("after the migration that works");
+    stage.assert_alive("after the migration that works");
 }
 
 fn without_criu(stage: &Stage) {
@@ -129,7 +130,7 @@ fn with_little_room_for_files(stage: &mut Stage) {
     node.shell(&format!("mount -t tmpfs -o size=8m tmpfs {bundles}")).unwrap();
     stage.cluster.prepare_workload(node.name(), &redis()).unwrap();
     assert_refused(&migrate(&stage.cluster, NAME, node.name()), REFUSED, &[node.name(), "bytes", &bundles]);
-    stage.counting.as_ref().unwrap().assert_alive("after a target with little room for files");
+    stage.assert_alive("after a target with little room for files");
     stage.assert_one_copy("after a target with little room for files");
     node.remove_workload(NAME).unwrap();
     node.shell(&format!("umount {bundles}")).unwrap();
@@ -202,7 +203,7 @@ fn what_criu_cannot_dump_is_refused_with_the_process_that_has_it() {
     target.prepare_workload(&paused).unwrap();
     source.runc(&["pause", "paused"]).unwrap().success().unwrap();
 
-    let before = settled(&cluster);
+    let before = settled(&cluster).unwrap();
     for (name, _, kind) in &programs {
         let pid = inner_pid(&source, name);
         assert_refused(&migrate(&cluster, name, target.name()), REFUSED, &[source.name(), kind, &format!("pid {pid}")]);
@@ -213,7 +214,7 @@ fn what_criu_cannot_dump_is_refused_with_the_process_that_has_it() {
     assert!(source.container_process("stdio").unwrap().is_alive());
     assert_refused(&migrate(&cluster, "paused", target.name()), REFUSED, &[source.name(), "runc", "resume paused"]);
     assert_eq!(status(&source, "paused"), "paused");
-    assert_eq!(difference(&before, &settled(&cluster)), Vec::<String>::new());
+    assert_eq!(difference(&before, &settled(&cluster).unwrap()), Vec::<String>::new());
 }
 
 fn has_sys_resource() -> bool {
@@ -258,7 +259,7 @@ fn strangers_get_nowhere() {
     assert_untouched(&stage, "after strangers");
     an_agent_that_sends_what_another_should(&mut stage);
     stage.migrate();
-    stage.counting.as_ref().unwrap().assert_alive("after the migration that works");
+    stage.assert_alive("after the migration that works");
 }
 
 fn a_client_of_another_authority(stage: &Stage) {
@@ -335,7 +336,7 @@ fn noise_on_the_ports(stage: &Stage) {
 
 fn an_agent_that_sends_what_another_should(stage: &mut Stage) {
     let target = stage.target();
-    stage.slow_down(&target);
+    let slow = stage.slow_down(&target);
     let begun = stage.begin();
     let id = begun.id();
     begun.wait_phase("freeze");
@@ -352,10 +353,10 @@ fn an_agent_that_sends_what_another_should(stage: &mut Stage) {
         let error = podferry_common::chain(&sent.unwrap_err());
         assert!(error.contains("named another source") || error.contains("not expected here"), "{error}");
     }
-    stage.speed_up(&target);
+    drop(slow);
     let (phase, reason) = stage.ended(&id);
     assert_eq!(phase, "succeeded", "a stranger disturbed it: {reason}");
-    stage.counting.as_ref().unwrap().assert_alive("after a stranger's transfer");
+    stage.assert_alive("after a stranger's transfer");
 }
 
 #[test]
@@ -370,8 +371,8 @@ fn a_migration_that_breaks_or_is_cancelled_on_the_way_is_undone() {
 }
 
 /// Until pages arrive at the target.
-fn in_mid_transfer(stage: &Stage) -> (faults::stage::Begun, String) {
-    stage.slow_down(&stage.target());
+fn in_mid_transfer(stage: &Stage) -> (Slow, faults::stage::Begun, String) {
+    let slow = stage.slow_down(&stage.target());
     let begun = stage.begin();
     let id = begun.id();
     wait_every(Duration::from_micros(500), "the tasks to be stopped", || stage.is_stopped().then_some(()));
@@ -381,12 +382,12 @@ fn in_mid_transfer(stage: &Stage) -> (faults::stage::Begun, String) {
             fs::read_dir(&images).ok()?.flatten().filter_map(|file| Some(file.metadata().ok()?.len())).sum();
         (bytes > 200 << 10).then_some(())
     });
-    (begun, id)
+    (slow, begun, id)
 }
 
 fn a_second_migration_and_a_cancel(stage: &mut Stage) {
     let target = stage.target();
-    let (_begun, id) = in_mid_transfer(stage);
+    let (slow, _begun, id) = in_mid_transfer(stage);
     assert_refused(&migrate(&stage.cluster, NAME, target.name()), REFUSED, &[NAME, &id]);
     let begun = Instant::now();
     let output = stage.podferry(&["cancel", &id, "--output", "json"]);
@@ -395,7 +396,7 @@ fn a_second_migration_and_a_cancel(stage: &mut Stage) {
     assert_eq!(phase, "cancelled", "{reason}");
     assert!(reason.contains("cancelled by"), "{reason}");
     assert!(begun.elapsed() < Duration::from_secs(15), "a cancel took {:?}", begun.elapsed());
-    stage.speed_up(&target);
+    drop(slow);
     stage.assert_sound("after a cancel");
     let watched = stage.podferry(&["watch", &id]);
     assert_eq!(watched.status.code(), Some(CANCELLED), "{}", watched.stderr);
@@ -406,11 +407,11 @@ fn a_second_migration_and_a_cancel(stage: &mut Stage) {
 fn a_target_that_fills_up(stage: &mut Stage) {
     let target = stage.target();
     let images = target.images();
-    let (_begun, id) = in_mid_transfer(stage);
+    let (slow, _begun, id) = in_mid_transfer(stage);
     target.shell(&format!("mount -o remount,size=2m {}", images.display())).unwrap();
     let (phase, reason) = stage.ended(&id);
     target.shell(&format!("mount -o remount,size=50% {}", images.display())).unwrap();
-    stage.speed_up(&target);
+    drop(slow);
     assert_eq!(phase, "failed", "{reason}");
     // Whether the source is told so first or the target says it: where, and what.
     let images = images.display().to_string();
@@ -424,14 +425,14 @@ fn a_target_that_fills_up(stage: &mut Stage) {
 
 fn a_link_that_breaks(stage: &mut Stage) {
     let target = stage.target();
-    let (_begun, id) = in_mid_transfer(stage);
+    let (slow, _begun, id) = in_mid_transfer(stage);
     let agent_before = agent(&target);
     let begun = Instant::now();
     let link = |state: &str| stage.cluster.fabric().shell(&format!("ip link set {} {state}", target.name())).unwrap();
     link("down");
     // The source comes back while the target is still away.
     wait_for("the source to run on", || (!stage.is_stopped()).then_some(()));
-    stage.counting.as_ref().unwrap().assert_alive("while the target is away");
+    stage.assert_alive("while the target is away");
     let (phase, reason) = stage.ended(&id);
     assert_eq!(phase, "failed", "{reason}");
     assert!(reason.contains(target.name()), "{reason}");
@@ -439,7 +440,7 @@ fn a_link_that_breaks(stage: &mut Stage) {
     eprintln!("a broken link: undone after {:?}: {reason}", begun.elapsed());
     let link = |state: &str| stage.cluster.fabric().shell(&format!("ip link set {} {state}", target.name())).unwrap();
     link("up");
-    stage.speed_up(&target);
+    drop(slow);
     assert_eq!(agent(&target), agent_before, "the target's agent did not survive");
     wait_for("the hook of the target to be gone", || processes::hook(&target).is_none().then_some(()));
     wait_for("the target to be reached again", || {

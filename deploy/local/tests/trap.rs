@@ -7,11 +7,11 @@
 mod support;
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
+use podferry_local::faults::stand_in::folder_with;
 use podferry_local::{FIRST_CONTAINER_ADDRESS, Node, ProcessId, Signal};
 use support::{NODES, Stage, redis, redis_address, redis_rootfs};
 
@@ -21,21 +21,8 @@ const MARK: &str = "/run/hang";
 /// A folder of programs as `programs`, with a stand-in for one of them: it hangs while [`MARK`] is there and `when` holds
 /// in its shell, else it becomes the program.
 fn with_stand_in(folder: &Path, programs: &Path, name: &str, when: &str) -> PathBuf {
-    fs::create_dir(folder).unwrap();
-    for entry in fs::read_dir(programs).unwrap().flatten() {
-        if entry.file_name() != name && entry.path().is_file() {
-            symlink(entry.path(), folder.join(entry.file_name())).unwrap();
-        }
-    }
-    let real = programs.join(name);
-    let script = format!(
-        "#!/bin/sh\nif test -e {MARK} && {when}; then echo hangs >>{MARK}; exec sleep 300; fi\nexec {} \"$@\"\n",
-        real.display()
-    );
-    let path = folder.join(name);
-    fs::write(&path, script).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-    folder.to_owned()
+    let hangs = format!("if test -e {MARK} && {when}; then echo hangs >>{MARK}; exec sleep 300; fi");
+    folder_with(folder, programs, name, &hangs).unwrap()
 }
 
 /// The `runc restore` that runs on a node.

@@ -25,8 +25,6 @@ pub fn case(stage: &mut Stage, moment: Moment, victim: Victim) {
     let what = format!("{victim:?} killed at {moment:?}");
     let begun = Instant::now();
     let halted = halt_at(stage, moment);
-    // The directions of tc are by node, and the workload may move.
-    let slowed = stage.target();
     kill(stage, victim);
     if moment == Moment::Fill {
         // Whoever is started finds pages that are still missing.
@@ -36,9 +34,7 @@ pub fn case(stage: &mut Stage, moment: Moment, victim: Victim) {
         halted.stopped.all_go_on();
         start_again(stage, victim);
     }
-    if halted.slow {
-        stage.speed_up(&slowed);
-    }
+    drop(halted.slow);
     let (phase, reason) = stage.ended(&halted.id);
     eprintln!("{what}: {phase} {reason}");
     assert!(allowed(moment, victim).contains(&phase.as_str()), "{what}: {phase}: {reason}\n{}", stage.logs());
@@ -49,7 +45,7 @@ pub fn case(stage: &mut Stage, moment: Moment, victim: Victim) {
     }
     stage.assert_sound(&what);
     stage.migrate();
-    stage.counting.as_ref().unwrap().assert_alive(&format!("after the migration that followed {what}"));
+    stage.assert_alive(&format!("after the migration that followed {what}"));
     eprintln!("--- {what}: {:.1} s", begun.elapsed().as_secs_f64());
 }
 

@@ -1,28 +1,22 @@
 //! What tests of whole clusters share.
 
-#![allow(dead_code, reason = "each test binary uses its own part")]
+#![allow(dead_code, unused_imports, reason = "each test binary uses its own part")]
 #![allow(unreachable_pub, reason = "a module of several test binaries")]
 #![allow(clippy::unwrap_used, reason = "a helper that fails has to fail its test")]
 
 pub mod cases;
-pub mod client;
-pub mod leftovers;
 pub mod moments;
-pub mod processes;
-pub mod sampler;
 pub mod stage;
 
 use std::fs::File;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Once;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use podferry_local::faults;
+pub use podferry_local::faults::{PATIENCE, client, leftovers, processes, sampler};
 use podferry_local::{FIRST_CONTAINER_ADDRESS, Options, Workload, workspace_root};
-
-/// Nothing here takes longer than this, even on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// One test at a time, over all test binaries: two clusters under load on two cores would only wait for each other.
 pub fn serial() -> File {
@@ -65,18 +59,11 @@ pub fn redis() -> Workload {
 }
 
 /// Waits for something that has to come within [`PATIENCE`], looking `every` so often.
-pub fn wait_every<T>(every: Duration, what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let begun = Instant::now();
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(begun.elapsed() < PATIENCE, "waited in vain for {what}");
-        thread::sleep(every);
-    }
+pub fn wait_every<T>(every: Duration, what: &str, look: impl FnMut() -> Option<T>) -> T {
+    faults::wait_every(every, what, look).unwrap()
 }
 
 /// Waits for something that has to come.
 pub fn wait_for<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
-    wait_every(Duration::from_millis(10), what, look)
+    faults::wait_for(what, look).unwrap()
 }

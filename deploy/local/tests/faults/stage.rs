@@ -1,50 +1,26 @@
 //! A cluster with a Redis that is counted on, and migrations that are stopped in a chosen phase.
 
-use std::cell::RefCell;
 use std::fmt::Write as _;
 use std::fs;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use podferry_common::identity::{Identity, IdentityFiles, Peer};
-use podferry_local::{FIRST_CONTAINER_ADDRESS, LocalCluster, Node, Output, ProcessId, Running, Signal};
+use podferry_local::faults::links::{self, Slow};
+use podferry_local::faults::scene::{self, restart_agent, restart_coordinator};
+pub use podferry_local::faults::{LogTail, NODES, Scene, Stopped, journal::standing};
+pub use podferry_local::{FIRST_CONTAINER_ADDRESS, LocalCluster, Node, Output, ProcessId, Strategy};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use super::client::{Counting, Redis, inside};
 use super::leftovers::{self, Inventory};
-use super::processes;
 use super::sampler::{Sampler, running};
-use super::{PATIENCE, options, redis, wait_every, wait_for};
+use super::{PATIENCE, options, redis, wait_every};
 
 /// The workload.
 pub const NAME: &str = "redis";
 /// Its program.
 pub const PROGRAM: &str = "redis-server";
-/// Both nodes; the workload begins on the first.
-pub const NODES: [&str; 2] = ["node-a", "node-b"];
-/// A link on which the workload takes seconds.
-const SLOW: &str = "16mbit";
-
-/// How a stage migrates.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Strategy {
-    Warm,
-    Live,
-    Postcopy,
-}
-
-impl Strategy {
-    /// For the command line; with a budget that two shared cores keep.
-    pub fn words(self) -> &'static [&'static str] {
-        match self {
-            Self::Warm => &["--strategy", "warm"],
-            Self::Live => &["--strategy", "live", "--downtime-budget", "1000"],
-            Self::Postcopy => &["--strategy", "postcopy", "--accept-loss"],
-        }
-    }
-}
-
 /// Everything a test of faults needs. What was stopped runs on before the cluster goes down.
 pub struct Stage {
     pub counting: Option<Counting>,
@@ -86,18 +62,23 @@ impl Stage {
         let cluster = LocalCluster::up(&options).unwrap();
         cluster.start_workload(NODES[0], &redis()).unwrap();
         cluster.prepare_workload(NODES[1], &redis()).unwrap();
-        Redis::connect(cluster.client(), FIRST_CONTAINER_ADDRESS).fill(mib);
-        let counting = Some(Counting::start(cluster.client(), FIRST_CONTAINER_ADDRESS));
+        Redis::connect(cluster.client(), FIRST_CONTAINER_ADDRESS).unwrap().fill(mib).unwrap();
+        let counting = Some(Counting::start(cluster.client(), FIRST_CONTAINER_ADDRESS).unwrap());
         let sampler = Sampler::start(cluster.nodes(), NAME, PROGRAM);
         Self { counting, sampler, at: 0, strategy: Strategy::Warm, clean: Default::default(), cluster, folder }
     }
 
+    /// The workload where it is now.
+    pub fn scene(&self) -> Scene<'_> {
+        Scene { cluster: &self.cluster, workload: NAME, at: self.at, strategy: self.strategy }
+    }
+
     pub fn source(&self) -> Node {
-        self.cluster.node(NODES[self.at]).unwrap()
+        self.scene().source().unwrap()
     }
 
     pub fn target(&self) -> Node {
-        self.cluster.node(NODES[1 - self.at]).unwrap()
+        self.scene().target().unwrap()
     }
 
     pub fn podferry(&self, words: &[&str]) -> Output {
@@ -117,19 +98,12 @@ impl Stage {
 
     /// Starts to move the workload to the other node.
     pub fn begin(&self) -> Begun {
-        let log = LogTail::of(self.cluster.coordinator().log().to_owned());
-        let mut command = self.cluster.podferry_command();
-        command.args(["migrate", NAME, "--to", NODES[1 - self.at], "--wait"]).args(self.strategy.words());
-        command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null());
-        command.stderr(std::process::Stdio::null());
-        let asking = self.cluster.client().spawn_command(command).unwrap();
-        Begun { log, _asking: asking }
+        Begun(self.scene().begin().unwrap())
     }
 
     /// The migration as it is now; none while the coordinator does not answer.
     pub fn describe(&self, id: &str) -> Option<Value> {
-        let output = self.podferry(&["describe", id, "--output", "json"]);
-        serde_json::from_str(&output.stdout).ok().filter(|value: &Value| value["phase"].is_string())
+        self.scene().describe(id)
     }
 
     /// Waits until a migration has ended, and takes note of where the workload is now.
@@ -160,9 +134,14 @@ impl Stage {
         assert_eq!(self.sampler.doubles(), Vec::<String>::new(), "two copies ran {when}");
     }
 
+    /// The connection counts on.
+    pub fn assert_alive(&self, when: &str) {
+        self.counting.as_ref().unwrap().alive().unwrap_or_else(|trouble| panic!("{when}: {trouble}"));
+    }
+
     /// One copy runs, its connection lives, and nothing is left behind.
     pub fn assert_sound(&self, when: &str) {
-        self.counting.as_ref().unwrap().assert_alive(when);
+        self.assert_alive(when);
         self.assert_one_copy(when);
         self.assert_clean(when);
     }
@@ -171,7 +150,7 @@ impl Stage {
     pub fn assert_clean(&self, when: &str) {
         let begun = Instant::now();
         loop {
-            let left = leftovers::difference(&self.clean[self.at], &leftovers::inventory(&self.cluster));
+            let left = leftovers::difference(&self.clean[self.at], &leftovers::inventory(&self.cluster).unwrap());
             if left.is_empty() {
                 return;
             }
@@ -182,24 +161,20 @@ impl Stage {
 
     /// What there is now is what is wanted from now on.
     pub fn take_stock(&mut self) {
-        self.clean[self.at] = leftovers::settled(&self.cluster);
+        self.clean[self.at] = leftovers::settled(&self.cluster).unwrap();
     }
 
     /// A new connection counts on.
     pub fn reconnect(&mut self) {
         let counting = self.counting.take().unwrap();
-        self.counting = Some(counting.reconnected(self.cluster.client(), FIRST_CONTAINER_ADDRESS));
+        let (counting, lost) = counting.reconnected(self.cluster.client(), FIRST_CONTAINER_ADDRESS).unwrap();
+        assert_eq!(lost, None);
+        self.counting = Some(counting);
     }
 
-    /// Limits what goes to a node.
-    pub fn slow_down(&self, node: &Node) {
-        let add = format!("tc qdisc add dev {} root tbf rate {SLOW} burst 64kb latency 100ms", node.name());
-        self.cluster.fabric().shell(&add).unwrap();
-    }
-
-    /// Ends the limit.
-    pub fn speed_up(&self, node: &Node) {
-        self.cluster.fabric().shell(&format!("tc qdisc del dev {} root", node.name())).unwrap();
+    /// Limits what goes to a node, until the limit is dropped.
+    pub fn slow_down(&self, node: &Node) -> Slow {
+        Slow::down(&self.cluster, node.name(), links::TESTS_RATE).unwrap()
     }
 
     /// Does this on the client side's network.
@@ -207,6 +182,7 @@ impl Stage {
         inside(self.cluster.client(), move || {
             tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
         })
+        .unwrap()
     }
 
     /// A certificate of the cluster's authority, in a folder of this name.
@@ -219,30 +195,22 @@ impl Stage {
 
     /// Takes a node off the net, or puts it back on.
     pub fn cut(&self, node: &Node, off: bool) {
-        let word = if off { "down" } else { "up" };
-        self.cluster.fabric().shell(&format!("ip link set {} {word}", node.name())).unwrap();
+        links::unplug(&self.cluster, node.name(), off).unwrap();
     }
 
     /// The first process of the workload is stopped by CRIU.
     pub fn is_stopped(&self) -> bool {
-        let pids = processes::of_container(&self.source(), NAME);
-        !pids.is_empty() && pids.iter().all(|pid| matches!(processes::state(*pid), Some('t' | 'T')))
+        self.scene().is_stopped().unwrap()
     }
 
-    /// Restarts an agent after it was killed. Other threads of a killed process hold its port for a moment longer than its
-    /// first one; a supervisor tries again, too.
+    /// Restarts an agent after it was killed.
     pub fn restart_agent(node: &Node) {
-        wait_every(Duration::from_millis(50), "the agent to start", || {
-            node.start_agent().and_then(|_| node.wait_ready()).ok()
-        });
+        restart_agent(node).unwrap();
     }
 
     /// Restarts the coordinator after it was killed.
     pub fn restart_coordinator(&self) {
-        let coordinator = self.cluster.coordinator();
-        wait_every(Duration::from_millis(50), "the coordinator to start", || {
-            coordinator.start().and_then(|_| coordinator.wait_ready()).ok()
-        });
+        restart_coordinator(&self.cluster).unwrap();
     }
 
     /// What agent and coordinator wrote last.
@@ -259,102 +227,23 @@ impl Stage {
 }
 
 /// A migration that was asked for.
-pub struct Begun {
-    pub log: LogTail,
-    _asking: Running,
-}
+pub struct Begun(podferry_local::faults::Begun);
 
 impl Begun {
     /// Waits until the coordinator has taken it, and says its id.
     pub fn id(&self) -> String {
-        let line = self.log.wait("migration accepted");
-        let id = line.split("migration=").nth(1).and_then(|rest| rest.split_whitespace().next());
-        id.unwrap_or_else(|| panic!("no id in {line:?}")).to_owned()
+        self.0.id().unwrap()
     }
 
     /// Waits until it is in a phase.
     pub fn wait_phase(&self, phase: &str) {
-        self.log.wait(&format!("phase={phase} "));
-    }
-}
-
-/// What is written into a log from now on.
-pub struct LogTail {
-    path: PathBuf,
-    begin: usize,
-}
-
-impl LogTail {
-    pub fn of(path: PathBuf) -> Self {
-        let begin = fs::metadata(&path).map(|log| usize::try_from(log.len()).unwrap()).unwrap_or_default();
-        Self { path, begin }
-    }
-
-    /// The first line that has this in it.
-    pub fn find(&self, what: &str) -> Option<String> {
-        let text = fs::read_to_string(&self.path).unwrap_or_default();
-        let new = text.get(self.begin..)?;
-        // The last line may not be whole yet.
-        let whole = &new[..=new.rfind('\n')?];
-        whole.lines().find(|line| format!("{line} ").contains(what)).map(str::to_owned)
-    }
-
-    pub fn wait(&self, what: &str) -> String {
-        wait_every(Duration::from_micros(200), &format!("{what:?} in {}", self.path.display()), || self.find(what))
-    }
-}
-
-/// Processes that were stopped by a signal; they go on when this is dropped.
-#[derive(Default)]
-pub struct Stopped(RefCell<Vec<Halt>>);
-
-struct Halt {
-    process: ProcessId,
-    /// `nsenter`, which stops itself with the child that it waits for, and would not reap it for ever.
-    parent: Option<ProcessId>,
-}
-
-impl Halt {
-    fn end(&self) {
-        self.process.signal(Signal::CONT);
-        if let Some(parent) = self.parent {
-            parent.signal(Signal::CONT);
-        }
-    }
-}
-
-impl Stopped {
-    pub fn stop(&self, process: ProcessId) {
-        let parent = processes::nsenter_of(process.pid);
-        self.0.borrow_mut().push(Halt { process, parent });
-        assert!(process.signal(Signal::STOP), "{process:?} is gone");
-        wait_for("a process to stop", || matches!(processes::state(process.pid), Some('T' | 't')).then_some(()));
-    }
-
-    pub fn go_on(&self, process: ProcessId) {
-        self.0.borrow_mut().retain(|halt| {
-            let other = halt.process != process;
-            if !other {
-                halt.end();
-            }
-            other
-        });
-    }
-
-    pub fn all_go_on(&self) {
-        self.0.borrow_mut().drain(..).for_each(|halt| halt.end());
-    }
-}
-
-impl Drop for Stopped {
-    fn drop(&mut self) {
-        self.all_go_on();
+        self.0.wait_phase(phase).unwrap();
     }
 }
 
 /// The process of an agent.
 pub fn agent(node: &Node) -> ProcessId {
-    node.agent_pid().and_then(ProcessId::of).unwrap()
+    scene::agent(node).unwrap()
 }
 
 /// Most of the memory went before the freeze: the processes were followed.
@@ -364,18 +253,4 @@ fn assert_pre_copied(record: &str) {
     let rounds: Vec<u64> = record["rounds"].as_array().into_iter().flatten().map(pages).collect();
     let last = rounds.last().copied().unwrap_or_default();
     assert!(rounds.len() >= 2 && rounds[0] > 1000 && last * 2 < rounds[0], "{record:#}");
-}
-
-/// How far the pager of a node's part is, by its own record; empty without one.
-pub fn pager_state(node: &Node, id: &str) -> String {
-    let text = fs::read_to_string(node.agent_state().join("parts").join(id).join("pager.json")).unwrap_or_default();
-    let status: Value = serde_json::from_str(&text).unwrap_or_default();
-    status["state"]["state"].as_str().unwrap_or_default().to_owned()
-}
-
-/// How far a node's part of a migration is, by the agent's own record.
-pub fn standing(node: &Node, id: &str) -> Option<String> {
-    let text = fs::read_to_string(node.agent_state().join("parts").join(id).join("part.json")).ok()?;
-    let part: Value = serde_json::from_str(&text).ok()?;
-    part["standing"].as_str().map(str::to_owned)
 }

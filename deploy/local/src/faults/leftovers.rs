@@ -4,7 +4,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::Duration;
 
-use podferry_local::{Census, Counts, LocalCluster};
+use super::journal;
+use super::{wait_every, wait_for};
+use crate::census::{Census, Counts};
+use crate::cluster::LocalCluster;
+use crate::container::RUNC_ROOT;
+use crate::error::Result;
 
 /// A census in lines, without what differs from migration to migration.
 pub type Inventory = BTreeMap<String, u64>;
@@ -13,9 +18,9 @@ type Area = fn(&Census) -> &Counts;
 
 /// Counts what the cluster holds now: everything but open files of agents, which depend on who was just called, and the
 /// bytes of tmpfs, which include logs.
-pub fn inventory(cluster: &LocalCluster) -> Inventory {
+pub fn inventory(cluster: &LocalCluster) -> Result<Inventory> {
     // What goes away while it is counted makes the count fail.
-    let census = super::wait_for("a census", || cluster.census().ok());
+    let census = wait_for("a census", || cluster.census().ok())?;
     let mut inventory = Inventory::new();
     let areas: [(&str, Area); 7] = [
         ("mounts", |census| &census.mounts),
@@ -34,19 +39,20 @@ pub fn inventory(cluster: &LocalCluster) -> Inventory {
         }
     }
     for node in cluster.nodes() {
-        for folder in [node.images(), "/run/podferry".into()] {
+        for folder in [node.images(), "/run/podferry".into(), RUNC_ROOT.into()] {
             let entries = fs::read_dir(node.on_machine(&folder)).into_iter().flatten();
             inventory.insert(format!("files in {} of {}", folder.display(), node.name()), entries.count() as u64);
         }
+        inventory.insert(format!("open parts of {}", node.name()), journal::open_parts(node).len() as u64);
     }
-    inventory
+    Ok(inventory)
 }
 
 /// The same, once it does not change any more: the source is cleared away while the target runs already.
-pub fn settled(cluster: &LocalCluster) -> Inventory {
-    let mut before = inventory(cluster);
-    super::wait_every(Duration::from_millis(300), "everything to settle", || {
-        let now = inventory(cluster);
+pub fn settled(cluster: &LocalCluster) -> Result<Inventory> {
+    let mut before = inventory(cluster)?;
+    wait_every(Duration::from_millis(300), "everything to settle", || {
+        let now = inventory(cluster).ok()?;
         let same = now == before;
         before.clone_from(&now);
         same.then_some(now)

@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use podferry_local::{Node, ProcessId};
-
 use super::processes::{may_go_on, of_container};
+use crate::node::Node;
+use crate::process::ProcessId;
 
 /// Between two looks.
 const INTERVAL: Duration = Duration::from_millis(10);
@@ -19,13 +19,14 @@ const INTERVAL: Duration = Duration::from_millis(10);
 const IDLE: Duration = Duration::from_millis(250);
 
 /// Looks until it is dropped.
+#[derive(Debug)]
 pub struct Sampler {
     stop: Arc<AtomicBool>,
     seen: Arc<Mutex<Seen>>,
     thread: Option<JoinHandle<()>>,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Seen {
     looks: u64,
     doubles: Vec<String>,
@@ -55,7 +56,7 @@ impl Sampler {
                     .zip(&ran_at)
                     .filter_map(|(node, ran_at)| Some(format!("{} {}", node.name(), ran_at.keys().next()?.0)))
                     .collect();
-                let mut seen = noting.lock().unwrap();
+                let mut seen = locked(&noting);
                 seen.looks += 1;
                 if running.len() > 1 {
                     seen.doubles.push(running.join(" and "));
@@ -68,12 +69,12 @@ impl Sampler {
 
     /// When two copies ran: where.
     pub fn doubles(&self) -> Vec<String> {
-        self.seen.lock().unwrap().doubles.clone()
+        locked(&self.seen).doubles.clone()
     }
 
     /// How often it has looked.
     pub fn looks(&self) -> u64 {
-        self.seen.lock().unwrap().looks
+        locked(&self.seen).looks
     }
 }
 
@@ -81,9 +82,13 @@ impl Drop for Sampler {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
         if let Some(thread) = self.thread.take() {
-            thread.join().unwrap();
+            let _ = thread.join();
         }
     }
+}
+
+fn locked(seen: &Mutex<Seen>) -> MutexGuard<'_, Seen> {
+    seen.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Takes note of who has been on a processor since the last look: one that is stopped, frozen or held has not. Who is gone

@@ -3,13 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use podferry_local::{Node, ProcessId};
-
-/// All process numbers of the machine.
-fn pids() -> Vec<u32> {
-    let entries = fs::read_dir("/proc").unwrap().flatten();
-    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
-}
+use crate::node::Node;
+use crate::process::{self, ProcessId};
 
 fn words(pid: u32) -> Vec<String> {
     let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
@@ -28,7 +23,7 @@ pub fn nsenter_of(pid: u32) -> Option<ProcessId> {
 }
 
 fn find(wanted: impl Fn(u32, &[String]) -> bool) -> Option<ProcessId> {
-    pids().into_iter().find(|pid| wanted(*pid, &words(*pid))).and_then(ProcessId::of)
+    process::pids(Path::new("/proc")).into_iter().find(|pid| wanted(*pid, &words(*pid))).and_then(ProcessId::of)
 }
 
 fn mentions(words: &[String], folder: &Path) -> bool {
@@ -96,8 +91,7 @@ pub fn of_container(node: &Node, workload: &str) -> Vec<u32> {
 
 /// The state letter of a process, proc(5).
 pub fn state(pid: u32) -> Option<char> {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    text.rsplit_once(") ")?.1.chars().next()
+    process::stat(Path::new("/proc"), pid).map(|(state, _)| state)
 }
 
 /// Whether a process may execute another instruction of its program before anybody lets it: it is neither stopped, nor killed, nor
