@@ -12,7 +12,12 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 
 .PHONY: help setup build demo test local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-layers bench-loads \
+<<<<<<< HEAD
 	bench-slowdown bench-total bench-engine bench-scale e2e-vm e2e-versions e2e-page lint
+=======
+	bench-slowdown bench-total bench-engine e2e-vm e2e-versions e2e-page \
+	testcluster testcluster-up testcluster-down e2e-testcluster lint
+>>>>>>> main
 
 help:
 	@echo 'make demo          the main job, start to end: two nodes, real workloads under load, migrations there and back'
@@ -22,6 +27,8 @@ help:
 	@echo 'make e2e-page      the page of the coordinator in headless Chromium'
 	@echo 'make local-up      two nodes, a client side and a coordinator on this machine, to play with'
 	@echo 'make local-down    takes them away again'
+	@echo 'make testcluster-up, testcluster-down  a Kubernetes cluster of two nodes on this machine (builds Kubernetes once; needs Go)'
+	@echo 'make e2e-testcluster  that cluster tested by itself'
 	@echo 'make bench-stream  the transfer stream against raw TCP on the same link'
 	@echo 'make bench-warm    warm migration of Redis at several sizes'
 	@echo 'make bench-live    live migration of Redis at several sizes'
@@ -97,6 +104,19 @@ e2e-versions: setup
 
 e2e-page: setup
 	@$(RUN) deploy/page/e2e.sh
+
+testcluster:
+	@$(SETUP) --tools
+	@deploy/testcluster/build.sh
+
+testcluster-up: testcluster
+	@.podferry/testcluster/bin/testcluster up $(TESTCLUSTER_UP)
+
+testcluster-down:
+	@[[ ! -x .podferry/testcluster/bin/testcluster ]] || .podferry/testcluster/bin/testcluster down
+
+e2e-testcluster: testcluster
+	@deploy/testcluster/e2e.sh
 
 lint: setup
 	@$(RUN) deploy/setup/lint.sh

@@ -47,6 +47,9 @@ pub enum Role {
         /// Cold: how the container is stopped.
         #[serde(default)]
         stop: Option<StopNote>,
+        /// Application-level: how it ends, and whether it was cut off.
+        #[serde(default)]
+        take_over: Option<TakeOverNote>,
         /// What moves with it, and is emptied when it has.
         #[serde(default)]
         volumes: Vec<Volume>,
@@ -69,6 +72,9 @@ pub enum Role {
         /// The container is created from the bundle; nothing is restored.
         #[serde(default)]
         cold: bool,
+        /// A new instance that takes the place of the source's.
+        #[serde(default)]
+        takes_over: bool,
         /// What comes with it, and is emptied when it is undone.
         #[serde(default)]
         volumes: Vec<Volume>,
@@ -88,6 +94,19 @@ pub struct StopNote {
     pub begun: Option<SystemTime>,
     /// Written behind that: it needs no other.
     pub told: bool,
+}
+
+/// How an instance ends whose place a new one takes, and whether it was cut off by then: who undoes this lets it take changes again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakeOverNote {
+    /// It keeps nothing: it serves until it is released, and ends what it is being asked.
+    pub stateless: bool,
+    /// Stateless: the number of the signal that asks it to end.
+    pub signal: i32,
+    /// Stateless: from that to its SIGKILL.
+    pub grace: Duration,
+    /// Written before it is cut off.
+    pub quiesced: bool,
 }
 
 /// What agents sent that did not note it.
@@ -259,6 +278,21 @@ impl PartRecord {
         match &self.role {
             Role::Source { stop, .. } => *stop,
             Role::Target { .. } => None,
+        }
+    }
+
+    /// Application-level: how the source's instance is replaced.
+    pub fn take_over(&self) -> Option<TakeOverNote> {
+        match &self.role {
+            Role::Source { take_over, .. } => *take_over,
+            Role::Target { .. } => None,
+        }
+    }
+
+    /// Changes how far that is.
+    pub fn note_take_over(&mut self, change: impl FnOnce(&mut TakeOverNote)) {
+        if let Role::Source { take_over: Some(take_over), .. } = &mut self.role {
+            change(take_over);
         }
     }
 
@@ -448,6 +482,7 @@ mod tests {
             link: None,
             netns: None,
             fetched_by: None,
+            take_over: None,
             stop: Some(StopNote { signal: 3, grace: Duration::from_secs(30), begun: None, told: false }),
             volumes: vec![Volume { destination: "/data".into(), dir: "/volumes/data".into(), made: false }],
         });
@@ -479,6 +514,7 @@ mod tests {
             plan: None,
             netns: None,
             fetch_from: None,
+            takes_over: false,
             cold: false,
             volumes: Vec::new(),
         });

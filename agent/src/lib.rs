@@ -2,12 +2,14 @@
 //!
 //! - [`service`] answers the coordinator,
 //! - [`source`] is a migration's part on the node it leaves, [`target`] on the node it goes to,
+//! - [`application`]: what an application's hooks are, and how they are run,
 //! - [`throttle`] gives a container less CPU time while its memory is copied, and its own limit back,
 //! - [`worker`] is the process that keeps CRIU and the frozen tasks,
 //! - [`metrics`]: what Prometheus can read,
 //! - [`pager`] is the process that lays memory in behind restored processes,
 //! - [`parts`] knows which parts there are, [`journal`] remembers them, [`recovery`] takes them up after a restart.
 
+pub mod application;
 pub mod config;
 pub mod context;
 pub mod journal;

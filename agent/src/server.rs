@@ -12,6 +12,7 @@ use podferry_common::listen::listen;
 use podferry_common::metrics::Exporter;
 use podferry_proto::DESCRIPTORS;
 use podferry_proto::v1::agent_service_server::AgentServiceServer;
+use podferry_proto::v1::application_service_server::ApplicationServiceServer;
 use podferry_proto::v1::delivery_service_server::DeliveryServiceServer;
 use podferry_proto::v1::fetch_service_server::FetchServiceServer;
 use podferry_transfer::TransferServer;
@@ -21,7 +22,7 @@ use crate::config::Config;
 use crate::context::Context;
 use crate::parts::Parts;
 use crate::recovery;
-use crate::service::{Agent, Delivery, Fetch};
+use crate::service::{Agent, Application, Delivery, Fetch};
 
 /// How often the certificate's files are looked at.
 const IDENTITY_INTERVAL: Duration = Duration::from_secs(10);
@@ -47,6 +48,7 @@ pub async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     }
     let delivery = Delivery::new(context.clone(), parts.clone());
     let fetch = Fetch::new(context.clone(), parts.clone());
+    let application = Application::new(context.clone(), parts.clone());
     let agent = Agent::new(context.clone(), parts).await;
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<AgentServiceServer<Agent>>().await;
@@ -60,6 +62,7 @@ pub async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     let incoming = incoming.inspect_ok(move |_| metrics.connected());
     server
         .add_service(AgentServiceServer::new(agent))
+        .add_service(ApplicationServiceServer::new(application))
         .add_service(DeliveryServiceServer::new(delivery))
         .add_service(FetchServiceServer::new(fetch))
         .add_service(TransferServer::new(std::sync::Arc::new(context.admissions.clone())))

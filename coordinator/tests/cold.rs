@@ -1,4 +1,4 @@
-//! Cold migrations through the real coordinator: the layer is copied before the stop, no connection is kept, nothing is filled.
+//! Cold and application-level migrations through the real coordinator: no connection is kept, nothing is filled.
 
 mod world;
 
@@ -71,4 +71,26 @@ async fn a_target_that_cannot_create_the_container_undoes_it() {
     assert!(end.reason.contains("no such file or directory"), "{}", end.reason);
     assert_eq!((world.copy("a", "cart"), world.copy("b", "cart")), (Some(Copy::Running), None));
     assert_eq!(world.shared.lock().freezes[0].stop, Some(v1::Stop { grace_period_ms: 30_000 }));
+}
+
+#[tokio::test]
+async fn a_new_instance_takes_over_and_both_agents_are_told_so() {
+    let world = without_criu().await;
+    let wish = || v1::MigrateRequest { strategy: v1::Strategy::Application.into(), ..cold(Some(7)) };
+    let (_coordinator, mut client) = world.coordinator().await;
+    let unknown = request(&mut client, wish()).await.unwrap_err();
+    assert!(unknown.message.contains("its agent does not know this kind of migration"), "{unknown}");
+    for node in ["a", "b"] {
+        world.node(node, |node| node.description.features.push("agent:application".to_owned()));
+    }
+    let accepted = request(&mut client, wish()).await.unwrap();
+    let end = outcome(&mut client, &accepted.id).await;
+    assert_eq!((end.phase(), end.decision()), (Phase::Succeeded, Decision::Commit), "{end:?}");
+    let closed = "3 established TCP connections are closed: a new instance takes the workload's place";
+    assert!(end.notes.iter().any(|note| note == closed), "{:?}", end.notes);
+    let asked = world.shared.lock().freezes[0].clone();
+    assert_eq!((asked.take_over, asked.stop), (Some(v1::TakeOver { grace_period_ms: 7000 }), None));
+    assert!(!asked.keep_connections && asked.pre_copy.is_some());
+    let prepared = world.shared.lock().prepares[0].clone();
+    assert!(prepared.cold && prepared.application && !prepared.source_address.is_empty(), "{prepared:?}");
 }

@@ -107,6 +107,13 @@
 //! - A source does not seal, nor does it confirm `Release`, while a container of that id runs which it has not started: somebody else has,
 //!   and there would be two.
 //!
+//! # The order of an application-level migration
+//!
+//! Between agents that have `agent:application` among their `features`. The calls are a cold one's; `Prepare` says `cold` and
+//! `application`, and `Freeze` has a `take_over`. `Converged` says that the new instance is ready and has caught up, `Frozen` that the old one
+//! is cut off (a stateful one) or may be at any time (a stateless one), `Transferred` that the new one has all of its state. HELD and SEALED mean
+//! on the target that the new instance runs and is reached by nobody. What the agents say to each other meanwhile: [`crate::application`].
+//!
 //! # Volumes
 //!
 //! `PreflightSource` tells of directories that are bound into the container: those that move, and those on storage that other nodes see. The

@@ -4,12 +4,14 @@
 //! - [`coordinator`]: what scripts, the command line and agents say to the coordinator,
 //! - [`transfer`]: what one agent says to another,
 //! - [`delivery`]: and what it hands on of the container's network,
-//! - [`fetch`]: and which pages it fetches from the other when the container runs already.
+//! - [`fetch`]: and which pages it fetches from the other when the container runs already,
+//! - [`application`]: and how a new instance takes the place of an old one.
 //!
 //! The modules of that name hold no code: their documentation is the specification of the service. `json`, with the feature of
 //! that name, is how its answers look in JSON.
 
 pub mod agent;
+pub mod application;
 pub mod coordinator;
 pub mod delivery;
 pub mod fetch;

@@ -5,6 +5,8 @@
 //! *disabled* would be one message instead of three, but the bridge puts it back to *forwarding* at the next change it
 //! is told of (`br_port_carrier_check`), even one that sets the state itself by `RTM_NEWLINK`; and a bridge that speaks the
 //! spanning tree protocol does not let it be set.
+//!
+//! A link can also be [held](hold_new_connections): then only what opens a TCP connection to the container is dropped.
 
 use std::io;
 
@@ -12,6 +14,7 @@ use netlink_packet_core::{DefaultNla, NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::tc::{TcAttribute, TcFilterBpfOption, TcHandle, TcMessage, TcOption};
 use nix::errno::Errno;
+use nix::libc::sock_filter;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result, link_error};
@@ -51,15 +54,13 @@ pub fn cut(handle: &LinkHandle) -> Result<LinkState> {
     let made_qdisc = add_clsact(&mut netlink, index).map_err(link_error("cut", interface))?;
     let mut state = LinkState { host_interface: interface.into(), index, made_qdisc };
     for direction in DIRECTIONS {
-        let message = RouteNetlinkMessage::NewTrafficFilter(drop_filter(index, direction));
+        let message = program_filter(index, direction, FILTER_HANDLE, &[instruction::DROP]);
+        let message = RouteNetlinkMessage::NewTrafficFilter(message);
         let added = netlink.ask(message, NLM_F_CREATE | NLM_F_EXCL);
         ignore(added, Errno::EEXIST).map_err(|source| {
             // Half a cut is none: what passes one way only confuses both ends.
             let _ = uncut(&state);
-            match errno(&source) {
-                Errno::ENOENT => Error::NoClassifier { interface: interface.into(), source },
-                _ => link_error("cut", interface)(source),
-            }
+            refused("cut", interface)(source)
         })?;
     }
     if !made_qdisc {
@@ -69,7 +70,27 @@ pub fn cut(handle: &LinkHandle) -> Result<LinkState> {
     Ok(state)
 }
 
-/// Undoes a cut. That the link is not cut any more, or does not exist any more, is no error.
+/// Drops what would open a TCP connection to the container, and nothing else, until [`uncut`]: who comes newly tries again, and who is being
+/// served is served to the end. A link can be held first and cut then; holding what is held is no error.
+pub fn hold_new_connections(handle: &LinkHandle) -> Result<LinkState> {
+    let interface = handle.host_interface.as_str();
+    let mut netlink = open_for(interface)?;
+    let index = netlink.link(interface)?.index();
+    let made_qdisc = add_clsact(&mut netlink, index).map_err(link_error("hold", interface))?;
+    let mut state = LinkState { host_interface: interface.into(), index, made_qdisc };
+    let message = program_filter(index, TO_CONTAINER, HOLD_HANDLE, &OPENING_IS_DROPPED);
+    let added = netlink.ask(RouteNetlinkMessage::NewTrafficFilter(message), NLM_F_CREATE | NLM_F_EXCL);
+    ignore(added, Errno::EEXIST).map_err(|source| {
+        let _ = uncut(&state);
+        refused("hold", interface)(source)
+    })?;
+    if !made_qdisc {
+        state.made_qdisc = !serves_others(&mut netlink, index).map_err(link_error("hold", interface))?;
+    }
+    Ok(state)
+}
+
+/// Undoes a cut and a hold. That the link is not cut any more, or does not exist any more, is no error.
 pub fn uncut(state: &LinkState) -> Result<()> {
     let interface = state.host_interface.as_str();
     let mut netlink = open_for(interface)?;
@@ -89,6 +110,13 @@ pub fn is_cut(state: &LinkState) -> Result<bool> {
     has_filters(&mut netlink, state.index).map_err(link_error("look up the cut of", interface))
 }
 
+fn refused(doing: &'static str, interface: &str) -> impl FnOnce(io::Error) -> Error {
+    move |source| match errno(&source) {
+        Errno::ENOENT => Error::NoClassifier { interface: interface.into(), source },
+        _ => link_error(doing, interface)(source),
+    }
+}
+
 /// The interface that was cut; none when it is gone.
 fn find(netlink: &mut Netlink, state: &LinkState) -> Result<Option<Link>> {
     match netlink.link(&state.host_interface) {
@@ -105,8 +133,12 @@ const MAJOR: u16 = u16::MAX;
 const CLSACT: TcHandle = TcHandle { major: MAJOR, minor: 0xfff1 };
 /// `TC_H_MIN_INGRESS` and `TC_H_MIN_EGRESS` of it.
 const DIRECTIONS: [TcHandle; 2] = [TcHandle { major: MAJOR, minor: 0xfff2 }, TcHandle { major: MAJOR, minor: 0xfff3 }];
+/// What leaves the host interface goes to the container.
+const TO_CONTAINER: TcHandle = DIRECTIONS[1];
 /// Marks our filter among others of the first priority.
 const FILTER_HANDLE: TcHandle = TcHandle { major: 0, minor: 0x7066 };
+/// And the one that holds new connections.
+const HOLD_HANDLE: TcHandle = TcHandle { major: 0, minor: 0x7067 };
 /// The first priority, above `ETH_P_ALL` in network byte order.
 const FILTER_INFO: u32 = (1 << 16) | (0x0003_u16.to_be() as u32);
 
@@ -125,42 +157,132 @@ fn clsact(index: u32) -> TcMessage {
     message
 }
 
-fn filter(index: u32, direction: TcHandle) -> TcMessage {
+fn filter(index: u32, direction: TcHandle, handle: TcHandle) -> TcMessage {
     let mut message = TcMessage::default();
     message.header.index = signed(index);
-    message.header.handle = FILTER_HANDLE;
+    message.header.handle = handle;
     message.header.parent = direction;
     message.header.info = FILTER_INFO;
     message.attributes.push(TcAttribute::Kind("bpf".into()));
     message
 }
 
-/// One classic BPF instruction, "return `TC_ACT_SHOT`", whose result is the verdict. The classifier `cls_bpf` is built
-/// where `matchall` and the action `gact` are not, and needs no module beside it.
-fn drop_filter(index: u32, direction: TcHandle) -> TcMessage {
+/// A program of classic BPF whose result is the verdict. The classifier `cls_bpf` is built where `matchall` and the action `gact` are not,
+/// and needs no module beside it.
+fn program_filter(index: u32, direction: TcHandle, handle: TcHandle, program: &[sock_filter]) -> TcMessage {
     const TCA_BPF_OPS_LEN: u16 = 4;
     const TCA_BPF_OPS: u16 = 5;
     const TCA_BPF_FLAGS: u16 = 8;
     const TCA_BPF_FLAG_ACT_DIRECT: u32 = 1;
-    const BPF_RET_K: u16 = 0x06;
-    const TC_ACT_SHOT: u32 = 2;
-    let mut instruction = [0; 8];
-    instruction[..2].copy_from_slice(&BPF_RET_K.to_ne_bytes());
-    instruction[4..].copy_from_slice(&TC_ACT_SHOT.to_ne_bytes());
+    let length = u16::try_from(program.len()).unwrap_or(u16::MAX);
     let options = [
-        (TCA_BPF_OPS_LEN, 1_u16.to_ne_bytes().to_vec()),
-        (TCA_BPF_OPS, instruction.to_vec()),
+        (TCA_BPF_OPS_LEN, length.to_ne_bytes().to_vec()),
+        (TCA_BPF_OPS, program.iter().copied().flat_map(instruction::bytes).collect()),
         (TCA_BPF_FLAGS, TCA_BPF_FLAG_ACT_DIRECT.to_ne_bytes().to_vec()),
     ];
     let option = |(kind, value)| TcOption::Bpf(TcFilterBpfOption::Other(DefaultNla::new(kind, value)));
-    let mut message = filter(index, direction);
+    let mut message = filter(index, direction, handle);
     message.attributes.push(TcAttribute::Options(options.into_iter().map(option).collect()));
     message
 }
 
+/// Instructions of classic BPF (`include/uapi/linux/bpf_common.h` and `filter.h`), for frames from their Ethernet header on.
+mod instruction {
+    use nix::libc::sock_filter;
+
+    /// Returns `TC_ACT_SHOT`.
+    pub(super) const DROP: sock_filter = step(0x06, 2);
+    /// Returns `TC_ACT_UNSPEC`: whoever comes behind decides.
+    pub(super) const LEAVE: sock_filter = step(0x06, u32::MAX);
+
+    /// Loads two bytes of the frame.
+    pub(super) const fn half(at: u32) -> sock_filter {
+        step(0x28, at)
+    }
+
+    /// Loads one.
+    pub(super) const fn byte(at: u32) -> sock_filter {
+        step(0x30, at)
+    }
+
+    /// Loads the one that lies so far behind what the index says.
+    pub(super) const fn byte_behind_index(at: u32) -> sock_filter {
+        step(0x50, at)
+    }
+
+    /// Puts into the index how long the IPv4 header is that begins there.
+    pub(super) const fn index_by_ipv4_header(at: u32) -> sock_filter {
+        step(0xb1, at)
+    }
+
+    /// Masks what was loaded.
+    pub(super) const fn and(mask: u32) -> sock_filter {
+        step(0x54, mask)
+    }
+
+    /// Skips so many instructions.
+    pub(super) const fn skip(count: u32) -> sock_filter {
+        step(0x05, count)
+    }
+
+    /// Skips so many when what was loaded is this, and so many when it is not.
+    pub(super) const fn equal(value: u32, then: u8, otherwise: u8) -> sock_filter {
+        sock_filter { code: 0x15, jt: then, jf: otherwise, k: value }
+    }
+
+    /// The same when it has one of these bits.
+    pub(super) const fn any_bit(mask: u32, then: u8, otherwise: u8) -> sock_filter {
+        sock_filter { code: 0x45, jt: then, jf: otherwise, k: mask }
+    }
+
+    const fn step(code: u16, k: u32) -> sock_filter {
+        sock_filter { code, jt: 0, jf: 0, k }
+    }
+
+    /// As the kernel takes them.
+    pub(super) fn bytes(instruction: sock_filter) -> [u8; 8] {
+        let mut bytes = [0; 8];
+        bytes[..2].copy_from_slice(&instruction.code.to_ne_bytes());
+        [bytes[2], bytes[3]] = [instruction.jt, instruction.jf];
+        bytes[4..].copy_from_slice(&instruction.k.to_ne_bytes());
+        bytes
+    }
+}
+
+/// Drops TCP segments with SYN and without ACK. Of IPv6 only those whose TCP header follows at once: nobody opens connections otherwise.
+const OPENING_IS_DROPPED: [sock_filter; 17] = {
+    use instruction::{DROP, LEAVE, and, any_bit, byte, byte_behind_index, equal, half, index_by_ipv4_header, skip};
+    const ETHERNET: u32 = 14;
+    const IPV6_HEADER: u32 = 40;
+    const TCP: u32 = 6;
+    const FLAGS: u32 = 13;
+    const SYN: u32 = 0x02;
+    const ACK: u32 = 0x10;
+    [
+        half(12),
+        equal(0x86dd, 8, 0),
+        equal(0x0800, 0, 13),
+        byte(ETHERNET + 9),
+        equal(TCP, 0, 11),
+        // A fragment behind the first has no TCP header.
+        half(ETHERNET + 6),
+        any_bit(0x1fff, 9, 0),
+        index_by_ipv4_header(ETHERNET),
+        byte_behind_index(ETHERNET + FLAGS),
+        skip(3),
+        byte(ETHERNET + 6),
+        equal(TCP, 0, 4),
+        byte(ETHERNET + IPV6_HEADER + FLAGS),
+        and(SYN | ACK),
+        equal(SYN, 0, 1),
+        DROP,
+        LEAVE,
+    ]
+};
+
 fn has_filters(netlink: &mut Netlink, index: u32) -> io::Result<bool> {
     for direction in DIRECTIONS {
-        let message = RouteNetlinkMessage::GetTrafficFilter(filter(index, direction));
+        let message = RouteNetlinkMessage::GetTrafficFilter(filter(index, direction, FILTER_HANDLE));
         if !unless_gone(netlink.ask(message, 0))? {
             return Ok(false);
         }
@@ -171,7 +293,8 @@ fn has_filters(netlink: &mut Netlink, index: u32) -> io::Result<bool> {
 /// Whether the interface's hooks have filters that are not ours. A dump names each filter's chain with the handle 0 first.
 fn serves_others(netlink: &mut Netlink, index: u32) -> io::Result<bool> {
     let ours = |found: &TcMessage| {
-        found.header.info == FILTER_INFO && [TcHandle::UNSPEC, FILTER_HANDLE].contains(&found.header.handle)
+        found.header.info == FILTER_INFO
+            && [TcHandle::UNSPEC, FILTER_HANDLE, HOLD_HANDLE].contains(&found.header.handle)
     };
     for direction in DIRECTIONS {
         let mut message = TcMessage::default();
@@ -187,8 +310,9 @@ fn serves_others(netlink: &mut Netlink, index: u32) -> io::Result<bool> {
 }
 
 fn remove_filters(netlink: &mut Netlink, state: &LinkState) -> io::Result<()> {
-    for direction in DIRECTIONS {
-        let message = RouteNetlinkMessage::DelTrafficFilter(filter(state.index, direction));
+    let cut = DIRECTIONS.map(|direction| (direction, FILTER_HANDLE));
+    for (direction, handle) in cut.into_iter().chain([(TO_CONTAINER, HOLD_HANDLE)]) {
+        let message = RouteNetlinkMessage::DelTrafficFilter(filter(state.index, direction, handle));
         unless_gone(netlink.ask(message, 0))?;
     }
     if state.made_qdisc {

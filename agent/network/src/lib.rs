@@ -34,7 +34,7 @@ pub use announce::Announcer;
 pub use attach::{BridgeFacts, attach, detach, look_at_bridge};
 pub use capture::{Capture, Captured};
 pub use create::{bring_loopback_up, create, destroy};
-pub use cut::{LinkHandle, LinkState, cut, is_cut, uncut};
+pub use cut::{LinkHandle, LinkState, cut, hold_new_connections, is_cut, uncut};
 pub use discover::discover;
 pub use error::{Error, Result};
 pub use link::{ContainerLink, MacAddress, NetworkPlan, Route};

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use podferry_network::{
     Announcer, Error, LinkHandle, LinkState, Netns, NetworkPlan, Unmoved, attach, create, cut, destroy, detach,
-    discover, is_cut, look_at_bridge, probe, set_mtu, uncut, unmoved,
+    discover, hold_new_connections, is_cut, look_at_bridge, probe, set_mtu, uncut, unmoved,
 };
 use support::{Node, eventually, plan, sh};
 
@@ -308,6 +308,48 @@ fn a_tcp_connection_outlives_a_cut() {
     inside.write_all(b"reply").unwrap();
     out.read_exact(&mut buffer).unwrap();
     assert_eq!(&buffer, b"reply");
+}
+
+#[test]
+fn a_held_link_serves_whom_it_serves_and_lets_nobody_new_in() {
+    let node = Node::new();
+    let (server, client) = (node.attached("pf-server", 2), node.attached("pf-client", 3));
+    let _echo = Echo::start(&server);
+    let handle = LinkHandle::new("pf-server");
+    for address in ["10.77.0.2:80", "[fd77::2]:80"] {
+        let address: SocketAddr = address.parse().unwrap();
+        let listening = || server.run(|| TcpListener::bind(address)).unwrap();
+        eventually("the address can be listened on", || listening().is_ok());
+        let listener = listening().unwrap();
+        let dial = || client.run(|| TcpStream::connect_timeout(&address, Duration::from_millis(300))).unwrap();
+        eventually("it is reached", || dial().is_ok());
+        while listener.set_nonblocking(true).is_ok() && listener.accept().is_ok() {}
+        listener.set_nonblocking(false).unwrap();
+        let mut out = dial().unwrap();
+        let (mut inside, _) = listener.accept().unwrap();
+
+        // Twice is as good as once.
+        node.run(|| hold_new_connections(&handle)).unwrap();
+        let state = node.run(|| hold_new_connections(&handle)).unwrap();
+        assert!(dial().is_err(), "somebody new got in by {address}");
+        let mut buffer = [0; 5];
+        out.write_all(b"later").unwrap();
+        inside.read_exact(&mut buffer).unwrap();
+        inside.write_all(b"reply").unwrap();
+        out.read_exact(&mut buffer).unwrap();
+        assert!(reaches(&client, &address.ip().to_string()), "datagrams pass");
+        // What the container itself opens passes, too.
+        let back = client.run(|| TcpListener::bind(if address.is_ipv4() { "10.77.0.3:81" } else { "[fd77::3]:81" }));
+        let back = back.unwrap().unwrap();
+        let to = back.local_addr().unwrap();
+        server.run(|| TcpStream::connect_timeout(&to, Duration::from_secs(5))).unwrap().unwrap();
+
+        let cut_too = node.run(|| cut(&handle)).unwrap();
+        assert!(node.run(|| is_cut(&state)).unwrap() && !reaches(&client, &address.ip().to_string()));
+        node.run(|| uncut(&cut_too)).unwrap();
+        assert!(dial().is_ok(), "{address} is still held");
+        assert!(!node.sh("tc qdisc show dev pf-server").contains("clsact"), "what held it is left");
+    }
 }
 
 #[test]

@@ -65,6 +65,20 @@ impl Runc {
         command.output().map_err(Error::io("start", &self.binary))
     }
 
+    /// The command that runs these words in a container, with these variables (`NAME=value`) beside those of its own.
+    pub fn exec_command(
+        &self,
+        id: &str,
+        variables: impl IntoIterator<Item = String>,
+        words: impl IntoIterator<Item = impl AsRef<OsStr>>,
+    ) -> Command {
+        let mut command = self.command();
+        command.arg("exec");
+        command.args(variables.into_iter().flat_map(|variable| ["--env".to_owned(), variable]));
+        command.arg(id).args(words);
+        command
+    }
+
     /// Deletes a container; `force` kills it first. That it does not exist is an error only without `force`.
     ///
     /// A `runc restore` that was killed leaves a bind mount of the container's root filesystem in runc's state directory,

@@ -16,7 +16,7 @@ use crate::context::{Context, blocking};
 /// What this agent knows that others of its version may not.
 const AGENT_FEATURES: [&str; 2] = ["post_copy", "volumes"];
 /// And that this node lacks nothing for.
-const COLD: &str = "agent:cold";
+const STARTED_ANEW: [&str; 2] = ["agent:application", "agent:cold"];
 /// What of the kernel is needed for a restore alone.
 const OF_RESTORES: &str = "tcp_repair";
 
@@ -73,7 +73,8 @@ impl Capabilities {
         let criu = self.criu_features.get().into_iter().flatten().map(|name| format!("criu:{name}"));
         let kernel = self.kernel_features.iter().map(|name| format!("kernel:{name}"));
         let agent = AGENT_FEATURES.iter().map(|name| format!("agent:{name}"));
-        cold.then(|| COLD.to_owned()).into_iter().chain(agent).chain(criu).chain(kernel).collect()
+        let started_anew = STARTED_ANEW.iter().filter(|_| cold).map(ToString::to_string);
+        started_anew.chain(agent).chain(criu).chain(kernel).collect()
     }
 
     /// The complaints as preflight's findings; with `cold` without those of CRIU.
@@ -338,9 +339,9 @@ mod tests {
             criu_features,
         };
         assert_eq!((capabilities.findings(true).count(), capabilities.findings(false).count()), (0, 1));
-        assert!(!capabilities.features(false).contains(&COLD.to_owned()));
+        assert!(!capabilities.features(false).iter().any(|word| STARTED_ANEW.contains(&word.as_str())));
         let published = capabilities.features(true);
-        assert_eq!(published[0], COLD);
+        assert_eq!(published[..2], STARTED_ANEW);
         assert!(published.is_sorted() && published.contains(&"criu:seccomp_filters".to_owned()), "{published:?}");
         assert_eq!(published.last().map(String::as_str), Some("kernel:veth"));
     }

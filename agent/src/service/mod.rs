@@ -1,5 +1,6 @@
 //! `AgentService`: the coordinator's calls. What each means is written in `podferry_proto::agent`.
 
+mod application;
 mod convert;
 mod delivery;
 mod describe;
@@ -25,15 +26,18 @@ use tokio::sync::{Mutex, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use crate::application::Kind;
 use crate::context::{Context, blocking};
-use crate::journal::{Standing, StopNote};
+use crate::journal::{Standing, StopNote, TakeOverNote};
 use crate::metrics::{Sending, Stage};
 use crate::parts::{Authority, Entry, Part, Parts};
 use crate::recovery;
 use crate::source::{FreezeOrder, SourcePart};
+use crate::target::application::TakeOver;
 use crate::target::{PrepareOrder, TargetPart, fill};
 use crate::volumes::{MovedFiles, Volume};
 
+pub use application::Application;
 pub use delivery::Delivery;
 pub use fetch::Fetch;
 
@@ -148,6 +152,11 @@ impl Agent {
             let (context, workload, named) = (self.context.clone(), request.workload.clone(), request.volumes);
             blocking(move || volumes::of_target(&context, &workload, &named)).await?
         };
+        let take_over = if request.application {
+            Some(self.take_over_of(&request.workload, &request.source_address).await?)
+        } else {
+            None
+        };
         let order = PrepareOrder {
             migration,
             workload: request.workload.clone(),
@@ -155,8 +164,9 @@ impl Agent {
             source_node: request.source_node.clone(),
             link: request.link.filter(|_| moves).map(convert::link_of).transpose()?,
             keep_connections: request.keep_connections,
-            fetch_from: Some(request.source_address).filter(|address| !address.is_empty()),
+            fetch_from: Some(request.source_address).filter(|address| !address.is_empty() && take_over.is_none()),
             cold: request.cold,
+            take_over,
             volumes,
         };
         // Until this one is known as well.
@@ -178,6 +188,7 @@ impl Agent {
         let found = preflight::container(&self.context, &request.workload).await?;
         let link = preflight::link_of(&self.context, &found).await?;
         let stop = request.stop.map(|stop| self.stop_of(&found, stop)).transpose()?;
+        let take_over = request.take_over.map(|take_over| self.replacement_of(&found, take_over)).transpose()?;
         let (volumes, files) = self.files_of(&found, request.volumes).await?;
         let order = FreezeOrder {
             migration,
@@ -195,6 +206,7 @@ impl Agent {
                 .map(|pre_copy| convert::pre_copy_of(&pre_copy, deadline_of(pre_copy.deadline_ms))),
             post_copy: request.post_copy,
             stop,
+            take_over,
             patience: patience_of(request.deadline_ms),
         };
         let (part, connected) = SourcePart::begin(&self.context, &order).await?;
@@ -246,6 +258,26 @@ impl Agent {
         })?;
         let grace = Duration::from_millis(stop.grace_period_ms).min(DEADLINES.1);
         Ok(StopNote { signal, grace, begun: None, told: false })
+    }
+
+    /// How a container is replaced.
+    fn replacement_of(&self, container: &Container, take_over: v1::TakeOver) -> Result<TakeOverNote, Failure> {
+        let refused = |error: &(dyn std::error::Error + 'static)| {
+            let what = "the workload cannot be replaced by a new instance";
+            self.context.failure(FailureCode::FailedPrecondition, what, error).in_phase("freeze")
+        };
+        let application =
+            crate::application::Application::of(&container.annotations).map_err(|error| refused(&error))?;
+        let signal = stop_signal(&container.annotations).map_err(|error| refused(&error))?;
+        let grace = Duration::from_millis(take_over.grace_period_ms).min(DEADLINES.1);
+        Ok(TakeOverNote { stateless: application.kind() == Kind::Stateless, signal, grace, quiesced: false })
+    }
+
+    /// What a new instance is brought up with on this node.
+    async fn take_over_of(&self, workload: &str, source_address: &str) -> Result<TakeOver, Failure> {
+        let (context, workload) = (self.context.clone(), workload.to_owned());
+        let application = blocking(move || preflight::application_here(&context, &workload)).await?;
+        Ok(TakeOver::new(application, source_address.to_owned()))
     }
 
     /// What of a container's files moves: these volumes, and with its layer.
@@ -323,9 +355,9 @@ impl AgentService for Agent {
     ) -> Result<Response<v1::PreflightSourceResponse>, Status> {
         self.only_coordinator(&request)?;
         let request = request.into_inner();
-        let cold = request.strategy() == v1::Strategy::Cold;
-        let mut answer = preflight::source(&self.context, &request.workload, cold).await?;
-        if request.look_at_tracking && !cold {
+        let way = preflight::Way::of(request.strategy());
+        let mut answer = preflight::source(&self.context, &request.workload, way).await?;
+        if request.look_at_tracking && way == preflight::Way::Carried {
             answer.tracking = Some(preflight::tracking(&self.context, &request.workload).await?);
         }
         Ok(Response::new(answer))
@@ -341,7 +373,7 @@ impl AgentService for Agent {
         let lazy = [v1::Strategy::Live, v1::Strategy::Postcopy, v1::Strategy::Hybrid].contains(&request.strategy());
         let wish = preflight::Wish::from(request);
         let mut findings = preflight::target(&self.context, &wish).await?;
-        findings.extend(self.capabilities.findings(wish.cold));
+        findings.extend(self.capabilities.findings(wish.way != preflight::Way::Carried));
         findings.extend(self.capabilities.lazy_findings().filter(|_| lazy));
         Ok(Response::new(v1::PreflightTargetResponse { findings }))
     }

@@ -12,9 +12,32 @@ use podferry_proto::v1::{self, Finding, NetworkKind};
 use podferry_runtime::{Container, DeletedFile, NamespaceKind, Severity, Status, stop_signal};
 
 use super::{convert, describe, network, tracking, volumes};
+use crate::application::{Application, WrongApplication};
 use crate::context::{Context, blocking};
 use crate::target::INTERFACE;
 use crate::target::bundle::Bundle;
+
+/// How a container comes to run on the other node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// Its processes are dumped and restored.
+    Carried,
+    /// It is stopped, and started anew on its files.
+    StartedAnew,
+    /// A new instance takes its place.
+    Replaced,
+}
+
+impl Way {
+    /// That of a strategy.
+    pub(crate) fn of(strategy: v1::Strategy) -> Self {
+        match strategy {
+            v1::Strategy::Cold => Self::StartedAnew,
+            v1::Strategy::Application => Self::Replaced,
+            _ => Self::Carried,
+        }
+    }
+}
 
 /// What would come to this node.
 #[derive(Clone, Debug)]
@@ -25,15 +48,14 @@ pub(crate) struct Wish {
     network: NetworkKind,
     link: Option<v1::Link>,
     volumes: Vec<v1::Volume>,
-    /// It is created anew, not restored.
-    pub(crate) cold: bool,
+    pub(crate) way: Way,
 }
 
 impl From<v1::PreflightTargetRequest> for Wish {
     fn from(request: v1::PreflightTargetRequest) -> Self {
         Self {
             network: request.network(),
-            cold: request.strategy() == v1::Strategy::Cold,
+            way: Way::of(request.strategy()),
             workload: request.workload,
             memory_bytes: request.memory_bytes,
             layer_bytes: request.layer_bytes,
@@ -47,7 +69,11 @@ impl From<v1::PrepareRequest> for Wish {
     fn from(request: v1::PrepareRequest) -> Self {
         Self {
             network: request.network(),
-            cold: request.cold,
+            way: match (request.application, request.cold) {
+                (true, _) => Way::Replaced,
+                (false, true) => Way::StartedAnew,
+                (false, false) => Way::Carried,
+            },
             workload: request.workload,
             memory_bytes: request.memory_bytes,
             layer_bytes: request.layer_bytes,
@@ -100,14 +126,14 @@ pub(crate) async fn link_of(context: &Context, container: &Container) -> Result<
     Ok(Some(FoundLink { link }))
 }
 
-/// Can it be dumped, or with `cold`: be stopped and started anew?
+/// Can it be taken from here in that way?
 ///
 /// # Errors
 /// When it is not there or cannot be looked at. What speaks against it is not an error but a finding.
 pub(crate) async fn source(
     context: &Context,
     workload: &str,
-    cold: bool,
+    way: Way,
 ) -> Result<v1::PreflightSourceResponse, Failure> {
     let container = container(context, workload).await?;
     if container.status != Status::Running {
@@ -125,33 +151,39 @@ pub(crate) async fn source(
             };
             let report = podferry_runtime::preflight(&container).map_err(|error| failed(&error))?;
             let layer = WritableLayer::of(&container.rootfs).map_err(|error| failed(&error))?;
-            let volumes = volumes::at_source(&context, &container)?;
+            let volumes = match way {
+                Way::Replaced => (Vec::new(), volumes::of_replaced(&context, &container)?),
+                Way::Carried | Way::StartedAnew => volumes::at_source(&context, &container)?,
+            };
             Ok((report, layer, volumes))
         })
         .await?
     };
     let (report, layer, (volumes, mut findings)) = looked;
-    if cold {
+    if way == Way::Carried {
+        findings.extend(report.findings.iter().map(finding_of));
+        let images_free = podferry_filesystem::free_bytes(&context.config.images_dir).unwrap_or(0);
+        findings.extend(deleted_findings(&report.facts.deleted_files, images_free));
+    } else {
         findings.extend(terminal_finding(&container.config));
         findings.extend(stop_signal(&container.annotations).err().map(|error| {
             let remedy = "name another in config.json, or migrate without stopping it".to_owned();
             refusal("stop-signal", error.to_string(), remedy)
         }));
-    } else {
-        findings.extend(report.findings.iter().map(finding_of));
-        let images_free = podferry_filesystem::free_bytes(&context.config.images_dir).unwrap_or(0);
-        findings.extend(deleted_findings(&report.facts.deleted_files, images_free));
+    }
+    if way == Way::Replaced {
+        findings.extend(replaced_findings(&container));
     }
     if link.is_some() {
         findings.extend(network::unmoved_findings(&unmoved(context, &container).await?));
     }
     // They come back as files, and for a moment both as such and as images.
-    let deleted = report.facts.deleted_files.iter().filter(|_| !cold);
+    let deleted = report.facts.deleted_files.iter().filter(|_| way == Way::Carried);
     let deleted_bytes: u64 = deleted.map(|file| file.bytes).sum();
-    if let WritableLayer::Plain { rootfs } = &layer {
+    if let (WritableLayer::Plain { rootfs }, false) = (&layer, way == Way::Replaced) {
         findings.extend(plain_root(&container, rootfs));
     }
-    let layer_bytes = layer.moved().map_or(0, content_bytes);
+    let layer_bytes = if way == Way::Replaced { 0 } else { layer.moved().map_or(0, content_bytes) };
     Ok(v1::PreflightSourceResponse {
         findings,
         memory_bytes: report.facts.memory_bytes.saturating_add(deleted_bytes),
@@ -279,7 +311,14 @@ pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding
     match Bundle::read(&context.config.runtime.bundles_dir, &wish.workload) {
         Ok(bundle) => {
             findings.extend(bundle_findings(&bundle, wish));
-            if wish.cold {
+            if wish.way == Way::Replaced {
+                findings.extend(
+                    application_here(context, &wish.workload)
+                        .err()
+                        .map(|failure| refusal("application", failure.message, failure.remedy.unwrap_or_default())),
+                );
+            }
+            if wish.way != Way::Carried {
                 // One that cannot be read has been found above.
                 let spec = Spec::load(bundle.dir.join("config.json")).ok();
                 findings.extend(spec.as_ref().and_then(terminal_finding));
@@ -302,7 +341,8 @@ pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding
         let (context, wish) = (context.clone(), wish.clone());
         blocking(move || volumes::at_target(&context, &wish.workload, &wish.volumes, wish.layer_bytes)).await?
     });
-    let needed = if wish.cold { room::to_store(wish.memory_bytes) } else { room::to_restore(wish.memory_bytes) };
+    let carried = wish.way == Way::Carried;
+    let needed = if carried { room::to_restore(wish.memory_bytes) } else { room::to_store(wish.memory_bytes) };
     let facts = describe::host_facts(context).await?;
     if facts.memory_available < needed {
         let message = format!("{needed} bytes of memory are needed and {} are available", facts.memory_available);
@@ -313,7 +353,7 @@ pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding
         ("out-of-disk", &context.config.runtime.bundles_dir, wish.layer_bytes),
     ];
     // No images come then.
-    for (kind, dir, bytes) in places.into_iter().skip(usize::from(wish.cold)) {
+    for (kind, dir, bytes) in places.into_iter().skip(usize::from(!carried)) {
         let free = podferry_filesystem::free_bytes(dir).unwrap_or(0);
         let needed = room::to_store(bytes);
         if free < needed {
@@ -322,6 +362,43 @@ pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding
         }
     }
     Ok(findings)
+}
+
+/// What speaks against a new instance in the place of one that runs here.
+fn replaced_findings(container: &Container) -> Vec<Finding> {
+    let application = Application::of(&container.annotations);
+    let mut findings: Vec<Finding> = application.err().map(|error| wrong_application(&error)).into_iter().collect();
+    if network_kind(container) == NetworkKind::Host {
+        findings.push(refusal(
+            "host-network",
+            "it is in the node's own network: no address moves to a new instance".to_owned(),
+            "give it a network namespace by path in config.json, or use another strategy".to_owned(),
+        ));
+    }
+    findings
+}
+
+fn wrong_application(error: &WrongApplication) -> Finding {
+    let remedy = "see docs/operations.md, \"Application-level migrations\", for what config.json is to say".to_owned();
+    refusal("application", error.to_string(), remedy)
+}
+
+/// What this node's own bundle says of how a new instance takes over.
+///
+/// # Errors
+/// When it is not there, or does not say it.
+pub(crate) fn application_here(context: &Context, workload: &str) -> Result<Application, Failure> {
+    let config = context.config.runtime.bundles_dir.join(workload).join("config.json");
+    let spec = Spec::load(&config).map_err(|error| {
+        let what = format!("{} cannot be read", config.display());
+        context.failure(FailureCode::FailedPrecondition, &what, &error).in_phase("preflight")
+    })?;
+    let annotations = spec.annotations().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect();
+    Application::of(&annotations).map_err(|error| {
+        let finding = wrong_application(&error);
+        let failure = context.refusal(FailureCode::FailedPrecondition, finding.message).in_phase("preflight");
+        failure.remedy(finding.remedy)
+    })
 }
 
 /// Nobody is there to take the terminal of a container that an agent starts.

@@ -89,6 +89,39 @@ pub(super) fn at_source(context: &Context, container: &Container) -> Result<(Vec
     Ok((moving.chain(shared).take(MOST_KNOWN).collect(), findings))
 }
 
+/// What a new instance would find of the volumes of one that runs here. None of them moves. Blocks.
+///
+/// # Errors
+/// When it cannot be looked at.
+pub(super) fn of_replaced(context: &Context, container: &Container) -> Result<Vec<Finding>, Failure> {
+    let look = look(context, &container.config, &container.bundle)?;
+    let shared = look.shared.iter().map(|(mount, storage)| {
+        refusal(
+            "volume-shared",
+            format!(
+                "{} is on {} ({}), which both instances would write to at once",
+                mount.destination.display(),
+                storage.filesystem,
+                storage.place
+            ),
+            "mount it read-only, or use another strategy".to_owned(),
+        )
+    });
+    let left = look.moving.iter().map(|volume| {
+        warning(
+            "volume-stays",
+            format!(
+                "what is in {} ({} here) stays: the new instance begins with what the target has there",
+                volume.destination.display(),
+                volume.dir.display()
+            ),
+            "remove it here when it is not needed any more".to_owned(),
+        )
+    });
+    let staying = look.staying.iter().map(|mount| stays(context, mount));
+    Ok(shared.chain(left).chain(staying).collect())
+}
+
 /// What speaks against having these volumes here, where the layer takes `layer_bytes` on the disk of the bundles. Blocks.
 ///
 /// # Errors

@@ -172,7 +172,7 @@ impl SourcePart {
     }
 
     /// From here on nobody is refused at the address: who comes tries again, and finds the target.
-    async fn cut_link(&self, order: &FreezeOrder) -> Result<(), Failure> {
+    pub(super) async fn cut_link(&self, order: &FreezeOrder) -> Result<(), Failure> {
         let (Some(link), context) = (order.link_handle(), self.context.clone()) else { return Ok(()) };
         // An abort joins the link again, and waits for this guard before.
         let guard = Arc::clone(&self.followers).lock_owned().await;
@@ -262,14 +262,14 @@ fn round(mut followers: OwnedMutexGuard<Followers>, files: &MovedFiles, way: &Wa
     Ok(Round { raw_bytes: sent.data_bytes, wire_bytes, duration: begun.elapsed(), ..Round::default() })
 }
 
-async fn until_ended(init: Init) {
+pub(super) async fn until_ended(init: Init) {
     while init.is_alive() {
         tokio::time::sleep(LOOK).await;
     }
 }
 
 /// Kills what is left of a container; blocks until it is gone.
-fn end_all(context: &Context, container: &Container) -> Result<(), Failure> {
+pub(super) fn end_all(context: &Context, container: &Container) -> Result<(), Failure> {
     let begun = Instant::now();
     while container.is_alive() || !container.processes().unwrap_or_default().is_empty() {
         if begun.elapsed() > RELEASE_TIMEOUT {

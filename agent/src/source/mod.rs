@@ -5,7 +5,7 @@
 //!                └───────────────┴──────────────────┴───── anything wrong ───┴─────────────┴───── Abort ─────┘──▶ ABORTED
 //! ```
 //!
-//! In a [cold](cold) migration the container is stopped instead, the layer alone is sent, and an abort starts it again.
+//! In an [application-level](application) migration a new instance takes its place; in a [cold](cold) migration the container is stopped instead, the layer alone is sent, and an abort starts it again.
 //!
 //! [Pre-copy](precopy) is for live migrations: memory is sent while the container runs. If it is asked for, all of that is compared
 //! with what the target has before FROZEN.
@@ -13,6 +13,7 @@
 //! The tasks belong to the [dump worker](crate::worker), which undoes an unsealed part by itself. What is here moves what
 //! CRIU writes, and when the worker was killed does what it would have done, from its record.
 
+mod application;
 mod arrivals;
 mod batch;
 mod cold;
@@ -29,6 +30,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use podferry_common::failure::{Failure, FailureCode, chain};
+use podferry_common::identity::Peer;
 use podferry_part::{May, Side, Step, may};
 use podferry_runtime::{Container, Init};
 use podferry_transfer::{Compression, Introduction, Options, Sender};
@@ -72,10 +74,12 @@ pub struct SourcePart {
     ledger: Ledger,
     /// Post-copy: who fetches what stays here.
     fetched_by: Option<FetchedBy>,
+    /// Application-level: who has the instance that takes this one's place.
+    replaced_on: Option<Peer>,
     /// What comes for the container while its link is cut; none before, and in a restarted agent.
     arrivals: OnceLock<Arrivals>,
     pre_copying: AtomicBool,
-    /// Cold: it has ended, and its layer is with the target.
+    /// Cold: it has ended, and its layer is with the target. Application-level: the new instance has all that this one had.
     stopped: AtomicBool,
     /// Ends a dump and transfer that go on: a stalled link must not keep the tasks frozen.
     cancelled: CancellationToken,
@@ -109,6 +113,7 @@ impl SourcePart {
                 netns: order.container.namespace_paths.get(&podferry_runtime::NamespaceKind::Network).cloned(),
                 fetched_by: order.fetched_by(),
                 stop: order.stop,
+                take_over: order.take_over,
                 volumes: order.volumes.clone(),
             },
         };
@@ -122,7 +127,9 @@ impl SourcePart {
         match connected.await {
             Ok(sender) => {
                 let container = Some(order.container.clone());
-                Ok((Self::of(context, dirs, container, record), Connected(sender)))
+                let mut part = Self::of(context, dirs, container, record);
+                part.replaced_on = order.take_over.map(|_| order.target.clone());
+                Ok((part, Connected(sender)))
             }
             Err(failure) => {
                 dirs.wipe_volatile();
@@ -146,6 +153,7 @@ impl SourcePart {
             followers: Arc::default(),
             ledger,
             fetched_by,
+            replaced_on: None,
             arrivals: OnceLock::new(),
             pre_copying: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
@@ -184,6 +192,9 @@ impl SourcePart {
         events: &mpsc::Sender<FreezeEvent>,
     ) -> Result<(), Failure> {
         let work = async {
+            if order.take_over.is_some() {
+                return self.hand_over(order, sender, events).await;
+            }
             if order.stop.is_some() {
                 return self.stop_and_send(order, sender, events).await;
             }
@@ -268,7 +279,9 @@ impl SourcePart {
 
     /// Before the freeze, so that nothing is missed. A migration goes on without: its clients wait a little longer then.
     fn watch_arrivals(&self, order: &FreezeOrder) {
-        let Some(link) = order.link.as_ref().filter(|_| order.keep_connections) else { return };
+        let Some(link) = order.link.as_ref().filter(|_| order.keep_connections || order.take_over.is_some()) else {
+            return;
+        };
         match Arrivals::watch(&self.context, order, link) {
             Ok(arrivals) => drop(self.arrivals.set(arrivals)),
             Err(error) => tracing::warn!(error = chain(&error), "what comes in the freeze cannot be kept"),
@@ -289,6 +302,10 @@ impl SourcePart {
             May::Taken => return Ok(()),
             May::Take => {}
             May::Refuse => return Err(self.wrong_standing("seal", record.standing)),
+        }
+        if record.take_over().is_some() {
+            self.check_handed_over(&record)?;
+            return self.note_sealed(&mut record);
         }
         if record.stop().is_some() {
             self.check_stopped(&record).await?;
@@ -339,6 +356,10 @@ impl SourcePart {
             Some(worker) => {
                 worker.order(&Order::Release).await;
                 worker.until(RELEASE_TIMEOUT, View::is_last).await
+            }
+            None if let Some(note) = record.take_over() => {
+                self.end_replaced(&record, note).await?;
+                View::Stage(Stage::Released)
             }
             None if record.stop().is_some() => {
                 self.check_absent(&record).await?;
@@ -431,6 +452,7 @@ impl SourcePart {
                 return Err(self.context.refusal(FailureCode::DeadlineExceeded, message).in_phase("rollback"));
             }
         }
+        self.unquiesce(&record).await?;
         self.start_again(&record).await?;
         if let Some(arrivals) = self.arrivals.get() {
             arrivals.give_back();

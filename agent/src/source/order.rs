@@ -8,7 +8,7 @@ use podferry_network::{ContainerLink, LinkHandle};
 use podferry_runtime::Container;
 
 use super::precopy::{PreCopyOrder, Round};
-use crate::journal::{FetchedBy, StopNote};
+use crate::journal::{FetchedBy, StopNote, TakeOverNote};
 use crate::volumes::{MovedFiles, Volume};
 
 /// What the coordinator wants of a freeze.
@@ -36,6 +36,8 @@ pub struct FreezeOrder {
     pub post_copy: bool,
     /// Cold: stop the container, and send its files alone.
     pub stop: Option<StopNote>,
+    /// Application-level: a new instance takes its place.
+    pub take_over: Option<TakeOverNote>,
     /// The volumes that move along, in the order in which the target expects them.
     pub volumes: Vec<Volume>,
     /// What of its files moves: its layer and these.
@@ -79,7 +81,7 @@ pub enum FreezeEvent {
         /// What a person should know.
         notes: Vec<String>,
     },
-    /// The tasks are frozen, or cold: have ended.
+    /// The tasks are frozen, or cold: have ended; application-level: are cut off if they are stateful.
     Frozen {
         /// Milliseconds from the request to the freeze, or cold: from the signal to the end.
         freeze_ms: f64,

@@ -4,7 +4,6 @@
 //! no hook. One that dies while it waits is created again, since the layer stays as it came until somebody runs on it.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use podferry_common::failure::{Failure, FailureCode};
@@ -22,7 +21,7 @@ const TRIES: u32 = 3;
 pub(super) const RUNC_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What there is of a container.
-enum Found {
+pub(super) enum Found {
     /// It waits for its start.
     Waits,
     /// It runs, or it was started and has run to its end.
@@ -48,9 +47,7 @@ impl TargetPart {
             restoring.create()
         }));
         let what = "the task that creates a container ended";
-        creating.await.map_err(|error| self.context.failure(FailureCode::Internal, what, &error))??;
-        self.created.store(true, Ordering::Relaxed);
-        Ok(())
+        creating.await.map_err(|error| self.context.failure(FailureCode::Internal, what, &error))?
     }
 
     /// Fails unless the container waits for its start.
@@ -69,11 +66,16 @@ impl TargetPart {
     pub(super) async fn start_created(&self, record: &mut MutexGuard<'_, PartRecord>) -> Result<(), Failure> {
         let mut failure = None;
         for _ in 0..TRIES {
-            match self.find_created(record.going).await? {
+            // A new instance that runs no more is started again, as whoever watches over it would: on what it has written.
+            match self.find_created(record.going && !self.takes_over).await? {
                 Found::Started => {
-                    // An agent that was killed may not have come so far.
+                    // An agent that was killed may not have come so far. Of a new instance the link has not been joined yet.
                     self.join_link(record)?;
                     Self::announce(record);
+                    if self.takes_over {
+                        // Whoever was connected to the old one is told at once that it is gone.
+                        self.open_door(record);
+                    }
                     return Ok(());
                 }
                 Found::Waits => {
@@ -99,6 +101,7 @@ impl TargetPart {
     async fn create_again(&self, record: &mut MutexGuard<'_, PartRecord>) -> Result<(), Failure> {
         tracing::error!(migration = %self.migration, "the committed container is gone before it was started; creating it again");
         self.part_link(record)?;
+        self.end_instance(record).await?;
         self.clean_restore(Duration::ZERO).await?;
         self.note(record, |record| record.going = false)?;
         remove_network(&self.context, record).await?;
@@ -107,7 +110,7 @@ impl TargetPart {
         self.create().await
     }
 
-    async fn find_created(&self, may_have_run: bool) -> Result<Found, Failure> {
+    pub(super) async fn find_created(&self, may_have_run: bool) -> Result<Found, Failure> {
         let restoring = self.restoring();
         blocking(move || {
             restoring.wait_for_runc()?;
@@ -145,13 +148,13 @@ impl Restoring {
         })
     }
 
-    fn start_created(&self) -> Result<(), Failure> {
+    pub(super) fn start_created(&self) -> Result<(), Failure> {
         let runc = self.context.runc(self.context.config.runc_root());
         let started = runc.start(&self.workload, &self.dirs.work.join("runc-start.log"));
         started.map_err(|error| self.failed("the created container cannot be started", &error).in_phase("resume"))
     }
 
-    fn container(&self) -> Result<Option<Container>, Failure> {
+    pub(super) fn container(&self) -> Result<Option<Container>, Failure> {
         match self.context.runc(self.context.config.runc_root()).container(&self.workload) {
             Ok(container) => Ok(Some(container)),
             Err(podferry_runtime::Error::NotFound { .. }) => Ok(None),

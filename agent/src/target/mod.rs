@@ -5,11 +5,13 @@
 //!                 └─────────────────────────┴─────────────────┴────────────┴── Abort ──▶ ABORTED: nothing left
 //! ```
 //!
-//! In a [cold](cold) migration it is created instead of restored, and held by runc itself.
+//! In a [cold](cold) migration it is created instead of restored, and held by runc itself. In an [application-level](application) one it
+//! is started, too, and held by that its link is on no bridge.
 //!
 //! Until the resume the container's link is on no bridge, so its address answers nobody here. The images stay until the
 //! container runs: when a committed restore dies before that, it is done again from them.
 
+pub mod application;
 pub mod bundle;
 mod cold;
 mod doorstep;
@@ -48,6 +50,7 @@ use crate::pager::messages::PagerState;
 use crate::parts::Authority;
 use crate::source::VERIFY;
 use crate::volumes::{self, LAYER, Volume};
+use application::TakeOver;
 use bundle::Bundle;
 use doorstep::Doorstep;
 use early::Started;
@@ -67,7 +70,7 @@ const GONE_TIMEOUT: Duration = Duration::from_millis(200);
 pub const INTERFACE: &str = "eth0";
 
 /// What the coordinator wants of a target.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct PrepareOrder {
     /// Of which migration.
     pub migration: MigrationId,
@@ -85,6 +88,8 @@ pub struct PrepareOrder {
     pub fetch_from: Option<String>,
     /// The container is created from the bundle; nothing is restored.
     pub cold: bool,
+    /// It is started, too, and takes the place of the source's instance.
+    pub take_over: Option<TakeOver>,
     /// The volumes that come along, in the order in which the source sends them.
     pub volumes: Vec<Volume>,
 }
@@ -116,8 +121,12 @@ pub struct TargetPart {
     restoring: AtomicBool,
     /// The container is created, not restored,
     cold: bool,
-    /// and that has been done.
+    /// and that has been done. Application-level: the instance has everything.
     created: AtomicBool,
+    /// It takes the place of an instance on the source.
+    takes_over: bool,
+    /// With what; none in an agent that was restarted.
+    take_over: Option<TakeOver>,
     cancelled: CancellationToken,
 }
 
@@ -154,6 +163,7 @@ impl TargetPart {
                 netns: netns.clone(),
                 fetch_from: order.fetch_from.clone(),
                 cold: order.cold,
+                takes_over: order.take_over.is_some(),
                 volumes: order.volumes,
             },
         };
@@ -196,6 +206,8 @@ impl TargetPart {
             keep_connections: order.keep_connections,
             cold: order.cold,
             created: AtomicBool::new(false),
+            takes_over: order.take_over.is_some(),
+            take_over: order.take_over,
             hook,
             source: Some(source),
             doorstep: Arc::default(),
@@ -223,6 +235,7 @@ impl TargetPart {
             fetch::start(context, record.migration, source).map_err(|error| io_failed(context, &error))?;
         }
         let cold = matches!(record.role, Role::Target { cold: true, .. });
+        let takes_over = matches!(record.role, Role::Target { takes_over: true, .. });
         let created = AtomicBool::new(cold && record.standing == Standing::Sealed);
         let (workload, migration, volumes) = (record.workload.clone(), record.migration, record.volumes().to_vec());
         let ledger = Ledger::new(record, dirs.clone());
@@ -236,6 +249,8 @@ impl TargetPart {
             keep_connections,
             cold,
             created,
+            takes_over,
+            take_over: None,
             fetch_from,
             hook,
             source: None,
@@ -263,10 +278,15 @@ impl TargetPart {
             self.arrived().await?;
             let begun = Instant::now();
             tracing::debug!(migration = %self.migration, "everything is here");
+            if self.takes_over {
+                self.take_over_now().await?;
+                return Ok(begun.elapsed().as_secs_f64() * 1e3);
+            }
             let (layer, volumes, inbox) = (self.bundle.upper(), self.volumes.clone(), self.inbox.clone());
             *self.syncing.lock().await = Some(spawn_blocking(move || sync(&layer, &volumes, inbox.as_deref())));
             if self.cold {
                 self.create().await?;
+                self.created.store(true, Ordering::Relaxed);
             } else {
                 self.start_restore().await?;
                 self.until_held().await?;
@@ -388,6 +408,10 @@ impl TargetPart {
             May::Take => {}
             May::Refuse => return Err(self.wrong_standing("seal", record.standing)),
         }
+        if self.takes_over {
+            self.check_taken_over().await?;
+            return self.note(&mut record, |record| record.standing = Standing::Sealed);
+        }
         self.synced().await?;
         if self.cold {
             self.check_created().await?;
@@ -434,6 +458,7 @@ impl TargetPart {
         }
         let patience = self.patience();
         self.hook.abort().await;
+        self.end_instance(&record).await?;
         self.clean_restore(patience).await?;
         self.stop_pager().await?;
         remove(&self.context, &record, &self.bundle, &self.dirs).await?;

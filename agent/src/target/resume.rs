@@ -229,7 +229,7 @@ impl TargetPart {
     }
 
     /// Hands the container what came for it where it was. Its sockets have to be whole.
-    fn open_door(&self, record: &PartRecord) {
+    pub(super) fn open_door(&self, record: &PartRecord) {
         let Role::Target { link: Some(link), plan: Some(plan), .. } = &record.role else { return };
         if self.doorstep.is_open() {
             return;

@@ -79,6 +79,7 @@ async fn a_held_container_is_never_let_go_without_its_link() {
             plan: None,
             netns: None,
             fetch_from: None,
+            takes_over: false,
             cold: false,
             volumes: Vec::new(),
         },
@@ -106,6 +107,7 @@ fn order(volumes: Vec<Volume>) -> PrepareOrder {
         link: None,
         keep_connections: false,
         fetch_from: None,
+        take_over: None,
         cold: false,
         volumes,
     }

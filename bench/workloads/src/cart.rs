@@ -7,6 +7,8 @@
 //! | `GET /orders?cart=ID` | the [`LoggedOrder`]s as memory holds them |
 //! | `GET /orders/log?cart=ID` | [`LogReport`], read anew from the file |
 //! | `GET /feed` | server-sent events, each a [`Tick`] with its number as `id`, for as long as the connection lives |
+//! | `GET /state` | a [`ShopState`]: carts and orders, for another instance |
+//! | `PUT /state` with one | 204 when it is taken and its orders are on disk; 409 unless this instance is new |
 //! | `GET /healthz` | `ok` |
 
 use std::{
@@ -18,7 +20,8 @@ use std::{
 
 use axum::{
     Json, Router,
-    extract::{Path, Query, State},
+    body::Bytes,
+    extract::{DefaultBodyLimit, Path, Query, State},
     http::StatusCode,
     response::{
         IntoResponse, Response, Sse,
@@ -33,7 +36,7 @@ use tokio_stream::wrappers::BroadcastStream;
 
 use crate::{
     order_log::{self, LogError, LoggedOrder, OrderLog},
-    shop::{Answer, Operation, Refusal, Shop, Step},
+    shop::{Answer, Operation, Refusal, Shop, ShopState, Step},
 };
 
 /// The environment variable that names the order log.
@@ -46,6 +49,8 @@ pub const TICK_VARIABLE: &str = "TICK_MS";
 pub const DEFAULT_TICK_MS: u64 = 5;
 /// How many ticks a slow reader of the feed can be behind before it loses some (and is told so).
 const FEED_BACKLOG: usize = 4096;
+/// The most bytes of a state that is taken.
+const LARGEST_STATE: usize = 1 << 30;
 /// The name of the event that says how many ticks were lost.
 pub const LOST_EVENT: &str = "lost";
 
@@ -125,6 +130,7 @@ impl CartService {
             .route("/orders", get(get_orders))
             .route("/orders/log", get(get_log))
             .route("/feed", get(feed))
+            .route("/state", get(get_state).put(put_state).layer(DefaultBodyLimit::max(LARGEST_STATE)))
             .route("/healthz", get(async || "ok"))
             .with_state(self)
     }
@@ -149,6 +155,29 @@ impl CartService {
                 Err(error.into())
             }
         }
+    }
+
+    /// All carts and orders as they are at one instant.
+    fn state(&self) -> ShopState {
+        // No order is being written as long as this is held.
+        let _log = lock(&self.0.log);
+        lock(&self.0.shop).state()
+    }
+
+    /// Goes on where another instance is; waits for the disk.
+    fn adopt(&self, state: ShopState) -> Result<(), Failure> {
+        let mut log = lock(&self.0.log);
+        let mut shop = lock(&self.0.shop);
+        if !shop.is_new() {
+            return Err(Failure::Refused(Refusal::Busy));
+        }
+        for order in &state.orders {
+            if log.append(order.order.clone())? != *order {
+                return Err(Failure::Log(format!("order {} does not follow from those before", order.sequence)));
+            }
+        }
+        *shop = Shop::from_state(state);
+        Ok(())
     }
 
     fn read_log(&self, cart: Option<&str>) -> Result<LogReport, Failure> {
@@ -231,6 +260,16 @@ async fn get_log(
     Query(query): Query<OrdersQuery>,
 ) -> Result<Json<LogReport>, Failure> {
     blocking(move || service.read_log(query.cart.as_deref())).await.map(Json)
+}
+
+async fn get_state(State(service): State<CartService>) -> Result<Json<ShopState>, Failure> {
+    blocking(move || Ok(service.state())).await.map(Json)
+}
+
+async fn put_state(State(service): State<CartService>, body: Bytes) -> Result<StatusCode, Failure> {
+    let state = serde_json::from_slice(&body)
+        .map_err(|error| Failure::Refused(Refusal::Invalid { reason: format!("this is no state: {error}") }))?;
+    blocking(move || service.adopt(state)).await.map(|()| StatusCode::NO_CONTENT)
 }
 
 async fn feed(State(service): State<CartService>) -> Sse<impl Stream<Item = Result<Event, axum::Error>>> {

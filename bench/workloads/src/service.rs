@@ -72,10 +72,17 @@ pub fn log_to_stdout() {
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(io::stdout).init();
 }
 
+/// What becomes of open connections at the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AtEnd {
+    /// They break off: some never end by themselves.
+    BreakOff,
+    /// What is being asked is answered; idle ones are closed.
+    Answer,
+}
+
 /// Listens on all addresses and serves until SIGTERM or SIGINT.
-///
-/// Open connections are not waited for: the feed's never end.
-pub async fn serve(name: &str, router: Router) -> Result<(), ServiceError> {
+pub async fn serve(name: &str, router: Router, at_end: AtEnd) -> Result<(), ServiceError> {
     // Handlers first: as process 1, a SIGTERM that comes before them would be ignored.
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -97,11 +104,25 @@ pub async fn serve(name: &str, router: Router) -> Result<(), ServiceError> {
         }
     });
     let is_first = std::process::id() == 1;
+    let told = async move {
+        tokio::select! {
+            _ = terminate.recv() => tracing::info!("SIGTERM: ending"),
+            _ = interrupt.recv() => tracing::info!("SIGINT: ending"),
+        }
+    };
+    let serving = async {
+        let serving = axum::serve(listener, router);
+        match at_end {
+            AtEnd::Answer => serving.with_graceful_shutdown(told).await,
+            AtEnd::BreakOff => tokio::select! {
+                served = serving => served,
+                () = told => Ok(()),
+            },
+        }
+    };
     tokio::select! {
-        served = axum::serve(listener, router) => served.map_err(ServiceError::from),
+        served = serving => served.map_err(ServiceError::from),
         () = reap(child), if is_first => Ok(()),
-        _ = terminate.recv() => { tracing::info!("SIGTERM: ending"); Ok(()) }
-        _ = interrupt.recv() => { tracing::info!("SIGINT: ending"); Ok(()) }
     }
 }
 

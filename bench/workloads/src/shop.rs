@@ -132,11 +132,20 @@ impl Cart {
 }
 
 /// What is remembered of a cart besides its content.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Entry {
     cart: Cart,
     last: Option<(Operation, Option<LoggedOrder>)>,
+    #[serde(skip)]
     ordering: bool,
+}
+
+/// All that a shop knows, for another instance of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShopState {
+    carts: BTreeMap<String, Entry>,
+    /// The orders, oldest first.
+    pub orders: Vec<LoggedOrder>,
 }
 
 impl Entry {
@@ -178,6 +187,22 @@ impl Shop {
     /// A shop whose earlier orders are known from its log. Carts are held in memory only and start empty.
     pub fn new(orders: Vec<LoggedOrder>) -> Self {
         Self { carts: HashMap::new(), orders }
+    }
+
+    /// A shop that goes on where another one is, whose orders are in the log already.
+    pub fn from_state(state: ShopState) -> Self {
+        Self { carts: state.carts.into_iter().collect(), orders: state.orders }
+    }
+
+    /// All that it knows. No order is being written meanwhile.
+    pub fn state(&self) -> ShopState {
+        let carts = self.carts.iter().map(|(name, entry)| (name.clone(), entry.clone())).collect();
+        ShopState { carts, orders: self.orders.clone() }
+    }
+
+    /// Whether nothing has been done in it yet.
+    pub fn is_new(&self) -> bool {
+        self.carts.is_empty() && self.orders.is_empty()
     }
 
     /// Carries out operation number `given` on a cart.

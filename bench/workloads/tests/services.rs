@@ -28,7 +28,10 @@ use podferry_workloads::{
     shop::{Answer, Cart, Operation, Refusal},
 };
 use serde::de::DeserializeOwned;
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 
 /// A running service; ended by its process id when dropped.
 struct Service {
@@ -158,6 +161,56 @@ async fn ballast_has_the_size_and_digest_that_were_asked_for() {
     let resident = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
     let kib: u64 = resident.split_whitespace().nth(1).unwrap().parse().unwrap();
     assert!(kib >= 8 * 1024, "{resident}");
+}
+
+#[tokio::test]
+async fn another_instance_goes_on_with_the_state_of_the_first() {
+    let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let [first, second] = folders.each_ref().map(|folder| Service::cart(folder.path()));
+    let (mut old, mut new) = (first.connect().await, second.connect().await);
+    let add = Operation::Add { product: 5, count: 3 };
+    old.done(1, add).await;
+    let ordered = old.done(2, Operation::Order).await;
+    old.done(3, add).await;
+
+    let state: serde_json::Value = old.get("/state").await;
+    let put = |state: &serde_json::Value| {
+        let body = Full::new(serde_json::to_vec(state).unwrap().into());
+        Request::put("/state").header(header::HOST, "test").body(body).unwrap()
+    };
+    let mut changed = state.clone();
+    changed["orders"][0]["order"]["items"] = serde_json::json!({"5": 4});
+    let refused = new.send(put(&changed)).await.status();
+    assert_eq!(refused, StatusCode::INTERNAL_SERVER_ERROR, "a state that is not what was exported");
+
+    let other = tempfile::tempdir().unwrap();
+    let third = Service::cart(other.path());
+    let mut new = third.connect().await;
+    assert_eq!(new.send(put(&state)).await.status(), StatusCode::NO_CONTENT);
+    assert_eq!(new.send(put(&state)).await.status(), StatusCode::CONFLICT, "it is new no more");
+    // Sent again by a client that lost the answer.
+    assert!(new.done(3, add).await.replayed);
+    assert_eq!(new.get::<Vec<LoggedOrder>>("/orders").await, [ordered.order.unwrap()]);
+    let next = new.done(4, Operation::Order).await.order.unwrap();
+    assert_eq!(next.sequence, 2);
+    assert_eq!(new.get::<LogReport>("/orders/log").await.orders.len(), 2);
+}
+
+/// A client whose request is under way when its service is told to end gets its answer.
+#[tokio::test]
+async fn the_catalogue_answers_what_it_is_being_asked_before_it_ends() {
+    let mut service = Service::start(env!("CARGO_BIN_EXE_catalogue"), &[]);
+    let mut stream = TcpStream::connect(service.address).await.unwrap();
+    stream.write_all(b"GET /products/7 HTTP/1.1\r\nhost: test\r\n").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let pid = Pid::from_raw(i32::try_from(service.child.id()).unwrap());
+    kill(pid, Signal::SIGTERM).unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    stream.write_all(b"\r\n").await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert!(service.child.wait().unwrap().success());
 }
 
 #[tokio::test]

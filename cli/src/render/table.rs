@@ -58,13 +58,14 @@ fn strategies(node: &Node) -> String {
     let has = |feature: &str| node.features.iter().any(|name| name == feature);
     let tracks = has("kernel:write_tracking");
     let post_copy = has("agent:post_copy");
-    let (fit, cold) = (node.fit, has("agent:cold"));
+    let (fit, cold, application) = (node.fit, has("agent:cold"), has("agent:application"));
     let offered = [
         ("cold", cold),
         ("warm", fit),
         ("live", fit && tracks),
         ("postcopy", fit && post_copy),
         ("hybrid", fit && tracks && post_copy),
+        ("application", application),
     ];
     let words: Vec<_> = offered.iter().filter(|(_, can)| node.reachable && *can).map(|(name, _)| *name).collect();
     or_dash(&words.join(","))

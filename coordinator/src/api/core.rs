@@ -415,7 +415,7 @@ fn demand(location: &Location<'_>, wishes: Wishes) -> Result<Demand, Failure> {
         cpu_features: seen.description.cpu_features.iter().cloned().collect(),
         memory_bytes: container.memory_bytes,
         version: wishes.of_target(),
-        starts_anew: wishes.strategy == Strategy::Cold,
+        starts_anew: wishes.strategy.starts_anew(),
     })
 }
 

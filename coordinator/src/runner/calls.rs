@@ -248,6 +248,7 @@ impl Job {
         }
         let (what, instead) = match self.strategy {
             Strategy::Cold => ("cold migrations", "warm"),
+            Strategy::Application => ("application-level migrations", "live"),
             _ => ("post-copy", "live"),
         };
         let message = format!("the agent of node {} does not know {what}", self.node);
@@ -308,6 +309,7 @@ impl Job {
             bandwidth_limit: self.bandwidth_limit,
             post_copy: self.strategy.path().post_copy,
             stop: self.stop(),
+            take_over: self.take_over(),
             volumes: moving_volumes(&self.facts),
         };
         let mut events = client.freeze(request).await.map_err(|status| self.placed(&status))?.into_inner();
@@ -336,6 +338,11 @@ impl Job {
             return Ok(());
         }
         Err(self.failure(FailureCode::Internal, "the source's agent ended the freeze without having sent everything"))
+    }
+
+    fn take_over(&self) -> Option<v1::TakeOver> {
+        let grace_period_ms = u64::from(self.grace_period_s) * 1000;
+        (self.strategy == Strategy::Application).then_some(v1::TakeOver { grace_period_ms })
     }
 
     fn stop(&self) -> Option<v1::Stop> {
@@ -403,9 +410,9 @@ impl Job {
     }
 
     fn prepare_request(&self) -> v1::PrepareRequest {
-        let fetches = self.strategy.path().post_copy;
+        let asks = self.strategy.path().post_copy || self.strategy == Strategy::Application;
         v1::PrepareRequest {
-            source_address: if fetches { self.source_address.clone() } else { String::new() },
+            source_address: if asks { self.source_address.clone() } else { String::new() },
             migration_id: self.id.to_string(),
             workload: self.container.clone(),
             source_node: self.source.to_string(),
@@ -415,7 +422,8 @@ impl Job {
             link: self.facts.link.clone(),
             keep_connections: self.keeps_connections(),
             deadline_ms: self.part_deadline_ms(),
-            cold: self.strategy == Strategy::Cold,
+            cold: self.strategy.starts_anew(),
+            application: self.strategy == Strategy::Application,
             volumes: moving_volumes(&self.facts),
         }
     }
@@ -436,7 +444,7 @@ pub(super) struct Surroundings {
 
 /// Connections live on where the address moves along, and those who have them.
 pub(super) fn keeps_connections(strategy: Strategy, facts: &v1::PreflightSourceResponse) -> bool {
-    facts.network() == NetworkKind::Path && strategy != Strategy::Cold
+    facts.network() == NetworkKind::Path && !strategy.starts_anew()
 }
 
 /// Both sides are told the same, in the same order.

@@ -177,11 +177,12 @@ impl Driver {
     fn note_source(&mut self, facts: Arc<PreflightSourceResponse>) {
         let report = &mut self.record.report;
         report.keeps_connections = keeps_connections(self.record.strategy, &facts);
-        if facts.tcp_connections > 0 && self.record.strategy == Strategy::Cold {
-            report.note(format!(
-                "{} established TCP connections are closed: the workload is stopped, and started anew",
-                facts.tcp_connections
-            ));
+        if facts.tcp_connections > 0 && self.record.strategy.starts_anew() {
+            let why = match self.record.strategy {
+                Strategy::Application => "a new instance takes the workload's place",
+                _ => "the workload is stopped, and started anew",
+            };
+            report.note(format!("{} established TCP connections are closed: {why}", facts.tcp_connections));
         } else if !report.keeps_connections && facts.tcp_connections > 0 {
             report.note(format!(
                 "{} established TCP connections are closed: the container's address cannot move along, because its network \
@@ -190,9 +191,9 @@ impl Driver {
             ));
         }
         facts.findings.iter().for_each(|finding| report.note(describe(finding)));
-        let cold = self.record.strategy == Strategy::Cold;
+        let anew = self.record.strategy.starts_anew();
         let files = facts.volumes.iter().fold(facts.layer_bytes, |all, volume| all.saturating_add(volume.bytes));
-        report.progress.expected_bytes = if cold { files } else { facts.memory_bytes.saturating_add(files) };
+        report.progress.expected_bytes = if anew { files } else { facts.memory_bytes.saturating_add(files) };
         self.facts = facts;
     }
 

@@ -1,7 +1,7 @@
 //! How a workload is moved: which phases, in which order.
 //!
 //! Every strategy is a path through the same phases, and all paths share the machine of [`crate::migration`] from the
-//! freeze on. What is not offered yet is refused by name here, before anything is recorded.
+//! freeze on.
 
 mod choice;
 mod past;
@@ -115,10 +115,15 @@ const COLD: &[Phase] = &[
     Phase::Succeeded,
 ];
 
+/// The phases of an application-level migration: the new instance is brought up and catches up before the old one is cut off.
+const APPLICATION: &[Phase] = COLD;
+
 /// An agent's word for that it knows post-copy.
 const POST_COPY_WORD: &str = "agent:post_copy";
 /// An agent's word for that it knows cold migrations, and that its node lacks nothing for them.
 const COLD_WORD: &str = "agent:cold";
+/// And one for that it knows application-level migrations, for which it needs what cold ones do.
+const APPLICATION_WORD: &str = "agent:application";
 
 /// The phases of a warm migration.
 const WARM: &[Phase] =
@@ -140,21 +145,21 @@ impl Strategy {
         }
     }
 
-    /// The phases it goes through when nothing fails; `None` when it is not offered yet.
-    pub fn phases(self) -> Option<&'static [Phase]> {
+    /// The phases it goes through when nothing fails.
+    pub fn phases(self) -> &'static [Phase] {
         match self {
-            Self::Cold => Some(COLD),
-            Self::Warm => Some(WARM),
-            Self::Live => Some(LIVE),
-            Self::Postcopy => Some(POSTCOPY),
-            Self::Hybrid => Some(HYBRID),
-            Self::Application => None,
+            Self::Cold => COLD,
+            Self::Warm => WARM,
+            Self::Live => LIVE,
+            Self::Postcopy => POSTCOPY,
+            Self::Hybrid => HYBRID,
+            Self::Application => APPLICATION,
         }
     }
 
     /// Its way through the machine.
     pub fn path(self) -> Path {
-        let place = |phase| self.phases()?.iter().position(|other| *other == phase);
+        let place = |phase| self.phases().iter().position(|other| *other == phase);
         let (fill, release) = (place(Phase::Fill), place(Phase::Release));
         Path {
             pre_copy: place(Phase::PreCopy).is_some(),
@@ -169,24 +174,31 @@ impl Strategy {
         path.pre_copy && path.fill
     }
 
-    /// Whether a node may take part in it. A cold migration needs nothing of what only CRIU does.
+    /// Whether the container that runs afterwards is another one than before: nothing of what only CRIU does is needed then, and
+    /// connections end.
+    pub fn starts_anew(self) -> bool {
+        matches!(self, Self::Cold | Self::Application)
+    }
+
+    /// Whether a node may take part in it.
     pub fn finds_fit(self, node: &v1::DescribeResponse) -> bool {
-        node.fit || (self == Self::Cold && self.is_known_to(node))
+        node.fit || (self.starts_anew() && self.is_known_to(node))
     }
 
     /// Whether a node's agent knows it, as far as agents of the same version differ in that.
     pub fn is_known_to(self, node: &v1::DescribeResponse) -> bool {
         let word = match self {
             Self::Cold => COLD_WORD,
+            Self::Application => APPLICATION_WORD,
             Self::Postcopy | Self::Hybrid => POST_COPY_WORD,
-            Self::Warm | Self::Live | Self::Application => return true,
+            Self::Warm | Self::Live => return true,
         };
         node.features.iter().any(|feature| feature == word)
     }
 }
 
 impl Asked {
-    /// What a request asks for, if this coordinator offers it. Unspecified means warm.
+    /// What a request asks for. Unspecified means warm.
     pub fn of(wire: i32) -> Result<Self, Failure> {
         let unknown = || {
             Failure::new(FailureCode::InvalidArgument, format!("there is no strategy number {wire}"))
@@ -201,12 +213,7 @@ impl Asked {
             v1::Strategy::Hybrid => Strategy::Hybrid,
             v1::Strategy::Application => Strategy::Application,
         };
-        if strategy.phases().is_some() {
-            return Ok(Self::This(strategy));
-        }
-        let message = format!("the strategy {strategy} is not available yet");
-        Err(Failure::new(FailureCode::Unimplemented, message)
-            .remedy("use auto, cold, warm or live, or postcopy or hybrid with their risk"))
+        Ok(Self::This(strategy))
     }
 
     /// What has to be possible at least for a migration to be recorded. Every strategy but cold needs all that warm needs.
@@ -265,26 +272,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn clients_that_know_no_auto_get_warm_and_what_is_not_offered_is_named() {
+    fn clients_that_know_no_auto_get_warm_and_every_strategy_is_offered() {
         assert_eq!(Asked::of(v1::Strategy::Unspecified.into()), Ok(Asked::This(Strategy::Warm)));
         assert_eq!(Asked::of(v1::Strategy::Auto.into()), Ok(Asked::Auto));
         for strategy in Strategy::ALL {
-            let answer = Asked::of(v1::Strategy::from(strategy).into());
-            if strategy != Strategy::Application {
-                assert_eq!(answer, Ok(Asked::This(strategy)));
-                continue;
-            }
-            let failure = answer.unwrap_err();
-            assert_eq!(failure.code, FailureCode::Unimplemented);
-            assert_eq!(failure.message, format!("the strategy {strategy} is not available yet"));
+            assert_eq!(Asked::of(v1::Strategy::from(strategy).into()), Ok(Asked::This(strategy)));
         }
         assert_eq!(Asked::of(99).unwrap_err().code, FailureCode::InvalidArgument);
     }
 
     #[test]
     fn the_commit_comes_after_the_freeze_and_before_the_release() {
-        for strategy in Strategy::ALL.into_iter().filter(|strategy| strategy.phases().is_some()) {
-            let phases = strategy.phases().unwrap();
+        for strategy in Strategy::ALL {
+            let phases = strategy.phases();
             let place = |phase| phases.iter().position(|p| *p == phase).unwrap();
             assert!(place(Phase::Freeze) < place(Phase::Commit));
             assert!(place(Phase::Commit) < place(Phase::Release) && place(Phase::Commit) < place(Phase::Resume));
@@ -294,7 +294,7 @@ mod tests {
 
     #[test]
     fn memory_is_copied_before_the_freeze_and_filled_in_after_the_resume() {
-        let phases = Strategy::Live.phases().unwrap();
+        let phases = Strategy::Live.phases();
         let place = |phase| phases.iter().position(|p| *p == phase).unwrap();
         assert!(place(Phase::Prepare) < place(Phase::PreCopy) && place(Phase::PreCopy) < place(Phase::Freeze));
         assert!(place(Phase::Resume) < place(Phase::Fill) && place(Phase::Fill) < place(Phase::Succeeded));
@@ -302,24 +302,26 @@ mod tests {
         assert_eq!(Strategy::Postcopy.path(), Path { pre_copy: false, fill: true, post_copy: true });
         assert_eq!(Strategy::Hybrid.path(), Path { pre_copy: true, fill: true, post_copy: true });
         assert_eq!(Strategy::Warm.path(), Path::default());
-        assert_eq!(Strategy::Cold.path(), Path { pre_copy: true, fill: false, post_copy: false });
+        for anew in [Strategy::Cold, Strategy::Application] {
+            assert_eq!(anew.path(), Path { pre_copy: true, fill: false, post_copy: false });
+        }
         let copies = Strategy::ALL.into_iter().filter(|strategy| strategy.copies_memory_beforehand());
         assert_eq!(copies.collect::<Vec<_>>(), [Strategy::Live, Strategy::Hybrid]);
     }
 
     #[test]
-    fn a_node_without_criu_is_fit_for_cold_alone_and_an_older_agent_is_told_apart() {
+    fn a_node_without_criu_is_fit_for_what_starts_anew_and_an_older_agent_is_told_apart() {
         let node = |fit, features: &[&str]| v1::DescribeResponse {
             fit,
             features: features.iter().map(ToString::to_string).collect(),
             ..v1::DescribeResponse::default()
         };
-        let without_criu = node(false, &["agent:cold", "agent:post_copy"]);
+        let without_criu = node(false, &["agent:application", "agent:cold", "agent:post_copy"]);
         let older = node(true, &["agent:post_copy"]);
         for strategy in Strategy::ALL {
-            assert_eq!(strategy.finds_fit(&without_criu), strategy == Strategy::Cold, "{strategy}");
+            assert_eq!(strategy.finds_fit(&without_criu), strategy.starts_anew(), "{strategy}");
             assert!(strategy.finds_fit(&older), "{strategy}");
-            assert_eq!(strategy.is_known_to(&older), strategy != Strategy::Cold, "{strategy}");
+            assert_eq!(strategy.is_known_to(&older), !strategy.starts_anew(), "{strategy}");
         }
         assert!(!Strategy::Cold.finds_fit(&node(false, &[])));
         assert!(!Strategy::Hybrid.is_known_to(&node(true, &["agent:cold"])));

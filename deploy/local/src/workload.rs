@@ -1,5 +1,6 @@
 //! What a container of the cluster is, and its OCI specification.
 
+use std::collections::HashMap;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
@@ -75,6 +76,8 @@ pub struct Workload {
     pub memory_limit: Option<i64>,
     /// CPU time in microseconds of each 100 ms.
     pub cpu_quota: Option<i64>,
+    /// Annotations of its specification: name and value.
+    pub annotations: Vec<(String, String)>,
 }
 
 impl Workload {
@@ -101,6 +104,7 @@ impl Workload {
             capabilities: None,
             memory_limit: None,
             cpu_quota: None,
+            annotations: Vec::new(),
         }
     }
 
@@ -121,6 +125,7 @@ impl Workload {
             .mounts(mounts)
             .process(self.process().map_err(failed)?)
             .linux(self.linux(cgroups_path).map_err(failed)?)
+            .annotations(self.annotations.iter().cloned().collect::<HashMap<_, _>>())
             .build()
             .map_err(failed)
     }

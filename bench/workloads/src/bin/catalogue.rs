@@ -2,8 +2,11 @@
 
 use std::process::ExitCode;
 
-use podferry_workloads::{catalogue, service};
+use podferry_workloads::{
+    catalogue,
+    service::{self, AtEnd},
+};
 
 fn main() -> ExitCode {
-    service::run("catalogue", || service::serve("catalogue", catalogue::router()))
+    service::run("catalogue", || service::serve("catalogue", catalogue::router(), AtEnd::Answer))
 }

@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use podferry_workloads::{
     cart::{CartService, DEFAULT_LOG, DEFAULT_TICK_MS, LOG_VARIABLE, TICK_VARIABLE},
-    service::{self, ServiceError},
+    service::{self, AtEnd, ServiceError},
 };
 
 fn main() -> ExitCode {
@@ -16,5 +16,5 @@ async fn shopping_cart() -> Result<(), ServiceError> {
     let tick = service::number_from_environment(TICK_VARIABLE, DEFAULT_TICK_MS, "give a number of milliseconds")?;
     let carts = CartService::open(&log)?;
     tokio::spawn(carts.clone().tick(Duration::from_millis(tick)));
-    service::serve("shopping-cart", carts.router()).await
+    service::serve("shopping-cart", carts.router(), AtEnd::BreakOff).await
 }

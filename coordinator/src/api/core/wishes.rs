@@ -59,9 +59,9 @@ pub(super) fn wishes(request: &v1::MigrateRequest) -> Result<Wishes, Failure> {
         );
         return refused(message, "leave the verification away, or use live");
     }
-    if request.verify && strategy == Strategy::Cold {
+    if request.verify && strategy.starts_anew() {
         return refused(
-            "the strategy cold has nothing to verify: it moves no memory".to_owned(),
+            format!("the strategy {strategy} has nothing to verify: it moves no memory"),
             "leave the verification away, or use live",
         );
     }
@@ -81,7 +81,7 @@ pub(super) fn wishes(request: &v1::MigrateRequest) -> Result<Wishes, Failure> {
 
 /// Why a strategy does nothing to memory while the workload runs.
 fn without_rounds(strategy: Strategy) -> &'static str {
-    if strategy == Strategy::Cold { "it moves no memory" } else { "it freezes the workload at once" }
+    if strategy.starts_anew() { "it moves no memory" } else { "it freezes the workload at once" }
 }
 
 /// How long a workload gets to end, in seconds, where it is stopped.
@@ -90,15 +90,16 @@ pub(super) fn grace_period_s_of(request: &v1::MigrateRequest, strategy: Strategy
         Err(Failure::new(FailureCode::InvalidArgument, message).in_phase("preflight").remedy(remedy))
     };
     let auto = Asked::of(request.strategy)? == Asked::Auto;
-    let may_stop = strategy == Strategy::Cold || (auto && request.allow_restart);
+    let may_stop = strategy.starts_anew() || (auto && request.allow_restart);
     match request.grace_period_s {
         Some(_) if auto && !may_stop => refused(
             "no workload is stopped unless that is allowed".to_owned(),
             "give no grace period, or --allow-restart",
         ),
-        Some(_) if !may_stop => {
-            refused(format!("the strategy {strategy} stops no workload"), "give no grace period, or use cold")
-        }
+        Some(_) if !may_stop => refused(
+            format!("the strategy {strategy} stops no workload"),
+            "give no grace period, or use cold or application",
+        ),
         Some(asked) if asked > LONGEST_GRACE_PERIOD_S => refused(
             format!("{asked} s are no grace period: it is at most {LONGEST_GRACE_PERIOD_S} s"),
             "give a shorter one, or none",

@@ -1,0 +1,3 @@
+module podferry.dev/podferry/deploy/testcluster
+
+go 1.26.0
