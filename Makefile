@@ -12,7 +12,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 
 .PHONY: help setup build demo test chaos soak local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-layers bench-loads \
-	bench-slowdown bench-total bench-engine e2e-vm e2e-versions e2e-page \
+	bench-slowdown bench-total bench-engine bench-scale e2e-vm e2e-versions e2e-page \
 	testcluster testcluster-up testcluster-down e2e-testcluster lint
 
 help:
@@ -36,6 +36,7 @@ help:
 	@echo 'make bench-slowdown  throughput of Redis while its memory is copied, against that just before'
 	@echo 'make bench-total   all of a live migration of idle memory against the page stream alone with the same bytes'
 	@echo 'make bench-engine  live migration of one process against CRIU alone, at several sizes'
+	@echo 'make bench-scale   a coordinator with 5,000 nodes and 1,000 migrations at once: CPU, memory, writes, time to drain'
 	@echo 'make lint          formatting, clippy, shellcheck, licences'
 
 setup:
@@ -89,6 +90,11 @@ bench-loads: build
 
 bench-slowdown: build
 	@$(RUN) $(RELEASE)/podferry-bench slowdown
+
+# No containers and no namespaces: only the coordinator, and what stands in for agents.
+bench-scale: setup
+	@$(RUN) cargo build --locked --release --target-dir $(TARGET) -p podferry-coordinator --bins --examples
+	@ulimit -n 65536; $(RUN) $(RELEASE)/examples/scale
 
 bench-total: build
 	@$(RUN) $(RELEASE)/podferry-bench total

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use podferry_common::{MigrationId, NodeName};
 use podferry_network::{ContainerLink, LinkHandle};
+pub use podferry_part::Standing;
 use serde::{Deserialize, Serialize};
 
 use tokio::sync::{Mutex, MutexGuard, watch};
@@ -21,29 +22,6 @@ use crate::worker::record;
 
 /// How long ended parts are remembered.
 const TOMBSTONE_LIFETIME: Duration = Duration::from_secs(24 * 3600);
-
-/// Where a part stands, as far as it has to survive.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Standing {
-    /// It rolls back by itself.
-    Open,
-    /// It waits for the decision.
-    Sealed,
-    /// The source is being destroyed, or is: committed.
-    Released,
-    /// The target is being set free, or is: committed.
-    Resumed,
-    /// Undone.
-    Aborted,
-}
-
-impl Standing {
-    /// The part has come to its end.
-    pub fn is_last(self) -> bool {
-        matches!(self, Self::Released | Self::Resumed | Self::Aborted)
-    }
-}
 
 /// What only one role has to know.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use podferry_common::MigrationId;
 use podferry_common::failure::{Failure, FailureCode};
+pub use podferry_part::Authority;
 
 use crate::journal::Standing;
 use crate::source::SourcePart;
@@ -14,15 +15,6 @@ use crate::volumes::Volume;
 
 /// How long the removal of a released container is waited for.
 const TIDY_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// On whose word a part is undone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Authority {
-    /// The part's own: a failure or a deadline. It does not undo what is sealed.
-    Own,
-    /// The coordinator's, which has written down that the migration is aborted.
-    Coordinator,
-}
 
 /// A part of a migration.
 #[derive(Clone, Debug)]

@@ -14,6 +14,7 @@ use podferry_common::MigrationId;
 use podferry_common::failure::Failure;
 use podferry_common::identity::Peer;
 use podferry_common::tls;
+use podferry_part::{self as part, Known, Settle, Side, TakeUp, Word};
 use podferry_proto::v1::coordinator_service_client::CoordinatorServiceClient;
 use podferry_proto::v1::{Decision, GetDecisionRequest};
 
@@ -54,7 +55,7 @@ pub async fn recover(context: &Context, parts: &Parts) {
             fill_behind(context, parts, record.migration, &record.workload);
             continue;
         }
-        if record.standing.is_last() {
+        if take_up_as(&record) == TakeUp::Nothing {
             parts.ended(record.migration, record.standing);
             PartDirs::of(&context.config, record.migration).wipe_volatile();
             continue;
@@ -76,7 +77,7 @@ async fn take_up(context: &Context, parts: &Parts, mut record: PartRecord) -> Re
             let worker = Worker::reconnect(&dirs.control_socket()).await;
             // The worker seals before the journal says so.
             let noted: Option<WorkerRecord> = record::load(&dirs.worker_record()).unwrap_or_default();
-            if noted.is_some_and(|noted| noted.sealed) {
+            if part::take_up(record.standing, noted.is_some_and(|noted| noted.sealed)) == TakeUp::Settle {
                 record.standing = Standing::Sealed;
             }
             Part::Source(Arc::new(SourcePart::resumed(context, record.clone(), worker)))
@@ -87,7 +88,7 @@ async fn take_up(context: &Context, parts: &Parts, mut record: PartRecord) -> Re
     let context = context.clone();
     let parts = parts.clone();
     tokio::spawn(async move {
-        if record.standing == Standing::Sealed {
+        if take_up_as(&record) == TakeUp::Settle {
             settle_sealed(&context, &parts, &part, migration).await;
         } else {
             let reason = "the agent was restarted before the migration was sealed";
@@ -101,41 +102,55 @@ async fn take_up(context: &Context, parts: &Parts, mut record: PartRecord) -> Re
 async fn settle_sealed(context: &Context, parts: &Parts, part: &Part, migration: MigrationId) {
     let mut waits_for_release = false;
     while part.standing() == Standing::Sealed {
-        let word = operators_word(context, migration);
-        let decision = match word {
-            Some(OperatorsWord::Commit) => Some(Decision::Commit),
-            Some(OperatorsWord::Abort) => Some(Decision::Abort),
-            None if waits_for_release => None,
-            None => ask(context, migration).await,
+        let known = match operators_word(context, migration) {
+            Some(OperatorsWord::Commit) => Known::Said(Word::Commit),
+            Some(OperatorsWord::Abort) => Known::Said(Word::Abort),
+            None if waits_for_release => Known::Nothing,
+            None => known_of(ask(context, migration).await),
         };
-        match (decision, part) {
-            (Some(Decision::Abort), _) => {
-                let reason = if word.is_some() { "an operator decided so" } else { "the coordinator's record says so" };
+        let (side, keeps_memory) = match part {
+            Part::Source(source) => (Side::Source, source.fetched_by().is_some()),
+            Part::Target(_) => (Side::Target, false),
+        };
+        match (part::settle(side, known, keeps_memory), part) {
+            (Settle::Undo, _) => {
+                let by_hand = matches!(known, Known::Said(_));
+                let reason = if by_hand { "an operator decided so" } else { "the coordinator's record says so" };
                 undo(parts, part, migration, reason, Authority::Coordinator).await;
                 return;
             }
-            // What the target still needs of it only the coordinator knows, and the operator.
-            (Some(Decision::Commit), Part::Source(source)) if word.is_none() && source.fetched_by().is_some() => {
-                waits_for_release = true;
-            }
-            (Some(Decision::Commit), Part::Source(source)) => match source.release().await {
+            (Settle::Await, _) => waits_for_release = true,
+            (Settle::Release, Part::Source(source)) => match source.release().await {
                 Ok(()) => {
                     tidy(parts, source, migration).await;
                     return;
                 }
                 Err(failure) => tracing::error!(%migration, %failure, "a committed source cannot be released"),
             },
-            // The source must be dead before this copy runs: only the coordinator knows that, and the operator.
-            (Some(Decision::Commit), Part::Target(target)) if word.is_some() => match target.resume().await {
+            (Settle::Resume, Part::Target(target)) => match target.resume().await {
                 Ok(_) => {
                     fill_behind(context, parts, migration, target.workload());
                     return;
                 }
                 Err(failure) => tracing::error!(%migration, %failure, "a target cannot be let go"),
             },
-            (Some(_) | None, _) => {}
+            // A side is told only what is its own to do.
+            (Settle::AskAgain | Settle::Release | Settle::Resume, _) => {}
         }
         tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// What is to become of a part, by its journal alone.
+fn take_up_as(record: &PartRecord) -> TakeUp {
+    part::take_up(record.standing, false)
+}
+
+fn known_of(answer: Option<Decision>) -> Known {
+    match answer {
+        Some(Decision::Commit) => Known::Recorded(Word::Commit),
+        Some(Decision::Abort) => Known::Recorded(Word::Abort),
+        Some(Decision::Undecided | Decision::Unspecified) | None => Known::Nothing,
     }
 }
 
@@ -197,8 +212,7 @@ pub async fn undo(parts: &Parts, part: &Part, migration: MigrationId, reason: &s
                 parts.ended(migration, Standing::Aborted);
                 return;
             }
-            Err(_) if part.standing().is_last() => return,
-            Err(_) if authority == Authority::Own && part.standing() == Standing::Sealed => return,
+            Err(_) if part::is_let_be(part.standing(), authority) => return,
             Err(failure) => tracing::error!(%migration, %failure, "a part cannot be undone; trying again"),
         }
         tokio::time::sleep(RETRY).await;

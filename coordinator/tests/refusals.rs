@@ -74,23 +74,6 @@ async fn requests_that_cannot_be_served_say_why() {
 }
 
 #[tokio::test]
-async fn other_strategies_are_not_available_yet() {
-    let world = World::new().await;
-    let (_coordinator, mut client) = world.coordinator().await;
-    let request = v1::MigrateRequest {
-        workload: "shop".to_owned(),
-        target: "b".to_owned(),
-        strategy: v1::Strategy::Application.into(),
-        ..v1::MigrateRequest::default()
-    };
-    let failure = Failure::from(client.migrate(request).await.unwrap_err());
-    assert_eq!(
-        (failure.code, failure.message.as_str()),
-        (FailureCode::Unimplemented, "the strategy application is not available yet")
-    );
-}
-
-#[tokio::test]
 async fn a_node_takes_part_in_as_many_as_it_may() {
     let world = World::new().await;
     let config = std::fs::read_to_string(world.configuration()).unwrap();

@@ -31,6 +31,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use podferry_common::failure::{Failure, FailureCode, chain};
 use podferry_common::identity::Peer;
+use podferry_part::{May, Side, Step, may};
 use podferry_runtime::{Container, Init};
 use podferry_transfer::{Compression, Introduction, Options, Sender};
 use tokio::sync::{Mutex, MutexGuard, OwnedMutexGuard, mpsc};
@@ -297,10 +298,10 @@ impl SourcePart {
     /// When the part is not frozen, or the seal cannot be made; then it is as before.
     pub async fn seal(&self) -> Result<(), Failure> {
         let mut record = self.ledger.lock().await;
-        match record.standing {
-            Standing::Sealed => return Ok(()),
-            Standing::Open => {}
-            other => return Err(self.wrong_standing("seal", other)),
+        match may(Side::Source, record.standing, Step::Seal) {
+            May::Taken => return Ok(()),
+            May::Take => {}
+            May::Refuse => return Err(self.wrong_standing("seal", record.standing)),
         }
         if record.take_over().is_some() {
             self.check_handed_over(&record)?;
@@ -346,10 +347,10 @@ impl SourcePart {
     /// When a process does not die, or the record cannot be written; to be called again.
     pub async fn release(&self) -> Result<(), Failure> {
         let mut record = self.ledger.lock().await;
-        match record.standing {
-            Standing::Released => return Ok(()),
-            Standing::Sealed => {}
-            other => return Err(self.wrong_standing("release", other)),
+        match may(Side::Source, record.standing, Step::Release) {
+            May::Taken => return Ok(()),
+            May::Take => {}
+            May::Refuse => return Err(self.wrong_standing("release", record.standing)),
         }
         let ended = match self.worker.get() {
             Some(worker) => {
@@ -418,11 +419,10 @@ impl SourcePart {
     /// When it does not resume or its link stays cut; to be called again.
     pub async fn abort(&self, reason: &str, authority: Authority) -> Result<(), Failure> {
         let mut record = self.ledger.lock().await;
-        match record.standing {
-            Standing::Aborted => return Ok(()),
-            Standing::Open => {}
-            Standing::Sealed if authority == Authority::Coordinator => {}
-            other => return Err(self.wrong_standing("abort", other)),
+        match may(Side::Source, record.standing, Step::Abort(authority)) {
+            May::Taken => return Ok(()),
+            May::Take => {}
+            May::Refuse => return Err(self.wrong_standing("abort", record.standing)),
         }
         self.cancelled.cancel();
         // Whoever reads memory or starts the worker sees that, and ends.

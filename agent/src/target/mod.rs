@@ -38,6 +38,7 @@ use podferry_common::identity::Peer;
 use podferry_criu::CriuLog;
 use podferry_memory::shared::laying;
 use podferry_network::{ContainerLink, LinkHandle, Netns};
+use podferry_part::{May, Side, Step, may};
 use tokio::sync::{Mutex, MutexGuard};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio_util::sync::CancellationToken;
@@ -402,10 +403,10 @@ impl TargetPart {
     /// When the container is not held.
     pub async fn seal(&self) -> Result<(), Failure> {
         let mut record = self.ledger.lock().await;
-        match record.standing {
-            Standing::Sealed => return Ok(()),
-            Standing::Open => {}
-            other => return Err(self.wrong_standing("seal", other)),
+        match may(Side::Target, record.standing, Step::Seal) {
+            May::Taken => return Ok(()),
+            May::Take => {}
+            May::Refuse => return Err(self.wrong_standing("seal", record.standing)),
         }
         if self.takes_over {
             self.check_taken_over().await?;
@@ -441,11 +442,10 @@ impl TargetPart {
     /// When something stays; to be called again.
     pub async fn abort(&self, authority: Authority) -> Result<(), Failure> {
         let mut record = self.ledger.lock().await;
-        match record.standing {
-            Standing::Aborted => return Ok(()),
-            Standing::Open => {}
-            Standing::Sealed if authority == Authority::Coordinator => {}
-            other => return Err(self.wrong_standing("abort", other)),
+        match may(Side::Target, record.standing, Step::Abort(authority)) {
+            May::Taken => return Ok(()),
+            May::Take => {}
+            May::Refuse => return Err(self.wrong_standing("abort", record.standing)),
         }
         self.cancelled.cancel();
         self.context.admissions.forget(self.migration);

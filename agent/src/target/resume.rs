@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use podferry_common::failure::{Failure, FailureCode, chain};
 use podferry_memory::shared::laying;
 use podferry_network::{Announcer, Netns, Replayer};
+use podferry_part::{May, Side, Step, may};
 use tokio::sync::MutexGuard;
 
 use super::hook::Hold;
@@ -38,10 +39,10 @@ impl TargetPart {
     /// When it does not come to run; to be called again.
     pub async fn resume(&self) -> Result<i32, Failure> {
         let mut record = self.ledger.lock().await;
-        match record.standing {
-            Standing::Resumed => return Ok(self.init_pid()),
-            Standing::Sealed => {}
-            other => return Err(self.wrong_standing("resume", other)),
+        match may(Side::Target, record.standing, Step::Resume) {
+            May::Taken => return Ok(self.init_pid()),
+            May::Take => {}
+            May::Refuse => return Err(self.wrong_standing("resume", record.standing)),
         }
         if self.cold {
             self.start_created(&mut record).await?;

@@ -71,6 +71,17 @@ pub enum Order {
     },
 }
 
+impl Order {
+    /// What of it the worker's rules are about.
+    pub fn kind(&self) -> podferry_part::Order {
+        match self {
+            Self::Seal => podferry_part::Order::Seal,
+            Self::Release => podferry_part::Order::Release,
+            Self::Abort { .. } => podferry_part::Order::Abort,
+        }
+    }
+}
+
 /// What the worker tells the agent: how far it is. After connecting it tells the newest at once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "stage")]

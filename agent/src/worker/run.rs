@@ -12,6 +12,7 @@ use command_fds::FdMapping;
 use podferry_common::failure::chain;
 use podferry_criu::{CriuError, CriuLog, Notification, Session, Verdict};
 use podferry_network::LinkState;
+use podferry_part::{Next, Reason};
 use podferry_runtime::{Container, Freezer, has_stopped_for_good};
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 
@@ -152,9 +153,11 @@ impl Dump {
     fn hold(&mut self) -> Verdict {
         self.control.report(Stage::Dumped);
         loop {
-            match self.control.order(TICK) {
-                Some(Order::Seal) => self.seal(),
-                Some(Order::Release) if self.record.sealed => {
+            let order = self.control.order(TICK);
+            let next = self.state().next(order.as_ref().map(Order::kind));
+            match next {
+                Next::Seal => self.seal(),
+                Next::Release => {
                     self.record.released = true;
                     self.note();
                     // CRIU would kill them too, but waits for deaths that a v1 freezer does not let happen; and its tidying
@@ -164,16 +167,26 @@ impl Dump {
                     }
                     return Verdict::Proceed;
                 }
-                Some(Order::Release) => tracing::error!("release was ordered of an unsealed part; ignored"),
-                Some(Order::Abort { reason }) => return self.give_up(reason),
-                None if self.record.sealed => {}
-                None if !self.criu_lives() => return self.give_up(CRIU_GONE.to_owned()),
-                None if SystemTime::now() > self.job.deadline => {
-                    return self.give_up("the migration's deadline has passed".to_owned());
+                Next::Ignore => tracing::error!("release was ordered of an unsealed part; ignored"),
+                Next::GiveUp(why) => {
+                    return self.give_up(match (why, order) {
+                        (_, Some(Order::Abort { reason })) => reason,
+                        (Reason::CriuGone, _) => CRIU_GONE.to_owned(),
+                        (Reason::Late, _) => "the migration's deadline has passed".to_owned(),
+                        (Reason::Told | Reason::Abandoned, _) => "the agent is gone".to_owned(),
+                    });
                 }
-                None if self.control.is_abandoned() => return self.give_up("the agent is gone".to_owned()),
-                None => {}
+                Next::Wait => {}
             }
+        }
+    }
+
+    fn state(&self) -> podferry_part::Dump {
+        podferry_part::Dump {
+            sealed: self.record.sealed,
+            criu_lives: self.criu_lives(),
+            late: SystemTime::now() > self.job.deadline,
+            abandoned: self.control.is_abandoned(),
         }
     }
 

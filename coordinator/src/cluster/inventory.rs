@@ -110,7 +110,7 @@ struct Reader<'a> {
     text: &'a str,
     inventory: Inventory,
     problems: Vec<Problem>,
-    /// What must be unique, with the line where it was said first.
+    /// What must be unique, with the offset where it was said first: counting lines is for those that are repeated.
     seen: HashMap<(&'static str, String), usize>,
 }
 
@@ -172,11 +172,12 @@ impl Reader<'_> {
     }
 
     fn unique(&mut self, kind: &'static str, said: &Spanned<String>) -> bool {
-        let line = Problem::at(self.text, said.span().start, String::new()).line;
-        let first = *self.seen.entry((kind, said.get_ref().clone())).or_insert(line);
-        if first == line {
+        let offset = said.span().start;
+        let first = *self.seen.entry((kind, said.get_ref().clone())).or_insert(offset);
+        if first == offset {
             return true;
         }
+        let first = Problem::at(self.text, first, String::new()).line;
         self.problem(said, format!("{kind} {:?} stands here again; first on line {first}", said.get_ref()))
     }
 

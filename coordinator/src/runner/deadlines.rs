@@ -62,12 +62,12 @@ impl Default for Deadlines {
 impl Deadlines {
     /// Those of a migration whose workload gets so long to end.
     #[must_use]
-    pub(super) fn with_grace(self, grace: Duration) -> Self {
+    pub fn with_grace(self, grace: Duration) -> Self {
         Self { freeze: self.freeze + grace, ..self }
     }
 
     /// How long a phase may take as a whole; `None` for what is repeated until it is done.
-    pub(super) fn of_phase(&self, phase: Phase) -> Option<Duration> {
+    pub fn of_phase(&self, phase: Phase) -> Option<Duration> {
         match phase {
             Phase::Preflight => Some(self.preflight),
             Phase::Prepare => Some(self.prepare),
@@ -86,7 +86,7 @@ impl Deadlines {
 
     /// How long one call may take on that path. Calls of phases with a deadline have a little more than that, so that it is the phase
     /// that ends, once, for all of its calls.
-    pub(super) fn of_call(&self, call: Call, path: Path) -> Duration {
+    pub fn of_call(&self, call: Call, path: Path) -> Duration {
         const SLACK: Duration = Duration::from_secs(5);
         match call {
             Call::PreflightSource | Call::PreflightTarget => self.preflight + SLACK,
@@ -104,7 +104,7 @@ impl Deadlines {
 
     /// After how long an unsealed part undoes itself, told to agents: never before the coordinator would have. For the
     /// source that time begins with the end of pre-copy.
-    pub(super) fn of_part(&self, call: Call, path: Path) -> Duration {
+    pub fn of_part(&self, call: Call, path: Path) -> Duration {
         let rest = self.freeze + self.commit;
         if call == Call::Prepare { self.prepare + self.before_the_freeze(path) + rest } else { rest }
     }

@@ -312,6 +312,15 @@ fn prepare(database: &Database) -> Result<String, redb::Error> {
     Ok(found)
 }
 
+/// What of a record says whom its migration keeps busy: all that are open are read for each new one.
+#[derive(Deserialize)]
+struct Holder {
+    id: MigrationId,
+    workload: WorkloadName,
+    source: NodeName,
+    target: NodeName,
+}
+
 fn conflict(transaction: &WriteTransaction, new: &Record, limit: usize) -> Result<Option<Conflict>, StoreError> {
     let action = "look for other migrations";
     let busy = transaction.open_table(BUSY).map_err(|error| failed(action)(error.into()))?;
@@ -321,7 +330,7 @@ fn conflict(transaction: &WriteTransaction, new: &Record, limit: usize) -> Resul
         let (_, id) = row.map_err(|error| failed(action)(error.into()))?;
         let bytes = records.get(id.value()).map_err(|error| failed(action)(error.into()))?;
         if let Some(bytes) = bytes {
-            others.push(parse::<Record>(id.value(), bytes.value())?);
+            others.push(parse::<Holder>(id.value(), bytes.value())?);
         }
     }
     if let Some(other) = others.iter().find(|other| other.workload == new.workload) {
