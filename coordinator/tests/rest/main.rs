@@ -181,7 +181,7 @@ async fn what_makes_no_sense_is_refused_with_what_to_do() {
     400 INVALID_ARGUMENT -1 ms is no downtime that can be aimed at: it is between 1 and 60000 ms; what to do: give another one, or none
     400 INVALID_ARGUMENT the body is wrong: invalid value: integer `-1`, expected u64 at line 1 column 42; what to do: see /api/v1/openapi.json
     400 INVALID_ARGUMENT the strategy postcopy risks the workload: from its resume on the target until the last page is across, losing either node, or the link between them for too long, loses it; what to do: accept that risk (--accept-loss), or use live
-    501 UNIMPLEMENTED the strategy application is not available yet; what to do: use auto, cold, warm or live, or postcopy or hybrid with their risk
+    409 FAILED_PRECONDITION no node can take the workload (a: the workload runs there already; b: its agent does not know this kind of migration; c: its agent does not know this kind of migration); what to do: make room on a node or add one
     404 NOT_FOUND there is no workload "nothing" in the inventory; what to do: name one of: redis, shop
     400 INVALID_ARGUMENT node a cannot take the workload: the workload runs there already; what to do: name another node, or none
     400 INVALID_ARGUMENT the body is wrong: trailing characters at line 1 column 21; what to do: see /api/v1/openapi.json

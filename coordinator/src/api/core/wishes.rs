@@ -193,7 +193,7 @@ mod tests {
         let refused = [asked(Strategy::Cold, Some(3601)), asked(Strategy::Warm, Some(30))].map(Result::unwrap_err);
         insta::assert_snapshot!(refused.map(|failure| format!("{} {failure}", failure.code)).join("\n"), @r"
         INVALID_ARGUMENT 3601 s are no grace period: it is at most 3600 s (in preflight); what to do: give a shorter one, or none
-        INVALID_ARGUMENT the strategy warm stops no workload (in preflight); what to do: give no grace period, or use cold
+        INVALID_ARGUMENT the strategy warm stops no workload (in preflight); what to do: give no grace period, or use cold or application
         ");
     }
 
