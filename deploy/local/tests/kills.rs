@@ -93,9 +93,11 @@ fn the_dump_worker_may_be_killed() {
     cases(Victim::DumpWorker, &ALL[2..7]);
 }
 
+/// From when it reads pages: before that it puts its own code into the processes, and who kills it then may kill them. See
+/// docs/reliability.md.
 #[test]
 fn the_criu_that_dumps_may_be_killed() {
-    cases(Victim::CriuOfDump, &ALL[2..7]);
+    cases(Victim::CriuOfDump, &ALL[3..7]);
 }
 
 /// While there is one: from the transfer, during which it waits for its images, until the target runs.

@@ -36,10 +36,10 @@ fn the_coordinator_may_be_killed_in_a_live_migration() {
 /// While there are any; what warm migrations show as well is left to those.
 #[test]
 fn whoever_dumps_and_restores_may_be_killed_in_a_live_migration() {
-    use Moment::{Committed, Dump, Held, Released, Sealed};
+    use Moment::{Committed, Dump, Held, Released, Sealed, Transfer};
     cases(&[
         (Victim::DumpWorker, &[Dump, Held, Committed]),
-        (Victim::CriuOfDump, &[Dump, Sealed]),
+        (Victim::CriuOfDump, &[Transfer, Sealed]),
         (Victim::RuncRestore, &[Held, Released]),
         (Victim::CriuOfRestore, &[Sealed, Released]),
     ]);
