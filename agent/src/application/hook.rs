@@ -135,10 +135,10 @@ impl Instance {
     /// When its network namespace cannot be opened.
     pub fn of(context: &Context, container: &Container, port: Option<u16>) -> Result<Self, podferry_network::Error> {
         let by_path = container.namespace_paths.get(&podferry_runtime::NamespaceKind::Network);
-        let netns = match (by_path, container.init) {
-            (Some(path), _) => Netns::open(path)?,
-            (None, Some(init)) => Netns::of_process(init.pid.unsigned_abs())?,
-            (None, None) => Netns::current()?,
+        // Of one that has ended there is none.
+        let netns = match by_path {
+            Some(path) => Netns::open(path)?,
+            None => Netns::of_process(container.init.map_or(0, |init| init.pid.unsigned_abs()))?,
         };
         let told = port.map(|port| ("PODFERRY_PORT", port.to_string())).into_iter().collect();
         let (root, id) = (container.root.clone(), container.id.clone());

@@ -33,7 +33,7 @@ const ONCE: Duration = Duration::from_secs(600);
 /// What a new instance is brought up with.
 #[derive(Debug)]
 pub struct TakeOver {
-    /// What this node's bundle says of it; none in an agent that was restarted.
+    /// What this node's bundle says of it.
     pub application: Application,
     /// host:port of the agent of the old one.
     pub source_address: String,

@@ -187,7 +187,6 @@ fn a_pager_process_gives_a_process_all_its_memory() {
 
 #[test]
 fn a_pager_that_is_killed_at_any_stage_is_replaced_and_no_byte_is_wrong() {
-    let mut victim = load(256);
     let killers: [Killer; 6] = [
         kills_the_first_while_it_waits,
         kills_the_first_while_it_serves,
@@ -196,10 +195,23 @@ fn a_pager_that_is_killed_at_any_stage_is_replaced_and_no_byte_is_wrong() {
         kills_every_first,
         kills_every_second,
     ];
+    let mut victim = load(256);
     for killer in killers {
-        migrate(&mut victim, killer);
+        migrate_replaced(&mut victim, killer);
         victim.check().unwrap();
     }
+}
+
+/// One that is killed just while it takes CRIU's connection costs the restore, as `podferry_memory::pager` says: the process runs on where it
+/// was. That is no replacement, and hardly happens twice.
+fn migrate_replaced(victim: &mut Victim, killer: Killer) {
+    for _ in 0..3 {
+        let mut pager = Processes::killed_by(victim, killer);
+        let Err(error) = live::migrate_with(victim, false, &mut pager) else { return };
+        assert!(matches!(error, Error::Restore(_)) && victim.is_alive(), "{error}");
+        eprintln!("the restore was given up: {error}");
+    }
+    panic!("no pager was replaced");
 }
 
 /// Moves and unmappings that a killed pager has read are not lost with it.
@@ -207,7 +219,7 @@ fn a_pager_that_is_killed_at_any_stage_is_replaced_and_no_byte_is_wrong() {
 fn a_process_that_changes_its_mappings_survives_its_pagers() {
     let mut victim = churn();
     for _ in 0..4 {
-        migrate(&mut victim, kills_every_first);
+        migrate_replaced(&mut victim, kills_every_first);
         std::thread::sleep(Duration::from_millis(300));
         assert!(victim.is_alive(), "it ended: {}", victim.errors());
         assert_eq!(victim.errors(), "");
@@ -216,9 +228,23 @@ fn a_process_that_changes_its_mappings_survives_its_pagers() {
 
 #[test]
 fn a_process_whose_pagers_are_all_killed_is_ended() {
-    let mut victim = load(256);
-    let mut pager = Processes::killed_by(&mut victim, kills_both);
-    let error = live::migrate_with(&mut victim, false, &mut pager).unwrap_err();
-    assert!(matches!(pager.ended, Some(PagerState::Lost { .. })), "{error}");
-    assert!(!victim.is_alive(), "it runs on without its memory");
+    for _ in 0..3 {
+        let mut victim = load(256);
+        let mut pager = Processes::killed_by(&mut victim, kills_both);
+        let error = live::migrate_with(&mut victim, false, &mut pager).unwrap_err();
+        if matches!(error, Error::Restore(_)) {
+            // They were killed before CRIU had let go of all threads: the restore has failed, and the process runs on where it was.
+            assert!(victim.is_alive(), "{error}");
+            continue;
+        }
+        assert!(matches!(pager.ended, Some(PagerState::Lost { .. })), "{error}");
+        // It leaves its cgroup a moment before it is seen to have ended.
+        let begun = Instant::now();
+        while victim.is_alive() {
+            assert!(begun.elapsed() < Duration::from_secs(5), "it runs on without its memory");
+            std::thread::yield_now();
+        }
+        return;
+    }
+    panic!("CRIU was never done");
 }
