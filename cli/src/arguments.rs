@@ -145,7 +145,7 @@ pub(crate) struct Migrate {
     /// With live, hybrid and auto: if it writes memory faster than it is sent, give it less CPU time, step by step, instead of giving up
     #[arg(long)]
     pub(crate) throttle: bool,
-    /// With cold, and auto that may restart: how long it gets to end after its SIGTERM before it is killed, at most 3600; the coordinator's default is 30
+    /// Where the workload is stopped: how long it gets to end after its SIGTERM before it is killed, at most 3600; the coordinator's default is 30
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(0..=3600))]
     pub(crate) grace_period: Option<u32>,
 }

@@ -46,8 +46,15 @@ stop_running() {
 }
 
 # The kernel's counters of calls, which agents use where they are there: everywhere but in containers and machines without an init.
+# The tests that need it say so themselves where the kernel has none.
+mounted=
 mount_tracefs() {
-    mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing
+    mountpoint -q /sys/kernel/tracing && return
+    if mount -t tracefs tracefs /sys/kernel/tracing; then mounted=/sys/kernel/tracing; fi
+}
+
+unmount_tracefs() {
+    [[ -z $mounted ]] || umount "$mounted"
 }
 
 main() {
@@ -57,7 +64,7 @@ main() {
     mount_tracefs
     output=$(mktemp)
     # shellcheck disable=SC2064 # the path of now is meant
-    trap "stop_running; rm -f '$output'" EXIT
+    trap "stop_running; unmount_tracefs; rm -f '$output'" EXIT
 
     # End-to-end tests start the real binaries, and CRIU with the real library.
     cargo build --workspace --lib --bins --locked || status=$?

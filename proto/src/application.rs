@@ -24,6 +24,9 @@
 //!                                                          Resume: link joined, address announced
 //! ```
 //!
+//! `BringUp` says by which method the source moves the state. A target whose own `config.json` says another one refuses with
+//! `FAILED_PRECONDITION`, before anything is started: one side would wait for what the other does not give, and that would be lost.
+//!
 //! A stateless container is not touched before the commit; clients are served by it until its `Release`, which lets it end what it is
 //! being asked. A stateful one is cut off and quiesced before its state is taken for the last time: what it acknowledged is with the
 //! new instance, or is undone with it. Undoing means: `unquiesce`, the link joined.

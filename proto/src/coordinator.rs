@@ -26,7 +26,7 @@
 //!                        ROLLING_BACK ─▶ FAILED or CANCELLED
 //! ```
 //!
-//! A live migration goes through `PRECOPY` and `FILL`, a cold one through `PRECOPY` alone, a warm one through neither. In `FILL` the workload runs on the target and its
+//! A live migration goes through `PRECOPY` and `FILL`, a cold or application-level one through `PRECOPY` alone, a warm one through neither. In `FILL` the workload runs on the target and its
 //! memory is laid in behind it: it is committed and cannot be cancelled, and the workload cannot be migrated again until that
 //! has ended. `FAILED` has two meanings, which `decision` tells apart: with `ABORT` the migration was undone and the source runs
 //! on; with `COMMIT` the target's agent said that memory was lost for good and stopped its copy, and the workload runs nowhere.
@@ -73,7 +73,7 @@
 //! # Limits
 //!
 //! `downtime_budget_ms`: 0 for the default of 100, or 1 to 60000, and only with a strategy that copies memory in `PRECOPY`. `throttle`:
-//! only with such a strategy, too. `grace_period_s`: 0 to 3600, and only with `COLD`, whose default is 30. `verify`: only with `LIVE`. `bandwidth_limit`: 0 for none, or at least 65536 bytes per second. A migration has
+//! only with such a strategy, too. `grace_period_s`: 0 to 3600, and only with `COLD` and `APPLICATION`, whose default is 30. `verify`: only with `LIVE`. `bandwidth_limit`: 0 for none, or at least 65536 bytes per second. A migration has
 //! at most 31 rounds.
 //!
 //! Names (workloads, nodes): 1–63 bytes of `[a-z0-9-]`, no `-` at either end. Ids: at most 64 bytes. A message: at most

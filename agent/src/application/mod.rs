@@ -199,6 +199,16 @@ impl Application {
         Ok(())
     }
 
+    /// How the state moves, for comparing two nodes: the kind, and the names of the hooks that have a part in it. What they do may differ.
+    pub fn method(&self) -> String {
+        let has_a_part = |hook: &&HookName| !matches!(hook, HookName::Ready | HookName::Verify);
+        let hooks: Vec<_> = self.hooks.keys().filter(has_a_part).map(|hook| hook.as_str()).collect();
+        match self.kind {
+            Kind::Stateless => "stateless".to_owned(),
+            Kind::Stateful => format!("with {}", hooks.join(", ")),
+        }
+    }
+
     /// In which way it is moved.
     pub fn kind(&self) -> Kind {
         self.kind
@@ -248,6 +258,18 @@ mod tests {
         assert_eq!(redis.hook(HookName::Verify), Some(&Hook::Command(vec!["/bin/true".to_owned()])));
         assert!(redis.hook(HookName::Ready).is_none() && redis.hook(HookName::Replicate).is_some());
         assert_eq!(of(&[(APPLICATION, "stateless")]).unwrap().kind(), Kind::Stateless);
+    }
+
+    #[test]
+    fn two_nodes_that_move_the_state_in_different_ways_are_told_apart() {
+        let method = |annotations: &[(&str, &str)]| of(annotations).unwrap().method();
+        let redis = method(&[(APPLICATION, "redis")]);
+        assert_eq!(redis, "with replicate, caught-up, promote, quiesce, unquiesce");
+        assert_eq!(method(&[(APPLICATION, "redis"), ("podferry.dev/application.verify", "true")]), redis);
+        let less = [("podferry.dev/application.quiesce", ""), ("podferry.dev/application.unquiesce", "")];
+        assert_ne!(method(&[&[(APPLICATION, "redis")][..], &less].concat()), redis);
+        assert_eq!(method(&[(APPLICATION, "stateless")]), "stateless");
+        assert_eq!(method(&[(APPLICATION, "postgresql")]), "with export, import");
     }
 
     #[test]

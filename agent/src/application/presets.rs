@@ -17,8 +17,8 @@ pub const POSTGRESQL_PORT: u16 = 5432;
 pub(super) fn redis() -> BTreeMap<HookName, Hook> {
     scripts([
         (HookName::Ready, r#"[ "$(redis-cli -p "$PODFERRY_PORT" PING)" = PONG ]"#.to_owned()),
-        (HookName::Replicate, format!("{REDIS_SAYS_OK}{REDIS_REPLICATE}")),
-        (HookName::CaughtUp, REDIS_CAUGHT_UP.to_owned()),
+        (HookName::Replicate, format!("{REDIS_SAYS_OK}{REDIS_FIELD}{REDIS_REPLICATE}")),
+        (HookName::CaughtUp, format!("{REDIS_FIELD}{REDIS_CAUGHT_UP}")),
         (HookName::Promote, format!("{REDIS_SAYS_OK}ok REPLICAOF NO ONE")),
         // Longer than any freeze may take; it ends with the instance, or with unquiesce.
         (HookName::Quiesce, format!("{REDIS_SAYS_OK}ok CLIENT PAUSE 3600000 WRITE")),
@@ -34,14 +34,8 @@ ok() {
 }
 "#;
 
-const REDIS_REPLICATE: &str = r#"
-[ -z "$REDISCLI_AUTH" ] || ok CONFIG SET masterauth "$REDISCLI_AUTH"
-ok REPLICAOF "$PODFERRY_SOURCE_HOST" "$PODFERRY_SOURCE_PORT"
-"#;
-
-/// How far the old one is is asked before how far the new one is: so the new one has at least all that the old one had when this
-/// began.
-const REDIS_CAUGHT_UP: &str = r#"
+/// What a section of `INFO` says of one thing; its lines end with a carriage return.
+const REDIS_FIELD: &str = r#"
 field() {
     while IFS=: read -r key value; do
         [ "$key" = "$1" ] || continue
@@ -50,6 +44,19 @@ field() {
     done
     return 1
 }
+"#;
+
+/// One that is a replica itself would come out of this as a master of its own.
+const REDIS_REPLICATE: &str = r#"
+role=$(redis-cli -h "$PODFERRY_SOURCE_HOST" -p "$PODFERRY_SOURCE_PORT" INFO replication | field role) || exit 1
+[ "$role" = master ] || { echo "the old instance is a $role itself: move it live, or give hooks of its own" >&2; exit 1; }
+[ -z "$REDISCLI_AUTH" ] || ok CONFIG SET masterauth "$REDISCLI_AUTH"
+ok REPLICAOF "$PODFERRY_SOURCE_HOST" "$PODFERRY_SOURCE_PORT"
+"#;
+
+/// How far the old one is is asked before how far the new one is: so the new one has at least all that the old one had when this
+/// began.
+const REDIS_CAUGHT_UP: &str = r#"
 there=$(redis-cli -h "$PODFERRY_SOURCE_HOST" -p "$PODFERRY_SOURCE_PORT" INFO replication | field master_repl_offset) || exit 1
 here=$(redis-cli -p "$PODFERRY_PORT" INFO replication) || exit 1
 [ "$(echo "$here" | field master_link_status)" = up ] || { echo "the replication link is not up" >&2; exit 1; }

@@ -108,7 +108,7 @@ impl ApplicationService for Application {
 
     async fn bring_up(&self, request: Request<BringUpRequest>) -> Result<Response<BringUpResponse>, Status> {
         let peer = peer_of(&request);
-        let BringUpRequest { migration_id, listening_ports } = request.into_inner();
+        let BringUpRequest { migration_id, listening_ports, method } = request.into_inner();
         let target = self.target(&migration_id, peer.as_ref())?;
         if listening_ports.len() > MOST_PORTS {
             return Err(self.invalid("more ports are named than are waited for").into());
@@ -116,7 +116,7 @@ impl ApplicationService for Application {
         let ports: Result<Vec<u16>, _> = listening_ports.into_iter().map(u16::try_from).collect();
         let ports = ports.map_err(|_| self.invalid("a port is above 65535"))?;
         // Half a start is neither done nor undone; an abort ends it.
-        let up = to_its_end(async move { target.bring_up(ports).await }).await?;
+        let up = to_its_end(async move { target.bring_up(ports, &method).await }).await?;
         Ok(Response::new(up))
     }
 

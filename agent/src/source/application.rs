@@ -116,7 +116,8 @@ impl SourcePart {
             Some(_) => Vec::new(),
             None => self.listening_ports(&order.container)?,
         };
-        let request = BringUpRequest { migration_id: order.migration.to_string(), listening_ports };
+        let request =
+            BringUpRequest { migration_id: order.migration.to_string(), listening_ports, method: application.method() };
         let deadline = order.pre_copy.map_or_else(SystemTime::now, |wish| wish.deadline);
         let mut client = ApplicationServiceClient::new(channel);
         let Ok(answer) = tokio::time::timeout(patience(deadline), client.bring_up(request)).await else {

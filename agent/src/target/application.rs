@@ -58,12 +58,21 @@ impl TakeOver {
 }
 
 impl TargetPart {
-    /// Starts a new instance. Returns when it is ready, and has caught up if it replicates. `ports` are where the old one listens.
+    /// Starts a new instance. Returns when it is ready, and has caught up if it replicates. `ports` are where the old one listens, and its
+    /// node moves the state by `method`.
     ///
     /// # Errors
-    /// When it does not come so far, or was begun before.
-    pub async fn bring_up(&self, ports: Vec<u16>) -> Result<BringUpResponse, Failure> {
+    /// When this node moves it by another one, when it does not come so far, or was begun before.
+    pub async fn bring_up(&self, ports: Vec<u16>, method: &str) -> Result<BringUpResponse, Failure> {
         let take_over = self.take_over()?;
+        let own = take_over.application.method();
+        if own != method {
+            let message = format!("the state moves here {own}, and on the source {method}");
+            let failure = self.refused(FailureCode::FailedPrecondition, message, "precopy");
+            return Err(
+                failure.remedy("let both nodes' config.json have the same podferry.dev/application annotations")
+            );
+        }
         let begun = Instant::now();
         let work = async {
             self.launch().await?;

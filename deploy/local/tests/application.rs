@@ -348,6 +348,27 @@ fn what_does_not_say_how_or_has_no_address_is_refused() {
     refused(&[("", "redis")], Network::OfNode, "no address moves");
 }
 
+/// One node would begin with nothing while the other waits for nobody: what was written would be lost.
+#[test]
+fn nodes_that_move_the_state_in_different_ways_and_replicas_are_refused() {
+    for (there, command, words) in [
+        ("stateless", "PING", "the state moves here stateless, and on the source with replicate"),
+        ("redis", "REPLICAOF 192.0.2.1 6379", "the old instance is a slave itself"),
+    ] {
+        let stage = Stage::up(&["redis"]);
+        let workload = |kind| annotated(redis("redis", FIRST_CONTAINER_ADDRESS), &[("", kind)]);
+        stage.cluster.start_workload(NODES[0], &workload("redis")).unwrap();
+        stage.cluster.prepare_workload(NODES[1], &workload(there)).unwrap();
+        let netns = client_netns(&stage);
+        eventually(PATIENCE, || ask_redis(&netns, "SET k v"));
+        ask_redis(&netns, command).unwrap();
+        let record = stage.try_migrate_with("redis", NODES[1], APPLICATION).unwrap();
+        assert!(phase(&record) == "failed" && record["reason"].to_string().contains(words), "{record:#}");
+        assert_eq!(stage.places("redis"), [NODES[0]], "{words}");
+        assert_eq!(ask_redis(&netns, "STRLEN k").as_deref(), Ok(":1"), "{words}");
+    }
+}
+
 /// An instance of it that ends by itself is no instance.
 #[test]
 fn a_new_instance_that_does_not_stay_is_given_up() {

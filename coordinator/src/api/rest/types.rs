@@ -119,7 +119,7 @@ pub(super) struct MigrateRequest {
     /// connections.
     #[serde(default)]
     allow_restart: bool,
-    /// Cold: seconds that the workload gets to end, at most 3600, before it is killed; 30 when none are given.
+    /// Cold, and application for a stateless workload: seconds that it gets to end, at most 3600, before it is killed; 30 when none are given.
     #[serde(default)]
     grace_period_s: Option<u32>,
 }
