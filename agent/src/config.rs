@@ -108,8 +108,12 @@ impl Kubernetes {
         Duration::from_secs(self.arrive_within_s)
     }
 
-    /// Whether a folder is a pod's `emptyDir`, which moves with it.
-    pub fn is_empty_dir(&self, dir: &Path) -> bool {
+    /// Whether what is mounted there moves with its pod: an `emptyDir`, and the shared memory of its sandbox.
+    pub fn moves(&self, destination: &Path, dir: &Path) -> bool {
+        destination == Path::new("/dev/shm") || self.is_empty_dir(dir)
+    }
+
+    fn is_empty_dir(&self, dir: &Path) -> bool {
         let Ok(below) = dir.strip_prefix(self.kubelet_dir.join("pods")) else { return false };
         let parts: Vec<_> = below.iter().collect();
         matches!(parts.as_slice(), [_, volumes, kind, _] if *volumes == "volumes" && *kind == "kubernetes.io~empty-dir")
@@ -282,7 +286,8 @@ mod tests {
     #[test]
     fn of_a_pods_folders_only_its_empty_dirs_move() {
         let kubernetes = Kubernetes::default();
-        let is = |dir: &str| kubernetes.is_empty_dir(Path::new(dir));
+        let is = |dir: &str| kubernetes.moves(Path::new("/there"), Path::new(dir));
+        assert!(kubernetes.moves(Path::new("/dev/shm"), Path::new("/run/containerd/sandboxes/s-1/shm")));
         assert!(is("/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~empty-dir/cache"));
         for other in [
             "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~empty-dir",

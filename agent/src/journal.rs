@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{Mutex, MutexGuard, watch};
 
 use crate::config::{Config, Tools};
+use crate::pods::Fence;
 use crate::volumes::Volume;
 use crate::worker::messages::WorkerRecord;
 use crate::worker::record;
@@ -53,6 +54,9 @@ pub enum Role {
         /// What moves with it, and is emptied when it has.
         #[serde(default)]
         volumes: Vec<Volume>,
+        /// Kubernetes: what keeps the kubelet from starting it again here.
+        #[serde(default)]
+        fence: Option<Fence>,
     },
     /// The container comes to this node.
     Target {
@@ -339,6 +343,14 @@ impl PartRecord {
         }
     }
 
+    /// Kubernetes: what keeps the kubelet from starting a source's container again.
+    pub fn fence(&self) -> Option<&Fence> {
+        match &self.role {
+            Role::Source { fence, .. } => fence.as_ref(),
+            Role::Target { .. } => None,
+        }
+    }
+
     /// Changes how far the source's container is stopped.
     pub fn note_stop(&mut self, change: impl FnOnce(&mut StopNote)) {
         if let Role::Source { stop: Some(stop), .. } = &mut self.role {
@@ -522,6 +534,7 @@ mod tests {
             take_over: None,
             stop: Some(StopNote { signal: 3, grace: Duration::from_secs(30), begun: None, told: false }),
             volumes: vec![Volume { destination: "/data".into(), dir: "/volumes/data".into(), made: false }],
+            fence: None,
         });
         record.note_stop(|stop| (stop.begun, stop.told) = (Some(SystemTime::UNIX_EPOCH), true));
         let mut text = serde_json::to_value(&record).unwrap();

@@ -130,11 +130,11 @@ a_bare_pod_moves_live_with_all_it_has() {
     local before
     fill one 64
     before=$(digest one)
-    in_pod one sh -c 'echo kept >/cache/file; echo fast >/fast/file; echo layer >/layer'
+    in_pod one sh -c 'echo kept >/cache/file; echo fast >/fast/file; echo layer >/layer; echo shared >/dev/shm/file'
     kube logs "$(pod_of one)" | grep -q 'Ready to accept'
     move one live
     [[ $(digest one) == "$before" ]]
-    [[ $(in_pod one cat /cache/file /fast/file /layer) == $'kept\nfast\nlayer' ]]
+    [[ $(in_pod one cat /cache/file /fast/file /layer /dev/shm/file) == $'kept\nfast\nlayer\nshared' ]]
     # The init container has not run again.
     [[ $(in_pod one cat /cache/set-up) == once ]]
     [[ $(field "$(pod_of one)" '.status.containerStatuses[0].restartCount') == 0 ]]

@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 
 use podferry_runtime::Container;
 use podferry_runtime::wrapper::PodContainer;
+use serde::{Deserialize, Serialize};
 
 /// The fence around one pod. [`podferry_runtime::wrapper`] starts nothing behind it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fence(PathBuf);
 
 impl Fence {
@@ -19,6 +20,24 @@ impl Fence {
         // It is a file's name here, and comes from the API server.
         let plain = !pod.uid.is_empty() && pod.uid.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
         plain.then(|| Self(dir.join(pod.uid)))
+    }
+
+    /// Removes those of pods that are not on this node any more, which the kubelet's folder of theirs tells.
+    ///
+    /// # Errors
+    /// When one stays.
+    pub fn prune(dir: &Path, kubelet_dir: &Path) -> io::Result<()> {
+        let entries = match fs::read_dir(dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries?,
+        };
+        for entry in entries {
+            let entry = entry?;
+            if !kubelet_dir.join("pods").join(entry.file_name()).exists() {
+                Self(entry.path()).take_away()?;
+            }
+        }
+        Ok(())
     }
 
     /// Puts it up. Idempotent.
@@ -41,5 +60,27 @@ impl Fence {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fences_stand_as_long_as_their_pods_are_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let (fences, kubelet) = (folder.path().join("fenced"), folder.path().join("kubelet"));
+        Fence::prune(&fences, &kubelet).unwrap();
+        for uid in ["there", "gone"] {
+            Fence(fences.join(uid)).put_up().unwrap();
+            Fence(fences.join(uid)).put_up().unwrap();
+        }
+        fs::create_dir_all(kubelet.join("pods/there")).unwrap();
+        Fence::prune(&fences, &kubelet).unwrap();
+        assert!(fences.join("there").exists() && !fences.join("gone").exists());
+        Fence(fences.join("there")).take_away().unwrap();
+        Fence(fences.join("there")).take_away().unwrap();
+        assert!(!fences.join("there").exists());
     }
 }

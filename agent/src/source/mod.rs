@@ -116,9 +116,10 @@ impl SourcePart {
                 stop: order.stop,
                 take_over: order.take_over,
                 volumes: order.volumes.clone(),
+                fence: fence_of(context, &order.container),
             },
         };
-        let fence = fence_of(context, &order.container);
+        let fence = record.fence().cloned();
         // A target that cannot be reached is to cost the tasks nothing.
         let connected = async {
             let begun = record.begin(&dirs).and_then(|()| fence.as_ref().map_or(Ok(()), Fence::put_up));
@@ -459,7 +460,7 @@ impl SourcePart {
         }
         self.unquiesce(&record).await?;
         self.start_again(&record).await?;
-        if let Some(fence) = self.container.as_ref().and_then(|container| fence_of(&self.context, container)) {
+        if let Some(fence) = record.fence() {
             fence.take_away().map_err(|error| io_failed(&self.context, &error))?;
         }
         if let Some(arrivals) = self.arrivals.get() {

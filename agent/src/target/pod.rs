@@ -20,6 +20,9 @@ use crate::pods::{Door, Visitor};
 /// How long a wrapper gets to find an agent that was restarted.
 const RETURN_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// What to do about a kubelet that did not wait.
+const ANEW: &str = "see \"A kubelet that did not wait\" in docs/kubernetes.md";
+
 /// What is noted of a pod's container that comes.
 pub(super) fn arrival(visitor: &Visitor, bundle: &Bundle) -> PodArrival {
     let (hello, overlay) = (&visitor.hello, bundle.overlay());
@@ -45,6 +48,7 @@ pub(super) fn bundle(pod: &PodArrival) -> Bundle {
 pub(super) fn launcher(
     context: &Context,
     pod: &PodArrival,
+    id: &str,
     migration: MigrationId,
 ) -> Result<Arc<dyn Launcher>, Failure> {
     let at = door(pod);
@@ -59,6 +63,14 @@ pub(super) fn launcher(
         let failure = context.refusal(FailureCode::Unavailable, message).in_phase("restore");
         failure.remedy("see `kubectl describe pod` for the target pod; the kubelet's runtimeRequestTimeout bounds how long it may wait")
     })?;
+    if visitor.hello.id != id {
+        // Its files have been laid into the bundle of the one before.
+        let message = format!(
+            "the kubelet has begun container {} of pod {} anew, as {}: what came is for {id}",
+            pod.container, pod.name, visitor.hello.id
+        );
+        return Err(context.refusal(FailureCode::FailedPrecondition, message).in_phase("restore").remedy(ANEW));
+    }
     Ok(visitor.launcher())
 }
 

@@ -142,7 +142,7 @@ impl Restoring {
         let criu_config = dirs.run.join("criu.conf");
         fs::write(&criu_config, podferry_runtime::criu_config(&tools.hook, !keep_connections))
             .map_err(|error| io_failed(context, &error))?;
-        let launcher = self.pod.as_ref().map(|pod| pod::launcher(context, pod, *migration)).transpose()?;
+        let launcher = self.pod.as_ref().map(|pod| pod::launcher(context, pod, workload, *migration)).transpose()?;
         let stdio = match &launcher {
             // Its own are the container's.
             Some(_) => RestoreStdio::Null,

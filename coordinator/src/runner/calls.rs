@@ -204,6 +204,10 @@ impl Job {
         mut client: AgentClient,
         strategy: Strategy,
     ) -> Result<Result<Arc<v1::PreflightSourceResponse>, Failure>, Failure> {
+        if self.pod.is_some() && strategy.starts_anew() {
+            let failure = self.failure(FailureCode::FailedPrecondition, format!("{strategy} does not move pods yet"));
+            return Ok(Err(failure.remedy("use live, warm, postcopy or hybrid")));
+        }
         let request = v1::PreflightSourceRequest {
             migration_id: self.id.to_string(),
             workload: self.container.clone(),
