@@ -9,7 +9,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use crate::audit::Bounds;
-use crate::runner::Deadlines;
+use crate::runner::{Deadlines, Limits};
 
 /// The audit log's name in the state folder.
 const AUDIT_LOG: &str = "audit.log";
@@ -55,6 +55,8 @@ pub struct Config {
     /// Migrations that one node may take part in at a time.
     #[serde(default = "migrations_per_node")]
     pub migrations_per_node: usize,
+    /// Migrations from one node to one other at a time; as many as for a node, unless said otherwise.
+    pub migrations_per_link: Option<usize>,
     /// How long things may take.
     #[serde(default)]
     pub deadlines: Deadlines,
@@ -102,7 +104,7 @@ pub enum ConfigError {
         path: PathBuf,
     },
     /// A node could take part in nothing.
-    #[error("the configuration {} is wrong: migrations_per_node must be at least 1", path.display())]
+    #[error("the configuration {} is wrong: migrations_per_node and migrations_per_link must be at least 1", path.display())]
     NoMigrations {
         /// The file.
         path: PathBuf,
@@ -116,7 +118,7 @@ impl Config {
         let text = std::fs::read_to_string(path).map_err(failed)?;
         let mut config: Self =
             toml::from_str(&text).map_err(|source| ConfigError::Parse { path: path.to_owned(), source })?;
-        if config.migrations_per_node == 0 {
+        if config.migrations_per_node == 0 || config.migrations_per_link == Some(0) {
             return Err(ConfigError::NoMigrations { path: path.to_owned() });
         }
         if config.audit_log_bytes < LEAST_AUDIT_LOG_BYTES
@@ -132,6 +134,12 @@ impl Config {
             *relative = folder.join(&*relative);
         }
         Ok(config)
+    }
+
+    /// How many migrations there may be at a time.
+    pub fn limits(&self) -> Limits {
+        let per_node = self.migrations_per_node;
+        Limits { per_node, per_link: self.migrations_per_link.unwrap_or(per_node) }
     }
 
     /// Where the audit log is.

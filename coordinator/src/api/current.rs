@@ -29,7 +29,12 @@ struct Followed {
 impl Current {
     /// A core whose inventory was read from `path`, some time ago: the first request reads it again.
     pub fn new(core: Core, path: PathBuf) -> Self {
-        Self(Arc::new(Mutex::new(Followed { core, file: Follower::new(path) })))
+        let evacuator = core.evacuator().clone();
+        let current = Self(Arc::new(Mutex::new(Followed { core, file: Follower::new(path) })));
+        // The evacuator is a part of the core: it must not keep it.
+        let weak = Arc::downgrade(&current.0);
+        evacuator.ask(move || weak.upgrade().map(|followed| Self(followed).now()));
+        current
     }
 
     /// The core, for a caller who may do this, and who that is: there is no other way to it. A changed inventory that is wrong is logged once,

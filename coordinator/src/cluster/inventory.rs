@@ -10,6 +10,7 @@ use podferry_common::{NodeName, WorkloadName};
 use serde::Deserialize;
 use toml::Spanned;
 
+use crate::placement::{AntiAffinity, HOSTNAME, Labels, NodeTraits, Selector, WorkloadTraits, check_label};
 use crate::problem::{self, FileError, Problem};
 
 /// The largest inventory that is read, in bytes: thousands of nodes fit.
@@ -24,6 +25,8 @@ pub struct Node {
     pub name: NodeName,
     /// `host:port` of its agent.
     pub address: String,
+    /// Its labels and taints.
+    pub traits: NodeTraits,
 }
 
 /// A workload of the inventory.
@@ -35,6 +38,8 @@ pub struct Workload {
     pub container: String,
     /// The node on which it was started; where it is now, the agents say.
     pub node: Option<NodeName>,
+    /// Its labels, its priority, and where it may run.
+    pub traits: WorkloadTraits,
 }
 
 /// Nodes and workloads, valid and without doubles.
@@ -58,6 +63,10 @@ struct File {
 struct NodeTable {
     name: Spanned<String>,
     address: Spanned<String>,
+    #[serde(default)]
+    labels: LabelTable,
+    #[serde(default)]
+    taints: Vec<Spanned<String>>,
 }
 
 #[derive(Deserialize)]
@@ -66,6 +75,35 @@ struct WorkloadTable {
     name: Spanned<String>,
     container: Option<Spanned<String>>,
     node: Option<Spanned<String>>,
+    #[serde(default)]
+    priority: i32,
+    #[serde(default)]
+    labels: LabelTable,
+    #[serde(default)]
+    tolerations: Vec<Spanned<String>>,
+    #[serde(default)]
+    node_selector: LabelTable,
+    #[serde(default)]
+    affinity: Vec<SelectorValue>,
+    #[serde(default)]
+    anti_affinity: Vec<AntiAffinityTable>,
+}
+
+type LabelTable = BTreeMap<Spanned<String>, Spanned<String>>;
+
+/// One expression, or several that all have to be met.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum SelectorValue {
+    One(Spanned<String>),
+    All(Vec<Spanned<String>>),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AntiAffinityTable {
+    workloads: Vec<Spanned<String>>,
+    topology: Option<Spanned<String>>,
 }
 
 impl Inventory {
@@ -95,6 +133,11 @@ impl Inventory {
         self.workloads.values()
     }
 
+    /// Whether any workload has rules about neighbours.
+    pub fn keeps_apart(&self) -> bool {
+        self.workloads.values().any(|workload| !workload.traits.anti_affinity.is_empty())
+    }
+
     /// The node of that name.
     pub fn node(&self, name: &str) -> Option<&Node> {
         self.nodes.get(&name.parse::<NodeName>().ok()?)
@@ -122,8 +165,9 @@ impl Reader<'_> {
             Ok(()) => self.unique("agent address", &table.address),
             Err(message) => self.problem(&table.address, message),
         };
+        let traits = NodeTraits { labels: self.labels(&table.labels), taints: self.parsed(&table.taints) };
         if let (Some(name), true, true) = (name, unique, address_fits) {
-            let node = Node { name: name.clone(), address: table.address.get_ref().clone() };
+            let node = Node { name: name.clone(), address: table.address.get_ref().clone(), traits };
             self.inventory.nodes.insert(name, node);
         }
     }
@@ -142,10 +186,57 @@ impl Reader<'_> {
             None => Some(None),
             Some(node) => self.known_node(node).map(Some),
         };
+        let traits = self.traits(table);
         if let (Some(name), true, true, Some(node)) = (name, unique, container_fits, node) {
-            let workload = Workload { name: name.clone(), container: container.get_ref().clone(), node };
+            let workload = Workload { name: name.clone(), container: container.get_ref().clone(), node, traits };
             self.inventory.workloads.insert(name, workload);
         }
+    }
+
+    fn traits(&mut self, table: &WorkloadTable) -> WorkloadTraits {
+        let affinity = table.affinity.iter().map(|value| match value {
+            SelectorValue::One(text) => Selector(self.parsed(std::slice::from_ref(text))),
+            SelectorValue::All(texts) => Selector(self.parsed(texts)),
+        });
+        WorkloadTraits {
+            affinity: affinity.collect(),
+            labels: self.labels(&table.labels),
+            priority: table.priority,
+            tolerations: self.parsed(&table.tolerations),
+            node_selector: self.labels(&table.node_selector),
+            anti_affinity: table.anti_affinity.iter().map(|rule| self.anti_affinity(rule)).collect(),
+        }
+    }
+
+    fn anti_affinity(&mut self, table: &AntiAffinityTable) -> AntiAffinity {
+        let topology = table.topology.as_ref().map_or(HOSTNAME, |topology| {
+            if let Err(message) = check_label(topology.get_ref(), "") {
+                self.problem(topology, message);
+            }
+            topology.get_ref()
+        });
+        AntiAffinity { topology: topology.to_owned(), workloads: Selector(self.parsed(&table.workloads)) }
+    }
+
+    fn labels(&mut self, table: &LabelTable) -> Labels {
+        for (key, value) in table {
+            if let Err(message) = check_label(key.get_ref(), value.get_ref()) {
+                self.problem(key, message);
+            }
+        }
+        table.iter().map(|(key, value)| (key.get_ref().clone(), value.get_ref().clone())).collect()
+    }
+
+    /// Those that can be read; the others are complained about.
+    fn parsed<T: std::str::FromStr<Err = String>>(&mut self, texts: &[Spanned<String>]) -> Vec<T> {
+        let mut all = Vec::new();
+        for text in texts {
+            match text.get_ref().parse() {
+                Ok(value) => all.push(value),
+                Err(message) => drop(self.problem(text, message)),
+            }
+        }
+        all
     }
 
     fn known_node(&mut self, said: &Spanned<String>) -> Option<NodeName> {
