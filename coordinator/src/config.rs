@@ -238,7 +238,7 @@ freeze = 0.5
           | ^
         missing field `state_dir`
 
-        the configuration coordinator.toml is wrong: migrations_per_node must be at least 1
+        the configuration coordinator.toml is wrong: migrations_per_node and migrations_per_link must be at least 1
         the configuration coordinator.toml is wrong: audit_log_bytes must be at least 65536, and audit_log_files between 1 and 1000
         the configuration coordinator.toml is wrong: audit_log_bytes must be at least 65536, and audit_log_files between 1 and 1000
         "#);

@@ -84,25 +84,17 @@ struct WorkloadTable {
     #[serde(default)]
     node_selector: LabelTable,
     #[serde(default)]
-    affinity: Vec<SelectorValue>,
+    affinity: Vec<Spanned<String>>,
     #[serde(default)]
     anti_affinity: Vec<AntiAffinityTable>,
 }
 
 type LabelTable = BTreeMap<Spanned<String>, Spanned<String>>;
 
-/// One expression, or several that all have to be met.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum SelectorValue {
-    One(Spanned<String>),
-    All(Vec<Spanned<String>>),
-}
-
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct AntiAffinityTable {
-    workloads: Vec<Spanned<String>>,
+    workloads: Spanned<String>,
     topology: Option<Spanned<String>>,
 }
 
@@ -194,12 +186,8 @@ impl Reader<'_> {
     }
 
     fn traits(&mut self, table: &WorkloadTable) -> WorkloadTraits {
-        let affinity = table.affinity.iter().map(|value| match value {
-            SelectorValue::One(text) => Selector(self.parsed(std::slice::from_ref(text))),
-            SelectorValue::All(texts) => Selector(self.parsed(texts)),
-        });
         WorkloadTraits {
-            affinity: affinity.collect(),
+            affinity: self.parsed(&table.affinity),
             labels: self.labels(&table.labels),
             priority: table.priority,
             tolerations: self.parsed(&table.tolerations),
@@ -215,7 +203,8 @@ impl Reader<'_> {
             }
             topology.get_ref()
         });
-        AntiAffinity { topology: topology.to_owned(), workloads: Selector(self.parsed(&table.workloads)) }
+        let workloads = self.parsed::<Selector>(std::slice::from_ref(&table.workloads)).pop().unwrap_or_default();
+        AntiAffinity { topology: topology.to_owned(), workloads }
     }
 
     fn labels(&mut self, table: &LabelTable) -> Labels {
@@ -344,6 +333,57 @@ name = "redis"
         assert!(inventory.workload("CART").is_none() && inventory.node("c").is_none());
     }
 
+    #[test]
+    fn labels_taints_and_rules_are_read() {
+        let text = r#"
+[[nodes]]
+name = "a"
+address = "10.0.0.1:7443"
+labels = { zone = "a", "example.com/gpu" = "" }
+taints = ["spot=true:NoSchedule", "old:PreferNoSchedule"]
+[[workloads]]
+name = "cart"
+priority = -3
+labels.app = "shop"
+tolerations = ["spot=true:NoSchedule"]
+node_selector = { zone = "a" }
+affinity = ["zone in (a, b), !disk", "example.com/gpu"]
+anti_affinity = [{ workloads = "app=shop" }, { workloads = "tier!=web", topology = "zone" }]
+"#;
+        let inventory = Inventory::parse(text).unwrap();
+        let node = &inventory.node("a").unwrap().traits;
+        assert_eq!(node.labels.get("zone").map(String::as_str), Some("a"));
+        assert_eq!(
+            node.taints.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            ["spot=true:NoSchedule", "old:PreferNoSchedule"]
+        );
+        let cart = &inventory.workload("cart").unwrap().traits;
+        assert_eq!((cart.priority, cart.labels["app"].as_str(), cart.tolerations.len()), (-3, "shop", 1));
+        let affinity: Vec<_> = cart.affinity.iter().map(ToString::to_string).collect();
+        assert_eq!(affinity, ["zone in (a, b), !disk", "example.com/gpu"]);
+        assert!(cart.affinity[0].is_met_by(&node.labels));
+        let topologies: Vec<_> = cart.anti_affinity.iter().map(|rule| rule.topology.as_str()).collect();
+        assert_eq!(topologies, [HOSTNAME, "zone"]);
+        assert!(inventory.keeps_apart() && !Inventory::parse(GOOD).unwrap().keeps_apart());
+    }
+
+    #[test]
+    fn what_is_wrong_with_labels_taints_and_rules_is_said_with_its_place() {
+        let text = r#"
+[[nodes]]
+name = "a"
+address = "10.0.0.1:7443"
+labels = { "-zone" = "a" }
+taints = ["spot=true"]
+[[workloads]]
+name = "cart"
+tolerations = ["spot:Never"]
+affinity = ["zone within (a)"]
+anti_affinity = [{ workloads = "", topology = "a b" }]
+"#;
+        insta::assert_snapshot!(complaints(text), @"");
+    }
+
     fn complaints(text: &str) -> String {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("inventory.toml");
@@ -362,7 +402,7 @@ name = "redis"
             "[[pods]]\nname = \"a\"\n",
         ];
         insta::assert_snapshot!(broken.map(complaints).join("\n"), @r#"
-        inventory.toml:3:1: unknown field `addres`, expected `name` or `address`
+        inventory.toml:3:1: unknown field `addres`, expected one of `name`, `address`, `labels`, `taints`
         inventory.toml:2:10: invalid basic string, expected `"`
         inventory.toml:2:8: invalid type: integer `7`, expected a string
         inventory.toml:1:1: missing field `address`

@@ -88,6 +88,20 @@ impl fmt::Display for Selector {
     }
 }
 
+/// Expressions with commas between them.
+impl FromStr for Selector {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut inside = false;
+        let between = |character| {
+            inside = (inside || character == '(') && character != ')';
+            character == ',' && !inside
+        };
+        text.split(between).map(str::parse).collect::<Result<_, _>>().map(Self)
+    }
+}
+
 /// As `kubectl` takes selectors: `zone=a`, `zone!=a`, `zone in (a, b)`, `zone notin (a, b)`, `gpu`, `!gpu`, `cores>4`, `cores<64`.
 impl FromStr for Requirement {
     type Err = String;
@@ -212,6 +226,15 @@ mod tests {
         {
             assert!(!met(no, &node), "{no}");
         }
+    }
+
+    #[test]
+    fn a_selector_is_met_when_all_of_it_is() {
+        let selector: Selector = "zone in (a, b), !disk,cores>4".parse().unwrap();
+        assert_eq!(selector.to_string(), "zone in (a, b), !disk, cores>4");
+        assert!(selector.is_met_by(&labels(&[("zone", "b"), ("cores", "8")])));
+        assert!(!selector.is_met_by(&labels(&[("zone", "b"), ("cores", "8"), ("disk", "")])));
+        assert!("zone=a,".parse::<Selector>().is_err());
     }
 
     #[test]

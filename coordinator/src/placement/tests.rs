@@ -89,6 +89,9 @@ fn every_objection_is_found_and_said() {
     RESOURCE_EXHAUSTED node b cannot take the workload: 264 MiB of memory are needed, 5 MiB are free (on b, in preflight); what to do: name a node with more free memory
     RESOURCE_EXHAUSTED node b cannot take the workload: 164 MiB are needed for images, 6 MiB are free (on b, in preflight); what to do: name a node with more free memory
     RESOURCE_EXHAUSTED node b cannot take the workload: it takes part in 2 migrations already, which is its limit (on b, in preflight); what to do: wait until one has ended
+    RESOURCE_EXHAUSTED node b cannot take the workload: 2 migrations go there from the workload's node already, which is the limit (on b, in preflight); what to do: wait until one has ended
+    FAILED_PRECONDITION node b cannot take the workload: it is being emptied by evac-1 (on b, in preflight); what to do: name another node, or wait for the evacuation to end, or cancel it
+    FAILED_PRECONDITION node b cannot take the workload: taint spot=true:NoSchedule is not tolerated (on b, in preflight); what to do: name another node, or let the workload tolerate it
     "#);
 }
 
@@ -146,6 +149,91 @@ fn no_node_says_why_for_each() {
     insta::assert_snapshot!(failure, @r#"no node can take the workload (a: the workload runs there already; b: its agent does not answer: timed out) (in preflight); what to do: make room on a node or add one"#);
 }
 
+fn labels(text: &str) -> Labels {
+    text.split_whitespace().filter_map(|pair| pair.split_once('=')).map(|(k, v)| (k.to_owned(), v.to_owned())).collect()
+}
+
+fn labelled(name: &str, text: &str) -> Candidate {
+    Candidate { traits: NodeTraits { labels: labels(text), taints: Vec::new() }, ..candidate(name, fit()) }
+}
+
+fn wanting(traits: WorkloadTraits) -> Demand {
+    Demand { traits, ..demand() }
+}
+
+fn reasons(demand: &Demand, nodes: &[Candidate]) -> String {
+    match choose(demand, nodes) {
+        Ok(Choice { target, others }) => {
+            let others: Vec<_> = others.iter().map(|(name, why)| format!("{name}: {why}")).collect();
+            format!("-> {target}; {}", others.join("; "))
+        }
+        Err(failure) => failure.message,
+    }
+}
+
+#[test]
+fn a_taint_keeps_away_who_does_not_tolerate_it_and_a_soft_one_if_there_is_another_node() {
+    let tainted = |name: &str, taint: &str| {
+        let taints = vec![taint.parse().unwrap()];
+        Candidate { traits: NodeTraits { labels: Labels::new(), taints }, ..candidate(name, fit()) }
+    };
+    let nodes = [tainted("b", "spot=true:NoSchedule"), tainted("c", "old:PreferNoSchedule")];
+    insta::assert_snapshot!(reasons(&demand(), &nodes), @"-> c; b: taint spot=true:NoSchedule is not tolerated");
+    let tolerant = |toleration: &str| {
+        wanting(WorkloadTraits { tolerations: vec![toleration.parse().unwrap()], ..WorkloadTraits::default() })
+    };
+    insta::assert_snapshot!(reasons(&tolerant("spot"), &nodes), @"-> b; c: b is better: taint old:PreferNoSchedule is not tolerated");
+    assert!(reasons(&tolerant("*"), &nodes).starts_with("-> b"), "neither counts: the first name");
+}
+
+#[test]
+fn labels_that_are_wanted_are_needed() {
+    let nodes = [labelled("b", "zone=x"), labelled("c", "zone=y disk=ssd")];
+    let selecting = WorkloadTraits { node_selector: labels("disk=ssd"), ..WorkloadTraits::default() };
+    insta::assert_snapshot!(reasons(&wanting(selecting), &nodes), @"-> c; b: it has no label disk=ssd, which node_selector wants");
+    let affinity = |all: &[&str]| {
+        let affinity = all.iter().map(|text| text.parse().unwrap()).collect();
+        wanting(WorkloadTraits { affinity, ..WorkloadTraits::default() })
+    };
+    assert!(reasons(&affinity(&["zone in (x), disk", "zone=y"]), &nodes).starts_with("-> c"), "one of them is enough");
+    insta::assert_snapshot!(reasons(&affinity(&["zone=z, disk", "gpu"]), &nodes), @"no node can take the workload (b: its labels do not meet the affinity to zone=z, disk or gpu; c: its labels do not meet the affinity to zone=z, disk or gpu)");
+}
+
+#[test]
+fn who_must_not_be_near_each_other_is_kept_apart_whoevers_rule_that_is() {
+    let apart = |workloads: &str, topology: &str| {
+        vec![AntiAffinity { workloads: workloads.parse().unwrap(), topology: topology.to_owned() }]
+    };
+    let inhabited = |name: &str, zone: &str, anti_affinity: Vec<AntiAffinity>| {
+        let neighbour = Neighbour { name: "redis-1".to_owned(), labels: labels("app=redis"), anti_affinity };
+        Candidate { neighbours: vec![neighbour], ..labelled(name, zone) }
+    };
+    let nodes =
+        [inhabited("b", "zone=x", Vec::new()), labelled("c", "zone=x"), labelled("d", "zone=y"), labelled("e", "")];
+    let redis = |topology: &str| {
+        let anti_affinity = apart("app=redis", topology);
+        wanting(WorkloadTraits { labels: labels("app=redis"), anti_affinity, ..WorkloadTraits::default() })
+    };
+    let there = "redis-1 is there, and the workload must not be near app=redis";
+    assert!(reasons(&redis(HOSTNAME), &nodes).starts_with(&format!("-> c; b: {there}; d: ")));
+    let said = reasons(&redis("zone"), &nodes);
+    let near = "redis-1 is on b, and the workload must not be near app=redis";
+    assert!(said.starts_with(&format!("-> d; b: {there}; c: {near}; e: ")), "{said}");
+    // The other one's rule holds, too.
+    let plain = wanting(WorkloadTraits { labels: labels("app=redis"), ..WorkloadTraits::default() });
+    let theirs = [inhabited("b", "", apart("app=redis", HOSTNAME)), labelled("c", "")];
+    insta::assert_snapshot!(reasons(&plain, &theirs), @"-> c; b: redis-1 is there, which must not be near app=redis");
+}
+
+#[test]
+fn that_a_node_is_only_busy_is_told_apart() {
+    let busy = Candidate { migrations: 2, ..candidate("b", fit()) };
+    let off = Candidate { facts: Err("timed out".to_owned()), ..candidate("c", fit()) };
+    let code = |nodes: &[Candidate]| choose(&demand(), nodes).unwrap_err().code;
+    assert_eq!(code(&[busy, off.clone()]), FailureCode::ResourceExhausted);
+    assert_eq!(code(&[off]), FailureCode::FailedPrecondition);
+}
+
 fn any_candidate() -> impl proptest::strategy::Strategy<Value = Candidate> {
     let features = prop::sample::subsequence(vec!["sse2", "avx2", "avx512f", "vmx"], 0..=4);
     let facts = (any::<bool>(), any::<bool>(), features, 0_u64..600, 0_u64..600, 0_usize..4, any::<bool>()).prop_map(
@@ -169,7 +257,67 @@ fn any_candidate() -> impl proptest::strategy::Strategy<Value = Candidate> {
     })
 }
 
+fn any_traits() -> impl Strategy<Value = WorkloadTraits> {
+    let tolerations = prop::sample::subsequence(vec!["spot", "old:NoSchedule", "new=1:PreferNoSchedule"], 0..=3);
+    let affinity = prop::sample::subsequence(vec!["zone=x", "zone in (x, y), !disk", "disk"], 0..=3);
+    (tolerations, affinity, any::<bool>(), prop::option::of(prop::bool::ANY)).prop_map(
+        |(tolerations, affinity, selects, apart)| WorkloadTraits {
+            labels: labels("app=redis"),
+            tolerations: tolerations.into_iter().map(|text| text.parse().unwrap()).collect(),
+            affinity: affinity.into_iter().map(|text| text.parse().unwrap()).collect(),
+            node_selector: if selects { labels("zone=x") } else { Labels::new() },
+            anti_affinity: apart
+                .map(|wide| AntiAffinity {
+                    workloads: "app".parse().unwrap(),
+                    topology: if wide { "zone" } else { HOSTNAME }.to_owned(),
+                })
+                .into_iter()
+                .collect(),
+            ..WorkloadTraits::default()
+        },
+    )
+}
+
+fn any_place() -> impl Strategy<Value = Candidate> {
+    let taints = vec!["spot:NoSchedule", "old:NoSchedule", "new=1:PreferNoSchedule", "cheap:PreferNoSchedule"];
+    let taints = prop::sample::subsequence(taints, 0..=4);
+    let place = prop::sample::select(vec!["", "zone=x", "zone=y", "zone=x disk=ssd"]);
+    ("[b-h]", taints, place, any::<bool>()).prop_map(|(name, taints, place, inhabited)| {
+        let neighbour = Neighbour { name: "other".to_owned(), labels: labels("app=web"), anti_affinity: Vec::new() };
+        Candidate {
+            traits: NodeTraits {
+                labels: labels(place),
+                taints: taints.into_iter().map(|text| text.parse().unwrap()).collect(),
+            },
+            neighbours: if inhabited { vec![neighbour] } else { Vec::new() },
+            ..candidate(&name, fit())
+        }
+    })
+}
+
 proptest! {
+    #[test]
+    fn where_a_workload_goes_no_rule_of_its_own_is_broken(
+        traits in any_traits(), mut nodes in prop::collection::vec(any_place(), 0..6),
+    ) {
+        nodes.sort_by(|a, b| a.name.cmp(&b.name));
+        nodes.dedup_by(|a, b| a.name == b.name);
+        let demand = wanting(traits.clone());
+        let Ok(choice) = choose(&demand, &nodes) else { return Ok(()) };
+        let chosen = nodes.iter().find(|node| node.name == choice.target).unwrap();
+        let there = &chosen.traits.labels;
+        let hard = chosen.traits.taints.iter().filter(|taint| taint.effect == Effect::NoSchedule);
+        prop_assert!(hard.clone().all(|taint| traits.tolerations.iter().any(|one| one.tolerates(taint))));
+        prop_assert!(traits.node_selector.iter().all(|(key, value)| there.get(key) == Some(value)));
+        prop_assert!(traits.affinity.is_empty() || traits.affinity.iter().any(|one| one.is_met_by(there)));
+        if let Some(rule) = traits.anti_affinity.first() {
+            prop_assert!(chosen.neighbours.is_empty());
+            let zone = there.get("zone");
+            let near = |node: &&Candidate| rule.topology != HOSTNAME && zone.is_some() && node.traits.labels.get("zone") == zone;
+            prop_assert!(nodes.iter().filter(near).all(|node| node.neighbours.is_empty()));
+        }
+    }
+
     #[test]
     fn the_choice_is_fit_the_best_and_everything_else_has_a_reason(
         mut nodes in prop::collection::vec(any_candidate(), 0..6),

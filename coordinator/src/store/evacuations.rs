@@ -110,14 +110,15 @@ mod tests {
         store.create_evacuation(&first).unwrap().unwrap();
         assert_eq!(store.create_evacuation(&second).unwrap(), Err(first.id));
         assert_eq!(store.evacuation(second.id).unwrap(), None, "one that is refused leaves nothing");
-        store.create_evacuation(&of("n2")).unwrap().unwrap();
+        let newest = of("n2");
+        store.create_evacuation(&newest).unwrap().unwrap();
         let first = ended(first);
         store.update_evacuation(&first, true).unwrap();
         store.create_evacuation(&second).unwrap().unwrap();
         drop(store);
         let store = Store::open(folder.path()).unwrap();
         assert_eq!(store.evacuation(first.id).unwrap(), Some(first));
-        assert_eq!(store.evacuations().unwrap().first().map(|newest| newest.id), Some(second.id));
+        assert_eq!(store.evacuations().unwrap().first().map(|one| one.id), Some(newest.id));
     }
 
     #[test]
