@@ -9,6 +9,7 @@ use podferry_common::failure::{Failure, FailureCode, chain};
 use podferry_common::identity::Identity;
 use podferry_runtime::Runc;
 use podferry_runtime::stdio::ContainerStdio;
+use podferry_transfer::Shares;
 
 use crate::config::Config;
 use crate::metrics::Metrics;
@@ -28,6 +29,8 @@ pub struct Shared {
     pub admissions: Admissions,
     /// What Prometheus can read.
     pub metrics: Metrics,
+    /// What all that leaves this node shares, if it has a limit of its own.
+    pub shares: Option<Shares>,
 }
 
 impl Context {
@@ -35,7 +38,8 @@ impl Context {
     pub fn new(config: Config, identity: Identity) -> Self {
         let metrics = Metrics::default();
         let admissions = Admissions::new(metrics.clone());
-        Self(Arc::new(Shared { config, identity, admissions, metrics }))
+        let shares = config.transfer.bandwidth_limit.map(|limit| Shares::new(limit.get()));
+        Self(Arc::new(Shared { config, identity, admissions, metrics, shares }))
     }
 
     /// runc with this root folder.
