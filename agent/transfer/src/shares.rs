@@ -237,36 +237,45 @@ mod tests {
         assert!(got[1] > 20.0 * got[0] && got[1] > 20.0 * got[2], "{got:?}");
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn one_alone_has_all_of_it_and_one_that_comes_takes_its_part() {
+    /// When each of these debts is paid, in seconds.
+    fn dues(debts: &[(f64, bool)]) -> Vec<f64> {
         let shares = Shares::new(1_000_000);
-        let mut alone = shares.share();
-        let begun = Instant::now();
-        alone.spend(1_000_000).await;
-        let took = begun.elapsed().as_secs_f64();
-        assert!((0.99..1.01).contains(&took), "{took}");
-        let begun = Instant::now();
-        let mut other = shares.share();
-        tokio::join!(alone.spend(1_000_000), async {
-            other.spend(500_000).await;
-            drop(other);
-        });
-        let took = begun.elapsed().as_secs_f64();
-        assert!((1.49..1.51).contains(&took), "{took}");
+        let mut account = shares.lock();
+        for (id, (bytes, urgent)) in (0..).zip(debts) {
+            let urgent = Arc::new(AtomicBool::new(*urgent));
+            account.debts.insert(id, Debt { bytes: *bytes, urgent, waker: None });
+        }
+        let ids = 0..u64::try_from(debts.len()).unwrap();
+        ids.map(|id| account.due(id).unwrap().duration_since(account.paid_until).as_secs_f64()).collect()
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn who_goes_away_leaves_its_part() {
+    #[test]
+    fn one_alone_has_all_of_it_and_who_owes_less_is_done_earlier() {
+        let close = |got: Vec<f64>, wanted: &[f64]| {
+            assert!(
+                got.iter().zip(wanted).all(|(got, wanted)| (got - wanted).abs() < 1e-3),
+                "{got:?} and not {wanted:?}"
+            );
+        };
+        close(dues(&[(1e6, false)]), &[1.0]);
+        close(dues(&[(1e6, false), (5e5, false)]), &[1.5, 1.0]);
+        close(dues(&[(1e6, false), (1e6, true)]), &[2.0, 1.0]);
+    }
+
+    #[test]
+    fn who_goes_away_leaves_its_part() {
         let shares = Shares::new(1_000_000);
         let (mut stays, mut goes) = (shares.share(), shares.share());
+        stays.owe(1_000_000);
         goes.owe(100_000_000);
-        let begun = Instant::now();
-        tokio::join!(stays.spend(1_000_000), async {
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            drop(goes);
-        });
-        let took = begun.elapsed().as_secs_f64();
-        assert!((1.49..1.52).contains(&took), "{took}");
+        let due = || {
+            let account = shares.lock();
+            account.due(stays.id).unwrap().duration_since(account.paid_until).as_secs_f64()
+        };
+        let beside = due();
+        drop(goes);
+        let alone = due();
+        assert!((1.8..2.01).contains(&(beside / alone)), "{beside} s, then {alone} s");
     }
 
     proptest! {
