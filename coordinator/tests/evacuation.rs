@@ -247,7 +247,7 @@ async fn what_others_are_moving_is_followed_and_what_arrives_is_moved_on() {
     let arriving = migrate(&mut client, "guest", "a").await.unwrap();
     world.called("b Freeze").await;
     let accepted = evacuate(&mut client, of("a")).await.unwrap();
-    assert_eq!(one(&accepted, "guest").migration_ids, [arriving.id.clone()]);
+    assert_eq!(one(&accepted, "guest").migration_ids, std::slice::from_ref(&arriving.id));
     world.heal("b", "Freeze");
     let ended = end(&mut client, &accepted.id).await;
     assert_eq!((ended.phase(), ended.moved), (EvacuationPhase::Complete, 3), "{ended:#?}");

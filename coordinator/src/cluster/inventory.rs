@@ -381,7 +381,14 @@ tolerations = ["spot:Never"]
 affinity = ["zone within (a)"]
 anti_affinity = [{ workloads = "", topology = "a b" }]
 "#;
-        insta::assert_snapshot!(complaints(text), @"");
+        insta::assert_snapshot!(complaints(text), @r#"
+        inventory.toml:5:12: the label key "-zone" is not 1 to 63 characters of [A-Za-z0-9_.-] that begin and end with a letter or digit, with a DNS name and '/' before them or without
+        inventory.toml:6:11: "spot=true" is no taint; write "key=value:NoSchedule" or "key:NoSchedule"
+        inventory.toml:9:16: there is no effect "Never"; one is NoSchedule, PreferNoSchedule or NoExecute
+        inventory.toml:10:13: "zone within (a)" asks nothing of a label; write zone=a, zone!=a, zone in (a, b), zone notin (a, b), gpu, !gpu, cores>4 or cores<4
+        inventory.toml:11:32: "" asks nothing of a label; write zone=a, zone!=a, zone in (a, b), zone notin (a, b), gpu, !gpu, cores>4 or cores<4
+        inventory.toml:11:47: the label key "a b" is not 1 to 63 characters of [A-Za-z0-9_.-] that begin and end with a letter or digit, with a DNS name and '/' before them or without
+        "#);
     }
 
     fn complaints(text: &str) -> String {

@@ -107,7 +107,7 @@ impl Evacuation {
         match event {
             Event::Seen(found) => found.into_iter().for_each(|found| self.seen(found)),
             Event::Gone(workload) => {
-                self.settle(&workload, Standing::Elsewhere, |standing| *standing == Standing::Waiting)
+                self.settle(&workload, Standing::Elsewhere, |standing| *standing == Standing::Waiting);
             }
             Event::Begun(workload, migration) => self.begun(&workload, migration),
             Event::Refused(workload, failure) => self.refused(&workload, failure),
