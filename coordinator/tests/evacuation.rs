@@ -60,6 +60,12 @@ async fn end(client: &mut Client, id: &str) -> Evacuation {
     states(client, id).await.pop().unwrap()
 }
 
+/// How many migrations an evacuation has begun.
+async fn begun_of(client: &mut Client, id: &str) -> usize {
+    let now = client.get_evacuation(GetEvacuationRequest { id: id.to_owned() }).await.unwrap().into_inner().evacuation;
+    now.unwrap().workloads.iter().map(|one| one.migration_ids.len()).sum()
+}
+
 fn one<'a>(evacuation: &'a Evacuation, workload: &str) -> &'a EvacuatedWorkload {
     evacuation.workloads.iter().find(|one| one.workload == workload).unwrap()
 }
@@ -149,6 +155,10 @@ async fn an_evacuation_outlives_its_client_and_a_killed_coordinator() {
     let (coordinator, mut client) = world.coordinator().await;
     let accepted = evacuate(&mut client, EvacuateRequest { concurrency: 1, ..of("a") }).await.unwrap();
     world.called("a PreflightSource").await;
+    // What is shown is on disk.
+    while begun_of(&mut client, &accepted.id).await == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     drop(client);
     coordinator.kill().await;
     world.heal("a", "PreflightSource");

@@ -15,6 +15,7 @@ use super::plan::{Command, Room, is_done, next};
 use super::record::{Evacuation, Phase, Standing};
 use crate::runner::blocking;
 use crate::store::StoreError;
+use crate::strategy::Strategy;
 
 /// How often the node is asked what is on it, when nothing says that this has changed.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
@@ -171,9 +172,9 @@ impl Driver {
         let (store, name) = (self.evacuator.store().clone(), workload.clone());
         let newest = blocking(move || {
             let all = store.list()?;
-            Ok(all.into_iter().find(|record| record.workload == name))
+            Ok::<_, StoreError>(all.into_iter().find(|record| record.workload == name))
         });
-        let newest: Option<crate::store::Record> = newest.await?;
+        let newest = newest.await?;
         let since = self.evacuation.created_at;
         let took = newest.filter(|record| record.source == self.evacuation.node && record.created_at >= since);
         match took.filter(|record| record.state.is_settled()) {
@@ -211,16 +212,12 @@ impl Driver {
         }
     }
 
-    async fn begin(
-        &mut self,
-        workload: WorkloadName,
-        strategy: Option<crate::strategy::Strategy>,
-    ) -> Result<(), StoreError> {
+    async fn begin(&mut self, workload: WorkloadName, strategy: Option<Strategy>) -> Result<(), StoreError> {
         let Some(core) = self.evacuator.core() else { return Ok(()) };
         let refusal = match core.migrate_for(&self.evacuation, &workload, strategy).await {
             Ok(record) => {
                 self.resting.remove(&workload);
-                return self.take(Event::Begun(workload, record.id), true).await;
+                return self.take(Event::Begun(workload, record.id), false).await;
             }
             Err(failure) => failure,
         };

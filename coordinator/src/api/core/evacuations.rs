@@ -1,5 +1,6 @@
 //! Emptying a node: what is asked, and what an evacuation asks of the core.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -11,7 +12,7 @@ use tokio::sync::watch;
 use super::{Core, internal, wishes};
 use crate::access::{Action, Verb};
 use crate::cluster::Seen;
-use crate::evacuation::{Evacuation, EvacuationId, Event, Found, Terms};
+use crate::evacuation::{Evacuation, EvacuationId, Event, Found, Phase, Terms};
 use crate::runner::blocking;
 use crate::store::Record;
 use crate::strategy::{Asked, Strategy};
@@ -35,7 +36,7 @@ impl Core {
                 Asked::This(strategy) => Some(strategy),
             },
         };
-        let mut priorities = std::collections::BTreeMap::new();
+        let mut priorities = BTreeMap::new();
         for (name, priority) in &request.priorities {
             priorities.insert(self.known_workload(name)?.name.clone(), *priority);
         }
@@ -158,7 +159,7 @@ impl Core {
         };
         self.evacuator.cancel(evacuation.id, &who.to_string());
         // The answer is that it is recorded. A driver that is gone has ended it, or could not write.
-        let running = |evacuation: &Evacuation| evacuation.phase == crate::evacuation::Phase::Running;
+        let running = |evacuation: &Evacuation| evacuation.phase == Phase::Running;
         let answer = view.wait_for(|evacuation| !running(evacuation)).await.map(|evacuation| evacuation.clone());
         match answer {
             Ok(evacuation) => Ok(evacuation),
