@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -51,6 +52,18 @@ pub struct Config {
     /// Of containers that fetch memory after they were resumed.
     #[serde(default)]
     pub post_copy: PostCopy,
+    /// Of what is sent to other nodes.
+    #[serde(default)]
+    pub transfer: Transfer,
+}
+
+/// Of what is sent to other nodes.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Transfer {
+    /// The most bytes per second that all migrations from this node send together, in equal parts; one whose container stands still comes
+    /// first. As many as the link takes, unless this is set.
+    pub bandwidth_limit: Option<NonZeroU64>,
 }
 
 /// Of containers that fetch memory after they were resumed.

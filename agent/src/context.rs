@@ -9,6 +9,7 @@ use podferry_common::failure::{Failure, FailureCode, chain};
 use podferry_common::identity::Identity;
 use podferry_runtime::Runc;
 use podferry_runtime::stdio::ContainerStdio;
+use podferry_transfer::Shares;
 
 use crate::config::Config;
 use crate::metrics::Metrics;
@@ -31,6 +32,8 @@ pub struct Shared {
     pub metrics: Metrics,
     /// Kubernetes: pods' containers that wait for their restore.
     pub visitors: Visitors,
+    /// What all that leaves this node shares, if it has a limit of its own.
+    pub shares: Option<Shares>,
 }
 
 impl Context {
@@ -39,7 +42,8 @@ impl Context {
         let metrics = Metrics::default();
         let admissions = Admissions::new(metrics.clone());
         let visitors = Visitors::default();
-        Self(Arc::new(Shared { config, identity, admissions, metrics, visitors }))
+        let shares = config.transfer.bandwidth_limit.map(|limit| Shares::new(limit.get()));
+        Self(Arc::new(Shared { config, identity, admissions, metrics, visitors, shares }))
     }
 
     /// runc with this root folder.

@@ -21,7 +21,7 @@ Exit codes:
   6  the migration was cancelled
   7  something that ought not to happen, on this side or the coordinator's
   8  a migration failed behind its commit: memory was lost, and the workload runs nowhere
-  130  interrupted; a migration that was being watched goes on";
+  130  interrupted; what was being watched goes on";
 
 /// Moves running containers between nodes.
 #[derive(Debug, Parser)]
@@ -79,23 +79,32 @@ pub(crate) enum Verb {
         #[arg(long)]
         active: bool,
     },
-    /// Show a migration: phases, times, rounds, what went wrong
+    /// Show a migration: phases, times, rounds, what went wrong; or an evacuation
     Describe {
-        /// The migration's id
+        /// The migration's id, or the evacuation's
         id: String,
     },
-    /// Follow a migration to its end; the exit code is its outcome
+    /// Follow a migration or an evacuation to its end; the exit code is its outcome
     Watch {
-        /// The migration's id
+        /// The migration's id, or the evacuation's
         id: String,
     },
-    /// Undo a migration that has not been committed
+    /// Undo a migration that has not been committed, or stop an evacuation
     Cancel {
-        /// The migration's id
+        /// The migration's id, or the evacuation's
         id: String,
     },
-    /// Move all workloads of a node elsewhere, one after the other
+    /// Move all workloads of a node elsewhere: the coordinator evacuates it, also when nobody watches
     Drain(Drain),
+    /// List the evacuations, newest first
+    Evacuations {
+        /// Only this node's
+        #[arg(long, default_value = "")]
+        node: String,
+        /// Only those that have not ended
+        #[arg(long)]
+        active: bool,
+    },
     /// Say what each node's CRIU and kernel can do; fails if a node is unfit
     Check,
     /// Make certificates, for clusters without an authority of their own
@@ -168,9 +177,18 @@ pub(crate) struct Drain {
     /// --accept-loss post-copy), and nothing is begun after it; a number with s, m or h behind it
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     pub(crate) deadline: Option<Duration>,
-    /// Move this workload before those with a lower number, which is 0 for others; may be given again
+    /// Move this workload before those with a lower number, instead of the inventory's; may be given again
     #[arg(long, value_name = "WORKLOAD=NUMBER", value_parser = priority, allow_hyphen_values = true)]
     pub(crate) priority: Vec<(String, i32)>,
+    /// How many may move at a time; the coordinator's limits hold in any case
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) concurrency: Option<u32>,
+    /// The most bytes per second that each migration sends, at least 64K; K, M and G are powers of 1024
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    pub(crate) bandwidth_limit: Option<u64>,
+    /// Do not follow it: print the evacuation that has begun
+    #[arg(long)]
+    pub(crate) no_wait: bool,
 }
 
 /// A number of bytes, with a suffix or without.

@@ -19,13 +19,17 @@ pub(crate) async fn run(arguments: Arguments) -> Result<Exit, Failure> {
     let Arguments { global, verb } = arguments;
     match verb {
         Verb::Migrate(flags) => migrate::migrate(&global, flags).await,
+        Verb::Watch { id } if is_evacuation(&id) => drain::watch(&global, &id).await,
         Verb::Watch { id } => migrate::watch(&global, &id).await,
         Verb::Drain(flags) => drain::drain(&global, flags).await,
         Verb::Nodes => nodes(&global).await,
         Verb::Check => check(&global).await,
         Verb::Workloads { node } => workloads(&global, node).await,
         Verb::Migrations { workload, active } => migrations(&global, workload, active).await,
+        Verb::Evacuations { node, active } => drain::list(&global, node, active).await,
+        Verb::Describe { id } if is_evacuation(&id) => drain::describe(&global, id).await,
         Verb::Describe { id } => describe(&global, id).await,
+        Verb::Cancel { id } if is_evacuation(&id) => drain::cancel(&global, id).await,
         Verb::Cancel { id } => cancel(&global, id).await,
         Verb::Certificates(verb) => certificates::certificates(global.output, &verb),
         Verb::Completions { shell } => {
@@ -34,6 +38,11 @@ pub(crate) async fn run(arguments: Arguments) -> Result<Exit, Failure> {
             Ok(Exit::Done)
         }
     }
+}
+
+/// Whether the id is an evacuation's: those of migrations begin in another way.
+fn is_evacuation(id: &str) -> bool {
+    id.starts_with(podferry_proto::evacuation::ID_PREFIX)
 }
 
 async fn nodes(global: &Global) -> Result<Exit, Failure> {

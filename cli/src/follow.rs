@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use podferry_common::{Failure, FailureCode};
-use podferry_proto::v1::{Migration, WatchMigrationRequest};
+use podferry_proto::v1::{Evacuation, Migration, WatchEvacuationRequest, WatchMigrationRequest};
 use tonic::Status;
 
 use crate::coordinator::{Coordinator, is_broken, present};
@@ -24,24 +24,33 @@ pub(crate) async fn follow(
     until_ended(id, PATIENCE, async |noted| watch(coordinator, id, noted).await, seen).await
 }
 
-/// Watches again and again, until the migration has ended or watches have failed for longer than `patience`.
-async fn until_ended(
+/// The same of an evacuation.
+pub(crate) async fn follow_evacuation(
+    coordinator: &mut Coordinator,
+    id: &str,
+    seen: impl FnMut(&Evacuation),
+) -> Result<Evacuation, Failure> {
+    until_ended(id, PATIENCE, async |noted| watch_evacuation(coordinator, id, noted).await, seen).await
+}
+
+/// Watches again and again, until it has ended or watches have failed for longer than `patience`.
+async fn until_ended<T>(
     id: &str,
     patience: Duration,
-    mut watch: impl AsyncFnMut(&mut dyn FnMut(&Migration)) -> Result<Option<Migration>, Status>,
-    mut seen: impl FnMut(&Migration),
-) -> Result<Migration, Failure> {
+    mut watch: impl AsyncFnMut(&mut dyn FnMut(&T)) -> Result<Option<T>, Status>,
+    mut seen: impl FnMut(&T),
+) -> Result<T, Failure> {
     // A watch may be silent for long, because a phase is: only failures say that the coordinator is away.
     let mut away_since: Option<Instant> = None;
     loop {
-        let mut noted = |migration: &Migration| {
+        let mut noted = |state: &T| {
             away_since = None;
-            seen(migration);
+            seen(state);
         };
         let lost = match watch(&mut noted).await {
             Ok(Some(ended)) => return Ok(ended),
             Ok(None) => {
-                Failure::new(FailureCode::Unavailable, "the coordinator ended the watch before the migration ended")
+                Failure::new(FailureCode::Unavailable, "the coordinator ended the watch before what was watched ended")
             }
             Err(status) if is_broken(&status) => {
                 Failure { code: FailureCode::Unavailable, ..Failure::from_status(&status) }
@@ -49,7 +58,7 @@ async fn until_ended(
             Err(status) => return Err(Failure::from_status(&status)),
         };
         if away_since.get_or_insert_with(Instant::now).elapsed() > patience {
-            return Err(lost.remedy(format!("the migration goes on without its watcher: `podferry watch {id}`")));
+            return Err(lost.remedy(format!("it goes on without its watcher: `podferry watch {id}`")));
         }
         tokio::time::sleep(PAUSE).await;
     }
@@ -68,6 +77,24 @@ async fn watch(
         seen(&migration);
         if words::has_ended(&migration) {
             return Ok(Some(migration));
+        }
+    }
+    Ok(None)
+}
+
+/// The same of an evacuation.
+async fn watch_evacuation(
+    coordinator: &mut Coordinator,
+    id: &str,
+    seen: &mut dyn FnMut(&Evacuation),
+) -> Result<Option<Evacuation>, Status> {
+    let request = WatchEvacuationRequest { id: id.to_owned() };
+    let mut stream = coordinator.watch_evacuation(request).await?.into_inner();
+    while let Some(update) = stream.message().await? {
+        let Some(evacuation) = update.evacuation else { continue };
+        seen(&evacuation);
+        if !evacuation.ended_at.is_empty() {
+            return Ok(Some(evacuation));
         }
     }
     Ok(None)

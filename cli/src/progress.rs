@@ -27,6 +27,11 @@ impl Progress {
         if io::stderr().is_terminal() { Self::Bar(bar()) } else { Self::Lines(Lines::default()) }
     }
 
+    /// The form that several at a time can have: bars in place would write over each other and over the results between them.
+    pub(crate) fn beside_others() -> Self {
+        Self::Lines(Lines::default())
+    }
+
     /// Shows the migration's state.
     pub(crate) fn show(&mut self, migration: &Migration) {
         match self {

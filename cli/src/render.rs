@@ -6,12 +6,12 @@ mod table;
 use std::io::{self, Write};
 
 use podferry_common::Failure;
-use podferry_proto::v1::{Migration, Node, Workload};
+use podferry_proto::v1::{Evacuation, Migration, Node, Workload};
 use serde::Serialize;
 
 use crate::arguments::Output;
 
-pub(crate) use json::{Authority, DrainReport, Hurried, Issued, LeftBehind};
+pub(crate) use json::{Authority, DrainReport, Hurried, Issued, Late, LeftBehind};
 
 /// Prints the nodes.
 pub(crate) fn nodes(output: Output, nodes: &[Node]) {
@@ -58,6 +58,29 @@ pub(crate) fn outcome(output: Output, migration: &Migration) {
     match output {
         Output::Table => print(&table::outcome(migration)),
         Output::Json => json(&json::Migration::from(migration)),
+    }
+}
+
+/// Prints the evacuations.
+pub(crate) fn evacuations(output: Output, evacuations: &[Evacuation]) {
+    match output {
+        Output::Table => print(&table::evacuations(evacuations)),
+        Output::Json => json(&evacuations.iter().map(json::Evacuation::from).collect::<Vec<_>>()),
+    }
+}
+
+/// Prints one evacuation with all its workloads.
+pub(crate) fn evacuation(output: Output, evacuation: &Evacuation) {
+    match output {
+        Output::Table => print(&table::evacuation(evacuation)),
+        Output::Json => json(&json::Evacuation::from(evacuation)),
+    }
+}
+
+/// Says on standard error that a workload is not expected to be away in time; the report has it as JSON.
+pub(crate) fn late(output: Output, late: &Late) {
+    if !output.is_json() {
+        eprintln!("{} is not expected to be away by the deadline: {}", late.workload, late.why);
     }
 }
 

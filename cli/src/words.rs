@@ -26,7 +26,8 @@ pub(crate) fn failure(migration: &Migration) -> Option<Failure> {
     }
 }
 
-fn from_problem(problem: &Problem) -> Failure {
+/// The failure that the protocol has in parts.
+pub(crate) fn from_problem(problem: &Problem) -> Failure {
     let given = |text: &String| (!text.is_empty()).then(|| text.clone());
     Failure {
         code: FailureCode::from_name(&problem.code).unwrap_or(FailureCode::Internal),

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use crate::audit::Bounds;
-use crate::runner::Deadlines;
+use crate::runner::{Deadlines, Limits};
 
 /// The audit log's name in the state folder.
 const AUDIT_LOG: &str = "audit.log";
@@ -57,6 +57,8 @@ pub struct Config {
     /// Migrations that one node may take part in at a time.
     #[serde(default = "migrations_per_node")]
     pub migrations_per_node: usize,
+    /// Migrations from one node to one other at a time; as many as for a node, unless said otherwise.
+    pub migrations_per_link: Option<usize>,
     /// How long things may take.
     #[serde(default)]
     pub deadlines: Deadlines,
@@ -126,7 +128,7 @@ pub enum ConfigError {
         path: PathBuf,
     },
     /// A node could take part in nothing.
-    #[error("the configuration {} is wrong: migrations_per_node must be at least 1", path.display())]
+    #[error("the configuration {} is wrong: migrations_per_node and migrations_per_link must be at least 1", path.display())]
     NoMigrations {
         /// The file.
         path: PathBuf,
@@ -143,7 +145,7 @@ impl Config {
         if config.inventory.is_some() == config.kubernetes.is_some() {
             return Err(ConfigError::Inventory { path: path.to_owned() });
         }
-        if config.migrations_per_node == 0 {
+        if config.migrations_per_node == 0 || config.migrations_per_link == Some(0) {
             return Err(ConfigError::NoMigrations { path: path.to_owned() });
         }
         if config.audit_log_bytes < LEAST_AUDIT_LOG_BYTES
@@ -161,6 +163,12 @@ impl Config {
             *relative = folder.join(&*relative);
         }
         Ok(config)
+    }
+
+    /// How many migrations there may be at a time.
+    pub fn limits(&self) -> Limits {
+        let per_node = self.migrations_per_node;
+        Limits { per_node, per_link: self.migrations_per_link.unwrap_or(per_node) }
     }
 
     /// Where the audit log is.
@@ -259,7 +267,7 @@ freeze = 0.5
           | ^
         missing field `state_dir`
 
-        the configuration coordinator.toml is wrong: migrations_per_node must be at least 1
+        the configuration coordinator.toml is wrong: migrations_per_node and migrations_per_link must be at least 1
         the configuration coordinator.toml is wrong: audit_log_bytes must be at least 65536, and audit_log_files between 1 and 1000
         the configuration coordinator.toml is wrong: audit_log_bytes must be at least 65536, and audit_log_files between 1 and 1000
         "#);

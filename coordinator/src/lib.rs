@@ -3,6 +3,7 @@
 //! - [`migration`]: one migration as a pure state machine,
 //! - [`strategy`]: which phases, in which order,
 //! - [`placement`]: which target, and why not the others,
+//! - [`evacuation`]: emptying a node,
 //! - [`cluster`]: where nodes and workloads come from,
 //! - [`store`]: where migrations are recorded,
 //! - [`runner`]: the I/O shell that takes migrations through their phases,
@@ -18,6 +19,7 @@ pub mod api;
 pub mod audit;
 pub mod cluster;
 pub mod config;
+pub mod evacuation;
 mod follow;
 pub mod metrics;
 pub mod migration;

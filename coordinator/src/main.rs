@@ -18,6 +18,7 @@ use podferry_coordinator::api::{Core, Current, ServeError, rest, serve};
 use podferry_coordinator::audit::AuditLog;
 use podferry_coordinator::cluster::{Agents, Inventory};
 use podferry_coordinator::config::{Config, Kubernetes};
+use podferry_coordinator::evacuation::Evacuator;
 use podferry_coordinator::metrics::Metrics;
 use podferry_coordinator::pods::{Pods, Watched};
 use podferry_coordinator::runner::Runner;
@@ -86,7 +87,7 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         audit.clone(),
         metrics.clone(),
         deadlines,
-        config.migrations_per_node,
+        config.limits(),
         stop.clone(),
     );
     if let Some((pods, _)) = &cluster {
@@ -108,14 +109,19 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     }
     tracing::info!(address = %incoming.local_addr()?, peer = %identity.peer(), open_migrations = open, "listening");
 
+    let evacuator = core.evacuator().clone();
     let current = match cluster {
         Some((_, watched)) => Current::watching(core, watched),
         None => Current::new(core, config.inventory.clone().unwrap_or_default()),
     };
+    let evacuations = evacuator.recover().await?;
+    if evacuations > 0 {
+        tracing::info!(evacuations, "going on with evacuations");
+    }
     if let Some(address) = config.metrics_listen {
         export(address, &metrics, &runner, current.clone()).await?;
     }
-    tokio::spawn(stop_on_signal(signals, runner.clone()));
+    tokio::spawn(stop_on_signal(signals, evacuator.clone(), runner.clone()));
     let served = tokio::select! {
         served = serve_all(current, incoming, rest, stop.clone()) => served,
         // Requests under way are finished, but a caller that does not read its answer keeps nobody from stopping.
@@ -123,6 +129,7 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     };
     // The server may have ended by itself.
     stop.cancel();
+    evacuator.join().await;
     let joined = runner.join().await;
     audit.flush().await;
     joined?;
@@ -190,11 +197,13 @@ async fn stopped_for(stop: &CancellationToken, time: Duration) {
     tokio::time::sleep(time).await;
 }
 
-async fn stop_on_signal([mut terminate, mut interrupt]: [Signal; 2], runner: Runner) {
+async fn stop_on_signal([mut terminate, mut interrupt]: [Signal; 2], evacuator: Evacuator, runner: Runner) {
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
     tracing::info!("stopping");
+    // First: what is undone now is no outcome of an evacuation.
+    evacuator.shut_down();
     runner.shut_down(GRACE).await;
 }

@@ -12,7 +12,7 @@ use crate::audit::{AuditLog, Bounds};
 use crate::cluster::Agents;
 use crate::metrics::Metrics;
 use crate::migration::State;
-use crate::runner::{Deadlines, Runner};
+use crate::runner::{Deadlines, Limits, Runner};
 use crate::store::{Record, Report, Store};
 use crate::strategy::Strategy;
 
@@ -32,7 +32,7 @@ pub(crate) fn runner(agents: &Agents, store: &Store, audit: &AuditLog) -> Runner
         audit.clone(),
         Metrics::default(),
         Deadlines::default(),
-        2,
+        Limits::of_nodes(2),
         CancellationToken::new(),
     )
 }

@@ -58,6 +58,9 @@
 //! of CRIU's line and of the remedy, 64 of the names; a text that was cut ends with `…`. `GetMigration` and `WatchMigration`
 //! tell everything that was recorded.
 //!
+//! `ListEvacuations` has all evacuations that have not ended and the last 100 that have, without their workloads. What they are is told by
+//! [`crate::evacuation`].
+//!
 //! # Decisions
 //!
 //! `GetDecision` answers from the durable record alone: `COMMIT` after the commit's write, `ABORT` once rolling back has

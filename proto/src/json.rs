@@ -154,10 +154,15 @@ fn micro(milliseconds: f64) -> f64 {
 
 /// The word for a migration's strategy: `warm`, `live`, …; empty as long as it is still to be chosen.
 pub fn strategy(migration: &v1::Migration) -> String {
-    if migration.strategy == i32::from(v1::Strategy::Unspecified) {
+    strategy_word(migration.strategy)
+}
+
+/// The word for a strategy; empty for none.
+pub fn strategy_word(strategy: i32) -> String {
+    if strategy == i32::from(v1::Strategy::Unspecified) {
         return String::new();
     }
-    lower(v1::Strategy::try_from(migration.strategy).map_or("STRATEGY_UNKNOWN", |s| s.as_str_name()), "STRATEGY_")
+    lower(v1::Strategy::try_from(strategy).map_or("STRATEGY_UNKNOWN", |s| s.as_str_name()), "STRATEGY_")
 }
 
 /// The word for its phase: `preflight`, `freeze`, `rolling_back`, …
@@ -267,4 +272,131 @@ impl From<&v1::Workload> for Workload {
             migration_id: workload.migration_id.clone(),
         }
     }
+}
+
+/// The emptying of a node.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Evacuation {
+    /// Its id, `evac-` and 32 hexadecimal digits.
+    pub id: String,
+    /// The node that is emptied.
+    pub node: String,
+    /// `running` or `cancelling`; at the end `complete`, `incomplete` or `cancelled`.
+    pub phase: String,
+    /// As it was asked for: `auto`, `warm`, …
+    pub strategy: String,
+    /// When it was asked for (RFC 3339).
+    pub created_at: String,
+    /// When it had ended (RFC 3339); empty before.
+    pub ended_at: String,
+    /// When the node goes away (RFC 3339); empty without a deadline.
+    pub deadline_at: String,
+    /// Who asked for it, as the certificate names them.
+    pub requested_by: String,
+    /// How many workloads have left the node.
+    pub moved: u32,
+    /// How many are still to leave it.
+    pub remaining: u32,
+    /// How many stay there though they run, or were lost.
+    pub failed: u32,
+    /// What is or was on the node; empty in a list of evacuations.
+    pub workloads: Vec<EvacuatedWorkload>,
+    /// Why it is not known any more what is on the node; empty as long as it is.
+    pub reason: String,
+}
+
+/// What became of a workload of a node that is emptied.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct EvacuatedWorkload {
+    /// Its name.
+    pub workload: String,
+    /// `waiting` or `moving`; at the end `moved`, `not_running`, `left_behind`, `lost` or `elsewhere`.
+    pub state: String,
+    /// Higher ones leave first.
+    pub priority: i32,
+    /// Bytes of its memory.
+    pub memory_bytes: u64,
+    /// Its migrations, oldest first.
+    pub migrations: Vec<String>,
+    /// Where it is now, when it was moved.
+    pub target: String,
+    /// As the coordinator saw it.
+    pub downtime_ms: f64,
+    /// From the beginning of its migration to the end.
+    pub total_ms: f64,
+    /// How it is moved, when that is not as was asked for; empty otherwise.
+    pub hurried_strategy: String,
+    /// Why.
+    pub hurried_why: String,
+    /// Why it is not expected to be away by the deadline; empty when it is.
+    pub late: String,
+    /// Why it could not begin yet.
+    pub waits_for: String,
+    /// gRPC's name of why it was left behind; empty otherwise.
+    pub code: String,
+    /// Why it was left behind.
+    pub reason: String,
+    /// What a person can do about it.
+    pub remedy: String,
+}
+
+impl From<&v1::Evacuation> for Evacuation {
+    fn from(evacuation: &v1::Evacuation) -> Self {
+        let problem = evacuation.problem.as_ref();
+        Self {
+            id: evacuation.id.clone(),
+            node: evacuation.node.clone(),
+            phase: evacuation_phase(evacuation),
+            strategy: strategy_word(evacuation.strategy),
+            created_at: evacuation.created_at.clone(),
+            ended_at: evacuation.ended_at.clone(),
+            deadline_at: evacuation.deadline_at.clone(),
+            requested_by: evacuation.requested_by.clone(),
+            moved: evacuation.moved,
+            remaining: evacuation.remaining,
+            failed: evacuation.failed,
+            workloads: evacuation.workloads.iter().map(EvacuatedWorkload::from).collect(),
+            reason: problem.map(|problem| problem.message.clone()).unwrap_or_default(),
+        }
+    }
+}
+
+impl From<&v1::EvacuatedWorkload> for EvacuatedWorkload {
+    fn from(one: &v1::EvacuatedWorkload) -> Self {
+        let of_problem =
+            |part: fn(&v1::Problem) -> &String| one.problem.as_ref().map(part).cloned().unwrap_or_default();
+        Self {
+            workload: one.workload.clone(),
+            state: evacuated_state(one),
+            priority: one.priority,
+            memory_bytes: one.memory_bytes,
+            migrations: one.migration_ids.clone(),
+            target: one.target.clone(),
+            downtime_ms: micro(one.downtime_ms),
+            total_ms: micro(one.total_ms),
+            hurried_strategy: strategy_word(one.hurried_strategy),
+            hurried_why: one.hurried_why.clone(),
+            late: one.late.clone(),
+            waits_for: one.waits_for.clone(),
+            code: of_problem(|problem| &problem.code),
+            reason: of_problem(|problem| &problem.message),
+            remedy: of_problem(|problem| &problem.remedy),
+        }
+    }
+}
+
+/// The word for an evacuation's phase: `running`, `complete`, …
+pub fn evacuation_phase(evacuation: &v1::Evacuation) -> String {
+    const PREFIX: &str = "EVACUATION_PHASE_";
+    let known = v1::EvacuationPhase::try_from(evacuation.phase);
+    lower(known.map_or("EVACUATION_PHASE_UNKNOWN", |phase| phase.as_str_name()), PREFIX)
+}
+
+/// The word for what became of a workload: `waiting`, `moved`, …
+pub fn evacuated_state(one: &v1::EvacuatedWorkload) -> String {
+    const PREFIX: &str = "EVACUATED_STATE_";
+    let known = v1::EvacuatedState::try_from(one.state);
+    lower(known.map_or("EVACUATED_STATE_UNKNOWN", |state| state.as_str_name()), PREFIX)
 }

@@ -2,6 +2,7 @@
 //!
 //! - [`agent`]: what the coordinator says to a node's agent,
 //! - [`coordinator`]: what scripts, the command line and agents say to the coordinator,
+//! - [`evacuation`]: and how they have a node emptied,
 //! - [`transfer`]: what one agent says to another,
 //! - [`delivery`]: and what it hands on of the container's network,
 //! - [`fetch`]: and which pages it fetches from the other when the container runs already,
@@ -14,6 +15,7 @@ pub mod agent;
 pub mod application;
 pub mod coordinator;
 pub mod delivery;
+pub mod evacuation;
 pub mod fetch;
 #[cfg(feature = "json")]
 pub mod json;

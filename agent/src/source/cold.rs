@@ -58,6 +58,7 @@ impl SourcePart {
     ) -> Result<(), Failure> {
         self.copy_files(order, &sender, events).await?;
         let sent_before = sender.stats();
+        sender.hurry();
         let stopped = self.stop(&order.container).await?;
         self.cut_link(order).await?;
         tracing::debug!(migration = %order.migration, killed = stopped.killed, "the container is stopped");

@@ -11,9 +11,9 @@ use podferry_memory::copier::Copier;
 use podferry_memory::range::PageRange;
 use podferry_proto::v1::{FetchPages, FetchResponse};
 use podferry_runtime::Member;
-use podferry_transfer::Pool;
 use podferry_transfer::compression::Packer;
 use podferry_transfer::parcel::{self, MOST_PAGES};
+use podferry_transfer::{Pool, Share};
 use tokio::time::Instant;
 
 use super::SourcePart;
@@ -35,6 +35,8 @@ pub struct PageReader {
     copier: Option<(u32, Copier)>,
     packer: Option<Packer>,
     pace: Option<Pace>,
+    /// Of what the node may send. The container does not wait for it, or it comes first.
+    share: Option<Share>,
 }
 
 impl PageReader {
@@ -58,7 +60,8 @@ impl PageReader {
         let packer = compress.then(|| Packer::new(Pool::new(2))).transpose();
         let packer = packer.map_err(|error| context.failure(FailureCode::Internal, "zstd cannot be set up", &error))?;
         let pace = limit.filter(|_| !awaited).map(Pace::new);
-        Ok(Self { context: context.clone(), part, pids, copier: None, packer, pace })
+        let share = context.shares.as_ref().map(|shares| if awaited { shares.urgent_share() } else { shares.share() });
+        Ok(Self { context: context.clone(), part, pids, copier: None, packer, pace, share })
     }
 
     /// Reads pages. Gives the reader back for the next ones.
@@ -78,6 +81,9 @@ impl PageReader {
         .await?;
         if let Some(pace) = &mut reader.pace {
             tokio::time::sleep_until(pace.next(Instant::now(), response.contents.len())).await;
+        }
+        if let Some(share) = &mut reader.share {
+            share.spend(response.contents.len()).await;
         }
         Ok((reader, response))
     }

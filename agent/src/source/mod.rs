@@ -216,6 +216,7 @@ impl SourcePart {
             self.pre_copying.store(false, Ordering::Relaxed);
             self.watch_arrivals(order);
             let externals = self.describe(order, &sender).await?;
+            sender.hurry();
             let dump = self.start_dump(order, externals, &sender, converged, followers).await?;
             self.dump_and_send(order, dump, sender, events).await
         };
@@ -618,7 +619,7 @@ async fn connect(context: &Context, order: &FreezeOrder) -> Result<Arc<Sender>, 
         version: podferry_proto::Version::OURS,
     };
     let compression = if order.compress { Compression::Auto } else { Compression::Off };
-    let options = Options { compression, bandwidth_cap: order.bandwidth_limit };
+    let options = Options { compression, bandwidth_cap: order.bandwidth_limit, shares: context.shares.clone() };
     let connecting = Sender::connect(&order.target_address, &context.identity, &order.target, &introduction, options);
     connecting.await.map(Arc::new).map_err(|error| transfer_failed(context, &error))
 }

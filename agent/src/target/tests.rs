@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 
 use super::*;
-use crate::config::{Config, Network, PostCopy, Runtime, Tools, Tracker};
+use crate::config::{Config, Network, PostCopy, Runtime, Tools, Tracker, Transfer};
 use crate::parts::{Part, Parts};
 
 const WORKLOAD: &str = "w";
@@ -52,6 +52,7 @@ fn context(folder: &Path) -> Context {
         kubernetes: None,
         network: Network { bridge: "pf-no-bridge".to_owned() },
         post_copy: PostCopy::default(),
+        transfer: Transfer::default(),
     };
     let bundle = config.runtime.bundles_dir.join(WORKLOAD);
     fs::create_dir_all(bundle.join("lower")).unwrap();

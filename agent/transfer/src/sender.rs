@@ -5,7 +5,7 @@ mod body;
 mod tasks;
 mod writer;
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,7 @@ use crate::limits::{
 };
 use crate::object::Object;
 use crate::pool::Pool;
+use crate::shares::Shares;
 use crate::tuner::Tuner;
 use answers::Answers;
 use body::FrameBody;
@@ -77,6 +78,8 @@ pub struct Options {
     pub compression: Compression,
     /// The most bytes per second on the link; none for as many as it takes.
     pub bandwidth_cap: Option<u64>,
+    /// What it shares with all that leaves this node; none for no limit of the node's own.
+    pub shares: Option<Shares>,
 }
 
 /// What was sent so far.
@@ -115,6 +118,8 @@ struct Shared {
     frames: AtomicU64,
     waited_nanos: AtomicU64,
     objects: AtomicU32,
+    /// Whether somebody stands still for it.
+    urgent: Arc<AtomicBool>,
     /// What both sides speak.
     version: OnceLock<u32>,
 }
@@ -136,6 +141,7 @@ impl Shared {
             frames: AtomicU64::new(0),
             waited_nanos: AtomicU64::new(0),
             objects: AtomicU32::new(0),
+            urgent: Arc::default(),
             version: OnceLock::new(),
         }
     }
@@ -312,6 +318,11 @@ impl Sender {
             frames: shared.frames.load(Ordering::Relaxed),
             duration: shared.begun.elapsed(),
         }
+    }
+
+    /// From now on somebody stands still for what is sent: of what the node may send it comes first.
+    pub fn hurry(&self) {
+        self.shared.urgent.store(true, Ordering::Relaxed);
     }
 
     /// The version of the protocol that both sides speak.

@@ -49,7 +49,7 @@ struct Sent {
 async fn send(memory: Vec<u8>) -> Sent {
     let cluster = Cluster::new().await;
     cluster.store.keep_bytes.store(true, Ordering::Relaxed);
-    let options = Options { compression: Compression::Auto, bandwidth_cap: None };
+    let options = Options { compression: Compression::Auto, ..Options::default() };
     let (address, identity) = (cluster.address.to_string(), cluster.source());
     let introduction = cluster.introduction();
     let sender = Sender::connect(&address, &identity, &agent("target"), &introduction, options).await.unwrap();

@@ -2,14 +2,20 @@
 
 use std::path::{Path, PathBuf};
 
-use podferry_common::Failure;
 use podferry_common::identity::IdentityFiles;
-pub(crate) use podferry_proto::json::{Migration, Node, Workload};
+use podferry_common::{Failure, FailureCode};
+use podferry_proto::json::strategy_word;
+pub(crate) use podferry_proto::json::{Evacuation, Migration, Node, Workload};
+use podferry_proto::v1::{self, EvacuatedState, EvacuatedWorkload, EvacuationPhase};
 use serde::Serialize;
 
+use crate::words;
+
 /// What a drain did.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Default, Serialize)]
 pub(crate) struct DrainReport {
+    /// The evacuation's id.
+    pub(crate) evacuation: String,
     /// The node that was to be emptied.
     pub(crate) node: String,
     /// The migrations that ended, whatever their outcome.
@@ -22,17 +28,27 @@ pub(crate) struct DrainReport {
     pub(crate) not_running: Vec<String>,
     /// The workloads that were moved in another way than was asked for, because time was short.
     pub(crate) hurried: Vec<Hurried>,
+    /// The workloads that were not expected to be away by the deadline.
+    pub(crate) late: Vec<Late>,
     /// Whether it cannot be said any more what is there; the error says why.
     #[serde(skip)]
     pub(crate) lost_sight: bool,
+    /// Whether somebody stopped it.
+    #[serde(skip)]
+    pub(crate) cancelled: bool,
 }
 
 impl DrainReport {
-    /// Nothing was done yet.
-    pub(crate) fn of(node: &str) -> Self {
-        let (migrations, left_behind) = (Vec::new(), Vec::new());
-        let (lost, not_running, hurried) = (Vec::new(), Vec::new(), Vec::new());
-        Self { node: node.to_owned(), migrations, left_behind, lost, not_running, hurried, lost_sight: false }
+    /// Takes down what became of each workload.
+    pub(crate) fn finish(&mut self, ended: &v1::Evacuation) {
+        let of = |state| ended.workloads.iter().filter(move |one| one.state() == state);
+        let names = |state| of(state).map(|one| one.workload.clone()).collect();
+        (self.evacuation, self.node) = (ended.id.clone(), ended.node.clone());
+        self.left_behind = of(EvacuatedState::LeftBehind).map(LeftBehind::of).collect();
+        (self.lost, self.not_running) = (names(EvacuatedState::Lost), names(EvacuatedState::NotRunning));
+        self.hurried = ended.workloads.iter().filter(|one| !one.hurried_why.is_empty()).map(Hurried::of).collect();
+        self.lost_sight = ended.problem.is_some();
+        self.cancelled = ended.phase() == EvacuationPhase::Cancelled;
     }
 
     /// How many workloads left the node.
@@ -43,7 +59,7 @@ impl DrainReport {
 
     /// Whether nothing runs there any more, and all that did runs elsewhere.
     pub(crate) fn is_complete(&self) -> bool {
-        self.left_behind.is_empty() && self.lost.is_empty() && !self.lost_sight
+        self.left_behind.is_empty() && self.lost.is_empty() && !self.lost_sight && !self.cancelled
     }
 }
 
@@ -58,6 +74,23 @@ pub(crate) struct Hurried {
     pub(crate) why: String,
 }
 
+impl Hurried {
+    /// As the coordinator says it.
+    pub(crate) fn of(one: &EvacuatedWorkload) -> Self {
+        let (workload, why) = (one.workload.clone(), one.hurried_why.clone());
+        Self { workload, strategy: strategy_word(one.hurried_strategy), why }
+    }
+}
+
+/// A workload that was not expected to be away by the deadline.
+#[derive(Debug, Serialize)]
+pub(crate) struct Late {
+    /// The workload.
+    pub(crate) workload: String,
+    /// Why.
+    pub(crate) why: String,
+}
+
 /// A workload that a drain could not move.
 #[derive(Debug, Serialize)]
 pub(crate) struct LeftBehind {
@@ -67,6 +100,15 @@ pub(crate) struct LeftBehind {
     pub(crate) error: Failure,
     /// Whether a migration was tried; it is among the report's migrations then.
     pub(crate) migrated: bool,
+}
+
+impl LeftBehind {
+    /// As the coordinator says it.
+    pub(crate) fn of(one: &EvacuatedWorkload) -> Self {
+        let unsaid = || Failure::new(FailureCode::Aborted, format!("{} was not moved", one.workload));
+        let error = one.problem.as_ref().map_or_else(unsaid, words::from_problem);
+        Self { workload: one.workload.clone(), error, migrated: !one.migration_ids.is_empty() }
+    }
 }
 
 /// A new certificate authority.

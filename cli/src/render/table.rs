@@ -7,7 +7,8 @@ use comfy_table::{ContentArrangement, Table};
 use indicatif::HumanBytes;
 use podferry_common::Failure;
 use podferry_common::identity::IdentityFiles;
-use podferry_proto::v1::{Migration, Node, Phase, Workload};
+use podferry_proto::json::{evacuated_state, evacuation_phase};
+use podferry_proto::v1::{EvacuatedWorkload, Evacuation, Migration, Node, Phase, Workload};
 
 use super::{Authority, DrainReport, Hurried, Issued};
 use crate::words;
@@ -292,6 +293,86 @@ fn rounds(migration: &Migration) -> String {
     table(&header, rows.map(|row| row.into_iter().take(columns).collect()))
 }
 
+/// The evacuations, one a row.
+pub(super) fn evacuations(evacuations: &[Evacuation]) -> String {
+    if evacuations.is_empty() {
+        return "no evacuations".to_owned();
+    }
+    let row = |one: &Evacuation| {
+        vec![
+            one.id.clone(),
+            one.node.clone(),
+            evacuation_phase(one),
+            one.moved.to_string(),
+            one.remaining.to_string(),
+            one.failed.to_string(),
+            or_dash(&one.deadline_at),
+            or_dash(&one.created_at),
+        ]
+    };
+    let header = ["ID", "NODE", "PHASE", "MOVED", "REMAINING", "FAILED", "DEADLINE", "CREATED"];
+    table(&header, evacuations.iter().map(row))
+}
+
+/// An evacuation, and what becomes of each workload.
+pub(super) fn evacuation(evacuation: &Evacuation) -> String {
+    let mut text = String::new();
+    let facts = [
+        ("id", evacuation.id.clone()),
+        ("node", evacuation.node.clone()),
+        ("phase", evacuation_phase(evacuation)),
+        ("strategy", podferry_proto::json::strategy_word(evacuation.strategy)),
+        ("created", or_dash(&evacuation.created_at)),
+        ("deadline", or_dash(&evacuation.deadline_at)),
+        ("ended", or_dash(&evacuation.ended_at)),
+        ("requested by", or_dash(&evacuation.requested_by)),
+    ];
+    for (name, value) in facts {
+        line(&mut text, &format!("{name:<13}{value}"));
+    }
+    if !evacuation.workloads.is_empty() {
+        text.push('\n');
+        text.push_str(&evacuated(&evacuation.workloads));
+    }
+    for one in &evacuation.workloads {
+        remarks(&mut text, one);
+    }
+    text
+}
+
+fn evacuated(workloads: &[EvacuatedWorkload]) -> String {
+    let row = |one: &EvacuatedWorkload| {
+        vec![
+            one.workload.clone(),
+            evacuated_state(one),
+            one.priority.to_string(),
+            size(one.memory_bytes),
+            or_dash(&one.target),
+            time(one.downtime_ms),
+            time(one.total_ms),
+            or_dash(one.migration_ids.last().map_or("", String::as_str)),
+        ]
+    };
+    let header = ["WORKLOAD", "STATE", "PRIORITY", "MEMORY", "TARGET", "DOWNTIME", "TOTAL", "MIGRATION"];
+    table(&header, workloads.iter().map(row))
+}
+
+/// What is to be said of a workload besides its row.
+fn remarks(text: &mut String, one: &EvacuatedWorkload) {
+    let problem = one.problem.as_ref().map(|problem| problem.message.as_str()).unwrap_or_default();
+    let hurried = podferry_proto::json::strategy_word(one.hurried_strategy);
+    for (what, why) in [
+        (format!("moves {hurried}"), one.hurried_why.as_str()),
+        ("is not expected to be away by the deadline".to_owned(), one.late.as_str()),
+        ("waits".to_owned(), one.waits_for.as_str()),
+        ("was left behind".to_owned(), problem),
+    ] {
+        if !why.is_empty() {
+            line(text, &format!("{} {what}: {why}", one.workload));
+        }
+    }
+}
+
 /// What a drain did: a line for each workload, then the sum.
 pub(super) fn drain(report: &DrainReport) -> String {
     let mut text = String::new();
@@ -307,7 +388,13 @@ pub(super) fn drain(report: &DrainReport) -> String {
     let DrainReport { node, left_behind, .. } = report;
     let moved = report.moved();
     let names: Vec<&str> = left_behind.iter().map(|left| left.workload.as_str()).collect();
-    let sum = if report.is_complete() {
+    let sum = if report.cancelled {
+        format!(
+            "{node} is not drained: it was cancelled; {moved} workloads moved, {} left: {}",
+            names.len(),
+            names.join(", ")
+        )
+    } else if report.is_complete() {
         format!("{node} is drained: {moved} workloads moved")
     } else if names.is_empty() && !report.lost_sight {
         format!("{node} is empty: {moved} workloads moved, {} lost: {}", report.lost.len(), report.lost.join(", "))

@@ -11,10 +11,13 @@ use podferry_common::tls::{Incoming, PeerInfo};
 use podferry_common::{Failure, FailureCode};
 use podferry_proto::v1::coordinator_service_server::{CoordinatorService, CoordinatorServiceServer};
 use podferry_proto::v1::{
-    CancelMigrationRequest, CancelMigrationResponse, GetDecisionRequest, GetDecisionResponse, GetMigrationRequest,
-    GetMigrationResponse, HelloRequest, HelloResponse, ListMigrationsRequest, ListMigrationsResponse, ListNodesRequest,
-    ListNodesResponse, ListWorkloadsRequest, ListWorkloadsResponse, MigrateRequest, MigrateResponse, Migration, Node,
-    Phase, ProtocolVersion, WatchMigrationRequest, WatchMigrationResponse, Workload,
+    CancelEvacuationRequest, CancelEvacuationResponse, CancelMigrationRequest, CancelMigrationResponse,
+    EvacuateRequest, EvacuateResponse, Evacuation, EvacuationPhase, GetDecisionRequest, GetDecisionResponse,
+    GetEvacuationRequest, GetEvacuationResponse, GetMigrationRequest, GetMigrationResponse, HelloRequest,
+    HelloResponse, ListEvacuationsRequest, ListEvacuationsResponse, ListMigrationsRequest, ListMigrationsResponse,
+    ListNodesRequest, ListNodesResponse, ListWorkloadsRequest, ListWorkloadsResponse, MigrateRequest, MigrateResponse,
+    Migration, Node, Phase, ProtocolVersion, WatchEvacuationRequest, WatchEvacuationResponse, WatchMigrationRequest,
+    WatchMigrationResponse, Workload,
 };
 use tempfile::TempDir;
 use tokio::net::{TcpListener, TcpStream};
@@ -49,12 +52,12 @@ pub struct Script {
     pub endless_watches: bool,
     /// Between two states of a watch.
     pub pace: Duration,
-    /// By workload: what else happens when a migration of it is asked for, before the answer.
-    pub meanwhile: HashMap<String, Meanwhile>,
+    /// By node: the states that a watcher of its evacuation sees, or why it is refused. Without any: as a coordinator from before
+    /// evacuations.
+    pub evacuations: HashMap<String, Result<Vec<Evacuation>, Failure>>,
+    /// What was asked for.
+    pub evacuated: Vec<EvacuateRequest>,
 }
-
-/// What others do meanwhile.
-pub type Meanwhile = Box<dyn FnOnce(&mut Script) + Send>;
 
 impl Script {
     /// The workloads on that node, or on their way from or to it; the real coordinator does not guess what is on a silent
@@ -73,6 +76,29 @@ impl Script {
         let on_its_way = |id: &str| self.migrations.get(id).and_then(|states| states.first()).is_some_and(ends);
         let there = |workload: &&Workload| workload.node == node || on_its_way(&workload.migration_id);
         Ok(self.workloads.iter().filter(there).cloned().collect())
+    }
+}
+
+impl Script {
+    /// What becomes of the evacuation of a node.
+    fn states_of(&self, node: &str) -> Result<Vec<Evacuation>, Status> {
+        self.knows_evacuations()?;
+        match self.evacuations.get(node) {
+            None => Err(unknown(&format!("node {node:?}"))),
+            Some(Err(failure)) => Err(failure.clone().into()),
+            Some(Ok(states)) => Ok(states.clone()),
+        }
+    }
+
+    fn knows_evacuations(&self) -> Result<(), Status> {
+        if self.evacuations.is_empty() { Err(Status::unimplemented("")) } else { Ok(()) }
+    }
+
+    fn states_by(&self, id: &str) -> Result<Vec<Evacuation>, Status> {
+        self.knows_evacuations()?;
+        let of = |states: &&Vec<Evacuation>| states.iter().any(|state| state.id == id);
+        let found = self.evacuations.values().filter_map(|states| states.as_ref().ok()).find(of);
+        found.cloned().ok_or_else(|| unknown(&format!("evacuation {id:?}")))
     }
 }
 
@@ -120,9 +146,6 @@ impl CoordinatorService for Service {
         let request = request.into_inner();
         self.seen.lock().unwrap().push(Seen { peer, request: request.clone() });
         let mut script = self.script.lock().unwrap();
-        if let Some(meanwhile) = script.meanwhile.remove(&request.workload) {
-            meanwhile(&mut script);
-        }
         let states = match script.migrate.get(&request.workload) {
             None => return Err(unknown(&format!("workload {:?}", request.workload))),
             Some(Answer::Refuse(failure)) => return Err(failure.clone().into()),
@@ -199,6 +222,71 @@ impl CoordinatorService for Service {
         let migration = found.ok_or_else(|| unknown(&format!("migration {id:?}")))?;
         let migration = Migration { phase: Phase::RollingBack.into(), ..migration };
         Ok(Response::new(CancelMigrationResponse { migration: Some(migration) }))
+    }
+
+    async fn evacuate(&self, request: Request<EvacuateRequest>) -> Result<Response<EvacuateResponse>, Status> {
+        let request = request.into_inner();
+        let mut script = self.script.lock().unwrap();
+        script.evacuated.push(request.clone());
+        let states = script.states_of(&request.node)?;
+        Ok(Response::new(EvacuateResponse { evacuation: states.first().cloned() }))
+    }
+
+    async fn get_evacuation(
+        &self,
+        request: Request<GetEvacuationRequest>,
+    ) -> Result<Response<GetEvacuationResponse>, Status> {
+        let states = self.script.lock().unwrap().states_by(&request.into_inner().id)?;
+        Ok(Response::new(GetEvacuationResponse { evacuation: states.last().cloned() }))
+    }
+
+    async fn list_evacuations(
+        &self,
+        _: Request<ListEvacuationsRequest>,
+    ) -> Result<Response<ListEvacuationsResponse>, Status> {
+        let script = self.script.lock().unwrap();
+        script.knows_evacuations()?;
+        let all = script.evacuations.values().filter_map(|states| states.as_ref().ok()?.last().cloned());
+        Ok(Response::new(ListEvacuationsResponse { evacuations: all.collect() }))
+    }
+
+    type WatchEvacuationStream = ReceiverStream<Result<WatchEvacuationResponse, Status>>;
+
+    async fn watch_evacuation(
+        &self,
+        request: Request<WatchEvacuationRequest>,
+    ) -> Result<Response<Self::WatchEvacuationStream>, Status> {
+        let mut script = self.script.lock().unwrap();
+        let mut states = script.states_by(&request.into_inner().id)?;
+        if script.broken_watches > 0 {
+            script.broken_watches -= 1;
+            states.truncate(1);
+        }
+        let (pace, endless) = (script.pace, script.endless_watches);
+        let (out, stream) = tokio::sync::mpsc::channel(8);
+        tokio::spawn(async move {
+            for evacuation in states {
+                let update = WatchEvacuationResponse { evacuation: Some(evacuation) };
+                if out.send(Ok(update)).await.is_err() {
+                    return;
+                }
+                tokio::time::sleep(pace).await;
+            }
+            if endless {
+                out.closed().await;
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn cancel_evacuation(
+        &self,
+        request: Request<CancelEvacuationRequest>,
+    ) -> Result<Response<CancelEvacuationResponse>, Status> {
+        let states = self.script.lock().unwrap().states_by(&request.into_inner().id)?;
+        let phase = EvacuationPhase::Cancelling.into();
+        let evacuation = states.first().cloned().map(|evacuation| Evacuation { phase, ..evacuation });
+        Ok(Response::new(CancelEvacuationResponse { evacuation }))
     }
 
     async fn get_decision(&self, _: Request<GetDecisionRequest>) -> Result<Response<GetDecisionResponse>, Status> {

@@ -22,12 +22,22 @@ pub enum Verb {
     GetMigration,
     /// One migration, as it goes on.
     WatchMigration,
-    /// To migrate a workload. Whoever drains a node asks for this once for each workload.
+    /// To migrate a workload.
     Migrate,
     /// To undo a migration.
     CancelMigration,
     /// How a migration was decided.
     GetDecision,
+    /// To empty a node. Each migration of it is asked for on behalf of the same caller.
+    Evacuate,
+    /// All evacuations, or those of a node.
+    ListEvacuations,
+    /// One evacuation.
+    GetEvacuation,
+    /// One evacuation, as it goes on.
+    WatchEvacuation,
+    /// To stop an evacuation.
+    CancelEvacuation,
 }
 
 /// Who may ask for something, as the protocol has it, whatever a policy says.
@@ -45,7 +55,7 @@ pub(super) enum Open {
 
 impl Verb {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 14] = [
         Self::Hello,
         Self::ListNodes,
         Self::ListWorkloads,
@@ -55,6 +65,11 @@ impl Verb {
         Self::Migrate,
         Self::CancelMigration,
         Self::GetDecision,
+        Self::Evacuate,
+        Self::ListEvacuations,
+        Self::GetEvacuation,
+        Self::WatchEvacuation,
+        Self::CancelEvacuation,
     ];
 
     /// Its name in the audit log and in metrics.
@@ -69,6 +84,11 @@ impl Verb {
             Self::Migrate => "migrate",
             Self::CancelMigration => "cancel_migration",
             Self::GetDecision => "get_decision",
+            Self::Evacuate => "evacuate",
+            Self::ListEvacuations => "list_evacuations",
+            Self::GetEvacuation => "get_evacuation",
+            Self::WatchEvacuation => "watch_evacuation",
+            Self::CancelEvacuation => "cancel_evacuation",
         }
     }
 
@@ -85,8 +105,11 @@ impl Verb {
             | Self::ListWorkloads
             | Self::ListMigrations
             | Self::GetMigration
-            | Self::WatchMigration => Open::Viewers,
-            Self::Migrate | Self::CancelMigration => Open::Operators,
+            | Self::WatchMigration
+            | Self::ListEvacuations
+            | Self::GetEvacuation
+            | Self::WatchEvacuation => Open::Viewers,
+            Self::Migrate | Self::CancelMigration | Self::Evacuate | Self::CancelEvacuation => Open::Operators,
         }
     }
 
@@ -101,6 +124,11 @@ impl Verb {
             Self::Migrate => "migrate",
             Self::CancelMigration => "cancel a migration",
             Self::GetDecision => "ask for a decision",
+            Self::Evacuate => "evacuate",
+            Self::ListEvacuations => "list evacuations",
+            Self::GetEvacuation => "look at an evacuation",
+            Self::WatchEvacuation => "watch an evacuation",
+            Self::CancelEvacuation => "cancel an evacuation",
         }
     }
 }
@@ -116,7 +144,7 @@ pub struct Action<'a> {
     pub source: Option<&'a str>,
     /// The node that it goes to.
     pub target: Option<&'a str>,
-    /// The migration's id.
+    /// The migration's id, or the evacuation's.
     pub migration: Option<&'a str>,
 }
 
@@ -126,9 +154,14 @@ impl<'a> Action<'a> {
         Self { verb, workload: None, source: None, target: None, migration: None }
     }
 
-    /// A request about a migration.
+    /// A request about a migration, or an evacuation.
     pub fn on_migration(verb: Verb, id: &'a str) -> Self {
         Self { migration: Some(id), ..Self::new(verb) }
+    }
+
+    /// To empty `node`.
+    pub fn evacuate(node: &'a str) -> Self {
+        Self { source: Some(node), ..Self::new(Verb::Evacuate) }
     }
 
     /// To migrate `workload`, and to `target` unless that is empty.

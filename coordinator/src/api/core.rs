@@ -1,6 +1,8 @@
 //! The questions and their answers, whatever they come in by.
 
 mod auto;
+mod evacuations;
+mod traits;
 mod wishes;
 
 use std::collections::HashMap;
@@ -16,8 +18,9 @@ use crate::access::{Action, Gate, Verb};
 use crate::cluster::{
     Agents, Inventory, Location, Node, NodeView, PodRef, Seen, Workload, locate, speaks, spoken, survey,
 };
+use crate::evacuation::Evacuator;
 use crate::migration::{Decision, State};
-use crate::placement::{Candidate, Choice, Demand, Facts, choose, judge};
+use crate::placement::{Candidate, Choice, Demand, Facts, choose, inhabited, judge};
 use crate::pods::target_name;
 use crate::runner::{Deadlines, Runner, blocking};
 use crate::store::{PodMove, Record, Report, Store, StoreError};
@@ -43,6 +46,7 @@ pub struct Core {
     runner: Runner,
     deadlines: Deadlines,
     gate: Gate,
+    evacuator: Evacuator,
 }
 
 impl Core {
@@ -55,7 +59,13 @@ impl Core {
         deadlines: Deadlines,
         gate: Gate,
     ) -> Self {
-        Self { inventory: Arc::new(inventory), agents, store, runner, deadlines, gate }
+        let evacuator = Evacuator::new(store.clone(), runner.clone());
+        Self { inventory: Arc::new(inventory), agents, store, runner, deadlines, gate, evacuator }
+    }
+
+    /// All evacuations that go on.
+    pub fn evacuator(&self) -> &Evacuator {
+        &self.evacuator
     }
 
     /// Who may ask for what.
@@ -248,18 +258,17 @@ impl Core {
     /// The wanted target if it will do, or the best one, with a report that says why not the others.
     async fn target<'n>(&'n self, journey: &Journey<'n, '_>, wishes: Wishes) -> Result<(&'n Node, Report), Failure> {
         let Journey { who, workload, location, views, target } = *journey;
-        let demand = demand(location, wishes)?;
-        let load = self.runner.load();
-        let candidate = |view: &NodeView| Candidate {
-            name: view.node.name.clone(),
-            facts: view.seen.as_ref().map(|seen| facts(seen, workload, wishes.strategy)).map_err(ToString::to_string),
-            migrations: load.get(&view.node.name).copied().unwrap_or_default(),
-            migration_limit: self.runner.limit(),
+        let demand = demand(workload, location, wishes)?;
+        let surroundings = self.surroundings(workload, &demand.source, views);
+        let candidate = |view: &NodeView| {
+            let facts = view.seen.as_ref().map(|seen| facts(seen, workload, wishes.strategy));
+            surroundings.candidate(view, facts.map_err(ToString::to_string))
         };
         if let Some(wanted) = target {
             let view = views.iter().find(|view| view.node.name == wanted.name);
             let view = view.ok_or_else(|| not_asked(wanted))?;
-            judge_wanted(&demand, view, &candidate(view))?;
+            let all: Vec<_> = views.iter().map(candidate).collect();
+            judge_wanted(&demand, view, &candidate(view), &inhabited(&all))?;
             return Ok((wanted, Report::default()));
         }
         let mut report = Report::default();
@@ -291,7 +300,8 @@ impl Core {
     /// one of them has to be chosen.
     async fn look_for(&self, workload: &Workload, place: Option<&NodeName>, wanted: Option<&Node>) -> Vec<NodeView> {
         let likely = place.or(workload.node.as_ref()).and_then(|name| self.inventory.node(name.as_str()));
-        if let (Some(likely), Some(wanted)) = (likely, wanted) {
+        // A rule about neighbours may be about any node.
+        if let (Some(likely), Some(wanted), false) = (likely, wanted, self.inventory.keeps_apart()) {
             let mut few = vec![likely];
             if wanted.name != likely.name {
                 few.push(wanted);
@@ -409,8 +419,13 @@ fn cancelling<'a>(id: &'a str, record: &'a Record) -> Action<'a> {
     }
 }
 
-fn judge_wanted(demand: &Demand, view: &NodeView, candidate: &Candidate) -> Result<(), Failure> {
-    let Err(objection) = judge(demand, candidate) else { return Ok(()) };
+fn judge_wanted(
+    demand: &Demand,
+    view: &NodeView,
+    candidate: &Candidate,
+    inhabited: &[&Candidate],
+) -> Result<(), Failure> {
+    let Err(objection) = judge(demand, candidate, inhabited) else { return Ok(()) };
     match &view.seen {
         // The agent's own words say more than that it does not answer.
         Err(failure) if view.node.name != demand.source => Err(failure.clone()),
@@ -422,7 +437,7 @@ fn not_asked(node: &Node) -> Failure {
     Failure::new(FailureCode::Internal, format!("the agent of node {} was not asked", node.name))
 }
 
-fn demand(location: &Location<'_>, wishes: Wishes) -> Result<Demand, Failure> {
+fn demand(workload: &Workload, location: &Location<'_>, wishes: Wishes) -> Result<Demand, Failure> {
     let Location { view, seen, container } = location;
     let node = &view.node.name;
     if !wishes.strategy.finds_fit(&seen.description) {
@@ -441,6 +456,7 @@ fn demand(location: &Location<'_>, wishes: Wishes) -> Result<Demand, Failure> {
         memory_bytes: container.memory_bytes,
         version: wishes.of_target(),
         starts_anew: wishes.strategy.starts_anew(),
+        traits: workload.traits.clone(),
     })
 }
 

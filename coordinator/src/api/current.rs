@@ -39,12 +39,21 @@ enum Source {
 impl Current {
     /// A core whose inventory was read from `path`, some time ago: the first request reads it again.
     pub fn new(core: Core, path: PathBuf) -> Self {
-        Self(Arc::new(Mutex::new(Followed { core, inventory: Source::File(Follower::new(path)) })))
+        Self::following(core, Source::File(Follower::new(path)))
     }
 
     /// A core whose inventory is what is seen of a cluster of Kubernetes.
     pub fn watching(core: Core, cluster: Watched) -> Self {
-        Self(Arc::new(Mutex::new(Followed { core, inventory: Source::Cluster(cluster, None) })))
+        Self::following(core, Source::Cluster(cluster, None))
+    }
+
+    fn following(core: Core, inventory: Source) -> Self {
+        let evacuator = core.evacuator().clone();
+        let current = Self(Arc::new(Mutex::new(Followed { core, inventory })));
+        // The evacuator is a part of the core: it must not keep it.
+        let weak = Arc::downgrade(&current.0);
+        evacuator.ask(move || weak.upgrade().map(|followed| Self(followed).now()));
+        current
     }
 
     /// The core, for a caller who may do this, and who that is: there is no other way to it. A changed inventory that is wrong is logged once,

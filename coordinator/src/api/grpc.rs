@@ -12,9 +12,10 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
-use super::states::states;
+use super::states::{evacuation_states, states};
 use super::{Core, Current};
 use crate::access::{Action, Verb};
+use crate::evacuation::Evacuation;
 use crate::store::Record;
 
 /// The largest message that is taken, in bytes: the protocol's limit.
@@ -75,6 +76,7 @@ pub enum ServeError {
 }
 
 type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::WatchMigrationResponse, Status>> + Send>>;
+type WatchEvacuationStream = Pin<Box<dyn Stream<Item = Result<v1::WatchEvacuationResponse, Status>> + Send>>;
 
 fn shown(record: &Record) -> v1::WatchMigrationResponse {
     v1::WatchMigrationResponse { migration: Some(record.to_wire()) }
@@ -173,6 +175,58 @@ impl CoordinatorService for GrpcService {
         tracing::info!(%peer, migration = %id, ?decision, "decision asked for");
         let decision = v1::Decision::from(decision).into();
         Ok(Response::new(v1::GetDecisionResponse { decision }))
+    }
+
+    async fn evacuate(&self, request: Request<v1::EvacuateRequest>) -> Result<Response<v1::EvacuateResponse>, Status> {
+        let wanted = request.get_ref();
+        let (core, peer) = self.admit(&request, &Action::evacuate(&wanted.node)).await?;
+        let evacuation = core.evacuate(wanted, &peer).await?;
+        Ok(Response::new(v1::EvacuateResponse { evacuation: Some(evacuation.to_wire()) }))
+    }
+
+    async fn get_evacuation(
+        &self,
+        request: Request<v1::GetEvacuationRequest>,
+    ) -> Result<Response<v1::GetEvacuationResponse>, Status> {
+        let id = &request.get_ref().id;
+        let (core, _) = self.admit(&request, &Action::on_migration(Verb::GetEvacuation, id)).await?;
+        let evacuation = core.evacuation(id).await?;
+        Ok(Response::new(v1::GetEvacuationResponse { evacuation: Some(evacuation.to_wire()) }))
+    }
+
+    async fn list_evacuations(
+        &self,
+        request: Request<v1::ListEvacuationsRequest>,
+    ) -> Result<Response<v1::ListEvacuationsResponse>, Status> {
+        let (core, _) = self.admit(&request, &Action::new(Verb::ListEvacuations)).await?;
+        let v1::ListEvacuationsRequest { node, active_only } = request.into_inner();
+        let all = core.evacuations(&node, active_only).await?;
+        let evacuations = all.iter().map(Evacuation::to_list_entry).collect();
+        Ok(Response::new(v1::ListEvacuationsResponse { evacuations }))
+    }
+
+    type WatchEvacuationStream = WatchEvacuationStream;
+
+    async fn watch_evacuation(
+        &self,
+        request: Request<v1::WatchEvacuationRequest>,
+    ) -> Result<Response<WatchEvacuationStream>, Status> {
+        let id = &request.get_ref().id;
+        let (core, _) = self.admit(&request, &Action::on_migration(Verb::WatchEvacuation, id)).await?;
+        let states = evacuation_states(&core, id, self.stop.clone()).await?;
+        let shown = |evacuation: Evacuation| v1::WatchEvacuationResponse { evacuation: Some(evacuation.to_wire()) };
+        let messages = states.map(move |state| state.map(shown).map_err(Status::from));
+        Ok(Response::new(Box::pin(messages)))
+    }
+
+    async fn cancel_evacuation(
+        &self,
+        request: Request<v1::CancelEvacuationRequest>,
+    ) -> Result<Response<v1::CancelEvacuationResponse>, Status> {
+        let id = &request.get_ref().id;
+        let (core, peer) = self.admit(&request, &Action::on_migration(Verb::CancelEvacuation, id)).await?;
+        let evacuation = core.cancel_evacuation(id, &peer).await?;
+        Ok(Response::new(v1::CancelEvacuationResponse { evacuation: Some(evacuation.to_wire()) }))
     }
 }
 

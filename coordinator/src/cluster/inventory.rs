@@ -10,6 +10,7 @@ use podferry_common::{NodeName, WorkloadName};
 use serde::Deserialize;
 use toml::Spanned;
 
+use crate::placement::{AntiAffinity, HOSTNAME, Labels, NodeTraits, Selector, WorkloadTraits, check_label};
 use crate::problem::{self, FileError, Problem};
 
 /// The largest inventory that is read, in bytes: thousands of nodes fit.
@@ -24,6 +25,8 @@ pub struct Node {
     pub name: NodeName,
     /// `host:port` of its agent.
     pub address: String,
+    /// Its labels and taints.
+    pub traits: NodeTraits,
 }
 
 /// A workload of the inventory.
@@ -37,6 +40,8 @@ pub struct Workload {
     pub node: Option<NodeName>,
     /// The pod that it is; none where there are no pods.
     pub pod: Option<PodRef>,
+    /// Its labels, its priority, and where it may run.
+    pub traits: WorkloadTraits,
 }
 
 /// A pod with the container that moves.
@@ -75,6 +80,10 @@ struct File {
 struct NodeTable {
     name: Spanned<String>,
     address: Spanned<String>,
+    #[serde(default)]
+    labels: LabelTable,
+    #[serde(default)]
+    taints: Vec<Spanned<String>>,
 }
 
 #[derive(Deserialize)]
@@ -83,6 +92,27 @@ struct WorkloadTable {
     name: Spanned<String>,
     container: Option<Spanned<String>>,
     node: Option<Spanned<String>>,
+    #[serde(default)]
+    priority: i32,
+    #[serde(default)]
+    labels: LabelTable,
+    #[serde(default)]
+    tolerations: Vec<Spanned<String>>,
+    #[serde(default)]
+    node_selector: LabelTable,
+    #[serde(default)]
+    affinity: Vec<Spanned<String>>,
+    #[serde(default)]
+    anti_affinity: Vec<AntiAffinityTable>,
+}
+
+type LabelTable = BTreeMap<Spanned<String>, Spanned<String>>;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AntiAffinityTable {
+    workloads: Spanned<String>,
+    topology: Option<Spanned<String>>,
 }
 
 impl Inventory {
@@ -120,6 +150,11 @@ impl Inventory {
         self.workloads.values()
     }
 
+    /// Whether any workload has rules about neighbours.
+    pub fn keeps_apart(&self) -> bool {
+        self.workloads.values().any(|workload| !workload.traits.anti_affinity.is_empty())
+    }
+
     /// The node of that name.
     pub fn node(&self, name: &str) -> Option<&Node> {
         self.nodes.get(&name.parse::<NodeName>().ok()?)
@@ -147,8 +182,9 @@ impl Reader<'_> {
             Ok(()) => self.unique("agent address", &table.address),
             Err(message) => self.problem(&table.address, message),
         };
+        let traits = NodeTraits { labels: self.labels(&table.labels), taints: self.parsed(&table.taints) };
         if let (Some(name), true, true) = (name, unique, address_fits) {
-            let node = Node { name: name.clone(), address: table.address.get_ref().clone() };
+            let node = Node { name: name.clone(), address: table.address.get_ref().clone(), traits };
             self.inventory.nodes.insert(name, node);
         }
     }
@@ -167,10 +203,55 @@ impl Reader<'_> {
             None => Some(None),
             Some(node) => self.known_node(node).map(Some),
         };
+        let traits = self.traits(table);
         if let (Some(name), true, true, Some(node)) = (name, unique, container_fits, node) {
-            let workload = Workload { name: name.clone(), container: container.get_ref().clone(), node, pod: None };
+            let workload =
+                Workload { name: name.clone(), container: container.get_ref().clone(), node, pod: None, traits };
             self.inventory.workloads.insert(name, workload);
         }
+    }
+
+    fn traits(&mut self, table: &WorkloadTable) -> WorkloadTraits {
+        WorkloadTraits {
+            affinity: self.parsed(&table.affinity),
+            labels: self.labels(&table.labels),
+            priority: table.priority,
+            tolerations: self.parsed(&table.tolerations),
+            node_selector: self.labels(&table.node_selector),
+            anti_affinity: table.anti_affinity.iter().map(|rule| self.anti_affinity(rule)).collect(),
+        }
+    }
+
+    fn anti_affinity(&mut self, table: &AntiAffinityTable) -> AntiAffinity {
+        let topology = table.topology.as_ref().map_or(HOSTNAME, |topology| {
+            if let Err(message) = check_label(topology.get_ref(), "") {
+                self.problem(topology, message);
+            }
+            topology.get_ref()
+        });
+        let workloads = self.parsed::<Selector>(std::slice::from_ref(&table.workloads)).pop().unwrap_or_default();
+        AntiAffinity { topology: topology.to_owned(), workloads }
+    }
+
+    fn labels(&mut self, table: &LabelTable) -> Labels {
+        for (key, value) in table {
+            if let Err(message) = check_label(key.get_ref(), value.get_ref()) {
+                self.problem(key, message);
+            }
+        }
+        table.iter().map(|(key, value)| (key.get_ref().clone(), value.get_ref().clone())).collect()
+    }
+
+    /// Those that can be read; the others are complained about.
+    fn parsed<T: std::str::FromStr<Err = String>>(&mut self, texts: &[Spanned<String>]) -> Vec<T> {
+        let mut all = Vec::new();
+        for text in texts {
+            match text.get_ref().parse() {
+                Ok(value) => all.push(value),
+                Err(message) => drop(self.problem(text, message)),
+            }
+        }
+        all
     }
 
     fn known_node(&mut self, said: &Spanned<String>) -> Option<NodeName> {
@@ -278,6 +359,64 @@ name = "redis"
         assert!(inventory.workload("CART").is_none() && inventory.node("c").is_none());
     }
 
+    #[test]
+    fn labels_taints_and_rules_are_read() {
+        let text = r#"
+[[nodes]]
+name = "a"
+address = "10.0.0.1:7443"
+labels = { zone = "a", "example.com/gpu" = "" }
+taints = ["spot=true:NoSchedule", "old:PreferNoSchedule"]
+[[workloads]]
+name = "cart"
+priority = -3
+labels.app = "shop"
+tolerations = ["spot=true:NoSchedule"]
+node_selector = { zone = "a" }
+affinity = ["zone in (a, b), !disk", "example.com/gpu"]
+anti_affinity = [{ workloads = "app=shop" }, { workloads = "tier!=web", topology = "zone" }]
+"#;
+        let inventory = Inventory::parse(text).unwrap();
+        let node = &inventory.node("a").unwrap().traits;
+        assert_eq!(node.labels.get("zone").map(String::as_str), Some("a"));
+        assert_eq!(
+            node.taints.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            ["spot=true:NoSchedule", "old:PreferNoSchedule"]
+        );
+        let cart = &inventory.workload("cart").unwrap().traits;
+        assert_eq!((cart.priority, cart.labels["app"].as_str(), cart.tolerations.len()), (-3, "shop", 1));
+        let affinity: Vec<_> = cart.affinity.iter().map(ToString::to_string).collect();
+        assert_eq!(affinity, ["zone in (a, b), !disk", "example.com/gpu"]);
+        assert!(cart.affinity[0].is_met_by(&node.labels));
+        let topologies: Vec<_> = cart.anti_affinity.iter().map(|rule| rule.topology.as_str()).collect();
+        assert_eq!(topologies, [HOSTNAME, "zone"]);
+        assert!(inventory.keeps_apart() && !Inventory::parse(GOOD).unwrap().keeps_apart());
+    }
+
+    #[test]
+    fn what_is_wrong_with_labels_taints_and_rules_is_said_with_its_place() {
+        let text = r#"
+[[nodes]]
+name = "a"
+address = "10.0.0.1:7443"
+labels = { "-zone" = "a" }
+taints = ["spot=true"]
+[[workloads]]
+name = "cart"
+tolerations = ["spot:Never"]
+affinity = ["zone within (a)"]
+anti_affinity = [{ workloads = "", topology = "a b" }]
+"#;
+        insta::assert_snapshot!(complaints(text), @r#"
+        inventory.toml:5:12: the label key "-zone" is not 1 to 63 characters of [A-Za-z0-9_.-] that begin and end with a letter or digit, with a DNS name and '/' before them or without
+        inventory.toml:6:11: "spot=true" is no taint; write "key=value:NoSchedule" or "key:NoSchedule"
+        inventory.toml:9:16: there is no effect "Never"; one is NoSchedule, PreferNoSchedule or NoExecute
+        inventory.toml:10:13: "zone within (a)" asks nothing of a label; write zone=a, zone!=a, zone in (a, b), zone notin (a, b), gpu, !gpu, cores>4 or cores<4
+        inventory.toml:11:32: "" asks nothing of a label; write zone=a, zone!=a, zone in (a, b), zone notin (a, b), gpu, !gpu, cores>4 or cores<4
+        inventory.toml:11:47: the label key "a b" is not 1 to 63 characters of [A-Za-z0-9_.-] that begin and end with a letter or digit, with a DNS name and '/' before them or without
+        "#);
+    }
+
     fn complaints(text: &str) -> String {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("inventory.toml");
@@ -296,7 +435,7 @@ name = "redis"
             "[[pods]]\nname = \"a\"\n",
         ];
         insta::assert_snapshot!(broken.map(complaints).join("\n"), @r#"
-        inventory.toml:3:1: unknown field `addres`, expected `name` or `address`
+        inventory.toml:3:1: unknown field `addres`, expected one of `name`, `address`, `labels`, `taints`
         inventory.toml:2:10: invalid basic string, expected `"`
         inventory.toml:2:8: invalid type: integer `7`, expected a string
         inventory.toml:1:1: missing field `address`

@@ -113,11 +113,12 @@ fn nowhere(views: &[NodeView], workload: &Workload, stopped: &[Location<'_>]) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::placement::{NodeTraits, WorkloadTraits};
 
     fn view(name: &str, status: Option<&str>) -> NodeView {
         let container = |status: &str| Container { id: "c1".into(), status: status.into(), ..Container::default() };
         NodeView {
-            node: Node { name: name.parse().unwrap(), address: "127.0.0.1:1".into() },
+            node: Node { name: name.parse().unwrap(), address: "127.0.0.1:1".into(), traits: NodeTraits::default() },
             seen: Ok(Seen {
                 description: DescribeResponse::default(),
                 containers: status.into_iter().map(container).collect(),
@@ -130,7 +131,13 @@ mod tests {
     }
 
     fn found(views: &[NodeView], place: Option<&str>) -> Result<String, Failure> {
-        let workload = Workload { name: "cart".parse().unwrap(), container: "c1".into(), node: None, pod: None };
+        let workload = Workload {
+            name: "cart".parse().unwrap(),
+            container: "c1".into(),
+            node: None,
+            pod: None,
+            traits: WorkloadTraits::default(),
+        };
         let place = place.map(|place| place.parse().unwrap());
         locate(views, &workload, place.as_ref()).map(|location| location.view.node.name.to_string())
     }

@@ -2,6 +2,11 @@
 //!
 //! Pure: it judges facts that somebody else gathered ([`crate::cluster`]).
 
+mod features;
+mod labels;
+mod rules;
+mod taints;
+
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::fmt;
@@ -10,97 +15,9 @@ use podferry_common::{Failure, FailureCode, NodeName, room};
 
 use crate::cluster::OLD_AGENT;
 
-/// CPU feature words that user space cannot depend on: what the hypervisor and the kernel say about themselves, about
-/// power, virtualisation and the mitigation of hardware bugs. Two nodes of one pool differ in them by microcode alone.
-const KERNEL_ONLY_FEATURES: &[&str] = &[
-    "acpi",
-    "aperfmperf",
-    "arat",
-    "arch_capabilities",
-    "arch_perfmon",
-    "art",
-    "bts",
-    "cat_l2",
-    "cat_l3",
-    "cdp_l3",
-    "constant_tsc",
-    "cpuid",
-    "cpuid_fault",
-    "cqm",
-    "cqm_llc",
-    "cqm_mbm_local",
-    "cqm_mbm_total",
-    "cqm_occup_llc",
-    "dca",
-    "de",
-    "ds_cpl",
-    "dtes64",
-    "dtherm",
-    "dts",
-    "epb",
-    "ept",
-    "ept_ad",
-    "est",
-    "flexpriority",
-    "flush_l1d",
-    "hwp",
-    "hwp_act_window",
-    "hwp_epp",
-    "hwp_notify",
-    "hwp_pkg_req",
-    "hypervisor",
-    "ibpb",
-    "ibpb_brtype",
-    "ibrs",
-    "ibrs_enhanced",
-    "ida",
-    "intel_ppin",
-    "intel_pt",
-    "invpcid_single",
-    "mba",
-    "mce",
-    "mca",
-    "md_clear",
-    "monitor",
-    "mtrr",
-    "nonstop_tsc",
-    "npt",
-    "nrip_save",
-    "ospke_kernel",
-    "pat",
-    "pcid",
-    "pdcm",
-    "pebs",
-    "pge",
-    "pln",
-    "pse",
-    "pse36",
-    "pti",
-    "pts",
-    "rep_good",
-    "rdt_a",
-    "sep",
-    "smx",
-    "srbds_ctrl",
-    "ss",
-    "ssbd",
-    "stibp",
-    "svm",
-    "tm",
-    "tm2",
-    "tpr_shadow",
-    "tsc_adjust",
-    "tsc_deadline_timer",
-    "tsc_known_freq",
-    "vme",
-    "vmx",
-    "vmmcall",
-    "vnmi",
-    "vpid",
-    "x2apic",
-    "xtopology",
-    "xtpr",
-];
+pub use labels::{Labels, Operator, Requirement, Selector, check_label};
+pub use rules::{AntiAffinity, HOSTNAME, Neighbour, NodeTraits, WorkloadTraits};
+pub use taints::{Effect, Taint, Toleration};
 
 /// What the workload needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -118,6 +35,8 @@ pub struct Demand {
     /// Whether it is started anew there: neither does it go on with code that was chosen for the source's CPU, nor are images of its
     /// memory kept.
     pub starts_anew: bool,
+    /// Where it may run, by its own rules.
+    pub traits: WorkloadTraits,
 }
 
 /// What is known of a node.
@@ -131,6 +50,16 @@ pub struct Candidate {
     pub migrations: usize,
     /// Migrations it may take part in at a time.
     pub migration_limit: usize,
+    /// Migrations that go from the workload's node to it now.
+    pub link_migrations: usize,
+    /// Migrations that may do so at a time.
+    pub link_limit: usize,
+    /// The evacuation that empties it, if one does.
+    pub evacuated_by: Option<String>,
+    /// Its labels and taints.
+    pub traits: NodeTraits,
+    /// The other workloads that are there or on their way to it.
+    pub neighbours: Vec<Neighbour>,
 }
 
 /// What a node's agent says of it.
@@ -177,8 +106,18 @@ pub enum Objection {
     MissingFeatures(Vec<String>),
     /// A container of that id is there.
     ContainerExists,
+    /// It is being emptied: by which evacuation.
+    Evacuated(String),
+    /// One of its taints keeps everybody away who does not tolerate it.
+    Tainted(Taint),
+    /// It lacks a label that the workload's `node_selector` or affinity wants; says what is wanted.
+    Unselected(String),
+    /// Another workload is there or near that must not be: says which, and whose rule that is.
+    Neighbour(String),
     /// It has as many migrations as it may have.
     Busy(usize),
+    /// As many migrations go from the workload's node to it as may.
+    LinkBusy(usize),
     /// Not enough memory: bytes needed, bytes there.
     TooLittleMemory(u64, u64),
     /// Not enough memory where images are kept: bytes needed, bytes there.
@@ -202,6 +141,13 @@ impl fmt::Display for Objection {
             Self::OtherArchitecture(node, wanted) => write!(f, "its architecture is {node}, not {wanted}"),
             Self::MissingFeatures(words) => write!(f, "its CPU lacks {}", words.join(" ")),
             Self::ContainerExists => f.write_str("a container of that id is there already"),
+            Self::Evacuated(by) => write!(f, "it is being emptied by {by}"),
+            Self::Tainted(taint) => write!(f, "taint {taint} is not tolerated"),
+            Self::Unselected(wanted) => write!(f, "{wanted}"),
+            Self::Neighbour(who) => f.write_str(who),
+            Self::LinkBusy(limit) => {
+                write!(f, "{limit} migrations go there from the workload's node already, which is the limit")
+            }
             Self::Busy(limit) => write!(f, "it takes part in {limit} migrations already, which is its limit"),
             Self::TooLittleMemory(needed, there) => {
                 write!(f, "{} MiB of memory are needed, {} MiB are free", needed.div_ceil(1 << 20), there >> 20)
@@ -227,7 +173,14 @@ impl Objection {
                 (FailureCode::FailedPrecondition, "name a node whose CPU has all features of the source's")
             }
             Self::ContainerExists => (FailureCode::AlreadyExists, "delete that container, if it is a left-over"),
-            Self::Busy(_) | Self::OtherIsBetter(_) => (FailureCode::ResourceExhausted, "wait until one has ended"),
+            Self::Evacuated(_) => {
+                (FailureCode::FailedPrecondition, "name another node, or wait for the evacuation to end, or cancel it")
+            }
+            Self::Tainted(_) => (FailureCode::FailedPrecondition, "name another node, or let the workload tolerate it"),
+            Self::Unselected(_) | Self::Neighbour(_) => (FailureCode::FailedPrecondition, "name another node, or none"),
+            Self::Busy(_) | Self::LinkBusy(_) | Self::OtherIsBetter(_) => {
+                (FailureCode::ResourceExhausted, "wait until one has ended")
+            }
             Self::TooLittleMemory(..) | Self::TooLittleImageMemory(..) => {
                 (FailureCode::ResourceExhausted, "name a node with more free memory")
             }
@@ -248,11 +201,15 @@ pub struct Choice {
     pub others: Vec<(NodeName, Objection)>,
 }
 
-/// Whether the workload can go to that node.
-pub fn judge(demand: &Demand, candidate: &Candidate) -> Result<(), Objection> {
+/// Whether the workload can go to that node. `inhabited` are all nodes with neighbours: a rule may be about those near by, too.
+pub fn judge(demand: &Demand, candidate: &Candidate, inhabited: &[&Candidate]) -> Result<(), Objection> {
     if candidate.name == demand.source {
         return Err(Objection::IsSource);
     }
+    if let Some(by) = &candidate.evacuated_by {
+        return Err(Objection::Evacuated(by.clone()));
+    }
+    rules::judge(&demand.traits, candidate, inhabited)?;
     let facts = candidate.facts.as_ref().map_err(|why| Objection::Unreachable(why.clone()))?;
     if !facts.fit {
         return Err(Objection::NotFit(facts.complaints.clone()));
@@ -266,7 +223,7 @@ pub fn judge(demand: &Demand, candidate: &Candidate) -> Result<(), Objection> {
     if facts.architecture != demand.architecture {
         return Err(Objection::OtherArchitecture(facts.architecture.clone(), demand.architecture.clone()));
     }
-    let missing = missing_features(&demand.cpu_features, &facts.cpu_features);
+    let missing = features::missing(&demand.cpu_features, &facts.cpu_features);
     if !missing.is_empty() && !demand.starts_anew {
         return Err(Objection::MissingFeatures(missing));
     }
@@ -282,19 +239,25 @@ pub fn judge(demand: &Demand, candidate: &Candidate) -> Result<(), Objection> {
     if needed > facts.images_free {
         return Err(Objection::TooLittleImageMemory(needed, facts.images_free));
     }
+    // Last: what is only busy would do later.
     if candidate.migrations >= candidate.migration_limit {
         return Err(Objection::Busy(candidate.migration_limit));
+    }
+    if candidate.link_migrations >= candidate.link_limit {
+        return Err(Objection::LinkBusy(candidate.link_limit));
     }
     Ok(())
 }
 
-/// The best target: the fewest migrations under way, then the fewest containers, then the most free memory, then the
-/// first name. Fails with all objections when no node will do.
+/// The best target: the fewest taints that would rather keep the workload away, then the fewest migrations under way, then the fewest
+/// containers, then the most free memory, then the first name. Fails with all objections when no node will do: as `RESOURCE_EXHAUSTED`
+/// when one of them is only busy.
 pub fn choose(demand: &Demand, candidates: &[Candidate]) -> Result<Choice, Failure> {
     let (mut fitting, mut others) = (Vec::new(), Vec::new());
+    let inhabited = inhabited(candidates);
     for candidate in candidates {
-        match (judge(demand, candidate), &candidate.facts) {
-            (Ok(()), Ok(facts)) => fitting.push((rank(candidate, facts), candidate, facts)),
+        match (judge(demand, candidate, &inhabited), &candidate.facts) {
+            (Ok(()), Ok(facts)) => fitting.push((rank(demand, candidate, facts), candidate, facts)),
             (Err(objection), _) => others.push((candidate.name.clone(), objection)),
             (Ok(()), Err(why)) => others.push((candidate.name.clone(), Objection::Unreachable(why.clone()))),
         }
@@ -302,214 +265,54 @@ pub fn choose(demand: &Demand, candidates: &[Candidate]) -> Result<Choice, Failu
     fitting.sort_by(|a, b| a.0.cmp(&b.0));
     let Some(((_, best, _), rest)) = fitting.split_first() else { return Err(nowhere(others)) };
     for (_, other, facts) in rest {
-        let why = format!(
-            "{} is better: {} has {} containers, {} migrations and {} MiB free",
-            best.name,
-            other.name,
-            facts.containers,
-            other.migrations,
-            facts.memory_available >> 20
-        );
-        others.push((other.name.clone(), Objection::OtherIsBetter(why)));
+        others.push((other.name.clone(), Objection::OtherIsBetter(worse(demand, other, facts, best))));
     }
     others.sort_by(|a, b| a.0.cmp(&b.0));
     Ok(Choice { target: best.name.clone(), others })
 }
 
-fn rank<'a>(candidate: &'a Candidate, facts: &Facts) -> (usize, usize, Reverse<u64>, &'a NodeName) {
-    (candidate.migrations, facts.containers, Reverse(facts.memory_available), &candidate.name)
+/// Those that rules about neighbours can be about.
+pub fn inhabited(candidates: &[Candidate]) -> Vec<&Candidate> {
+    candidates.iter().filter(|candidate| !candidate.neighbours.is_empty()).collect()
+}
+
+/// What a node that would do is compared by: less is better.
+type Rank<'a> = (usize, usize, usize, Reverse<u64>, &'a NodeName);
+
+fn rank<'a>(demand: &Demand, candidate: &'a Candidate, facts: &Facts) -> Rank<'a> {
+    let shunned = rules::shunned(&demand.traits, candidate).count();
+    (shunned, candidate.migrations, facts.containers, Reverse(facts.memory_available), &candidate.name)
+}
+
+/// Why a node that would do is worse than the best.
+fn worse(demand: &Demand, other: &Candidate, facts: &Facts, best: &Candidate) -> String {
+    let shunned = |node| rules::shunned(&demand.traits, node).count();
+    if shunned(other) > shunned(best) {
+        let taints: Vec<_> = rules::shunned(&demand.traits, other).map(ToString::to_string).collect();
+        return format!("{} is better: taint {} is not tolerated", best.name, taints.join(", "));
+    }
+    format!(
+        "{} is better: {} has {} containers, {} migrations and {} MiB free",
+        best.name,
+        other.name,
+        facts.containers,
+        other.migrations,
+        facts.memory_available >> 20
+    )
 }
 
 fn nowhere(mut others: Vec<(NodeName, Objection)>) -> Failure {
     others.sort_by(|a, b| a.0.cmp(&b.0));
+    let busy = others.iter().any(|(_, objection)| matches!(objection, Objection::Busy(_) | Objection::LinkBusy(_)));
     let reasons: Vec<_> = others.iter().map(|(name, objection)| format!("{name}: {objection}")).collect();
     let message = format!("no node can take the workload ({})", reasons.join("; "));
-    Failure::new(FailureCode::FailedPrecondition, message)
-        .in_phase("preflight")
-        .remedy("make room on a node or add one")
-}
-
-fn missing_features(wanted: &BTreeSet<String>, there: &BTreeSet<String>) -> Vec<String> {
-    let for_programs = |word: &&String| !KERNEL_ONLY_FEATURES.contains(&word.as_str());
-    wanted.difference(there).filter(for_programs).cloned().collect()
+    let (code, remedy) = if busy {
+        (FailureCode::ResourceExhausted, "wait until a migration has ended")
+    } else {
+        (FailureCode::FailedPrecondition, "make room on a node or add one")
+    };
+    Failure::new(code, message).in_phase("preflight").remedy(remedy)
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn words(text: &str) -> BTreeSet<String> {
-        text.split_whitespace().map(str::to_owned).collect()
-    }
-
-    fn demand() -> Demand {
-        Demand {
-            source: "a".parse().unwrap(),
-            architecture: "x86_64".to_owned(),
-            cpu_features: words("sse2 avx2 vmx ssbd"),
-            memory_bytes: 100 << 20,
-            version: 2,
-            starts_anew: false,
-        }
-    }
-
-    fn fit() -> Facts {
-        Facts {
-            fit: true,
-            knows: true,
-            version: 2,
-            architecture: "x86_64".to_owned(),
-            cpu_features: words("sse2 avx2 avx512f"),
-            memory_available: 1 << 30,
-            images_free: 1 << 30,
-            ..Facts::default()
-        }
-    }
-
-    fn candidate(name: &str, facts: Facts) -> Candidate {
-        Candidate { name: name.parse().unwrap(), facts: Ok(facts), migrations: 0, migration_limit: 2 }
-    }
-
-    #[test]
-    fn every_objection_is_found_and_said() {
-        let with = |change: fn(&mut Candidate, &mut Facts)| {
-            let mut facts = fit();
-            let mut node = candidate("b", fit());
-            change(&mut node, &mut facts);
-            if node.facts.is_ok() {
-                node.facts = Ok(facts);
-            }
-            judge(&demand(), &node).unwrap_err().into_failure(&node.name)
-        };
-        let all = [
-            with(|node, _| node.name = "a".parse().unwrap()),
-            with(|node, _| node.facts = Err("connection refused".to_owned())),
-            with(|_, facts| (facts.fit, facts.complaints) = (false, vec!["no CRIU was found".to_owned()])),
-            with(|_, facts| facts.version = 1),
-            with(|_, facts| facts.architecture = "aarch64".to_owned()),
-            with(|_, facts| facts.cpu_features = words("sse2")),
-            with(|_, facts| facts.has_container = true),
-            with(|_, facts| facts.memory_available = 5 << 20),
-            with(|_, facts| facts.images_free = 6 << 20),
-            with(|node, _| node.migrations = 2),
-        ];
-        let lines: Vec<_> = all.iter().map(|failure| format!("{} {failure}", failure.code)).collect();
-        insta::assert_snapshot!(lines.join("\n"), @r#"
-        INVALID_ARGUMENT node a cannot take the workload: the workload runs there already (on a, in preflight); what to do: name another node, or none
-        UNAVAILABLE node b cannot take the workload: its agent does not answer: connection refused (on b, in preflight); what to do: see that the node's agent runs and can be reached
-        FAILED_PRECONDITION node b cannot take the workload: it is not fit: no CRIU was found (on b, in preflight); what to do: run `podferry check` on the node
-        FAILED_PRECONDITION node b cannot take the workload: its agent speaks version 1 of the protocol, and what this migration asks for needs version 2 (on b, in preflight); what to do: update the agent, or migrate warm and without a limit on the bandwidth
-        FAILED_PRECONDITION node b cannot take the workload: its architecture is aarch64, not x86_64 (on b, in preflight); what to do: name a node of the same architecture
-        FAILED_PRECONDITION node b cannot take the workload: its CPU lacks avx2 (on b, in preflight); what to do: name a node whose CPU has all features of the source's
-        ALREADY_EXISTS node b cannot take the workload: a container of that id is there already (on b, in preflight); what to do: delete that container, if it is a left-over
-        RESOURCE_EXHAUSTED node b cannot take the workload: 264 MiB of memory are needed, 5 MiB are free (on b, in preflight); what to do: name a node with more free memory
-        RESOURCE_EXHAUSTED node b cannot take the workload: 164 MiB are needed for images, 6 MiB are free (on b, in preflight); what to do: name a node with more free memory
-        RESOURCE_EXHAUSTED node b cannot take the workload: it takes part in 2 migrations already, which is its limit (on b, in preflight); what to do: wait until one has ended
-        "#);
-    }
-
-    #[test]
-    fn a_node_needs_the_room_that_its_agents_preflight_asks_for() {
-        let memory = demand().memory_bytes;
-        let (restore, images) = (room::to_restore(memory), room::to_store(memory));
-        let judged = |memory_available: u64, images_free: u64| {
-            judge(&demand(), &candidate("b", Facts { memory_available, images_free, ..fit() }))
-        };
-        assert_eq!(judged(restore, images), Ok(()));
-        assert_eq!(judged(restore - 1, images), Err(Objection::TooLittleMemory(restore, restore - 1)));
-        assert_eq!(judged(restore, images - 1), Err(Objection::TooLittleImageMemory(images, images - 1)));
-    }
-
-    #[test]
-    fn features_of_the_kernel_alone_do_not_count() {
-        assert_eq!(judge(&demand(), &candidate("b", fit())), Ok(()));
-    }
-
-    #[test]
-    fn the_emptiest_node_is_chosen_and_the_others_are_told_why() {
-        let busy = Candidate { migrations: 1, ..candidate("b", fit()) };
-        let full = candidate("c", Facts { containers: 7, ..fit() });
-        let best = candidate("e", Facts { containers: 1, ..fit() });
-        let small = candidate("d", Facts { memory_available: 1 << 20, ..fit() });
-        let source = candidate("a", fit());
-        let choice = choose(&demand(), &[source, busy, full, small, best]).unwrap();
-        let lines: Vec<_> = choice.others.iter().map(|(name, why)| format!("{name}: {why}")).collect();
-        insta::assert_snapshot!(format!("-> {}\n{}", choice.target, lines.join("\n")), @r#"
-        -> e
-        a: the workload runs there already
-        b: e is better: b has 0 containers, 1 migrations and 1024 MiB free
-        c: e is better: c has 7 containers, 0 migrations and 1024 MiB free
-        d: 264 MiB of memory are needed, 1 MiB are free
-        "#);
-    }
-
-    #[test]
-    fn what_starts_anew_needs_no_features_and_no_room_for_images_and_an_agent_that_knows_it() {
-        let cold = Demand { starts_anew: true, ..demand() };
-        let bare = Facts { cpu_features: words(""), images_free: 0, memory_available: 200 << 20, ..fit() };
-        assert_eq!(judge(&cold, &candidate("b", bare.clone())), Ok(()));
-        assert!(judge(&demand(), &candidate("b", bare.clone())).is_err());
-        let small = Facts { memory_available: 100 << 20, ..bare.clone() };
-        let objection = judge(&cold, &candidate("b", small));
-        assert_eq!(objection, Err(Objection::TooLittleMemory(164 << 20, 100 << 20)));
-        assert_eq!(judge(&cold, &candidate("b", Facts { knows: false, ..bare })), Err(Objection::DoesNotKnow));
-    }
-
-    #[test]
-    fn no_node_says_why_for_each() {
-        let off = Candidate { facts: Err("timed out".to_owned()), ..candidate("b", fit()) };
-        let failure = choose(&demand(), &[off, candidate("a", fit())]).unwrap_err();
-        insta::assert_snapshot!(failure, @r#"no node can take the workload (a: the workload runs there already; b: its agent does not answer: timed out) (in preflight); what to do: make room on a node or add one"#);
-    }
-
-    fn any_candidate() -> impl proptest::strategy::Strategy<Value = Candidate> {
-        let features = prop::sample::subsequence(vec!["sse2", "avx2", "avx512f", "vmx"], 0..=4);
-        let facts = (any::<bool>(), any::<bool>(), features, 0_u64..600, 0_u64..600, 0_usize..4, any::<bool>())
-            .prop_map(|(fit, x86, features, memory, images, containers, has_container)| Facts {
-                fit,
-                knows: true,
-                complaints: Vec::new(),
-                version: 2,
-                architecture: if x86 { "x86_64" } else { "aarch64" }.to_owned(),
-                cpu_features: features.into_iter().map(str::to_owned).collect(),
-                memory_available: memory << 20,
-                images_free: images << 20,
-                containers,
-                has_container,
-            });
-        ("[a-e]", prop::option::weighted(0.8, facts), 0_usize..3).prop_map(|(name, facts, migrations)| Candidate {
-            name: name.parse().unwrap(),
-            facts: facts.ok_or_else(|| "gone".to_owned()),
-            migrations,
-            migration_limit: 2,
-        })
-    }
-
-    proptest! {
-        #[test]
-        fn the_choice_is_fit_the_best_and_everything_else_has_a_reason(
-            mut nodes in prop::collection::vec(any_candidate(), 0..6),
-            seed in any::<usize>(),
-        ) {
-            nodes.sort_by(|a, b| a.name.cmp(&b.name));
-            nodes.dedup_by(|a, b| a.name == b.name);
-            let fitting: Vec<_> = nodes.iter().filter(|node| judge(&demand(), node).is_ok()).collect();
-            let choice = choose(&demand(), &nodes);
-            prop_assert_eq!(choice.is_ok(), !fitting.is_empty());
-            if let Ok(choice) = &choice {
-                let chosen = nodes.iter().find(|node| node.name == choice.target).unwrap();
-                prop_assert!(judge(&demand(), chosen).is_ok());
-                prop_assert!(fitting.iter().all(|node| node.migrations >= chosen.migrations));
-                prop_assert_eq!(choice.others.len() + 1, nodes.len());
-                prop_assert!(choice.others.iter().all(|(name, _)| *name != choice.target));
-            }
-            if !nodes.is_empty() {
-                let middle = seed % nodes.len();
-                nodes.rotate_left(middle);
-            }
-            prop_assert_eq!(choose(&demand(), &nodes), choice, "the order in which nodes are listed must not matter");
-        }
-    }
-}
+mod tests;

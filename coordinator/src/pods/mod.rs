@@ -21,6 +21,7 @@
 mod follow;
 mod plan;
 mod steps;
+mod traits;
 mod watch;
 
 use podferry_common::{Failure, FailureCode, chain};

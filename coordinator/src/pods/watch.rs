@@ -13,8 +13,8 @@ use kube::runtime::watcher::{self, Event, watcher};
 use podferry_common::{NodeName, WorkloadName};
 use tokio::sync::watch;
 
-use super::ENABLED;
 use super::plan::{RUNTIME_CLASS, base_name, phase};
+use super::{ENABLED, traits};
 use crate::cluster::{Inventory, Node, PodRef, Workload};
 
 /// What is seen now, and when that changes. Clones share it.
@@ -90,6 +90,7 @@ impl PodView {
             name: format!("{namespace}/{name}").parse().ok()?,
             container: id.to_owned(),
             node: spec.node_name.as_ref().and_then(|node| node.parse().ok()),
+            traits: traits::of_pod(pod),
             pod: Some(PodRef { namespace, name, uid: metadata.uid.clone()?, container, base: base_name(pod) }),
         })
     }
@@ -101,7 +102,7 @@ fn read_node(node: &KubeNode, port: u16) -> Option<Node> {
     let addresses = node.status.as_ref()?.addresses.as_ref()?;
     let address = &addresses.iter().find(|address| address.type_ == "InternalIP")?.address;
     let host = if address.contains(':') { format!("[{address}]") } else { address.clone() };
-    Some(Node { name, address: format!("{host}:{port}") })
+    Some(Node { name, address: format!("{host}:{port}"), traits: traits::of_node(node) })
 }
 
 impl Watched {

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use podferry_common::{Failure, FailureCode, MigrationId, NodeName, chain};
+use podferry_common::{Failure, FailureCode, MigrationId, NodeName, WorkloadName, chain};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -37,6 +37,22 @@ struct Handle {
     view: watch::Receiver<Record>,
 }
 
+/// How many migrations there may be at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// That one node may take part in.
+    pub per_node: usize,
+    /// From one node to one other.
+    pub per_link: usize,
+}
+
+impl Limits {
+    /// So many for each node, and no limit of their own for pairs.
+    pub fn of_nodes(per_node: usize) -> Self {
+        Self { per_node, per_link: per_node }
+    }
+}
+
 /// All drivers. Clones share them.
 #[derive(Clone)]
 pub struct Runner {
@@ -49,8 +65,9 @@ struct Shared {
     audit: AuditLog,
     metrics: Metrics,
     deadlines: Deadlines,
-    /// Migrations that one node may take part in at a time.
-    limit: usize,
+    limits: Limits,
+    /// Held while a migration is begun: limits of pairs of nodes are counted by who has begun.
+    beginning: tokio::sync::Mutex<()>,
     /// In Kubernetes: what is done with pods.
     pods: Option<Pods>,
     live: Mutex<HashMap<MigrationId, Handle>>,
@@ -69,9 +86,10 @@ impl Runner {
         audit: AuditLog,
         metrics: Metrics,
         deadlines: Deadlines,
-        limit: usize,
+        limits: Limits,
         stop: CancellationToken,
     ) -> Self {
+        let beginning = tokio::sync::Mutex::default();
         let (live, tasks, closing, fatal) =
             (Mutex::default(), TaskTracker::new(), AtomicBool::new(false), Mutex::default());
         Self {
@@ -81,7 +99,8 @@ impl Runner {
                 audit,
                 metrics,
                 deadlines,
-                limit,
+                limits,
+                beginning,
                 pods: None,
                 live,
                 tasks,
@@ -141,7 +160,9 @@ impl Runner {
         if self.shared.closing.load(Ordering::Acquire) {
             return Err(Failure::new(FailureCode::Unavailable, "the coordinator is stopping").remedy("try again later"));
         }
-        let (store, limit, new) = (self.shared.store.clone(), self.shared.limit, record.clone());
+        let _alone = self.shared.beginning.lock().await;
+        self.has_room(&record)?;
+        let (store, limit, new) = (self.shared.store.clone(), self.shared.limits.per_node, record.clone());
         match blocking(move || store.create(&new, limit)).await {
             Ok(Ok(())) => {}
             Ok(Err(conflict)) => return Err(refusal(&record, conflict)),
@@ -157,6 +178,19 @@ impl Runner {
         let _goes_on = self.shared.audit.accepted(&record).await;
         self.spawn(record.clone(), Event::Started);
         Ok(record)
+    }
+
+    /// Whether there is room between its two nodes; about each of them the store decides.
+    fn has_room(&self, record: &Record) -> Result<(), Failure> {
+        let limit = self.shared.limits.per_link;
+        if self.link_load(&record.source).get(&record.target).is_none_or(|count| *count < limit) {
+            return Ok(());
+        }
+        let Record { source, target, .. } = record;
+        let message = format!("{limit} migrations go from node {source} to node {target} already, which is the limit");
+        Err(Failure::new(FailureCode::ResourceExhausted, message)
+            .on(target.as_str())
+            .remedy("wait until one has ended"))
     }
 
     fn spawn(&self, record: Record, first: Event) {
@@ -203,9 +237,41 @@ impl Runner {
         seen.collect()
     }
 
-    /// Migrations that one node may take part in at a time.
-    pub fn limit(&self) -> usize {
-        self.shared.limit
+    /// How many migrations of open outcome go from that node to each other one.
+    pub fn link_load(&self, source: &NodeName) -> HashMap<NodeName, usize> {
+        let mut load = HashMap::new();
+        for (from, target, _) in self.moving() {
+            if from == *source {
+                *load.entry(target).or_default() += 1;
+            }
+        }
+        load
+    }
+
+    /// All migrations of open outcome: source, target and workload.
+    pub fn moving(&self) -> Vec<(NodeName, NodeName, WorkloadName)> {
+        let live = self.shared.live();
+        let open = live.values().filter_map(|handle| {
+            let record = handle.view.borrow();
+            let ends = || (record.source.clone(), record.target.clone(), record.workload.clone());
+            (!record.state.is_settled()).then(ends)
+        });
+        open.collect()
+    }
+
+    /// How many migrations there may be at a time.
+    pub fn limits(&self) -> Limits {
+        self.shared.limits
+    }
+
+    /// Cancelled when everything is to end.
+    pub fn stopped(&self) -> &CancellationToken {
+        &self.shared.stop
+    }
+
+    /// Stops the coordinator because something could not be written: whether it is on disk only a fresh look says.
+    pub(crate) fn fail(&self, error: StoreError) -> Failure {
+        self.shared.fail(error)
     }
 
     /// Undoes a migration that is not committed. `None`: no such migration is live.

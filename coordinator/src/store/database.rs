@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::Record;
+use super::evacuations::EVACUATIONS;
 use crate::migration::Decision;
 
 /// The database's name in the state folder.
@@ -111,7 +112,7 @@ pub struct HistoryEntry {
 /// The store. Clones share it.
 #[derive(Clone)]
 pub struct Store {
-    database: Arc<Database>,
+    pub(super) database: Arc<Database>,
 }
 
 impl Store {
@@ -168,7 +169,7 @@ impl Store {
         transaction.commit().map_err(|error| failed(action)(error.into()))
     }
 
-    fn begin(&self, action: &'static str, durability: Durability) -> Result<WriteTransaction, StoreError> {
+    pub(super) fn begin(&self, action: &'static str, durability: Durability) -> Result<WriteTransaction, StoreError> {
         let mut transaction = self.database.begin_write().map_err(|error| failed(action)(error.into()))?;
         transaction.set_durability(durability).map_err(|error| failed(action)(error.into()))?;
         Ok(transaction)
@@ -246,7 +247,7 @@ impl Store {
         Ok(node.and_then(|node| node.parse().ok()))
     }
 
-    fn read<T>(
+    pub(super) fn read<T>(
         &self,
         action: &'static str,
         body: impl FnOnce(&redb::ReadTransaction) -> Result<T, redb::Error>,
@@ -256,7 +257,7 @@ impl Store {
     }
 }
 
-fn failed(action: &'static str) -> impl Fn(redb::Error) -> StoreError {
+pub(super) fn failed(action: &'static str) -> impl Fn(redb::Error) -> StoreError {
     move |source| StoreError::Transaction { action, source }
 }
 
@@ -297,6 +298,7 @@ fn prepare(database: &Database) -> Result<String, redb::Error> {
     transaction.open_table(BUSY)?;
     transaction.open_table(HISTORY)?;
     transaction.open_table(PLACES)?;
+    transaction.open_table(EVACUATIONS)?;
     let found = {
         let mut meta = transaction.open_table(META)?;
         let found = meta.get("layout")?.map(|layout| layout.value().to_owned());
@@ -363,11 +365,11 @@ fn prune(transaction: &WriteTransaction, kept: u64) -> Result<(), redb::Error> {
     Ok(())
 }
 
-fn to_json<T: Serialize>(value: &T) -> Result<Vec<u8>, redb::Error> {
+pub(super) fn to_json<T: Serialize>(value: &T) -> Result<Vec<u8>, redb::Error> {
     serde_json::to_vec(value).map_err(|error| redb::Error::Io(error.into()))
 }
 
-fn parse<T: for<'a> Deserialize<'a>>(id: &str, bytes: &[u8]) -> Result<T, StoreError> {
+pub(super) fn parse<T: for<'a> Deserialize<'a>>(id: &str, bytes: &[u8]) -> Result<T, StoreError> {
     serde_json::from_slice(bytes).map_err(|source| StoreError::Broken { id: id.to_owned(), source })
 }
 

@@ -5,9 +5,12 @@
 //! [`crate::migration::State::Releasing`] is *the* commit of a migration: one redb transaction, on disk when
 //! [`Store::update`] returns.
 //!
+//! Evacuations have a table of their own, of which no migration's record depends.
+//!
 //! The file is locked while it is open, so two coordinators cannot share a record.
 
 mod database;
+mod evacuations;
 mod record;
 
 pub use database::{Conflict, FILE_NAME, HistoryEntry, Store, StoreError};

@@ -113,7 +113,12 @@ impl Rest {
 
     /// Watches a migration to the end of the stream.
     pub(crate) async fn watch(&self, id: &str) -> Vec<Event> {
-        let answer = self.get(&format!("/api/v1/migrations/{id}/watch")).await;
+        self.watch_at(&format!("/api/v1/migrations/{id}/watch")).await
+    }
+
+    /// Watches anything to the end of the stream.
+    pub(crate) async fn watch_at(&self, path: &str) -> Vec<Event> {
+        let answer = self.get(path).await;
         assert_eq!((answer.status, answer.header("content-type")), (200, "text/event-stream"), "{answer:?}");
         answer.text.split("\n\n").filter(|block| !block.trim().is_empty()).filter_map(event).collect()
     }

@@ -80,6 +80,35 @@ async fn a_migration_is_asked_for_watched_to_its_end_and_listed() {
 }
 
 #[tokio::test]
+async fn a_node_is_emptied_and_that_is_watched_to_its_end() {
+    let (world, _coordinator, mut grpc, rest) = stage().await;
+    let request = json!({"node": "a", "strategy": "warm", "priorities": {"shop": 3}, "concurrency": 1});
+    let accepted = rest.post("/api/v1/evacuations", request.to_string()).await;
+    assert_eq!(accepted.status, 201, "{accepted:?}");
+    let id = accepted.json()["id"].as_str().unwrap().to_owned();
+    assert_eq!(accepted.header("location"), format!("/api/v1/evacuations/{id}"));
+    let path = format!("/api/v1/evacuations/{id}");
+    let events = rest.watch_at(&format!("{path}/watch")).await;
+    assert!(events.iter().all(|event| event.name == "evacuation" && event.data["id"] == *id), "{events:?}");
+    let last = events.last().unwrap();
+    assert_eq!((last.id.as_str(), &last.data["phase"], &last.data["moved"]), ("end", &json!("complete"), &json!(2)));
+    let order: Vec<_> = last.data["workloads"].as_array().unwrap().iter().map(|one| &one["workload"]).collect();
+    assert_eq!(order, ["shop", "redis"]);
+    assert_eq!(world.copy("a", "cart"), None);
+    assert_eq!(rest.get(&path).await.json(), last.data);
+    let list = rest.get("/api/v1/evacuations?node=a").await.json();
+    assert_eq!((&list["evacuations"][0]["id"], &list["evacuations"][0]["workloads"]), (&json!(id), &json!([])));
+    assert_eq!(rest.get("/api/v1/evacuations?active=true").await.json(), json!({"evacuations": []}));
+    let by_grpc = grpc.get_evacuation(v1::GetEvacuationRequest { id }).await.unwrap().into_inner().evacuation.unwrap();
+    assert_eq!(serde_json::to_value(podferry_proto::json::Evacuation::from(&by_grpc)).unwrap(), last.data);
+
+    let over = rest.post(&format!("{path}/cancel"), "{}").await;
+    assert_eq!((over.status, &over.json()["code"]), (409, &json!("FAILED_PRECONDITION")), "{over:?}");
+    let nobody = rest.post("/api/v1/evacuations", r#"{"node": "z"}"#).await;
+    assert_eq!(nobody.status, 404, "{nobody:?}");
+}
+
+#[tokio::test]
 async fn nodes_workloads_and_the_document_are_answered() {
     let (mut world, _coordinator, _grpc, rest) = stage().await;
     world.stop_agent("c");

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use podferry_common::{MigrationId, NodeName};
 use podferry_coordinator::migration::State;
-use podferry_coordinator::placement::{self, Candidate, Demand, Facts};
+use podferry_coordinator::placement::{self, Candidate, Demand, Facts, NodeTraits, WorkloadTraits};
 use podferry_coordinator::store::{Record, Report};
 use podferry_coordinator::strategy::Strategy;
 
@@ -70,6 +70,11 @@ impl World {
             facts: facts(node).map(|facts| Facts { memory_available: 1 << 40, images_free: 1 << 40, ..facts }),
             migrations: 0,
             migration_limit: 2,
+            link_migrations: 0,
+            link_limit: 2,
+            evacuated_by: None,
+            traits: NodeTraits::default(),
+            neighbours: Vec::new(),
         };
         let candidates: Vec<_> = (0..NODES).map(candidate).collect();
         let demand = Demand {
@@ -79,6 +84,7 @@ impl World {
             memory_bytes: 1 << 20,
             version: 2,
             starts_anew: strategy == Strategy::Cold,
+            traits: WorkloadTraits::default(),
         };
         let choice = placement::choose(&demand, &candidates).ok()?;
         let target = node_of(choice.target.as_str());

@@ -27,7 +27,7 @@ const NOT_FOUND: i32 = 4;
 const UNREACHABLE: i32 = 5;
 
 /// What runs, each with an address of its own.
-const RUNNING: [&str; 3] = ["one", "three", "two"];
+const RUNNING: [&str; 4] = ["four", "one", "three", "two"];
 /// What does not.
 const STOPPED: &str = "stopped";
 
@@ -181,8 +181,13 @@ fn drain_empties_a_node_and_names_what_it_has_to_leave() {
     let unknown = error(cluster, &["drain", "node-z"], NOT_FOUND);
     assert!(unknown["message"].as_str().unwrap().contains("node-z"), "{unknown}");
 
-    let report = answer(cluster, &["drain", first], DONE);
+    // One after the other, in the order of what was asked for.
+    let ordered = "--concurrency 1 --priority three=3 --priority one=2 --priority four=1 --priority two=-1";
+    let words: Vec<_> = ["drain", first].into_iter().chain(ordered.split_whitespace()).collect();
+    let report = answer(cluster, &words, DONE);
     assert_eq!(moved(&report), RUNNING.map(|name| [name, second, "succeeded"]));
+    let order: Vec<_> = report["migrations"].as_array().unwrap().iter().map(|one| one["workload"].clone()).collect();
+    assert_eq!(order, ["three", "one", "four", "two"]);
     assert_eq!((&report["node"], &report["left_behind"]), (&json!(first), &json!([])));
     for name in RUNNING {
         assert_eq!(stage.places(name), [second]);
@@ -192,11 +197,11 @@ fn drain_empties_a_node_and_names_what_it_has_to_leave() {
     let again = answer(cluster, &["drain", first], DONE);
     assert_eq!((moved(&again), &again["left_behind"]), (Vec::new(), &json!([])));
 
-    // One cannot go back, and keeps nobody else from it.
+    // One cannot go back, and keeps nobody else from it: two at a time.
     stage.node(first).remove_workload("three").unwrap();
     let report = answer(cluster, &["drain", second], FAILED);
     let back: Vec<_> = moved(&report).into_iter().filter(|[name, ..]| *name != "three").collect();
-    assert_eq!(back, [["one", first, "succeeded"], ["two", first, "succeeded"]]);
+    assert_eq!(back, ["four", "one", "two"].map(|name| [name, first, "succeeded"]));
     let left = report["left_behind"].as_array().unwrap();
     assert_eq!(left.len(), 1, "{report:#}");
     assert_eq!(left[0]["workload"], "three");
@@ -205,6 +210,11 @@ fn drain_empties_a_node_and_names_what_it_has_to_leave() {
     assert!(why["remedy"].as_str().unwrap().contains("bundle"), "{why}");
     assert_eq!(stage.places("three"), [second]);
     assert_alive(&mut lines);
+
+    let evacuations = answer(cluster, &["evacuations"], DONE);
+    let phases: Vec<_> = evacuations.as_array().unwrap().iter().map(|one| [&one["node"], &one["phase"]]).collect();
+    assert_eq!(phases, [[second, "incomplete"], [first, "complete"], [first, "complete"]]);
+    assert_eq!(by_curl(cluster, "evacuations"), evacuations);
 
     // Nobody can go anywhere; for people.
     stage.node(first).kill_agent(Signal::KILL).unwrap();

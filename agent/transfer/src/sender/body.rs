@@ -14,6 +14,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use super::{Chunk, Shared};
 use crate::frame::{Encoder, Frame};
+use crate::shares::Share;
 
 /// How far a capped stream may be ahead of its rate: below the resolution of timers a cap would cost throughput.
 const AHEAD: Duration = Duration::from_millis(5);
@@ -25,11 +26,14 @@ pub(crate) struct FrameBody {
     /// When a capped stream has caught up with its rate.
     due: Instant,
     pause: Option<Pin<Box<Sleep>>>,
+    /// Its part of what the node may send.
+    share: Option<Share>,
 }
 
 impl FrameBody {
     pub(super) fn new(frames: mpsc::Receiver<Frame>, shared: Arc<Shared>) -> Self {
-        Self { frames, encoder: Encoder::default(), shared, due: Instant::now(), pause: None }
+        let share = shared.options.shares.as_ref().map(|shares| shares.share_for(Arc::clone(&shared.urgent)));
+        Self { frames, encoder: Encoder::default(), shared, due: Instant::now(), pause: None, share }
     }
 
     fn poll_pause(&mut self, cx: &mut Context<'_>) -> Poll<()> {
@@ -37,11 +41,17 @@ impl FrameBody {
             ready!(pause.as_mut().poll(cx));
             self.pause = None;
         }
+        if let Some(share) = &mut self.share {
+            ready!(share.poll_paid(cx));
+        }
         Poll::Ready(())
     }
 
     /// Makes the next frame wait until the rate allows it.
     fn pace(&mut self, sent: usize) {
+        if let Some(share) = &mut self.share {
+            share.owe(sent);
+        }
         let Some(cap) = self.shared.options.bandwidth_cap else { return };
         let now = Instant::now();
         let nanos = (sent as u128 * 1_000_000_000 / u128::from(cap.max(1))).try_into().unwrap_or(u64::MAX);

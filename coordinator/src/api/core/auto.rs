@@ -51,7 +51,7 @@ impl Core {
         let Journey { location, views, target, .. } = journey;
         let load = self.runner.load();
         let others = views.iter().map(|view| &view.node.name).filter(|name| **name != location.view.node.name);
-        let busy = |name| load.get(name).is_some_and(|count| *count >= self.runner.limit());
+        let busy = |name| load.get(name).is_some_and(|count| *count >= self.runner.limits().per_node);
         target.is_some() || !others.into_iter().any(busy)
     }
 }

@@ -1,6 +1,6 @@
 //! The same questions and answers as JSON over HTTP/1.1 and mutual TLS, with an `OpenAPI` document that is made from the handlers.
 //!
-//! - `routes`: one handler for each question,
+//! - `routes`, `evacuations`: one handler for each question,
 //! - `types`: what requests and answers hold,
 //! - `request`: reading what callers send, within limits,
 //! - `problem`: refusals, as RFC 9457 has them,
@@ -9,6 +9,7 @@
 //! - `server`: connections.
 
 mod browser;
+mod evacuations;
 mod page;
 mod problem;
 mod request;

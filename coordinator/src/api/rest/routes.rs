@@ -21,22 +21,22 @@ use super::request::{Caller, Filter, Id, json};
 use super::types::{
     MigrateRequest, MigrationDetails, MigrationFilter, Migrations, Nodes, Version, WorkloadFilter, Workloads,
 };
-use super::{Limits, browser, page};
+use super::{Limits, browser, evacuations, page};
 use crate::access::{Action, Verb};
 use crate::api::Current;
 use crate::api::states::states;
 use crate::store::Record;
 
 /// The id of the event that a watch ends with: who comes back with it has seen everything.
-const LAST_EVENT: &str = "end";
-const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
+pub(super) const LAST_EVENT: &str = "end";
+pub(super) const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 
 /// What all handlers share.
 #[derive(Clone)]
 pub(super) struct Front {
     pub(super) core: Current,
-    limits: Limits,
-    stop: CancellationToken,
+    pub(super) limits: Limits,
+    pub(super) stop: CancellationToken,
     document: Arc<str>,
 }
 
@@ -81,6 +81,10 @@ fn api() -> OpenApiRouter<Front> {
         .routes(routes!(migration))
         .routes(routes!(cancel))
         .routes(routes!(watch))
+        .routes(routes!(evacuations::evacuations, evacuations::evacuate))
+        .routes(routes!(evacuations::evacuation))
+        .routes(routes!(evacuations::cancel_evacuation))
+        .routes(routes!(evacuations::watch_evacuation))
 }
 
 /// The `OpenAPI` document, as JSON.

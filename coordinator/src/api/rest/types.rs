@@ -1,6 +1,8 @@
 //! What requests and answers hold. Migrations, nodes and workloads are [`podferry_proto::json`]'s.
 
-use podferry_proto::json::{self, Node, Workload};
+use std::collections::HashMap;
+
+use podferry_proto::json::{self, Evacuation, Node, Workload};
 use podferry_proto::v1;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -249,5 +251,76 @@ impl From<&v1::Problem> for MigrationProblem {
             criu_line: problem.criu_line.clone(),
             remedy: problem.remedy.clone(),
         }
+    }
+}
+
+/// The node that is to be emptied, and how.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct EvacuateRequest {
+    /// The node's name.
+    node: String,
+    /// Auto, when none is given.
+    #[serde(default)]
+    strategy: Option<Strategy>,
+    /// As in a migration.
+    #[serde(default)]
+    accept_loss: bool,
+    /// As in a migration.
+    #[serde(default)]
+    allow_restart: bool,
+    /// Seconds until the node goes away: what would be too late moves in a faster way, and nothing is begun behind it.
+    #[serde(default)]
+    deadline_s: Option<u32>,
+    /// By workload: counts instead of the priority that the inventory says. Higher ones leave first.
+    #[serde(default)]
+    priorities: HashMap<String, i32>,
+    /// Migrations of this evacuation at a time; as many as the limits of nodes allow when none is given.
+    #[serde(default)]
+    concurrency: Option<u32>,
+    /// The most that each migration sends, in bytes per second, at least 65536; as much as it can when none is given.
+    #[serde(default)]
+    bandwidth_limit: Option<u64>,
+}
+
+impl From<EvacuateRequest> for v1::EvacuateRequest {
+    fn from(wanted: EvacuateRequest) -> Self {
+        Self {
+            node: wanted.node,
+            strategy: wanted.strategy.map_or(v1::Strategy::Auto, v1::Strategy::from).into(),
+            accept_loss: wanted.accept_loss,
+            allow_restart: wanted.allow_restart,
+            deadline_s: wanted.deadline_s.unwrap_or_default(),
+            priorities: wanted.priorities,
+            concurrency: wanted.concurrency.unwrap_or_default(),
+            bandwidth_limit: wanted.bandwidth_limit.unwrap_or_default(),
+        }
+    }
+}
+
+/// Which evacuations are asked for.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct EvacuationFilter {
+    /// Only those of this node.
+    #[serde(default)]
+    #[param(required = false)]
+    pub(super) node: String,
+    /// `true`: only those that have not ended.
+    #[serde(default)]
+    #[param(required = false)]
+    pub(super) active: bool,
+}
+
+/// Evacuations, newest first, without their workloads.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Evacuations {
+    evacuations: Vec<Evacuation>,
+}
+
+impl From<&[crate::evacuation::Evacuation]> for Evacuations {
+    fn from(all: &[crate::evacuation::Evacuation]) -> Self {
+        Self { evacuations: all.iter().map(|one| Evacuation::from(&one.to_list_entry())).collect() }
     }
 }
