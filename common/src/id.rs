@@ -2,6 +2,7 @@
 //!
 //! Node and workload names become parts of DNS names in certificates, of file names, and of cgroup and interface names.
 //! So both are DNS labels (RFC 1123): 1 to 63 bytes of `a-z`, `0-9` and `-`, neither beginning nor ending with `-`.
+//! A workload that is a pod is named by its namespace and its own name, `shop/cart-0`; such a name is part of no file's.
 
 use std::fmt;
 use std::str::FromStr;
@@ -64,6 +65,14 @@ pub fn check_label(kind: &'static str, text: &str) -> Result<(), InvalidId> {
     if text.len() > MAX_NAME_BYTES {
         return Err(InvalidId::TooLong { kind, length: text.len() });
     }
+    check_part(kind, text)
+}
+
+/// Checks a label's characters.
+fn check_part(kind: &'static str, text: &str) -> Result<(), InvalidId> {
+    if text.is_empty() {
+        return Err(InvalidId::Empty { kind });
+    }
     let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     if let Some(character) = text.chars().find(|&c| !allowed(c)) {
         return Err(InvalidId::Character { kind, text: text.to_owned(), character });
@@ -74,9 +83,22 @@ pub fn check_label(kind: &'static str, text: &str) -> Result<(), InvalidId> {
     Ok(())
 }
 
+/// The longest name of a pod, in bytes: the limit of a DNS subdomain.
+const MAX_POD_BYTES: usize = 253;
+
+/// Checks that `text` is a DNS label, or the name of a pod: a label, `/`, and labels with dots between them.
+fn check_workload(kind: &'static str, text: &str) -> Result<(), InvalidId> {
+    let Some((namespace, pod)) = text.split_once('/') else { return check_label(kind, text) };
+    check_label(kind, namespace)?;
+    if pod.len() > MAX_POD_BYTES {
+        return Err(InvalidId::TooLong { kind, length: pod.len() });
+    }
+    pod.split('.').try_for_each(|label| check_part(kind, label))
+}
+
 /// A name type: a checked string with the conversions that names need.
 macro_rules! name {
-    ($(#[$doc:meta])* $name:ident, $kind:literal) => {
+    ($(#[$doc:meta])* $name:ident, $kind:literal, $check:ident) => {
         $(#[$doc])*
         #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         #[serde(try_from = "String", into = "String")]
@@ -93,7 +115,7 @@ macro_rules! name {
             type Error = InvalidId;
 
             fn try_from(text: String) -> Result<Self, InvalidId> {
-                check_label($kind, &text)?;
+                $check($kind, &text)?;
                 Ok(Self(text))
             }
         }
@@ -102,7 +124,7 @@ macro_rules! name {
             type Err = InvalidId;
 
             fn from_str(text: &str) -> Result<Self, InvalidId> {
-                check_label($kind, text)?;
+                $check($kind, text)?;
                 Ok(Self(text.to_owned()))
             }
         }
@@ -130,12 +152,14 @@ macro_rules! name {
 name!(
     /// The name of a node: a DNS label.
     NodeName,
-    "node name"
+    "node name",
+    check_label
 );
 name!(
-    /// The name of a workload: a DNS label.
+    /// The name of a workload: a DNS label; of a pod, its namespace, `/`, and its name.
     WorkloadName,
-    "workload name"
+    "workload name",
+    check_workload
 );
 
 /// The id of a migration: a version 7 UUID written as 32 lowercase hexadecimal digits. Ids sort by when they were made.
@@ -218,7 +242,7 @@ mod tests {
         }
 
         #[test]
-        fn one_foreign_character_spoils_a_name(front in "[a-z]{1,10}", wrong in "[^a-z0-9-]", back in "[a-z]{1,10}") {
+        fn one_foreign_character_spoils_a_name(front in "[a-z]{1,10}", wrong in "[^a-z0-9/-]", back in "[a-z]{1,10}") {
             let refused = format!("{front}{wrong}{back}").parse::<WorkloadName>();
             prop_assert!(matches!(refused, Err(InvalidId::Character { .. })), "{refused:?}");
         }
@@ -240,6 +264,17 @@ mod tests {
             assert!(matches!(hyphen.parse::<NodeName>(), Err(InvalidId::Hyphen { .. })), "{hyphen}");
         }
         assert!(serde_json::from_str::<NodeName>("\"../etc\"").is_err());
+    }
+
+    #[test]
+    fn a_pod_is_named_by_namespace_and_name() {
+        for name in ["shop/cart-0", "default/web-7c5.2", &format!("a/{}", "b".repeat(253))] {
+            assert_eq!(name.parse::<WorkloadName>().unwrap().as_str(), name);
+        }
+        for wrong in ["/cart", "shop/", "a/b/c", "a/../b", "a/.", "A/b", "a/b..c", "a.b/c", &format!("a/{}", "b".repeat(254))] {
+            assert!(wrong.parse::<WorkloadName>().is_err(), "{wrong}");
+        }
+        assert!("shop/cart".parse::<NodeName>().is_err());
     }
 
     #[test]
