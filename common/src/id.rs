@@ -271,7 +271,9 @@ mod tests {
         for name in ["shop/cart-0", "default/web-7c5.2", &format!("a/{}", "b".repeat(253))] {
             assert_eq!(name.parse::<WorkloadName>().unwrap().as_str(), name);
         }
-        for wrong in ["/cart", "shop/", "a/b/c", "a/../b", "a/.", "A/b", "a/b..c", "a.b/c", &format!("a/{}", "b".repeat(254))] {
+        for wrong in
+            ["/cart", "shop/", "a/b/c", "a/../b", "a/.", "A/b", "a/b..c", "a.b/c", &format!("a/{}", "b".repeat(254))]
+        {
             assert!(wrong.parse::<WorkloadName>().is_err(), "{wrong}");
         }
         assert!("shop/cart".parse::<NodeName>().is_err());

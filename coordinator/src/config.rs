@@ -9,6 +9,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use crate::audit::Bounds;
+use crate::kubernetes::KubernetesConfig;
 use crate::runner::Deadlines;
 
 /// The audit log's name in the state folder.
@@ -55,6 +56,8 @@ pub struct Config {
     /// Migrations that one node may take part in at a time.
     #[serde(default = "migrations_per_node")]
     pub migrations_per_node: usize,
+    /// The cluster whose pods are the workloads; none for the containers of an inventory.
+    pub kubernetes: Option<KubernetesConfig>,
     /// How long things may take.
     #[serde(default)]
     pub deadlines: Deadlines,
@@ -127,7 +130,8 @@ impl Config {
         let folder = path.parent().unwrap_or(Path::new(""));
         let identity = &mut config.identity;
         let paths = [&mut config.state_dir, &mut config.inventory, &mut identity.ca, &mut identity.certificate];
-        let optional = config.access.as_mut().into_iter().chain(config.audit_log.as_mut());
+        let kubeconfig = config.kubernetes.as_mut().and_then(|kubernetes| kubernetes.kubeconfig.as_mut());
+        let optional = config.access.as_mut().into_iter().chain(config.audit_log.as_mut()).chain(kubeconfig);
         for relative in paths.into_iter().chain([&mut identity.key]).chain(optional) {
             *relative = folder.join(&*relative);
         }
@@ -191,6 +195,14 @@ freeze = 0.5
         assert_eq!(config.audit_log_path(), Path::new("state/audit.log"));
         let elsewhere = load(&format!("audit_log = \"/var/log/podferry/audit.log\"\n{GOOD}")).unwrap();
         assert_eq!(elsewhere.audit_log_path(), Path::new("/var/log/podferry/audit.log"));
+    }
+
+    #[test]
+    fn a_coordinator_of_kubernetes_needs_only_to_say_that_it_is_one() {
+        assert_eq!(load(GOOD).unwrap().kubernetes, None);
+        let kubernetes = load(&format!("{GOOD}\n[kubernetes]\n")).unwrap().kubernetes.unwrap();
+        let KubernetesConfig { namespace, lease, kubeconfig } = kubernetes;
+        assert_eq!((namespace.as_str(), lease.as_str(), kubeconfig), ("podferry", "podferry-coordinator", None));
     }
 
     #[test]

@@ -17,9 +17,9 @@ use podferry_coordinator::api::{Core, Current, ServeError, rest, serve};
 use podferry_coordinator::audit::AuditLog;
 use podferry_coordinator::cluster::{Agents, Inventory};
 use podferry_coordinator::config::Config;
+use podferry_coordinator::kubernetes::Leading;
 use podferry_coordinator::metrics::Metrics;
 use podferry_coordinator::runner::Runner;
-use podferry_coordinator::store::Store;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -59,17 +59,20 @@ async fn main() -> ExitCode {
 }
 
 async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
-    let signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
+    let mut signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
     let config = Config::load(&arguments.config)?;
     let inventory = Inventory::load(&config.inventory)?;
     let identity = Identity::load(config.identity.clone())?;
     identity.watch(CERTIFICATE_INTERVAL);
-    let store = Store::open(&config.state_dir)?;
+    let stop = CancellationToken::new();
+    let Some(mut leading) = Leading::begin(config.kubernetes.as_ref(), &mut signals, &stop).await? else {
+        return Ok(());
+    };
+    let store = leading.store(&config.state_dir).await?;
     let metrics = Metrics::default();
     let audit = AuditLog::open(&config.audit_log_path(), config.audit_bounds(), metrics.clone())?;
     let gate = Gate::new(config.access.clone(), audit.clone(), metrics.clone())?;
 
-    let stop = CancellationToken::new();
     let agents = Agents::new(identity.clone());
     let runner = Runner::new(
         store.clone(),
@@ -98,6 +101,7 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         export(address, &metrics, &runner, current.clone()).await?;
     }
     tokio::spawn(stop_on_signal(signals, runner.clone()));
+    leading.work(&current, &runner, &stop);
     let served = tokio::select! {
         served = serve_all(current, incoming, rest, stop.clone()) => served,
         // Requests under way are finished, but a caller that does not read its answer keeps nobody from stopping.
@@ -107,6 +111,7 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     stop.cancel();
     let joined = runner.join().await;
     audit.flush().await;
+    leading.end().await?;
     joined?;
     served?;
     tracing::info!("stopped");

@@ -69,7 +69,7 @@ pub struct MigrationSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub target_node: Option<String>,
-    /// The MigrationPolicy of this namespace whose defaults count; when there is none, those of all that select the pod, in the order of
+    /// The `MigrationPolicy` of this namespace whose defaults count; when there is none, those of all that select the pod, in the order of
     /// their names.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]

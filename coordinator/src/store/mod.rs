@@ -16,7 +16,7 @@ mod record;
 
 pub use database::{Conflict, FILE_NAME, HistoryEntry, StoreError};
 pub use front::Store;
+pub(crate) use kubernetes::{ACCEPTED, FINISHED, Judgement, SUCCEEDED, judge, reason_of, time};
 pub use kubernetes::{Objects, Owner, POD_SEPARATOR, home_of, workload_of};
-pub(crate) use kubernetes::{ACCEPTED, Judgement, judge};
 pub(crate) use record::told;
 pub use record::{Progress, Record, Report, Round, Timings};

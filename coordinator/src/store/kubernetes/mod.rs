@@ -29,7 +29,7 @@ use crate::strategy::Strategy;
 use write::{Pen, Unwritten};
 
 pub use names::{POD_SEPARATOR, home_of, workload_of};
-pub(crate) use status::{ACCEPTED, Judgement, camel_case, judge, reason_of, time};
+pub(crate) use status::{ACCEPTED, FINISHED, Judgement, SUCCEEDED, judge, reason_of, time};
 
 /// How long a state that is written lazily may wait for company.
 const LAZINESS: Duration = Duration::from_secs(1);

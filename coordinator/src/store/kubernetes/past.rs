@@ -32,7 +32,8 @@ pub(super) fn newest<'a>(all: impl DoubleEndedIterator<Item = &'a Record>) -> Ve
 
 /// The oldest that have ended beyond those that are kept. `all` come oldest first, each with whether its object is the coordinator's.
 pub(super) fn surplus<'a>(all: impl Iterator<Item = (&'a Record, bool)>) -> Vec<MigrationId> {
-    let ended: Vec<_> = all.filter(|(record, ours)| *ours && record.state.is_final()).map(|(record, _)| record.id).collect();
+    let ended: Vec<_> =
+        all.filter(|(record, ours)| *ours && record.state.is_final()).map(|(record, _)| record.id).collect();
     ended[..ended.len().saturating_sub(KEPT)].to_vec()
 }
 

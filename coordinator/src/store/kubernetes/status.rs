@@ -15,9 +15,9 @@ pub(crate) const ACCEPTED: &str = "Accepted";
 /// The condition that the target's copy is the right one, for good.
 const COMMITTED: &str = "Committed";
 /// The condition that the pod runs on the target.
-const SUCCEEDED: &str = "Succeeded";
+pub(crate) const SUCCEEDED: &str = "Succeeded";
 /// The condition that the outcome is known.
-const FINISHED: &str = "Finished";
+pub(crate) const FINISHED: &str = "Finished";
 
 /// The last rounds that are shown.
 const MAX_ROUNDS: usize = 32;
@@ -46,7 +46,8 @@ pub(crate) fn judge(conditions: &mut Vec<Condition>, generation: Option<i64>, fo
     let old = conditions.iter().position(|condition| condition.type_ == found.kind);
     let same = old.map(|at| &conditions[at]).filter(|condition| condition.status == status);
     let new = Condition {
-        last_transition_time: same.map_or_else(|| time(Timestamp::now()), |condition| condition.last_transition_time.clone()),
+        last_transition_time: same
+            .map_or_else(|| time(Timestamp::now()), |condition| condition.last_transition_time.clone()),
         message: found.message.chars().take(MAX_MESSAGE / 4).collect(),
         observed_generation: generation,
         reason: found.reason,
@@ -60,12 +61,18 @@ pub(crate) fn judge(conditions: &mut Vec<Condition>, generation: Option<i64>, fo
 }
 
 /// The status of an object with that record in it, but for who writes it. `object` is how it was seen last.
-pub(super) fn status_of(object: &Migration, record: &Record, history: &[HistoryEntry]) -> Result<MigrationStatus, serde_json::Error> {
+pub(super) fn status_of(
+    object: &Migration,
+    record: &Record,
+    history: &[HistoryEntry],
+) -> Result<MigrationStatus, serde_json::Error> {
     let wire = record.to_wire();
     let shown = json::Migration::from(&wire);
     let before = object.status.clone().unwrap_or_default();
     let mut conditions = before.conditions;
-    judgements(record).into_iter().for_each(|found| judge(&mut conditions, object.metadata.generation, found));
+    for found in judgements(record) {
+        judge(&mut conditions, object.metadata.generation, found);
+    }
     let settled = record.state.is_settled().then(|| before.completed_at.unwrap_or_else(|| time(Timestamp::now())));
     Ok(MigrationStatus {
         observed_generation: object.metadata.generation,
@@ -82,7 +89,7 @@ pub(super) fn status_of(object: &Migration, record: &Record, history: &[HistoryE
         downtime_ms: shown.downtime_ms,
         total_ms: shown.total_ms,
         wire_bytes: signed(shown.wire_bytes),
-        rounds: last(shown.rounds, MAX_ROUNDS).into_iter().map(round).collect(),
+        rounds: last(shown.rounds, MAX_ROUNDS).iter().map(round).collect(),
         timings: Some(timings(&shown.timings)),
         progress: wire.progress.as_ref().map(progress),
         keeps_connections: shown.keeps_connections,
@@ -128,7 +135,8 @@ fn judgements(record: &Record) -> [Judgement; 4] {
         _ if why.is_empty() => format!("in the phase {}", state.phase()),
         _ => format!("in the phase {}: {why}", state.phase()),
     };
-    let found = |kind, holds, reason: &str, message: String| Judgement { kind, holds, reason: reason.to_owned(), message };
+    let found =
+        |kind, holds, reason: &str, message: String| Judgement { kind, holds, reason: reason.to_owned(), message };
     [
         found(ACCEPTED, Some(true), "Accepted", way),
         found(COMMITTED, committed, &phase, decided.to_owned()),
@@ -138,7 +146,7 @@ fn judgements(record: &Record) -> [Judgement; 4] {
 }
 
 /// `ROLLING_BACK` and `rolling_back` as `RollingBack`: what a condition's reason looks like.
-pub(crate) fn camel_case(word: &str) -> String {
+fn camel_case(word: &str) -> String {
     let part = |part: &str| {
         let mut letters = part.chars();
         let first = letters.next().map(|letter| letter.to_ascii_uppercase());
@@ -172,7 +180,7 @@ fn problem(problem: &v1::Problem) -> crds::Problem {
     }
 }
 
-fn round(round: json::Round) -> crds::Round {
+fn round(round: &json::Round) -> crds::Round {
     crds::Round {
         pages: signed(round.pages),
         raw_bytes: signed(round.raw_bytes),
@@ -232,13 +240,17 @@ mod tests {
 
     fn conditions(status: &MigrationStatus) -> Vec<String> {
         let all = status.conditions.iter();
-        all.map(|condition| format!("{}={} {}: {}", condition.type_, condition.status, condition.reason, condition.message)).collect()
+        all.map(|condition| {
+            format!("{}={} {}: {}", condition.type_, condition.status, condition.reason, condition.message)
+        })
+        .collect()
     }
 
     #[test]
     fn a_record_is_read_back_from_the_status_it_was_written_to() {
         let mut record = testing::record("shop/cart-0", "a", "b");
-        (record.bandwidth_limit, record.report.wire_bytes, record.report.downtime_ms) = (u64::MAX, u64::MAX, 1e300 / 3.0);
+        (record.bandwidth_limit, record.report.wire_bytes, record.report.downtime_ms) =
+            (u64::MAX, u64::MAX, 1e300 / 3.0);
         let history = [HistoryEntry { at: Timestamp::now(), what: "accepted".to_owned() }];
         let mut object = Migration::default();
         object.status = Some(status_of(&object, &record, &history).unwrap());
@@ -266,7 +278,8 @@ mod tests {
 
     #[test]
     fn the_time_of_a_condition_is_that_of_its_last_change() {
-        let found = |holds, message: &str| Judgement { kind: ACCEPTED, holds, reason: "X".into(), message: message.into() };
+        let found =
+            |holds, message: &str| Judgement { kind: ACCEPTED, holds, reason: "X".into(), message: message.into() };
         let mut all = Vec::new();
         judge(&mut all, Some(1), found(None, "first"));
         let long_ago = time(Timestamp::UNIX_EPOCH);
@@ -279,6 +292,9 @@ mod tests {
 
     #[test]
     fn reasons_are_words_that_kubernetes_takes() {
-        assert_eq!((camel_case("rolling_back"), camel_case("FAILED_PRECONDITION")), ("RollingBack".into(), "FailedPrecondition".into()));
+        assert_eq!(
+            (camel_case("rolling_back"), camel_case("FAILED_PRECONDITION")),
+            ("RollingBack".into(), "FailedPrecondition".into())
+        );
     }
 }
