@@ -149,7 +149,8 @@ impl Cluster {
     /// Waits until an object is gone.
     pub(crate) async fn gone(&self, name: &str) {
         let Some(object) = self.get(name).await else { return };
-        let deleted = conditions::is_deleted(&object.uid().unwrap());
+        let uid = object.uid().unwrap();
+        let deleted = conditions::is_deleted(&uid);
         let gone = timeout(PATIENCE, await_condition(self.api(), name, deleted)).await;
         assert!(gone.is_ok(), "{name} stays: {:#?}", self.get(name).await);
     }
