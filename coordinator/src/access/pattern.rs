@@ -2,19 +2,27 @@
 
 use podferry_common::id::MAX_NAME_BYTES;
 
+use crate::store::POD_SEPARATOR;
+
 /// What stands for any characters in a pattern, and for none.
 const ANY: char = '*';
+
+/// The longest name of a pod with its namespace, in bytes.
+const MAX_POD_BYTES: usize = MAX_NAME_BYTES + 1 + 253;
 
 /// A pattern of names: a name, with `*` for any run of characters. Made by [`Pattern::parse`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pattern(String);
 
 impl Pattern {
-    /// Checks a pattern: 1 to 63 characters, those that names may have (`a-z`, `0-9`, `-`), and `*`. The error says what is
-    /// wrong, for a person.
+    /// Checks a pattern: 1 to 63 characters, those that names may have (`a-z`, `0-9`, `-`), and `*`. One with a `/` is of pods
+    /// (`shop/cart-*`), and may have `.` and be longer. The error says what is wrong, for a person.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == ANY;
-        if text.is_empty() || text.len() > MAX_NAME_BYTES || !text.chars().all(allowed) {
+        let is_of_pods = text.contains(POD_SEPARATOR);
+        let most = if is_of_pods { MAX_POD_BYTES } else { MAX_NAME_BYTES };
+        let of_pods = |c: char| is_of_pods && (c == POD_SEPARATOR || c == '.');
+        let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == ANY || of_pods(c);
+        if text.is_empty() || text.len() > most || !text.chars().all(allowed) {
             return Err(format!(
                 "{text:?} matches no name; write 1 to {MAX_NAME_BYTES} characters of a-z, 0-9 and '-', with '{ANY}' for any run of them"
             ));
@@ -73,6 +81,13 @@ mod tests {
             let longer = format!("{name}x");
             prop_assert!(!Pattern::parse(&name).unwrap().matches(&longer));
         }
+    }
+
+    #[test]
+    fn pods_are_matched_by_namespace_and_name() {
+        let pattern = |text: &str| Pattern::parse(text).unwrap();
+        assert!(pattern("shop/*").matches("shop/cart-0") && pattern("shop/cart.x-*").matches("shop/cart.x-0"));
+        assert!(!pattern("shop/*").matches("shop-2/cart-0") && !pattern("shop/cart").matches("shop/cart-0"));
     }
 
     #[test]

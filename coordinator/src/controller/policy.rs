@@ -6,6 +6,9 @@ use podferry_proto::v1;
 
 use kube::ResourceExt as _;
 
+/// The downtime that is aimed at when nobody says one, in milliseconds.
+const DOWNTIME_BUDGET_MS: i32 = 100;
+
 /// What to ask of the coordinator's core. `policies` are those that select the pod, in any order.
 ///
 /// # Errors
@@ -21,6 +24,7 @@ pub(super) fn request_of(
     for policy in defaults(spec, &sorted)? {
         wishes = wishes.or(&policy.spec.defaults);
     }
+    leave_out_what_does_not_fit(&mut wishes, &spec.wishes);
     for policy in sorted {
         limit(&mut wishes, &policy.spec.limits, &policy.name_any())?;
     }
@@ -36,6 +40,35 @@ fn defaults<'p>(spec: &MigrationSpec, sorted: &[&'p MigrationPolicy]) -> Result<
         let message = format!("there is no MigrationPolicy {named} in this namespace that selects the pod {pod}");
         refused(message, "name another policy, or none; or make one that selects the pod")
     })
+}
+
+/// A default is for the strategies that know it; only what the migration asks for itself has to make sense.
+fn leave_out_what_does_not_fit(wishes: &mut Wishes, asked: &Wishes) {
+    let strategy = wishes.strategy.unwrap_or_default();
+    let is_one_of = |some: &[Strategy]| some.contains(&strategy);
+    if !copies_beforehand(strategy) {
+        wishes.downtime_budget_ms = asked.downtime_budget_ms;
+        wishes.throttle = asked.throttle;
+    }
+    if !is_one_of(&[Strategy::Auto, Strategy::Live]) {
+        wishes.verify = asked.verify;
+    }
+    if !is_one_of(&[Strategy::Auto, Strategy::Cold]) {
+        wishes.allow_restart = asked.allow_restart;
+    }
+    let may_stop = match strategy {
+        Strategy::Auto => wishes.allow_restart == Some(true),
+        Strategy::Cold | Strategy::Application => true,
+        Strategy::Warm | Strategy::Live | Strategy::PostCopy | Strategy::Hybrid => false,
+    };
+    if !may_stop {
+        wishes.grace_period_seconds = asked.grace_period_seconds;
+    }
+}
+
+/// Whether it copies memory while the pod runs, or may be another that does.
+fn copies_beforehand(strategy: Strategy) -> bool {
+    matches!(strategy, Strategy::Auto | Strategy::Live | Strategy::Hybrid)
 }
 
 fn limit(wishes: &mut Wishes, limits: &Limits, policy: &str) -> Result<(), Failure> {
@@ -55,10 +88,14 @@ fn limit(wishes: &mut Wishes, limits: &Limits, policy: &str) -> Result<(), Failu
     if limits.allow_restart == Some(false) && ends {
         return forbids("what ends the pod's processes (Cold, Application, allowRestart)");
     }
-    if let (Some(most), Some(asked)) = (limits.max_downtime_budget_ms, wishes.downtime_budget_ms)
-        && asked > most
-    {
-        return forbids(&format!("a downtime of more than {most} ms to be aimed at"));
+    match (limits.max_downtime_budget_ms, wishes.downtime_budget_ms) {
+        (Some(most), Some(asked)) if asked > most => {
+            return forbids(&format!("a downtime of more than {most} ms to be aimed at"));
+        }
+        (Some(most), None) if copies_beforehand(strategy) => {
+            wishes.downtime_budget_ms = Some(most.min(DOWNTIME_BUDGET_MS))
+        }
+        _ => {}
     }
     if let Some(most) = limits.max_bandwidth {
         wishes.bandwidth_limit = Some(wishes.bandwidth_limit.map_or(most, |asked| asked.min(most)));
@@ -176,6 +213,33 @@ mod tests {
     }
 
     #[test]
+    fn a_default_that_a_strategy_does_not_know_is_left_out() {
+        let defaults = Wishes {
+            downtime_budget_ms: Some(50),
+            throttle: Some(true),
+            verify: Some(true),
+            grace_period_seconds: Some(60),
+            allow_restart: Some(true),
+            ..Wishes::default()
+        };
+        let policies = [policy("all", defaults, Limits::default())];
+        let of = |strategy| {
+            let mut asked = spec();
+            asked.wishes.strategy = Some(strategy);
+            let request = asks(&asked, &policies).unwrap();
+            let flags = [request.throttle, request.verify, request.allow_restart].map(u8::from);
+            (request.downtime_budget_ms.to_string(), flags, request.grace_period_s)
+        };
+        assert_eq!(of(Strategy::Auto), ("50".into(), [1, 1, 1], Some(60)));
+        assert_eq!(of(Strategy::Warm), ("0".into(), [0, 0, 0], None));
+        assert_eq!(of(Strategy::Hybrid), ("50".into(), [1, 0, 0], None));
+        assert_eq!(of(Strategy::Cold), ("0".into(), [0, 0, 1], Some(60)));
+        let mut asked = spec();
+        (asked.wishes.strategy, asked.wishes.verify) = (Some(Strategy::Warm), Some(true));
+        assert!(asks(&asked, &[]).unwrap().verify, "what makes no sense is refused by the core, which says why");
+    }
+
+    #[test]
     fn what_a_policy_does_not_allow_is_refused_whoever_asks_for_it() {
         let limits = |limits: Limits| [policy("shop", Wishes::default(), limits)];
         let asked = |change: &dyn Fn(&mut Wishes)| {
@@ -202,8 +266,16 @@ mod tests {
             ),
         ];
         let said: Vec<_> = said.into_iter().map(Result::unwrap_err).collect();
-        insta::assert_snapshot!(said.join("\n"), @"");
+        insta::assert_snapshot!(said.join("\n"), @"
+        there is no MigrationPolicy none in this namespace that selects the pod cart-0 (in preflight); what to do: name another policy, or none; or make one that selects the pod
+        the MigrationPolicy shop does not allow that this pod is moved (in preflight); what to do: ask for something else, or whoever keeps the MigrationPolicy shop to allow it
+        the MigrationPolicy shop does not allow what risks the pod's memory (PostCopy, Hybrid, acceptLoss) (in preflight); what to do: ask for something else, or whoever keeps the MigrationPolicy shop to allow it
+        the MigrationPolicy shop does not allow what ends the pod's processes (Cold, Application, allowRestart) (in preflight); what to do: ask for something else, or whoever keeps the MigrationPolicy shop to allow it
+        the MigrationPolicy shop does not allow a downtime of more than 100 ms to be aimed at (in preflight); what to do: ask for something else, or whoever keeps the MigrationPolicy shop to allow it
+        ");
         let request = asks(&spec(), &limits(Limits { max_bandwidth: Some(1 << 20), ..Limits::default() })).unwrap();
         assert_eq!(request.bandwidth_limit, 1 << 20);
+        let request = asks(&spec(), &limits(Limits { max_downtime_budget_ms: Some(20), ..Limits::default() })).unwrap();
+        assert_eq!(request.downtime_budget_ms.to_bits(), 20.0_f64.to_bits());
     }
 }

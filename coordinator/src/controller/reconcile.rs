@@ -34,7 +34,8 @@ impl Controller {
         match self.objects.of_object(&uid) {
             Some(record) => self.go_on(&object, &record).await,
             None if object.metadata.deletion_timestamp.is_some() => self.let_go(&object).await,
-            None if phase(&object) == REFUSED => self.after_the_end(&object).await,
+            // It was refused; or it has ended so long ago that it is forgotten.
+            None if phase(&object) == REFUSED || has_record(&object) => self.after_the_end(&object).await,
             None => self.begin(&object).await,
         }
     }
@@ -130,8 +131,7 @@ impl Controller {
         };
         match begun {
             Ok(record) => {
-                self.events.accepted(&kept, &record).await;
-                self.follow(&kept, id);
+                self.follow_from_the_start(&kept, record);
                 Ok(Action::await_change())
             }
             Err(failure) if may_pass(&failure) => self.wait(&kept, &failure).await,
@@ -242,6 +242,10 @@ fn failed(action: &'static str) -> impl Fn(kube::Error) -> ControllerError {
 
 fn phase(object: &Migration) -> &str {
     object.status.as_ref().map_or("", |status| status.phase.as_str())
+}
+
+fn has_record(object: &Migration) -> bool {
+    object.status.as_ref().is_some_and(|status| status.record.is_some())
 }
 
 fn has_finalizer(object: &Migration) -> bool {

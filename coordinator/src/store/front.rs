@@ -59,7 +59,7 @@ impl Store {
     pub fn get(&self, id: MigrationId) -> Result<Option<Record>, StoreError> {
         match &self.0 {
             Place::Local(local) => local.get(id),
-            Place::Kubernetes(objects) => Ok(objects.get(id)),
+            Place::Kubernetes(objects) => Ok(objects.record(id)),
         }
     }
 

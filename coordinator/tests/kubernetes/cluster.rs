@@ -15,6 +15,7 @@ use podferry_crds::{Migration, MigrationPolicy, MigrationPolicySpec, MigrationSp
 use serde_json::json;
 use tokio::time::timeout;
 
+use crate::account;
 use crate::world::{self, Coordinator, World};
 
 /// How long anything may take. A lease of somebody who was killed lapses in 15 s.
@@ -24,6 +25,7 @@ pub(crate) struct Cluster {
     pub(crate) world: World,
     client: Client,
     namespace: String,
+    /// That of the coordinators: they may do what they need alone.
     kubeconfig: PathBuf,
 }
 
@@ -48,7 +50,7 @@ impl Cluster {
         let kubeconfig =
             PathBuf::from(std::env::var_os("KUBECONFIG").expect("KUBECONFIG names an API server to test with"));
         let file = Kubeconfig::read_from(&kubeconfig).unwrap();
-        let config = Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.unwrap();
+        let config = Config::from_custom_kubeconfig(file.clone(), &KubeConfigOptions::default()).await.unwrap();
         let client = Client::try_from(config).unwrap();
         install(&client).await;
         sweep(&client).await;
@@ -62,6 +64,8 @@ impl Cluster {
         let text = std::fs::read_to_string(&inventory).unwrap();
         let text = text.replace("name = \"shop\"", &format!("name = \"{namespace}/cart\""));
         std::fs::write(&inventory, text).unwrap();
+        let kubeconfig = world.folder.path().join("kubeconfig");
+        account::write_kubeconfig(&client, &namespace, &file, &kubeconfig).await;
         let cluster = Self { world, client, namespace, kubeconfig };
         cluster.configure(&cluster.world.configuration(), "state");
         cluster

@@ -3,6 +3,7 @@
 //! `KUBECONFIG=… cargo test -p podferry-coordinator --test kubernetes -- --ignored --test-threads=1`: see `make test-kubernetes`.
 #![expect(clippy::unwrap_used, reason = "a panic is the report")]
 
+mod account;
 mod cluster;
 #[path = "../world/mod.rs"]
 mod world;
@@ -286,4 +287,32 @@ async fn a_failed_migration_says_why_in_parts() {
         (problem.code.as_str(), problem.criu_line.as_str(), problem.remedy.as_str()),
         ("INTERNAL", "Error (criu/x.c:7): no", "put it out")
     );
+}
+
+/// `PODFERRY_TESTCLUSTER` is the command that the cluster is driven by.
+#[tokio::test]
+#[ignore = "needs a test cluster: make test-kubernetes"]
+async fn an_api_server_that_is_restarted_in_the_freeze_or_at_the_commit_costs_time_alone() {
+    let cluster = Cluster::new().await;
+    let _coordinator = cluster.coordinator().await;
+    let command = std::env::var("PODFERRY_TESTCLUSTER").expect("PODFERRY_TESTCLUSTER drives the test cluster");
+    for (node, held, name) in [("b", "Restore", "in-freeze"), ("c", "Seal", "at-commit")] {
+        cluster.world.fault(node, held, Fault::Hang, 1);
+        let mut spec = spec("cart", Strategy::Warm);
+        spec.target_node = Some(node.to_owned());
+        cluster.make(name, spec).await;
+        cluster.world.called(&format!("{node} {held}")).await;
+        // The commit falls into the time in which nobody answers.
+        let killed = shell(&format!("{command} stop control kube-apiserver --signal 9")).await;
+        assert!(killed, "the API server is killed");
+        cluster.world.heal(node, held);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(shell(&format!("{command} start control kube-apiserver")).await, "it is started");
+        cluster.phase(name, "succeeded").await;
+        assert_eq!(cluster.world.copy(node, "cart"), Some(Copy::Running));
+    }
+}
+
+async fn shell(command: &str) -> bool {
+    tokio::process::Command::new("sh").arg("-c").arg(command).status().await.unwrap().success()
 }

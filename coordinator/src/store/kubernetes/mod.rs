@@ -315,9 +315,11 @@ impl Objects {
         }
     }
 
-    /// Forgets the migrations that have ended and of whose objects that is not said that they are still there.
+    /// Forgets the migrations that have ended a while ago and of whose objects it is not said that they are still there. What has ended just now
+    /// may not have been seen yet.
     pub fn forget_all_but(&self, is_there: impl Fn(&Owner) -> bool) {
-        self.entries().retain(|_, entry| !entry.record.state.is_final() || is_there(&entry.owner));
+        let now = Timestamp::now();
+        self.entries().retain(|_, entry| !past::is_long_over(&entry.record, now) || is_there(&entry.owner));
     }
 
     /// The object of a migration.
@@ -330,7 +332,8 @@ impl Objects {
         self.entries().values().find(|entry| entry.owner.uid == uid).map(|entry| entry.record.clone())
     }
 
-    pub(super) fn get(&self, id: MigrationId) -> Option<Record> {
+    /// The record of that id.
+    pub fn record(&self, id: MigrationId) -> Option<Record> {
         self.entries().get(&id).map(|entry| entry.record.clone())
     }
 

@@ -1,5 +1,6 @@
 //! What follows from all records.
 
+use jiff::Timestamp;
 use podferry_common::{MigrationId, NodeName, WorkloadName};
 
 use crate::migration::Decision;
@@ -8,6 +9,15 @@ use crate::store::{Conflict, Record};
 /// Ended migrations that are listed, and objects of such that are kept of those that the coordinator makes. A list has to fit into
 /// one message.
 const KEPT: usize = 1000;
+
+/// How long ago a migration has ended at least that is long over, in milliseconds.
+const LONG_MS: f64 = 60_000.0;
+
+/// Whether a migration has ended so long ago that everybody who watches its object knows of its end.
+pub(super) fn is_long_over(record: &Record, now: Timestamp) -> bool {
+    let age_ms = now.duration_since(record.created_at).as_secs_f64() * 1000.0;
+    record.state.is_final() && age_ms > record.report.total_ms + LONG_MS
+}
 
 /// What stands against a new migration.
 pub(super) fn conflict<'a>(all: impl Iterator<Item = &'a Record>, new: &Record, limit: usize) -> Option<Conflict> {
@@ -74,6 +84,16 @@ mod tests {
         assert_eq!(conflict([&first].into_iter(), &record("w2", "c", "a"), 1), full("a"));
         assert_eq!(conflict([&first].into_iter(), &record("w2", "b", "c"), 2), None);
         assert_eq!(conflict([&ended(first)].into_iter(), &record("w2", "a", "b"), 1), None);
+    }
+
+    #[test]
+    fn what_has_ended_just_now_is_not_long_over() {
+        let mut record = ended(record("w", "a", "b"));
+        record.report.total_ms = 3_600_000.0;
+        let after = |seconds: i64| Timestamp::from_second(record.created_at.as_second() + seconds).unwrap();
+        assert!(!is_long_over(&record, after(3600)) && is_long_over(&record, after(3700)));
+        let open = Record { state: State::new(), ..record.clone() };
+        assert!(!is_long_over(&open, after(100_000)));
     }
 
     #[test]

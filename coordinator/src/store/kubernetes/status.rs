@@ -273,7 +273,24 @@ mod tests {
             said.extend(conditions(&status));
             object.status = Some(status);
         }
-        insta::assert_snapshot!(said.join("\n"), @"");
+        insta::assert_snapshot!(said.join("\n"), @"
+        Accepted=True Accepted: shop/cart-0 is moved from a to b
+        Committed=Unknown Preflight: until the commit everything can be undone
+        Succeeded=Unknown Preflight: in the phase preflight
+        Finished=False Preflight: in the phase preflight
+        Accepted=True Accepted: shop/cart-0 is moved from a to b
+        Committed=True Release: the target's copy is the right one; nothing is undone any more
+        Succeeded=Unknown Release: in the phase release
+        Finished=False Release: in the phase release
+        Accepted=True Accepted: shop/cart-0 is moved from a to b
+        Committed=True Succeeded: the target's copy is the right one; nothing is undone any more
+        Succeeded=True Succeeded: the pod runs on b
+        Finished=True Succeeded: the pod runs on b
+        Accepted=True Accepted: shop/cart-0 is moved from a to b
+        Committed=False Failed: the source's copy is the right one
+        Succeeded=False Failed: the pod runs on a, as before: no room (on b); what to do: make some
+        Finished=True Failed: the pod runs on a, as before: no room (on b); what to do: make some
+        ");
     }
 
     #[test]
