@@ -93,7 +93,7 @@ fn limit(wishes: &mut Wishes, limits: &Limits, policy: &str) -> Result<(), Failu
             return forbids(&format!("a downtime of more than {most} ms to be aimed at"));
         }
         (Some(most), None) if copies_beforehand(strategy) => {
-            wishes.downtime_budget_ms = Some(most.min(DOWNTIME_BUDGET_MS))
+            wishes.downtime_budget_ms = Some(most.min(DOWNTIME_BUDGET_MS));
         }
         _ => {}
     }

@@ -18,7 +18,7 @@ use serde_json::json;
 use super::policy::request_of;
 use super::{Controller, ControllerError};
 use crate::access::{Action as Asked, Verb};
-use crate::store::{ACCEPTED, FINISHED, Judgement, Record, SUCCEEDED, judge, reason_of, time, workload_of};
+use crate::store::{ACCEPTED, FINISHED, Judgement, Objects, Record, SUCCEEDED, judge, reason_of, time, workload_of};
 
 /// When a migration that cannot begin yet is tried again, if nothing is heard of before.
 const LATER: Duration = Duration::from_secs(10);
@@ -42,7 +42,7 @@ impl Controller {
 
     /// A migration that has a record.
     async fn go_on(self: &Arc<Self>, object: &Migration, record: &Record) -> Result<Action, ControllerError> {
-        if record.state.is_final() {
+        if record.state.is_final() || Objects::is_at_its_end(object) {
             return self.after_the_end(object).await;
         }
         self.follow(object, record.id);

@@ -84,19 +84,24 @@ impl Leader {
         let title = format!("{}/{}", config.namespace, config.lease);
         let mut seen = None;
         let mut waits = false;
+        let mut forbidden_since: Option<Instant> = None;
         loop {
             match within(attempt(&api, &config.lease, holder, &mut seen)).await {
                 Ok(Some(lease)) => {
                     tracing::info!(lease = title, holder, "this coordinator leads");
                     return Ok(Self { api, title, holder: holder.to_owned(), lease });
                 }
-                Ok(None) if waits => {}
                 Ok(None) => {
-                    tracing::info!(lease = title, holder, "another coordinator leads: waiting");
-                    waits = true;
+                    forbidden_since = None;
+                    if !std::mem::replace(&mut waits, true) {
+                        tracing::info!(lease = title, holder, "another coordinator leads: waiting");
+                    }
                 }
-                Err(Error::Api(status)) if status.is_forbidden() => {
-                    return Err(LeaderError::Forbidden { lease: title, source: Box::new(Error::Api(status)) });
+                // An API server that has just been started forbids everything until it has read who may do what.
+                Err(Error::Api(status)) if status.code == 403 => {
+                    if forbidden_since.get_or_insert_with(Instant::now).elapsed() >= DURATION {
+                        return Err(LeaderError::Forbidden { lease: title, source: Box::new(Error::Api(status)) });
+                    }
                 }
                 Err(error) => tracing::warn!(lease = title, %error, "the lease cannot be looked at: trying again"),
             }

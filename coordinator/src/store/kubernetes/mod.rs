@@ -327,6 +327,11 @@ impl Objects {
         self.entries().get(&id).map(|entry| entry.owner.clone())
     }
 
+    /// Whether an object says that its migration is at its end, which it says before the store knows that it does.
+    pub(crate) fn is_at_its_end(object: &Migration) -> bool {
+        status::record_of(object).is_ok_and(|record| record.is_some_and(|record| record.state.is_final()))
+    }
+
     /// The migration that an object is of, also when the object as it was seen does not say so yet.
     pub fn of_object(&self, uid: &str) -> Option<Record> {
         self.entries().values().find(|entry| entry.owner.uid == uid).map(|entry| entry.record.clone())

@@ -63,6 +63,9 @@ impl Patience {
 
     /// Waits for another attempt, if there is time for one.
     async fn after(&self, error: Error) -> Result<(), Unwritten> {
+        if Instant::now() >= self.until && is_forbidden(&error) {
+            return Err(Unwritten::Refused(Box::new(error)));
+        }
         if Instant::now() >= self.until {
             return Err(Unwritten::Store(StoreError::Api { action: self.action, source: Box::new(error) }));
         }
@@ -186,9 +189,18 @@ fn is_conflict(error: &Error) -> bool {
     matches!(error, Error::Api(status) if status.code == 409)
 }
 
-/// Whether the same request would be refused again, whatever happens meanwhile. What is out of date, or gone, is looked at first.
+/// An API server that has just been started forbids everything until it has read who may do what.
+fn is_forbidden(error: &Error) -> bool {
+    matches!(error, Error::Api(status) if [401, 403].contains(&status.code))
+}
+
+/// Whether the same request would be refused again, whatever happens meanwhile. What is out of date, or gone, is looked at first; what is
+/// forbidden is tried again.
 fn is_for_good(error: &Error) -> bool {
-    matches!(error, Error::Api(status) if (400..500).contains(&status.code) && ![404, 408, 409, 429].contains(&status.code))
+    let Error::Api(status) = error else { return false };
+    let causes = status.details.iter().flat_map(|details| &details.causes);
+    let ends = causes.into_iter().any(|cause| cause.reason == "NamespaceTerminating");
+    ends || ((400..500).contains(&status.code) && ![401, 403, 404, 408, 409, 429].contains(&status.code))
 }
 
 #[cfg(test)]
@@ -200,8 +212,8 @@ mod tests {
     #[test]
     fn only_what_would_be_refused_again_is_given_up_at_once() {
         let answer = |code| Error::Api(Box::new(Status { code, ..Status::failure("no", "No") }));
-        assert!([400, 403, 413, 422].into_iter().all(|code| is_for_good(&answer(code))));
-        assert!(![404, 409, 429, 500, 503, 504].into_iter().any(|code| is_for_good(&answer(code))));
+        assert!([400, 413, 422].into_iter().all(|code| is_for_good(&answer(code))));
+        assert!(![403, 404, 409, 429, 500, 503, 504].into_iter().any(|code| is_for_good(&answer(code))));
         assert!(is_conflict(&answer(409)) && !is_conflict(&answer(404)));
     }
 }
