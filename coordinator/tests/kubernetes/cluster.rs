@@ -144,10 +144,8 @@ impl Cluster {
     pub(crate) async fn until(&self, name: &str, what: &str, such: impl Fn(&Migration) -> bool) -> Migration {
         let such = |object: Option<&Migration>| object.is_some_and(&such);
         let found = timeout(PATIENCE, await_condition(self.api(), name, such)).await;
-        match found {
-            Ok(found) => found.unwrap().unwrap(),
-            Err(_) => panic!("{name} does not come to {what}: {:#?}", self.get(name).await),
-        }
+        let Ok(found) = found else { panic!("{name} does not come to {what}: {:#?}", self.get(name).await) };
+        found.unwrap().unwrap()
     }
 
     /// Waits until an object is gone.
