@@ -14,11 +14,25 @@ use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
 use kube::api::{ObjectMeta, PostParams};
 use kube::{Api, Client, Error};
+use podferry_common::MigrationId;
 use thiserror::Error as ThisError;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::KubernetesConfig;
+
+/// What the name of a process begins with that runs in a pod; then come the pod, `/`, and an id.
+const POD: &str = "pod:";
+
+/// What this process is called, as no other one ever is. `pod` is the one that it runs in, if it runs in one: by that, who is started again in it
+/// knows that the one before is dead.
+pub(super) fn process_name(pod: Option<&str>) -> String {
+    let id = MigrationId::new();
+    match pod {
+        Some(pod) => format!("{POD}{pod}/{id}"),
+        None => format!("{}/{id}", rustix::system::uname().nodename().to_string_lossy()),
+    }
+}
 
 /// How long a lease counts that is not renewed.
 const DURATION: Duration = Duration::from_secs(15);
@@ -182,13 +196,20 @@ async fn attempt(api: &Api<Lease>, name: &str, holder: &str, seen: &mut Option<S
         _ => Instant::now(),
     };
     *seen = Some(Seen { version: found.metadata.resource_version.clone(), since });
-    let is_free = holder_of(&found).is_empty() || holder_of(&found) == holder || since.elapsed() >= DURATION;
-    if !is_free {
+    if !is_free(holder_of(&found), holder) && since.elapsed() < DURATION {
         return Ok(None);
     }
     let spec = Some(taken(found.spec.as_ref(), holder));
     let lease = Lease { metadata: found.metadata, spec };
     taken_unless_overtaken(api.replace(name, &PostParams::default(), &lease).await)
+}
+
+/// Whether a lease of `current` may be taken by `new` at once: nobody holds it, or one that is dead for sure. A process of the same pod is:
+/// a pod's container is started again when it has ended.
+fn is_free(current: &str, new: &str) -> bool {
+    let pod =
+        |holder: &str| holder.strip_prefix(POD).and_then(|rest| rest.split_once('/')).map(|(pod, _)| pod.to_owned());
+    current.is_empty() || current == new || pod(current).is_some_and(|current| pod(new) == Some(current))
 }
 
 fn taken_unless_overtaken(answer: Result<Lease, Error>) -> Result<Option<Lease>, Error> {
@@ -236,6 +257,14 @@ mod tests {
         assert_eq!((first.lease_transitions, second.lease_transitions), (Some(0), Some(1)));
         let lease = Lease { spec: Some(second), ..Lease::default() };
         assert_eq!((holder_of(&lease), holder_of(&Lease::default())), ("other", ""));
+    }
+
+    #[test]
+    fn only_who_is_dead_for_sure_is_not_waited_for() {
+        let [first, again] = [process_name(Some("one")), process_name(Some("one"))];
+        assert!(first != again && is_free(&first, &again) && is_free("", &first));
+        assert!(!is_free(&first, &process_name(Some("other"))) && !is_free(&first, &process_name(None)));
+        assert!(!is_free(&process_name(None), &process_name(None)), "two of one machine may both live");
     }
 
     #[test]

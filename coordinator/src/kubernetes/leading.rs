@@ -3,17 +3,20 @@
 use std::path::Path;
 
 use kube::Client;
-use podferry_common::MigrationId;
 use thiserror::Error;
 use tokio::signal::unix::Signal;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use super::leader::process_name;
 use super::{ConnectError, KubernetesConfig, Leader, LeaderError, connect};
 use crate::api::Current;
 use crate::controller::{self, Parts};
 use crate::runner::Runner;
 use crate::store::{Objects, Store, StoreError};
+
+/// The variable with the pod that the process runs in, by a name or uid that no other pod has.
+pub const POD_VARIABLE: &str = "PODFERRY_POD";
 
 /// A coordinator that may work: one that leads its cluster, or one of no cluster.
 pub struct Leading(Option<Cluster>);
@@ -52,7 +55,8 @@ impl Leading {
     ) -> Result<Option<Self>, LeadingError> {
         let Some(config) = config else { return Ok(Some(Self(None))) };
         let client = connect(config).await?;
-        let name = process_name();
+        let pod = std::env::var(POD_VARIABLE).ok();
+        let name = process_name(pod.as_deref());
         let leader = tokio::select! {
             leader = Leader::wait(client.clone(), config, &name) => leader?,
             _ = terminate.recv() => return Ok(None),
@@ -105,10 +109,4 @@ impl Leading {
         }
         Ok(())
     }
-}
-
-/// The machine's name, which is the pod's in a pod, and an id.
-fn process_name() -> String {
-    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    format!("{host}_{}", MigrationId::new())
 }

@@ -6,4 +6,4 @@ mod leading;
 
 pub use config::{ConnectError, KubernetesConfig, connect};
 pub use leader::{Leader, LeaderError};
-pub use leading::{Leading, LeadingError};
+pub use leading::{Leading, LeadingError, POD_VARIABLE};

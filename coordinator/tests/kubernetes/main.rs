@@ -274,6 +274,23 @@ async fn a_coordinator_that_ends_gives_way_at_once() {
 
 #[tokio::test]
 #[ignore = "needs an API server: make test-kubernetes"]
+async fn a_coordinator_that_is_started_again_in_its_pod_waits_for_nobody() {
+    let cluster = Cluster::new().await;
+    let pod = [(podferry_coordinator::kubernetes::POD_VARIABLE, "coordinator-0")];
+    let first = world::Coordinator::start_with(&cluster.world.configuration(), &pod).await;
+    cluster.world.fault("a", "Release", Fault::Hang, 1);
+    cluster.make("one", spec("cart", Strategy::Warm)).await;
+    cluster.world.called("a Release").await;
+    first.kill().await;
+    cluster.world.heal("a", "Release");
+    let began = std::time::Instant::now();
+    let _again = world::Coordinator::start_with(&cluster.world.configuration(), &pod).await;
+    cluster.phase("one", "succeeded").await;
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}: it waited for its own lease to lapse", began.elapsed());
+}
+
+#[tokio::test]
+#[ignore = "needs an API server: make test-kubernetes"]
 async fn a_failed_migration_says_why_in_parts() {
     let cluster = Cluster::new().await;
     let _coordinator = cluster.coordinator().await;
