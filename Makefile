@@ -13,7 +13,7 @@ RELEASE := $(TARGET)/release
 
 .PHONY: help setup build demo test chaos soak local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-layers bench-loads \
 	bench-slowdown bench-total bench-engine bench-scale e2e-vm e2e-versions e2e-page \
-	testcluster testcluster-up testcluster-down e2e-testcluster lint
+	testcluster testcluster-up testcluster-down e2e-testcluster test-kubernetes lint
 
 help:
 	@echo 'make demo          the main job, start to end: two nodes, real workloads under load, migrations there and back'
@@ -37,6 +37,7 @@ help:
 	@echo 'make bench-total   all of a live migration of idle memory against the page stream alone with the same bytes'
 	@echo 'make bench-engine  live migration of one process against CRIU alone, at several sizes'
 	@echo 'make bench-scale   a coordinator with 5,000 nodes and 1,000 migrations at once: CPU, memory, writes, time to drain'
+	@echo 'make test-kubernetes  the coordinator against a real API server: objects, records, leaders'
 	@echo 'make lint          formatting, clippy, shellcheck, licences'
 
 setup:
@@ -123,6 +124,10 @@ testcluster-down:
 
 e2e-testcluster: testcluster
 	@deploy/testcluster/e2e.sh
+
+# The coordinator's Kubernetes side against the API server of a test cluster of its own; agents are stood in for.
+test-kubernetes: setup testcluster
+	@$(RUN) deploy/testcluster/coordinator.sh
 
 lint: setup
 	@$(RUN) deploy/setup/lint.sh

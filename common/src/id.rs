@@ -282,6 +282,19 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_is_named_by_namespace_and_name() {
+        for name in ["shop/cart-0", "default/web-7c5.2", &format!("a/{}", "b".repeat(253))] {
+            assert_eq!(name.parse::<WorkloadName>().unwrap().as_str(), name);
+        }
+        for wrong in
+            ["/cart", "shop/", "a/b/c", "a/../b", "a/.", "A/b", "a/b..c", "a.b/c", &format!("a/{}", "b".repeat(254))]
+        {
+            assert!(wrong.parse::<WorkloadName>().is_err(), "{wrong}");
+        }
+        assert!("shop/cart".parse::<NodeName>().is_err());
+    }
+
+    #[test]
     fn migration_ids_are_distinct_sorted_and_round_trip() {
         let ids: Vec<MigrationId> = (0..2000).map(|_| MigrationId::new()).collect();
         assert!(ids.is_sorted_by(|a, b| a < b && a.to_string() < b.to_string()));

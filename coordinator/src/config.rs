@@ -9,6 +9,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use crate::audit::Bounds;
+use crate::kubernetes::KubernetesConfig;
 use crate::runner::{Deadlines, Limits};
 
 /// The audit log's name in the state folder.
@@ -38,8 +39,8 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// The inventory of nodes and workloads; none in Kubernetes, where the API server has them.
     pub inventory: Option<PathBuf>,
-    /// In Kubernetes: how its API server is reached.
-    pub kubernetes: Option<Kubernetes>,
+    /// The cluster whose pods are the workloads; none for the containers of an inventory.
+    pub kubernetes: Option<KubernetesConfig>,
     /// The policy that says which clients may do what; without one all clients may do everything.
     pub access: Option<PathBuf>,
     /// The audit log; `audit.log` in `state_dir` unless said otherwise.
@@ -62,22 +63,6 @@ pub struct Config {
     /// How long things may take.
     #[serde(default)]
     pub deadlines: Deadlines,
-}
-
-/// In Kubernetes: how its API server is reached, and its agents.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Kubernetes {
-    /// A file as `kubectl` has one; none for what every pod has.
-    pub kubeconfig: Option<PathBuf>,
-    /// The port of the agents, at their nodes' own addresses.
-    pub agent_port: u16,
-}
-
-impl Default for Kubernetes {
-    fn default() -> Self {
-        Self { kubeconfig: None, agent_port: 7443 }
-    }
 }
 
 fn audit_log_bytes() -> u64 {
@@ -228,6 +213,19 @@ freeze = 0.5
         assert_eq!(config.audit_log_path(), Path::new("state/audit.log"));
         let elsewhere = load(&format!("audit_log = \"/var/log/podferry/audit.log\"\n{GOOD}")).unwrap();
         assert_eq!(elsewhere.audit_log_path(), Path::new("/var/log/podferry/audit.log"));
+    }
+
+    #[test]
+    fn a_coordinator_of_kubernetes_needs_only_to_say_that_it_is_one() {
+        assert_eq!(load(GOOD).unwrap().kubernetes, None);
+        let both = load(&format!("{GOOD}\n[kubernetes]\n")).unwrap_err();
+        assert!(both.contains("either an inventory or [kubernetes]"), "{both}");
+        let alone = GOOD.replace("inventory = \"/etc/podferry/inventory.toml\"\n", "");
+        assert!(load(&alone).unwrap_err().contains("either an inventory or [kubernetes]"));
+        let kubernetes = load(&format!("{alone}\n[kubernetes]\n")).unwrap().kubernetes.unwrap();
+        let KubernetesConfig { namespace, lease, kubeconfig, agent_port } = kubernetes;
+        assert_eq!((namespace.as_str(), lease.as_str(), kubeconfig), ("podferry", "podferry-coordinator", None));
+        assert_eq!(agent_port, 7443);
     }
 
     #[test]

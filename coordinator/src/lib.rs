@@ -10,6 +10,8 @@
 //! - [`pods`]: what a migration does with the API server of Kubernetes,
 //! - [`access`]: who may ask for what,
 //! - [`api`]: what callers can ask, and gRPC and REST on it,
+//! - [`kubernetes`]: the API server, and which coordinator leads,
+//! - [`controller`]: migrations that are asked for by objects in it,
 //! - [`audit`]: who has asked for what, and what became of it,
 //! - [`metrics`]: what Prometheus can read,
 //! - [`config`]: the file `coordinator.toml`.
@@ -19,8 +21,10 @@ pub mod api;
 pub mod audit;
 pub mod cluster;
 pub mod config;
+pub mod controller;
 pub mod evacuation;
 mod follow;
+pub mod kubernetes;
 pub mod metrics;
 pub mod migration;
 pub mod placement;

@@ -7,7 +7,6 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use kube::config::{KubeConfigOptions, Kubeconfig};
 use podferry_common::identity::Identity;
 use podferry_common::listen::listen;
 use podferry_common::metrics::Exporter;
@@ -17,12 +16,12 @@ use podferry_coordinator::access::Gate;
 use podferry_coordinator::api::{Core, Current, ServeError, rest, serve};
 use podferry_coordinator::audit::AuditLog;
 use podferry_coordinator::cluster::{Agents, Inventory};
-use podferry_coordinator::config::{Config, Kubernetes};
+use podferry_coordinator::config::Config;
 use podferry_coordinator::evacuation::Evacuator;
+use podferry_coordinator::kubernetes::{KubernetesConfig, Leading, connect};
 use podferry_coordinator::metrics::Metrics;
 use podferry_coordinator::pods::{Pods, Watched};
 use podferry_coordinator::runner::Runner;
-use podferry_coordinator::store::Store;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
@@ -64,17 +63,20 @@ async fn main() -> ExitCode {
 }
 
 async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
-    let signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
+    let mut signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
     let config = Config::load(&arguments.config)?;
     let inventory = config.inventory.as_deref().map(Inventory::load).transpose()?.unwrap_or_default();
     let identity = Identity::load(config.identity.clone())?;
     identity.watch(CERTIFICATE_INTERVAL);
-    let store = Store::open(&config.state_dir)?;
+    let stop = CancellationToken::new();
+    let Some(mut leading) = Leading::begin(config.kubernetes.as_ref(), &mut signals, &stop).await? else {
+        return Ok(());
+    };
+    let store = leading.store(&config.state_dir).await?;
     let metrics = Metrics::default();
     let audit = AuditLog::open(&config.audit_log_path(), config.audit_bounds(), metrics.clone())?;
     let gate = Gate::new(config.access.clone(), audit.clone(), metrics.clone())?;
 
-    let stop = CancellationToken::new();
     let agents = Agents::new(identity.clone());
     let cluster = match &config.kubernetes {
         Some(kubernetes) => Some(join_cluster(kubernetes).await?),
@@ -122,6 +124,7 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         export(address, &metrics, &runner, current.clone()).await?;
     }
     tokio::spawn(stop_on_signal(signals, evacuator.clone(), runner.clone()));
+    leading.work(&current, &runner, &stop);
     let served = tokio::select! {
         served = serve_all(current, incoming, rest, stop.clone()) => served,
         // Requests under way are finished, but a caller that does not read its answer keeps nobody from stopping.
@@ -132,6 +135,7 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     evacuator.join().await;
     let joined = runner.join().await;
     audit.flush().await;
+    leading.end().await?;
     joined?;
     served?;
     tracing::info!("stopped");
@@ -139,15 +143,8 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
 }
 
 /// The API server, and what is seen there: once all of it has been read.
-async fn join_cluster(settings: &Kubernetes) -> Result<(Pods, Watched), Box<dyn Error>> {
-    let config = match &settings.kubeconfig {
-        Some(file) => {
-            let read = Kubeconfig::read_from(file)?;
-            kube::Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await?
-        }
-        None => kube::Config::incluster()?,
-    };
-    let client = kube::Client::try_from(config)?;
+async fn join_cluster(settings: &KubernetesConfig) -> Result<(Pods, Watched), Box<dyn Error>> {
+    let client = connect(settings).await?;
     let watched = Watched::begin(client.clone(), settings.agent_port);
     let read = tokio::time::timeout(CLUSTER_TIMEOUT, watched.is_whole()).await;
     read.map_err(|_| "nodes and pods cannot be read from the API server: see the warnings above")?;

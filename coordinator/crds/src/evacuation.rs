@@ -47,7 +47,7 @@ pub struct NodeEvacuationSpec {
     #[serde(default = "max_concurrent")]
     #[schemars(range(min = 1, max = 100))]
     pub max_concurrent: i32,
-    /// Which pods come first, by the value of their PriorityClass.
+    /// Which pods come first, by the value of their `PriorityClass`.
     #[serde(default)]
     pub order: Order,
     /// Only these pods; all when there is none.

@@ -69,7 +69,7 @@ pub struct MigrationSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
     pub target_node: Option<String>,
-    /// The MigrationPolicy of this namespace whose defaults count; when there is none, those of all that select the pod, in the order of
+    /// The `MigrationPolicy` of this namespace whose defaults count; when there is none, those of all that select the pod, in the order of
     /// their names.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 253))]
@@ -93,7 +93,7 @@ pub struct MigrationStatus {
     /// The generation that was looked at last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// `Accepted`, `Committed`, `Succeeded`, `Finished`: see `docs/kubernetes.md`.
+    /// `Accepted`, `Committed`, `Succeeded`, `Finished`: see `docs/kubernetes-api.md`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

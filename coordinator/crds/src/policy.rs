@@ -50,7 +50,7 @@ pub struct Limits {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 65_536))]
     pub max_bandwidth: Option<i64>,
-    /// Whether strategies that risk the pod's memory may be asked for (PostCopy, Hybrid, `acceptLoss`); yes when it is not said.
+    /// Whether strategies that risk the pod's memory may be asked for (`PostCopy`, Hybrid, `acceptLoss`); yes when it is not said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allow_loss: Option<bool>,
     /// Whether strategies that end the pod's processes may be asked for (Cold, Application, `allowRestart`); yes when it is not said.

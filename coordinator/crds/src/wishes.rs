@@ -23,7 +23,7 @@ pub enum Strategy {
     Application,
 }
 
-/// How a pod is to be moved. What is left out is taken from a MigrationPolicy, or else is the default that stands with each.
+/// How a pod is to be moved. What is left out is taken from a `MigrationPolicy`, or else is the default that stands with each.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Wishes {
@@ -46,7 +46,7 @@ pub struct Wishes {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub throttle: Option<bool>,
     /// That losing either node, or the link between them for too long, from the resume until the last page is across loses the pod's
-    /// memory: whoever takes PostCopy or Hybrid accepts it, and Auto takes those only with it. No when nobody says.
+    /// memory: whoever takes `PostCopy` or Hybrid accepts it, and Auto takes those only with it. No when nobody says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accept_loss: Option<bool>,
     /// Whether Auto may stop the pod and start it anew (Cold) when nothing else can work, which loses its memory and closes its

@@ -76,6 +76,13 @@ mod tests {
     }
 
     #[test]
+    fn pods_are_matched_by_namespace_and_name() {
+        let pattern = |text: &str| Pattern::parse(text).unwrap();
+        assert!(pattern("shop/*").matches("shop/cart-0") && pattern("shop/cart.x-*").matches("shop/cart.x-0"));
+        assert!(!pattern("shop/*").matches("shop-2/cart-0") && !pattern("shop/cart").matches("shop/cart-0"));
+    }
+
+    #[test]
     fn what_no_name_can_match_is_no_pattern() {
         for wrong in ["", "Shop", "shop.*", "shop?", "a b", "ä*", &"a".repeat(64)] {
             assert!(Pattern::parse(wrong).is_err(), "{wrong:?}");

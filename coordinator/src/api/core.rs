@@ -184,7 +184,17 @@ impl Core {
 
     /// Accepts a migration that `who` asks for, or refuses it and records nothing. The logs say which.
     pub async fn migrate(&self, request: &v1::MigrateRequest, who: &Peer) -> Result<Record, Failure> {
-        let begun = self.begin(request, who).await;
+        self.migrate_as(MigrationId::new(), request, who).await
+    }
+
+    /// The same for a migration whose id has been chosen already.
+    pub async fn migrate_as(
+        &self,
+        id: MigrationId,
+        request: &v1::MigrateRequest,
+        who: &Peer,
+    ) -> Result<Record, Failure> {
+        let begun = self.begin(id, request, who).await;
         if let Err(failure) = &begun {
             let (workload, target) = (&request.workload, &request.target);
             tracing::info!(peer = %who, workload, target, %failure, "migration refused");
@@ -194,7 +204,7 @@ impl Core {
         begun
     }
 
-    async fn begin(&self, request: &v1::MigrateRequest, who: &Peer) -> Result<Record, Failure> {
+    async fn begin(&self, id: MigrationId, request: &v1::MigrateRequest, who: &Peer) -> Result<Record, Failure> {
         let wishes = wishes(request)?;
         let grace_period_s = grace_period_s_of(request, wishes.strategy)?;
         let workload = self.known_workload(&request.workload)?;
@@ -212,7 +222,6 @@ impl Core {
         let (target, report) = self.placed(&journey, wishes, auto.as_mut()).await?;
         self.gate.narrow(who, &moving(workload, &location, target.name.as_str())).await?;
         self.check_pod(workload, wishes.strategy).await?;
-        let id = MigrationId::new();
         let record = Record {
             id,
             workload: workload.name.clone(),

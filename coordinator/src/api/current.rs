@@ -62,10 +62,17 @@ impl Current {
     /// # Errors
     /// `PERMISSION_DENIED`, with what is missing.
     pub async fn admit(&self, caller: Option<&PeerInfo>, action: &Action<'_>) -> Result<(Core, Peer), Failure> {
-        let (core, peer) = (self.now(), caller.map(|caller| &caller.peer));
-        core.gate().pass(peer, action).await?;
+        let peer = caller.map(|caller| &caller.peer);
+        let core = self.admit_peer(peer, action).await?;
         let nobody = || Failure::new(FailureCode::PermissionDenied, "the caller has shown no certificate");
         Ok((core, peer.cloned().ok_or_else(nobody)?))
+    }
+
+    /// The same for a peer that is known otherwise than by the certificate of a connection.
+    pub(crate) async fn admit_peer(&self, peer: Option<&Peer>, action: &Action<'_>) -> Result<Core, Failure> {
+        let core = self.now();
+        core.gate().pass(peer, action).await?;
+        Ok(core)
     }
 
     /// Takes down again and again which agents answer, until it is dropped.

@@ -11,6 +11,8 @@ use crate::store::Record;
 
 /// Characters of a name that a request may have said; no valid one is longer. What is longer is cut.
 const MAX_NAME: usize = 64;
+/// The same of a workload, which may be a pod with its namespace.
+const MAX_WORKLOAD: usize = 317;
 /// Characters of a reason.
 const MAX_REASON: usize = 1024;
 
@@ -63,7 +65,7 @@ impl<'a> RequestEntry<'a> {
                 Ok(grounds) => grounds.to_string(),
                 Err(denial) => denial.why.clone(),
             },
-            workload: name(action.workload),
+            workload: action.workload.map(|text| cut(text, MAX_WORKLOAD)),
             source: name(action.source),
             target: name(action.target),
             // An id that is none is not worth keeping.
@@ -156,7 +158,7 @@ impl<'a> MigrationEntry<'a> {
         Self {
             what: What::Refused,
             migration: None,
-            workload: cut(workload, MAX_NAME),
+            workload: cut(workload, MAX_WORKLOAD),
             source: None,
             target: (!target.is_empty()).then(|| cut(target, MAX_NAME)),
             strategy: None,
@@ -216,7 +218,7 @@ mod tests {
         let denied = Denial { what: String::new(), why: "because".to_owned(), remedy: String::new() };
         let entry = Entry::Request(RequestEntry::new(None, &action, &Err(denied)));
         let line = serde_json::to_string(&Line { at: Timestamp::now(), entry: &entry }).unwrap();
-        assert!(line.len() < 1000 && !line.contains('\n'), "{} bytes", line.len());
+        assert!(line.len() < 1500 && !line.contains('\n'), "{} bytes", line.len());
         let failure = Failure::new(FailureCode::NotFound, &huge);
         let entry = Entry::Migration(MigrationEntry::refused(&huge, &huge, &Peer::Coordinator, &failure));
         let line = serde_json::to_string(&Line { at: Timestamp::now(), entry: &entry }).unwrap();

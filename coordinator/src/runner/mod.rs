@@ -322,7 +322,7 @@ impl Shared {
     /// Stops the coordinator because it cannot write any more.
     fn fail(&self, error: StoreError) -> Failure {
         tracing::error!(error = %chain(&error), "the store failed: stopping, so that a restart reads what is on disk");
-        let failure = Failure::from_error(FailureCode::Internal, &error).remedy("see the coordinator's disk");
+        let failure = Failure::from_error(FailureCode::Internal, &error).remedy("see the coordinator's log");
         self.fatal.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
         self.stop.cancel();
         failure
@@ -338,6 +338,10 @@ fn refusal(record: &Record, conflict: Conflict) -> Failure {
         Conflict::Node { node, limit } => {
             let message = format!("node {node} takes part in {limit} migrations already, which is its limit");
             Failure::new(FailureCode::ResourceExhausted, message).on(node.as_str()).remedy("wait until one has ended")
+        }
+        Conflict::Object { why } => {
+            let message = format!("the API server does not take the Migration of {}: {why}", record.workload);
+            Failure::new(FailureCode::FailedPrecondition, message).remedy("see that this may be made in the namespace")
         }
     }
 }

@@ -81,6 +81,28 @@ pub enum StoreError {
         /// Why not.
         source: serde_json::Error,
     },
+    /// The API server could not be asked. Whether a write is in it is not known then.
+    #[error("the store cannot {action}: the API server does not do it")]
+    Api {
+        /// What it was to do.
+        action: &'static str,
+        /// Why not.
+        source: Box<kube::Error>,
+    },
+    /// Somebody else has written a record that is this coordinator's.
+    #[error("Migration {object} was written by {by}, so another coordinator leads; this one stops")]
+    Deposed {
+        /// Namespace and name.
+        object: String,
+        /// Who.
+        by: String,
+    },
+    /// A record is to be changed that was never made.
+    #[error("migration {id} has no record in the store")]
+    Unknown {
+        /// The migration.
+        id: MigrationId,
+    },
 }
 
 /// Why a migration cannot be recorded now.
@@ -98,6 +120,11 @@ pub enum Conflict {
         /// How many.
         limit: usize,
     },
+    /// The API server does not take its object.
+    Object {
+        /// What it says.
+        why: String,
+    },
 }
 
 /// One thing that happened in a migration.
@@ -109,15 +136,15 @@ pub struct HistoryEntry {
     pub what: String,
 }
 
-/// The store. Clones share it.
+/// The records in one file of this machine. Clones share it.
 #[derive(Clone)]
-pub struct Store {
+pub(super) struct Local {
     pub(super) database: Arc<Database>,
 }
 
-impl Store {
+impl Local {
     /// Opens the store in that folder, which is made if missing; repairs it after a crash.
-    pub fn open(folder: &Path) -> Result<Self, StoreError> {
+    pub(super) fn open(folder: &Path) -> Result<Self, StoreError> {
         std::fs::create_dir_all(folder).map_err(|source| StoreError::Folder { path: folder.to_owned(), source })?;
         let path = folder.join(FILE_NAME);
         let failed = |source: redb::Error| StoreError::Open { path: path.clone(), source };
@@ -131,7 +158,7 @@ impl Store {
 
     /// Records a new migration, unless its workload is part of another one or a node has `limit` already. On disk when it
     /// returns.
-    pub fn create(&self, record: &Record, limit: usize) -> Result<Result<(), Conflict>, StoreError> {
+    pub(super) fn create(&self, record: &Record, limit: usize) -> Result<Result<(), Conflict>, StoreError> {
         let action = "record a migration";
         let transaction = self.begin(action, Durability::Immediate)?;
         if let Some(conflict) = conflict(&transaction, record, limit)? {
@@ -144,12 +171,12 @@ impl Store {
     }
 
     /// Writes a record's new state. On disk when it returns.
-    pub fn update(&self, record: &Record, what: &str) -> Result<(), StoreError> {
+    pub(super) fn update(&self, record: &Record, what: &str) -> Result<(), StoreError> {
         self.update_with(record, what, Durability::Immediate)
     }
 
     /// Writes a record's new state, to be on disk with the next write that is: what a restart may find in its old state.
-    pub fn update_lazily(&self, record: &Record, what: &str) -> Result<(), StoreError> {
+    pub(super) fn update_lazily(&self, record: &Record, what: &str) -> Result<(), StoreError> {
         self.update_with(record, what, Durability::None)
     }
 
@@ -176,7 +203,7 @@ impl Store {
     }
 
     /// The record of that id.
-    pub fn get(&self, id: MigrationId) -> Result<Option<Record>, StoreError> {
+    pub(super) fn get(&self, id: MigrationId) -> Result<Option<Record>, StoreError> {
         let id = id.to_string();
         let bytes = self.read("read a migration", |transaction| {
             let table = transaction.open_table(MIGRATIONS)?;
@@ -186,7 +213,7 @@ impl Store {
     }
 
     /// All records, newest first.
-    pub fn list(&self) -> Result<Vec<Record>, StoreError> {
+    pub(super) fn list(&self) -> Result<Vec<Record>, StoreError> {
         let all = self.read("list migrations", |transaction| {
             let table = transaction.open_table(MIGRATIONS)?;
             let rows = table.iter()?.rev();
@@ -198,7 +225,7 @@ impl Store {
     }
 
     /// All records that are not final, oldest first: what a restarted coordinator has to go on with.
-    pub fn open_migrations(&self) -> Result<Vec<Record>, StoreError> {
+    pub(super) fn open_migrations(&self) -> Result<Vec<Record>, StoreError> {
         let all = self.read("list open migrations", |transaction| {
             let (open, records) = (transaction.open_table(OPEN)?, transaction.open_table(MIGRATIONS)?);
             let mut all = Vec::new();
@@ -214,12 +241,12 @@ impl Store {
 
     /// How a migration was decided. Of one that was never recorded nothing is known: every migration is recorded before an
     /// agent hears of it, so this store is not the one that it was recorded in, and that one may have the commit.
-    pub fn decision(&self, id: MigrationId) -> Result<Decision, StoreError> {
+    pub(super) fn decision(&self, id: MigrationId) -> Result<Decision, StoreError> {
         Ok(self.get(id)?.map_or(Decision::Undecided, |record| record.state.decision()))
     }
 
     /// What happened in a migration, oldest first.
-    pub fn history(&self, id: MigrationId) -> Result<Vec<HistoryEntry>, StoreError> {
+    pub(super) fn history(&self, id: MigrationId) -> Result<Vec<HistoryEntry>, StoreError> {
         let id = id.to_string();
         let all: Vec<Vec<u8>> = self.read("read a migration's history", |transaction| {
             let table = transaction.open_table(HISTORY)?;
@@ -230,7 +257,7 @@ impl Store {
     }
 
     /// The migration that a workload is part of and whose outcome is open.
-    pub fn busy_with(&self, workload: &WorkloadName) -> Result<Option<MigrationId>, StoreError> {
+    pub(super) fn busy_with(&self, workload: &WorkloadName) -> Result<Option<MigrationId>, StoreError> {
         let id = self.read("look for a workload's migration", |transaction| {
             let table = transaction.open_table(BUSY)?;
             Ok(table.get(workload.as_str())?.map(|id| id.value().to_owned()))
@@ -239,7 +266,7 @@ impl Store {
     }
 
     /// Where the last committed migration has put a workload.
-    pub fn place(&self, workload: &WorkloadName) -> Result<Option<NodeName>, StoreError> {
+    pub(super) fn place(&self, workload: &WorkloadName) -> Result<Option<NodeName>, StoreError> {
         let node = self.read("read a workload's place", |transaction| {
             let table = transaction.open_table(PLACES)?;
             Ok(table.get(workload.as_str())?.map(|node| node.value().to_owned()))
@@ -377,6 +404,7 @@ pub(super) fn parse<T: for<'a> Deserialize<'a>>(id: &str, bytes: &[u8]) -> Resul
 mod tests {
     use podferry_common::{Failure, FailureCode};
 
+    use super::Local as Store;
     use super::*;
     use crate::migration::State;
     use crate::migration::Why;

@@ -3,7 +3,7 @@
 use redb::{Durability, ReadableTable, TableDefinition, WriteTransaction};
 
 use super::StoreError;
-use super::database::{Store, failed, parse, to_json};
+use super::database::{Local, failed, parse, to_json};
 use crate::evacuation::{Evacuation, EvacuationId};
 
 /// Evacuations that have ended and are kept; the oldest beyond them are forgotten.
@@ -12,10 +12,10 @@ const KEPT: usize = 100;
 /// Id -> evacuation (JSON).
 pub(super) const EVACUATIONS: TableDefinition<&str, &[u8]> = TableDefinition::new("evacuations");
 
-impl Store {
+impl Local {
     /// Records an evacuation, unless its node is being evacuated already: then the id of the other one comes back. On disk when it
     /// returns.
-    pub fn create_evacuation(&self, new: &Evacuation) -> Result<Result<(), EvacuationId>, StoreError> {
+    pub(super) fn create_evacuation(&self, new: &Evacuation) -> Result<Result<(), EvacuationId>, StoreError> {
         let action = "record an evacuation";
         let transaction = self.begin(action, Durability::Immediate)?;
         let all = all(&transaction, action)?;
@@ -38,7 +38,7 @@ impl Store {
 
     /// Writes an evacuation's new state; with `lazily` to be on disk with the next write that is, for what a restart may find in its
     /// old state.
-    pub fn update_evacuation(&self, evacuation: &Evacuation, lazily: bool) -> Result<(), StoreError> {
+    pub(super) fn update_evacuation(&self, evacuation: &Evacuation, lazily: bool) -> Result<(), StoreError> {
         let action = "update an evacuation";
         let durability = if lazily { Durability::None } else { Durability::Immediate };
         let transaction = self.begin(action, durability)?;
@@ -52,7 +52,7 @@ impl Store {
     }
 
     /// The evacuation of that id.
-    pub fn evacuation(&self, id: EvacuationId) -> Result<Option<Evacuation>, StoreError> {
+    pub(super) fn evacuation(&self, id: EvacuationId) -> Result<Option<Evacuation>, StoreError> {
         let id = id.to_string();
         let bytes = self.read("read an evacuation", |transaction| {
             let table = transaction.open_table(EVACUATIONS)?;
@@ -62,7 +62,7 @@ impl Store {
     }
 
     /// All evacuations, newest first.
-    pub fn evacuations(&self) -> Result<Vec<Evacuation>, StoreError> {
+    pub(super) fn evacuations(&self) -> Result<Vec<Evacuation>, StoreError> {
         let all: Vec<(String, Vec<u8>)> = self.read("list evacuations", |transaction| {
             let table = transaction.open_table(EVACUATIONS)?;
             let rows = table.iter()?.rev();
@@ -92,6 +92,7 @@ mod tests {
 
     use super::*;
     use crate::evacuation::{Event, Terms};
+    use crate::store::Store;
 
     fn of(node: &str) -> Evacuation {
         Evacuation::new(node.parse().unwrap(), Terms::default(), Peer::client("ada").unwrap())

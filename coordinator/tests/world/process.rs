@@ -23,8 +23,14 @@ pub(crate) struct Coordinator {
 impl Coordinator {
     /// Starts it and waits until it listens.
     pub(crate) async fn start(configuration: &Path) -> Self {
+        Self::start_with(configuration, &[]).await
+    }
+
+    /// The same with these variables.
+    pub(crate) async fn start_with(configuration: &Path, variables: &[(&str, &str)]) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_podferry-coordinator"));
         command.arg("--config").arg(configuration).stderr(Stdio::piped()).kill_on_drop(true);
+        command.envs(variables.iter().copied());
         command.env("PODFERRY_LOG", "info").env("PODFERRY_LOG_FORMAT", "json");
         let mut child = command.spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();

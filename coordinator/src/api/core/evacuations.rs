@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use podferry_common::identity::Peer;
-use podferry_common::{Failure, FailureCode, NodeName, WorkloadName};
+use podferry_common::{Failure, FailureCode, MigrationId, NodeName, WorkloadName};
 use podferry_proto::v1;
 use tokio::sync::watch;
 
@@ -96,7 +96,7 @@ impl Core {
         self.gate
             .narrow(who, &Action { source: Some(evacuation.node.as_str()), ..Action::migrate(workload.as_str(), "") })
             .await?;
-        let begun = self.begin(&request, who).await;
+        let begun = self.begin(MigrationId::new(), &request, who).await;
         if let Err(failure) = &begun
             && !matches!(
                 failure.code,

@@ -1,0 +1,112 @@
+//! What a coordinator does besides when it is one of a Kubernetes cluster, from the lease to its end.
+
+use std::path::Path;
+
+use kube::Client;
+use thiserror::Error;
+use tokio::signal::unix::Signal;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::leader::process_name;
+use super::{ConnectError, KubernetesConfig, Leader, LeaderError, connect};
+use crate::api::Current;
+use crate::controller::{self, Parts};
+use crate::runner::Runner;
+use crate::store::{Objects, Store, StoreError};
+
+/// The variable with the pod that the process runs in, by a name or uid that no other pod has.
+pub const POD_VARIABLE: &str = "PODFERRY_POD";
+
+/// A coordinator that may work: one that leads its cluster, or one of no cluster.
+pub struct Leading(Option<Cluster>);
+
+struct Cluster {
+    client: Client,
+    namespace: String,
+    /// What this process is called, as no other one ever is.
+    name: String,
+    lease: JoinHandle<Result<Leader, LeaderError>>,
+    objects: Option<Objects>,
+    controller: Option<JoinHandle<()>>,
+}
+
+/// Why a coordinator of a cluster cannot work.
+#[derive(Debug, Error)]
+pub enum LeadingError {
+    /// The API server cannot be reached.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// It does not lead, or no more.
+    #[error(transparent)]
+    Leader(#[from] LeaderError),
+}
+
+impl Leading {
+    /// Waits until this coordinator leads, if there is a cluster; none when a signal came before that. From then on `stop` is cancelled when it
+    /// leads no more.
+    ///
+    /// # Errors
+    /// When it never will.
+    pub async fn begin(
+        config: Option<&KubernetesConfig>,
+        [terminate, interrupt]: &mut [Signal; 2],
+        stop: &CancellationToken,
+    ) -> Result<Option<Self>, LeadingError> {
+        let Some(config) = config else { return Ok(Some(Self(None))) };
+        let client = connect(config).await?;
+        let pod = std::env::var(POD_VARIABLE).ok();
+        let name = process_name(pod.as_deref());
+        let leader = tokio::select! {
+            leader = Leader::wait(client.clone(), config, &name) => leader?,
+            _ = terminate.recv() => return Ok(None),
+            _ = interrupt.recv() => return Ok(None),
+        };
+        let namespace = config.namespace.clone();
+        let lease = tokio::spawn(leader.keep(stop.clone()));
+        let (objects, controller) = (None, None);
+        Ok(Some(Self(Some(Cluster { client, namespace, name, lease, objects, controller }))))
+    }
+
+    /// The store: in the API server, but for evacuations, or all of it in that folder.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub async fn store(&mut self, folder: &Path) -> Result<Store, StoreError> {
+        let Some(cluster) = &mut self.0 else { return Store::open(folder) };
+        let objects = Objects::open(cluster.client.clone(), &cluster.namespace, &cluster.name).await?;
+        cluster.objects = Some(objects.clone());
+        Store::in_kubernetes(objects, folder)
+    }
+
+    /// Begins to do what objects ask for.
+    pub fn work(&mut self, current: &Current, runner: &Runner, stop: &CancellationToken) {
+        let Some(cluster) = &mut self.0 else { return };
+        if let Some(objects) = cluster.objects.clone() {
+            cluster.controller = Some(tokio::spawn(controller::run(Parts {
+                client: cluster.client.clone(),
+                objects,
+                current: current.clone(),
+                runner: runner.clone(),
+                name: cluster.name.clone(),
+                stop: stop.clone(),
+            })));
+        }
+    }
+
+    /// Gives the lease up, when `stop` was cancelled and nothing is written any more.
+    ///
+    /// # Errors
+    /// When it had been lost.
+    pub async fn end(self) -> Result<(), LeaderError> {
+        let Some(cluster) = self.0 else { return Ok(()) };
+        if let Some(controller) = cluster.controller {
+            // It waits for what is under way; a panic in it has been logged.
+            let _ended = controller.await;
+        }
+        if let Some(leader) = cluster.lease.await.ok().transpose()? {
+            leader.resign().await;
+        }
+        Ok(())
+    }
+}

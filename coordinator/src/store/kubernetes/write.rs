@@ -1,0 +1,219 @@
+//! Writes that the API server takes only if nobody else has written meanwhile.
+//!
+//! Every write of a status names the resourceVersion that it was made from, and its writer. A write that is refused as out of date, or
+//! of which no answer came, is followed by a look: the object says who has written its status last. If that is this very write, it
+//! went through. If it is the write before, only the rest of the object has changed (somebody set `cancel`, or a label), or the write was
+//! lost: it is made again. If it is anybody else's, another coordinator leads. What an attempt that was given up may still do later is
+//! harmless: its resourceVersion is out of date by then.
+
+use std::time::Duration;
+
+use kube::api::PostParams;
+use kube::{Api, Client, Error, ResourceExt as _};
+use podferry_crds::{ID_ANNOTATION, Migration, MigrationStatus, Writer};
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::store::StoreError;
+
+/// How long one attempt may take.
+const ATTEMPT: Duration = Duration::from_secs(5);
+/// How long it is tried. A leader that cannot write its lease for longer has none.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// The pause between attempts.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// Why something was not written.
+pub(super) enum Unwritten {
+    /// The API server says that it will never take it.
+    Refused(Box<Error>),
+    /// The object is gone.
+    Gone,
+    /// Whether it was written is not known, or another coordinator leads.
+    Store(StoreError),
+}
+
+impl Unwritten {
+    /// For those who cannot go on without.
+    pub(super) fn fatal(self, action: &'static str, object: &Migration) -> StoreError {
+        match self {
+            Self::Store(error) => error,
+            Self::Refused(source) => StoreError::Api { action, source },
+            Self::Gone => StoreError::Deposed { object: title(object), by: "whoever has deleted it".to_owned() },
+        }
+    }
+}
+
+/// Who writes, and where.
+pub(super) struct Pen {
+    pub(super) client: Client,
+    /// This process, as no other one is called.
+    pub(super) writer: String,
+}
+
+/// When to give up.
+struct Patience {
+    until: Instant,
+    action: &'static str,
+}
+
+impl Patience {
+    fn new(action: &'static str) -> Self {
+        Self { until: Instant::now() + PATIENCE, action }
+    }
+
+    /// Waits for another attempt, if there is time for one.
+    async fn after(&self, error: Error) -> Result<(), Unwritten> {
+        if Instant::now() >= self.until && is_forbidden(&error) {
+            return Err(Unwritten::Refused(Box::new(error)));
+        }
+        if Instant::now() >= self.until {
+            return Err(Unwritten::Store(StoreError::Api { action: self.action, source: Box::new(error) }));
+        }
+        tracing::warn!(action = self.action, %error, "the API server has not done it: trying again");
+        sleep(PAUSE).await;
+        Ok(())
+    }
+}
+
+impl Pen {
+    pub(super) fn api(&self, namespace: &str) -> Api<Migration> {
+        Api::namespaced(self.client.clone(), namespace)
+    }
+
+    /// Writes the status of an object that was last seen like this; then it is as it was written.
+    pub(super) async fn write(&self, object: &mut Migration, status: MigrationStatus) -> Result<(), Unwritten> {
+        let patience = Patience::new("write a migration");
+        let before = object.status.as_ref().and_then(|status| status.written_by.clone());
+        let sequence = before.as_ref().map_or(0, |writer| writer.sequence) + 1;
+        let written_by = Some(Writer { coordinator: self.writer.clone(), sequence });
+        let mut wanted = Migration {
+            metadata: object.metadata.clone(),
+            spec: object.spec.clone(),
+            status: Some(MigrationStatus { written_by, ..status }),
+        };
+        // They only make the message larger.
+        wanted.metadata.managed_fields = None;
+        let (api, name) = (self.api(&namespace(object)), object.name_any());
+        loop {
+            let error = match within(api.replace_status(&name, &PostParams::default(), &wanted)).await {
+                Ok(written) => {
+                    *object = written;
+                    return Ok(());
+                }
+                Err(error) if is_for_good(&error) => return Err(Unwritten::Refused(Box::new(error))),
+                Err(error) => error,
+            };
+            // Who was overtaken by a change of the rest of the object need not wait.
+            if !is_conflict(&error) {
+                patience.after(error).await?;
+            }
+            let found = self.look(&api, &name, object, &patience).await?;
+            let by = found.status.as_ref().and_then(|status| status.written_by.clone());
+            if by == wanted.status.as_ref().and_then(|status| status.written_by.clone()) {
+                *object = found;
+                return Ok(());
+            }
+            if by != before {
+                let by = by.map_or_else(|| "nobody known".to_owned(), |writer| writer.coordinator);
+                return Err(Unwritten::Store(StoreError::Deposed { object: title(object), by }));
+            }
+            wanted.metadata.resource_version = found.metadata.resource_version;
+        }
+    }
+
+    async fn look(
+        &self,
+        api: &Api<Migration>,
+        name: &str,
+        object: &Migration,
+        patience: &Patience,
+    ) -> Result<Migration, Unwritten> {
+        loop {
+            match within(api.get_opt(name)).await {
+                Ok(Some(found)) if found.metadata.uid == object.metadata.uid => return Ok(found),
+                Ok(_) => return Err(Unwritten::Gone),
+                Err(error) if is_for_good(&error) => return Err(Unwritten::Refused(Box::new(error))),
+                Err(error) => patience.after(error).await?,
+            }
+        }
+    }
+
+    /// Makes an object of a migration that was not asked for by one.
+    pub(super) async fn make(&self, object: &Migration) -> Result<Migration, Unwritten> {
+        let patience = Patience::new("make a Migration");
+        let (api, name) = (self.api(&namespace(object)), object.name_any());
+        loop {
+            let error = match within(api.create(&PostParams::default(), object)).await {
+                Ok(made) => return Ok(made),
+                Err(Error::Api(status)) if status.is_already_exists() => {
+                    return self.made_before(&api, &name, object, *status).await;
+                }
+                Err(error) if is_for_good(&error) => return Err(Unwritten::Refused(Box::new(error))),
+                Err(error) => error,
+            };
+            patience.after(error).await?;
+        }
+    }
+
+    /// An attempt that was given up may have made it after all.
+    async fn made_before(
+        &self,
+        api: &Api<Migration>,
+        name: &str,
+        object: &Migration,
+        status: kube::core::Status,
+    ) -> Result<Migration, Unwritten> {
+        let id = |object: &Migration| object.annotations().get(ID_ANNOTATION).cloned();
+        match within(api.get_opt(name)).await {
+            Ok(Some(found)) if id(&found) == id(object) => Ok(found),
+            _ => Err(Unwritten::Refused(Box::new(Error::Api(Box::new(status))))),
+        }
+    }
+}
+
+/// Namespace and name of an object, for a person.
+pub(super) fn title(object: &Migration) -> String {
+    format!("{}/{}", namespace(object), object.name_any())
+}
+
+pub(super) fn namespace(object: &Migration) -> String {
+    object.namespace().unwrap_or_default()
+}
+
+async fn within<T>(attempt: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    let late = || Error::Service(format!("no answer within {} s", ATTEMPT.as_secs()).into());
+    timeout(ATTEMPT, attempt).await.unwrap_or_else(|_| Err(late()))
+}
+
+fn is_conflict(error: &Error) -> bool {
+    matches!(error, Error::Api(status) if status.code == 409)
+}
+
+/// An API server that has just been started forbids everything until it has read who may do what.
+fn is_forbidden(error: &Error) -> bool {
+    matches!(error, Error::Api(status) if [401, 403].contains(&status.code))
+}
+
+/// Whether the same request would be refused again, whatever happens meanwhile. What is out of date, or gone, is looked at first; what is
+/// forbidden is tried again.
+fn is_for_good(error: &Error) -> bool {
+    let Error::Api(status) = error else { return false };
+    let causes = status.details.iter().flat_map(|details| &details.causes);
+    let ends = causes.into_iter().any(|cause| cause.reason == "NamespaceTerminating");
+    ends || ((400..500).contains(&status.code) && ![401, 403, 404, 408, 409, 429].contains(&status.code))
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::core::Status;
+
+    use super::*;
+
+    #[test]
+    fn only_what_would_be_refused_again_is_given_up_at_once() {
+        let answer = |code| Error::Api(Box::new(Status { code, ..Status::failure("no", "No") }));
+        assert!([400, 413, 422].into_iter().all(|code| is_for_good(&answer(code))));
+        assert!(![403, 404, 409, 429, 500, 503, 504].into_iter().any(|code| is_for_good(&answer(code))));
+        assert!(is_conflict(&answer(409)) && !is_conflict(&answer(404)));
+    }
+}
