@@ -1,5 +1,7 @@
 //! How the handler gets onto nodes of each kind: what is written, and that all of it goes away again.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+
 mod support;
 
 use insta::assert_snapshot;

@@ -1,5 +1,7 @@
 //! An installation's life: upgrades, kills in the middle, and leaving while pods run.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests fail the test")]
+
 mod support;
 
 use std::fs;
