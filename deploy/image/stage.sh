@@ -20,15 +20,10 @@ build() {
     cd "$PODFERRY_ROOT"
     RUSTFLAGS='-C target-feature=+crt-static' cargo build --locked --release --target "$triple" --target-dir "$target" \
         -p podferry-agent -p podferry-runtime -p podferry-tar -p podferry-coordinator -p podferry -p podferry-install \
-        "${wrapper[@]}" --bins >&2
+        --bins >&2
     cargo build --locked --release --target-dir "$target/shim" -p podferry-criu-shim >&2
     static=$target/$triple/release
     shim=$target/shim/release/libpodferry_criu_shim.so
-}
-
-# The crate of the OCI wrapper, if it is one of its own.
-wrapper_crate() {
-    [[ ! -e $PODFERRY_ROOT/agent/wrapper/Cargo.toml ]] || printf '%s\n' -p podferry-runtime-wrapper
 }
 
 is_static() { ! patchelf --print-interpreter "$1" >/dev/null 2>&1; }
@@ -48,10 +43,9 @@ install_programs() {
 
 main() {
     [[ $# -eq 1 ]] || die "usage: stage.sh OUT"
-    local out=$1 static shim wrapper target=${PODFERRY_IMAGE_TARGET:-${CARGO_TARGET_DIR:-$PODFERRY_ROOT/target}/image}
+    local out=$1 static shim target=${PODFERRY_IMAGE_TARGET:-${CARGO_TARGET_DIR:-$PODFERRY_ROOT/target}/image/static}
     [[ -f $TOOLS_DIR/libexec/criu ]] ||
         die "$TOOLS_DIR has no CRIU bundle (this host's own CRIU is new enough?): the image needs one that takes its libraries along"
-    mapfile -t wrapper < <(wrapper_crate)
     build
     rm -rf "$out"
     install_programs "$out/bin" "${IN_IMAGE[@]}"

@@ -16,6 +16,11 @@ pub(crate) const IMAGES: &str = "/run/podferry-images";
 /// For sockets.
 pub(crate) const SOCKETS: &str = "/run/podferry";
 
+/// Where the agent listens for the OCI wrapper.
+pub(crate) const SOCKET: &str = "/run/podferry/runtime.sock";
+/// Where pods that move away are noted for the OCI wrapper, by their uid.
+pub(crate) const FENCES: &str = "/var/lib/podferry/fenced";
+
 /// What differs between nodes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
@@ -32,7 +37,7 @@ pub struct Settings {
 }
 
 /// The file's content. `bundle` is the bundle's folder on the node.
-pub(crate) fn render(settings: &Settings, bundle: &Path, runc: &Path, runc_root: &Path) -> String {
+pub(crate) fn render(settings: &Settings, bundle: &Path, runc: &Path, runc_root: &Path, layers_dir: &str) -> String {
     let text = |value: &str| Value::String(value.to_owned());
     let path = |path: PathBuf| Value::String(path.display().to_string());
     let mut document = Table::new();
@@ -67,8 +72,9 @@ pub(crate) fn render(settings: &Settings, bundle: &Path, runc: &Path, runc_root:
     runtime.insert("logs_dir".to_owned(), path(Path::new(STATE).join("logs")));
     runtime.insert("volume_dirs".to_owned(), Value::Array(Vec::new()));
     document.insert("runtime".to_owned(), Value::Table(runtime));
-    document.insert("network".to_owned(), Value::Table(Table::from_iter([("bridge".to_owned(), text("cni0"))])));
-    document.insert("kubernetes".to_owned(), Value::Table(Table::new()));
+    let kubernetes = [("socket", SOCKET), ("fence_dir", FENCES), ("layers_dir", layers_dir)];
+    let kubernetes = kubernetes.map(|(key, value)| (key.to_owned(), text(value)));
+    document.insert("kubernetes".to_owned(), Value::Table(Table::from_iter(kubernetes)));
     lay_over(&mut document, settings.extra.clone());
     format!(
         "# Written by podferry-install; changes are lost. The chart's value agent.config is laid over it.\n{document}"

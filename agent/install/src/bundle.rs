@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::agent_config;
 use crate::error::{At, Error, Result};
 use crate::host::{Host, sync_folder, write_whole};
 use crate::journal::{remove_file, remove_tree};
@@ -47,12 +48,7 @@ pub struct WrapperConfig {
 impl WrapperConfig {
     /// The usual paths, with this runc.
     pub fn with_runc(runc: PathBuf) -> Self {
-        Self {
-            runc,
-            socket: "/run/podferry/runtime.sock".into(),
-            fence_dir: "/run/podferry/fenced".into(),
-            wait_s: 100,
-        }
+        Self { runc, socket: agent_config::SOCKET.into(), fence_dir: agent_config::FENCES.into(), wait_s: 100 }
     }
 }
 

@@ -150,7 +150,8 @@ pub enum Error {
         runtime: &'static str,
     },
     /// A migration is under way.
-    #[error("{count} parts of migrations are under way on this node ({}): wait for their end, or insist with --force", path.display())]
+    #[error("{count} parts of migrations are under way on this node, or pods that have moved away are still here ({}): wait for their end, \
+         or insist with --force", path.display())]
     Busy {
         /// How many.
         count: usize,

@@ -84,7 +84,7 @@ pub fn install(host: &Host, options: &Options, bundle: &Bundle, settings: &Setti
     work.journal.leaving = false;
     work.journal.runc = Some(plan.runc.clone());
     work.lay_bundle(bundle, &plan)?;
-    work.write_agent_config(bundle, settings, &plan)?;
+    work.write_agent_config(bundle, settings, &plan, runtime)?;
     bundle.switch(host, &work.folder)?;
     work.journal.bundle = Some(bundle.name().to_owned());
     work.journal.save(host, &work.folder)?;
@@ -102,10 +102,13 @@ pub fn install(host: &Host, options: &Options, bundle: &Bundle, settings: &Setti
     })
 }
 
-/// Refuses when migrations are under way: a restart of the runtime makes their pods' creation fail.
+/// Refuses when migrations are under way: a restart of the runtime makes their pods' creation fail, and a pod that has moved away but
+/// is still here must not be started again by a runc that knows nothing of it.
 pub(crate) fn refuse_while_busy(host: &Host, force: bool) -> Result<()> {
     let path = Path::new(agent_config::STATE).join("parts");
-    let count = host.names(&path)?.len();
+    let is_here = |pod: &String| host.has(Path::new("/var/lib/kubelet/pods").join(pod));
+    let fenced = host.names(agent_config::FENCES)?.iter().filter(|pod| is_here(pod)).count();
+    let count = host.names(&path)?.len() + fenced;
     if count > 0 && !force { Err(Error::Busy { count, path }) } else { Ok(()) }
 }
 
@@ -164,9 +167,21 @@ impl<'a> Work<'a> {
         bundle.lay(self.host, &self.folder, &WrapperConfig::with_runc(plan.runc.clone()))
     }
 
-    fn write_agent_config(&mut self, bundle: &Bundle, settings: &Settings, plan: &Plan) -> Result<()> {
+    fn write_agent_config(
+        &mut self,
+        bundle: &Bundle,
+        settings: &Settings,
+        plan: &Plan,
+        runtime: Runtime,
+    ) -> Result<()> {
         self.make_folder(Path::new(agent_config::PATH).parent().unwrap_or(Path::new("/etc")), 0o755)?;
-        let text = agent_config::render(settings, &self.folder.join(bundle.name()), &plan.runc, &plan.runc_root);
+        let text = agent_config::render(
+            settings,
+            &self.folder.join(bundle.name()),
+            &plan.runc,
+            &plan.runc_root,
+            runtime.layers(),
+        );
         self.note(Change::File { path: agent_config::PATH.into() })?;
         for folder in ["bundles", "logs"].map(|name| Path::new(agent_config::STATE).join(name)) {
             self.make_folder(&folder, 0o700)?;

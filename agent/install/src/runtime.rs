@@ -70,6 +70,16 @@ impl Runtime {
         }
     }
 
+    /// Where it keeps containers' writable layers.
+    pub(crate) fn layers(self) -> &'static str {
+        match self {
+            Self::Containerd => "/var/lib/containerd",
+            Self::Crio => "/var/lib/containers",
+            Self::K3s => "/var/lib/rancher/k3s/agent/containerd",
+            Self::Rke2 => "/var/lib/rancher/rke2/agent/containerd",
+        }
+    }
+
     /// How many containers of the handler run on the node, pods' sandboxes among them.
     pub fn containers_of_handler(self, host: &Host, wrapper: &Path) -> Result<usize> {
         match self {

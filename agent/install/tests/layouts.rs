@@ -264,7 +264,7 @@ fn what_cannot_be_is_refused_with_the_reason_and_nothing_is_touched() {
     /etc/containerd/conf.d/podferry.toml is there, and podferry-install did not write it: move it away
     /etc/podferry/agent.toml is there, and podferry-install did not write it: move it away
     containerd has KillMode=control-group: restarting it would end every container of the node. Set KillMode=process, or restart it yourself on the drained node and run this again with --restart never
-    1 parts of migrations are under way on this node (/var/lib/podferry/parts): wait for their end, or insist with --force
+    1 parts of migrations are under way on this node, or pods that have moved away are still here (/var/lib/podferry/parts): wait for their end, or insist with --force
     containerd has to be restarted to know a new handler, and no systemd of this node runs it: give a command that restarts it with --restart-command
     "##);
     let node = with("version = ");

@@ -46,9 +46,9 @@ fn the_agents_configuration_names_the_bundle_and_has_the_operators_settings_over
 
     [kubernetes]
     extra = 1
-
-    [network]
-    bridge = "cni0"
+    fence_dir = "/var/lib/podferry/fenced"
+    layers_dir = "/var/lib/containerd"
+    socket = "/run/podferry/runtime.sock"
 
     [runtime]
     bundles_dir = "/var/lib/podferry/bundles"
@@ -71,7 +71,7 @@ fn the_agents_configuration_names_the_bundle_and_has_the_operators_settings_over
     {
       "runc": "/usr/bin/runc",
       "socket": "/run/podferry/runtime.sock",
-      "fence_dir": "/run/podferry/fenced",
+      "fence_dir": "/var/lib/podferry/fenced",
       "wait_s": 100
     }
     "##);
@@ -171,6 +171,17 @@ fn what_the_agent_left_goes_with_it() {
     assert!(node.commands().contains(&"umount /run/podferry-images".to_owned()));
     fs::remove_dir_all(node.root().join("proc")).unwrap();
     assert_eq!(node.contents(), before);
+}
+
+#[test]
+fn a_pod_that_has_moved_away_but_is_still_here_keeps_its_fence() {
+    let node = node();
+    node.install().unwrap();
+    node.write("/var/lib/podferry/fenced/u-1", "");
+    node.write("/var/lib/kubelet/pods/u-1/etc-hosts", "");
+    assert!(matches!(node.uninstall(), Err(Error::Busy { count: 1, .. })));
+    fs::remove_dir_all(node.root().join("var/lib/kubelet")).unwrap();
+    assert!(node.uninstall().unwrap());
 }
 
 /// Copies a node's files as they are when it is killed, which is between any two of its writes. What is written in which order is what
