@@ -1,0 +1,132 @@
+//! `NodeEvacuation`.
+
+#![allow(unreachable_pub, reason = "the derived schema repeats the type inside a function")]
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector, Time};
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::wishes::Wishes;
+
+/// Moves everything that can be moved off one node.
+#[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[kube(
+    group = "podferry.dev",
+    version = "v1alpha1",
+    kind = "NodeEvacuation",
+    status = "NodeEvacuationStatus",
+    derive = "PartialEq",
+    shortname = "pfe",
+    category = "podferry",
+    doc = "Moves everything that can be moved off one node.",
+    printcolumn(name = "Node", type_ = "string", json_path = ".spec.nodeName"),
+    printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
+    printcolumn(name = "Pods", type_ = "integer", json_path = ".status.total"),
+    printcolumn(name = "Moved", type_ = "integer", json_path = ".status.moved"),
+    printcolumn(name = "Failed", type_ = "integer", json_path = ".status.failed"),
+    printcolumn(name = "Deadline", type_ = "date", json_path = ".spec.deadline"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    validation = Rule::new("self.spec.nodeName == oldSelf.spec.nodeName")
+        .message("an evacuation is of one node: make a new NodeEvacuation for another"),
+    validation = Rule::new("!oldSelf.spec.cancel || self.spec.cancel")
+        .message("a cancel cannot be taken back: make a new NodeEvacuation"),
+)]
+#[serde(rename_all = "camelCase")]
+pub struct NodeEvacuationSpec {
+    /// The node.
+    #[schemars(length(min = 1, max = 253))]
+    pub node_name: String,
+    /// When the node will be gone, as after a spot notice: faster strategies are taken as it comes near. It may be moved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<Time>,
+    /// Whether the node is marked unschedulable first.
+    #[serde(default = "yes")]
+    pub cordon: bool,
+    /// How many pods are moved at a time, at most; the coordinator's limits count as well.
+    #[serde(default = "max_concurrent")]
+    #[schemars(range(min = 1, max = 100))]
+    pub max_concurrent: i32,
+    /// Which pods come first, by the value of their PriorityClass.
+    #[serde(default)]
+    pub order: Order,
+    /// Only these pods; all when there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod_selector: Option<LabelSelector>,
+    /// How they are moved.
+    #[serde(flatten)]
+    pub wishes: Wishes,
+    /// Set it to begin no more migrations and undo those that are not committed yet. It cannot be taken back.
+    #[serde(default)]
+    pub cancel: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn max_concurrent() -> i32 {
+    2
+}
+
+/// Which pods of a node come first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Order {
+    /// Those of the highest priority: with a deadline they are the ones that must not be left behind.
+    #[default]
+    HighestPriorityFirst,
+    /// Those of the lowest priority: what matters most moves when others have tried the way.
+    LowestPriorityFirst,
+}
+
+/// How an evacuation stands. Only the coordinator writes it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct NodeEvacuationStatus {
+    /// The generation that was looked at last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// `Accepted` and `Finished`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
+    /// `running`, `finished`, `incomplete` (some pods are still there) or `cancelled`.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub phase: String,
+    /// The pods that were there or came meanwhile.
+    pub total: i32,
+    /// Those that run elsewhere now.
+    pub moved: i32,
+    /// Those that are being moved.
+    pub moving: i32,
+    /// Those that could not be moved.
+    pub failed: i32,
+    /// When it began.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<Time>,
+    /// When it ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub completed_at: Option<Time>,
+    /// What became of each pod, those that could not be moved first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 512))]
+    pub pods: Vec<EvacuatedPod>,
+}
+
+/// What became of a pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct EvacuatedPod {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// `waiting`, `moving`, `moved`, `failed` or `stays`.
+    pub outcome: String,
+    /// Why it could not be moved, and what to do.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub reason: String,
+    /// Its Migration.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub migration: String,
+}
