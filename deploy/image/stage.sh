@@ -11,7 +11,7 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../setup/lib.sh"
 
 readonly ON_NODES=(podferry-agent podferry-dump-worker podferry-pager podferry-hook podferry-stdio-keeper podferry-tar podferry-runtime)
-readonly IN_IMAGE=(podferry podferry-coordinator podferry-install)
+readonly IN_IMAGE=(podferry podferry-coordinator podferry-install podferry-nodes)
 
 # Static and dynamic ones are in folders of their own: the flags differ, so each build would undo the other's.
 build() {
@@ -19,7 +19,7 @@ build() {
     triple=$(uname -m)-unknown-linux-gnu
     cd "$PODFERRY_ROOT"
     RUSTFLAGS='-C target-feature=+crt-static' cargo build --locked --release --target "$triple" --target-dir "$target" \
-        -p podferry-agent -p podferry-runtime -p podferry-tar -p podferry-coordinator -p podferry -p podferry-install \
+        -p podferry-agent -p podferry-runtime -p podferry-tar -p podferry-coordinator -p podferry -p podferry-install -p podferry-nodes \
         --bins >&2
     cargo build --locked --release --target-dir "$target/shim" -p podferry-criu-shim >&2
     static=$target/$triple/release
