@@ -88,6 +88,10 @@ pub fn install(host: &Host, options: &Options, bundle: &Bundle, settings: &Setti
     bundle.switch(host, &work.folder)?;
     work.journal.bundle = Some(bundle.name().to_owned());
     work.journal.save(host, &work.folder)?;
+    if options.restart == Restart::Never && !changes_runtime {
+        // Whoever restarts it has had the time since the installation before.
+        work.journal.restart_needed = false;
+    }
     work.register(&plan.edit)?;
     let restarted = work.restart(&options.restart, runtime)?;
     work.drop_old_bundles(bundle.name(), before.as_deref())?;

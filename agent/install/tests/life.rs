@@ -8,7 +8,7 @@ use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use insta::assert_snapshot;
-use podferry_install::{Error, check};
+use podferry_install::{Error, Restart, check};
 use support::Node;
 
 const V3: &str = "version = 3\nimports = [\"/etc/containerd/conf.d/*.toml\"]\n";
@@ -109,6 +109,25 @@ fn a_containerd_that_does_not_come_back_is_restarted_by_the_next_try() {
     node.told.borrow_mut().failing.retain(|failing| failing != "systemctl restart");
     assert!(node.install().unwrap().restarted);
     assert!(!node.install().unwrap().restarted);
+}
+
+#[test]
+fn a_runtime_that_somebody_else_restarts_is_left_alone() {
+    let mut node = node();
+    node.options.restart = Restart::Never;
+    let before = node.contents();
+    node.commands();
+    assert!(!node.install().unwrap().restarted);
+    assert!(node.commands().iter().all(|command| command.starts_with("mount ")));
+    let needs_restart = |node: &Node| {
+        let problems = check(&node.host(), &node.options).unwrap().problems;
+        problems.iter().any(|problem| problem.contains("has not been restarted"))
+    };
+    assert!(needs_restart(&node));
+    node.install().unwrap();
+    assert!(!needs_restart(&node));
+    assert!(node.uninstall().unwrap());
+    assert_eq!(node.contents(), before);
 }
 
 #[test]
