@@ -10,7 +10,8 @@ set -euo pipefail
 # shellcheck source=deploy/setup/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../setup/lib.sh"
 
-readonly ON_NODES=(podferry-agent podferry-dump-worker podferry-pager podferry-hook podferry-stdio-keeper podferry-tar podferry-runtime)
+readonly ON_NODES=(podferry-agent podferry-dump-worker podferry-pager podferry-hook podferry-stdio-keeper podferry-tar podferry-runtime
+    podferry-install)
 readonly IN_IMAGE=(podferry podferry-coordinator podferry-install podferry-nodes)
 
 # Static and dynamic ones are in folders of their own: the flags differ, so each build would undo the other's.

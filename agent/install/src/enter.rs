@@ -14,7 +14,7 @@ use crate::bundle::CURRENT;
 use crate::error::{Error, Result};
 
 /// The cgroup of the agent, and of all that it starts.
-const CGROUP: &str = "podferry";
+pub(crate) const CGROUP: &str = "podferry";
 
 /// Replaces this process by the node's agent, as a process of the node.
 ///
@@ -46,7 +46,7 @@ pub fn become_agent(folder: &Path) -> Result<Infallible> {
 /// Moves this process to a cgroup of its own at the node's root, in all hierarchies that are mounted there.
 fn leave_cgroups() -> io::Result<()> {
     let mounts = fs::read_to_string("/proc/self/mounts")?;
-    for (kind, options, path) in mounts.lines().filter_map(cgroup_mount) {
+    for Mount { kind, options, path } in mounts.lines().filter_map(cgroup_mount) {
         let folder = Path::new(path).join(CGROUP);
         match fs::create_dir(&folder) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
@@ -60,10 +60,19 @@ fn leave_cgroups() -> io::Result<()> {
     Ok(())
 }
 
-fn cgroup_mount(line: &str) -> Option<(&str, &str, &str)> {
+/// A mounted hierarchy of cgroups.
+pub(crate) struct Mount<'a> {
+    kind: &'a str,
+    options: &'a str,
+    /// Where it is.
+    pub(crate) path: &'a str,
+}
+
+/// The hierarchy that a line of a process's `mounts` is about.
+pub(crate) fn cgroup_mount(line: &str) -> Option<Mount<'_>> {
     let mut words = line.split(' ').skip(1);
     let (path, kind, options) = (words.next()?, words.next()?, words.next()?);
-    matches!(kind, "cgroup" | "cgroup2").then_some((kind, options, path))
+    matches!(kind, "cgroup" | "cgroup2").then_some(Mount { kind, options, path })
 }
 
 /// With version 1 a new cgroup has no processors and no memory nodes.

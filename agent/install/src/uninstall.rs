@@ -101,5 +101,15 @@ fn remove_own_folders(host: &Host, folder: &Path) -> Result<()> {
     for own in [agent_config::IMAGES, agent_config::SOCKETS, agent_config::STATE, agent_config::IDENTITY] {
         remove_tree(&host.path(own))?;
     }
+    remove_cgroups(host)?;
     remove_tree(&host.path(folder.join(bundle::LEFTOVER)))
+}
+
+/// Those that the agent ran in. One with processes is left: they are of an agent that has not ended yet, and the next boot has none of it.
+fn remove_cgroups(host: &Host) -> Result<()> {
+    let mounts = host.text("/proc/1/mounts")?.unwrap_or_default();
+    for mount in mounts.lines().filter_map(crate::enter::cgroup_mount) {
+        let _ = std::fs::remove_dir(host.path(Path::new(mount.path).join(crate::enter::CGROUP)));
+    }
+    Ok(())
 }

@@ -184,11 +184,15 @@ fn what_the_agent_left_goes_with_it() {
     node.write("/etc/podferry/tls/key.pem", "secret");
     node.write("/run/podferry/runtime.sock", "");
     node.write("/var/lib/podferry/logs/a.log", "");
-    node.write("/proc/1/mounts", "tmpfs /run/podferry-images tmpfs rw 0 0\n");
+    let mounts = "tmpfs /run/podferry-images tmpfs rw 0 0\ncgroup2 /sys/fs/cgroup cgroup2 rw,nosuid 0 0\n";
+    node.write("/proc/1/mounts", mounts);
+    fs::create_dir_all(node.root().join("sys/fs/cgroup/podferry")).unwrap();
     node.commands();
     node.uninstall().unwrap();
     assert!(node.commands().contains(&"umount /run/podferry-images".to_owned()));
     fs::remove_dir_all(node.root().join("proc")).unwrap();
+    assert!(!node.has("/sys/fs/cgroup/podferry"));
+    fs::remove_dir_all(node.root().join("sys/fs")).unwrap();
     assert_eq!(node.contents(), before);
 }
 
