@@ -27,9 +27,10 @@ passed() {
 until_ok() {
     local left=$1
     shift
-    until "$@" >/dev/null 2>&1; do
+    local said
+    until said=$("$@" 2>&1); do
         left=$((left - 1))
-        [[ $left -gt 0 ]] || die "did not come to pass: $*"
+        [[ $left -gt 0 ]] || die "did not come to pass: $*: $said"
         sleep 1
     done
 }
@@ -50,6 +51,13 @@ restart_containerd() {
 pods_log() { kubectl --namespace podferry logs "daemonset/podferry-$1" --container "$2"; }
 says() { pods_log "$1" "$2" | grep -q "$3"; }
 has_handler() { cluster exec "$1" -- test -e /etc/containerd/conf.d/podferry.toml; }
+
+# Of podferry's; pods that end count as long as they are there.
+no_objects() {
+    local found
+    found=$(kubectl get all,secrets,configmaps,serviceaccounts,roles,rolebindings --namespace podferry --output name | grep podferry || true)
+    [[ -z $found ]] || { log "still there: ${found//$'\n'/ }"; return 1; }
+}
 
 start_pod() {
     kubectl apply -f - >&2 <<POD
@@ -119,8 +127,7 @@ uninstall_chart() {
         diff "$work/$node.before" "$work/$node.after" >&2 || die "$node is not as it was"
     done
     passed 'helm uninstall leaves all nodes as they were'
-    [[ -z $(kubectl get all,configmaps,roles,rolebindings --namespace podferry --output name | grep podferry || true) ]] ||
-        die 'objects are left in the namespace'
+    until_ok 60 no_objects
     passed 'and no objects but the definitions'
 }
 
