@@ -42,8 +42,12 @@ pub struct Config {
     pub tools: Tools,
     /// Where containers are.
     pub runtime: Runtime,
-    /// How containers are connected.
+    /// How containers are connected; nothing in Kubernetes.
+    #[serde(default)]
     pub network: Network,
+    /// Kubernetes: this node's containers are pods'.
+    #[serde(default)]
+    pub kubernetes: Option<Kubernetes>,
     /// Of containers that fetch memory after they were resumed.
     #[serde(default)]
     pub post_copy: PostCopy,
@@ -67,6 +71,48 @@ impl PostCopy {
     /// For how long a source that does not answer is tried again.
     pub fn recover_within(&self) -> Duration {
         Duration::from_secs(self.recover_within_s)
+    }
+}
+
+/// A node of Kubernetes: containers that arrive are created by its containerd, and their bundles and networks are its own.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Kubernetes {
+    /// Where it listens for `podferry-runtime`, which says the same in its `runtime.json`.
+    pub socket: PathBuf,
+    /// Where the pods that move away are noted for `podferry-runtime`; on a disk.
+    pub fence_dir: PathBuf,
+    /// The kubelet's folder.
+    pub kubelet_dir: PathBuf,
+    /// A folder on the disk that has containers' writable layers.
+    pub layers_dir: PathBuf,
+    /// For so many seconds a pod's container is waited for on its target: its image may have to be pulled.
+    pub arrive_within_s: u64,
+}
+
+impl Default for Kubernetes {
+    fn default() -> Self {
+        Self {
+            socket: "/run/podferry/runtime.sock".into(),
+            fence_dir: "/var/lib/podferry/fenced".into(),
+            kubelet_dir: "/var/lib/kubelet".into(),
+            layers_dir: "/var/lib/containerd".into(),
+            arrive_within_s: 120,
+        }
+    }
+}
+
+impl Kubernetes {
+    /// For how long a pod's container is waited for on its target.
+    pub fn arrive_within(&self) -> Duration {
+        Duration::from_secs(self.arrive_within_s)
+    }
+
+    /// Whether a folder is a pod's `emptyDir`, which moves with it.
+    pub fn is_empty_dir(&self, dir: &Path) -> bool {
+        let Ok(below) = dir.strip_prefix(self.kubelet_dir.join("pods")) else { return false };
+        let parts: Vec<_> = below.iter().collect();
+        matches!(parts.as_slice(), [_, volumes, kind, _] if *volumes == "volumes" && *kind == "kubernetes.io~empty-dir")
     }
 }
 
@@ -122,8 +168,10 @@ pub struct Runtime {
     /// runc's root folders; containers that arrive go to the first.
     pub roots: Vec<PathBuf>,
     /// Where the bundles of containers that may arrive are: `<bundles_dir>/<workload>/config.json`.
+    #[serde(default = "default_bundles_dir")]
     pub bundles_dir: PathBuf,
     /// Where containers' output goes.
+    #[serde(default = "default_logs_dir")]
     pub logs_dir: PathBuf,
     /// Folders whose directories move with the containers that have them mounted and can write to them.
     #[serde(default = "default_volume_dirs")]
@@ -131,7 +179,7 @@ pub struct Runtime {
 }
 
 /// How containers are connected.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Network {
     /// The bridge that arriving containers' links join.
@@ -157,6 +205,14 @@ pub enum ConfigError {
         /// Where and why.
         source: Box<toml::de::Error>,
     },
+    /// It names no bridge, and the node is none of Kubernetes.
+    #[error(
+        "the configuration {} names no bridge in network.bridge; on a node of Kubernetes write [kubernetes]", path.display()
+    )]
+    NoBridge {
+        /// Which file.
+        path: PathBuf,
+    },
     /// It names no folder of runc's.
     #[error("the configuration {} names no root of runc's in runtime.roots", path.display())]
     NoRoot {
@@ -177,12 +233,20 @@ impl Config {
         if config.runtime.roots.is_empty() {
             return Err(ConfigError::NoRoot { path: path.to_owned() });
         }
+        if config.network.bridge.is_empty() && config.kubernetes.is_none() {
+            return Err(ConfigError::NoBridge { path: path.to_owned() });
+        }
         Ok(config)
     }
 
     /// Where arriving containers' state goes.
     pub fn runc_root(&self) -> &Path {
         &self.runtime.roots[0]
+    }
+
+    /// A folder on the disk that has containers' writable layers.
+    pub fn layers_dir(&self) -> &Path {
+        self.kubernetes.as_ref().map_or(&self.runtime.bundles_dir, |kubernetes| &kubernetes.layers_dir)
     }
 
     /// Where the parts are remembered.
@@ -193,6 +257,14 @@ impl Config {
 
 const fn yes() -> bool {
     true
+}
+
+fn default_bundles_dir() -> PathBuf {
+    PathBuf::from("/var/lib/podferry/bundles")
+}
+
+fn default_logs_dir() -> PathBuf {
+    PathBuf::from("/var/log/podferry")
 }
 
 fn default_volume_dirs() -> Vec<PathBuf> {
@@ -206,6 +278,22 @@ fn default_runtime_dir() -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn of_a_pods_folders_only_its_empty_dirs_move() {
+        let kubernetes = Kubernetes::default();
+        let is = |dir: &str| kubernetes.is_empty_dir(Path::new(dir));
+        assert!(is("/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~empty-dir/cache"));
+        for other in [
+            "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~empty-dir",
+            "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~empty-dir/cache/below",
+            "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~csi/pvc-1/mount",
+            "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~configmap/settings",
+            "/var/lib/podferry/volumes/a",
+        ] {
+            assert!(!is(other), "{other}");
+        }
+    }
 
     #[test]
     fn trackers_are_named_as_operators_write_them() {

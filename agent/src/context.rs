@@ -12,6 +12,7 @@ use podferry_runtime::stdio::ContainerStdio;
 
 use crate::config::Config;
 use crate::metrics::Metrics;
+use crate::pods::Visitors;
 use crate::target::inbox::Admissions;
 
 /// Shared by everything that runs in one agent.
@@ -28,6 +29,8 @@ pub struct Shared {
     pub admissions: Admissions,
     /// What Prometheus can read.
     pub metrics: Metrics,
+    /// Kubernetes: pods' containers that wait for their restore.
+    pub visitors: Visitors,
 }
 
 impl Context {
@@ -35,7 +38,8 @@ impl Context {
     pub fn new(config: Config, identity: Identity) -> Self {
         let metrics = Metrics::default();
         let admissions = Admissions::new(metrics.clone());
-        Self(Arc::new(Shared { config, identity, admissions, metrics }))
+        let visitors = Visitors::default();
+        Self(Arc::new(Shared { config, identity, admissions, metrics, visitors }))
     }
 
     /// runc with this root folder.

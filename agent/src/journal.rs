@@ -78,7 +78,31 @@ pub enum Role {
         /// What comes with it, and is emptied when it is undone.
         #[serde(default)]
         volumes: Vec<Volume>,
+        /// Kubernetes: the pod's container that it becomes.
+        #[serde(default)]
+        pod: Option<PodArrival>,
     },
+}
+
+/// A pod's container that is to be restored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodArrival {
+    /// The pod's uid,
+    pub uid: String,
+    /// and its name, which is the container's host name, too.
+    pub name: String,
+    /// The container's name in the pod.
+    pub container: String,
+    /// Its bundle,
+    pub bundle: PathBuf,
+    /// the layers of its root filesystem, the topmost first,
+    pub lower: Vec<PathBuf>,
+    /// its writable one,
+    pub upper: PathBuf,
+    /// and overlayfs' work directory.
+    pub work: PathBuf,
+    /// Where runc writes the pid of its init.
+    pub pid_file: PathBuf,
 }
 
 /// How a container is stopped that is started anew elsewhere, and how far that is. It ran before: whoever undoes this starts it again
@@ -204,6 +228,11 @@ impl PartDirs {
         }
     }
 
+    /// The writable layer of what is mounted in place of a root filesystem whose own is not here yet; in memory.
+    pub fn placeholder(&self) -> PathBuf {
+        self.work.with_file_name("placeholder")
+    }
+
     /// The record of the part.
     pub fn part_file(&self) -> PathBuf {
         self.state.join("part.json")
@@ -300,6 +329,14 @@ impl PartRecord {
     pub fn volumes(&self) -> &[Volume] {
         let (Role::Source { volumes, .. } | Role::Target { volumes, .. }) = &self.role;
         volumes
+    }
+
+    /// Kubernetes: the pod's container that a target's part restores.
+    pub fn pod(&self) -> Option<&PodArrival> {
+        match &self.role {
+            Role::Target { pod, .. } => pod.as_ref(),
+            Role::Source { .. } => None,
+        }
     }
 
     /// Changes how far the source's container is stopped.
@@ -517,6 +554,7 @@ mod tests {
             takes_over: false,
             cold: false,
             volumes: Vec::new(),
+            pod: None,
         });
         let error = record.begin(&dirs).unwrap_err();
         assert!(error.to_string().contains(&dirs.run.display().to_string()), "{error}");

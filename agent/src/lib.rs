@@ -7,6 +7,7 @@
 //! - [`worker`] is the process that keeps CRIU and the frozen tasks,
 //! - [`metrics`]: what Prometheus can read,
 //! - [`pager`] is the process that lays memory in behind restored processes,
+//! - [`pods`]: containers that are pods', which others start and stop,
 //! - [`parts`] knows which parts there are, [`journal`] remembers them, [`recovery`] takes them up after a restart.
 
 pub mod application;
@@ -16,6 +17,7 @@ pub mod journal;
 pub mod metrics;
 pub mod pager;
 pub mod parts;
+pub mod pods;
 pub mod recovery;
 pub mod server;
 pub mod service;

@@ -42,6 +42,10 @@ pub async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     let context = Context::new(config, identity);
     let parts = Parts::default();
     recovery::recover(&context, &parts).await;
+    if let Some(kubernetes) = &context.config.kubernetes {
+        let served = context.visitors.serve(kubernetes, parts.clone());
+        served.map_err(|error| format!("cannot listen at {}: {error}", kubernetes.socket.display()))?;
+    }
 
     if let Some(address) = context.config.metrics_listen {
         export(address, &context).await?;

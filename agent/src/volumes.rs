@@ -116,13 +116,17 @@ impl Look {
     pub fn at(config: &Config, spec: &Spec, bundle: &Path) -> Result<Self, podferry_runtime::Error> {
         let folders: Vec<PathBuf> = config.runtime.volume_dirs.iter().filter_map(|dir| resolve(dir)).collect();
         let mut look = Self::default();
+        let moves = |dir: &Path| match &config.kubernetes {
+            Some(kubernetes) => kubernetes.is_empty_dir(dir),
+            None => folders.iter().any(|folder| dir.starts_with(folder) && dir != *folder),
+        };
         for mount in bind_mounts(spec, bundle) {
-            look.add(mount, &folders)?;
+            look.add(mount, moves)?;
         }
         Ok(look)
     }
 
-    fn add(&mut self, mount: BindMount, folders: &[PathBuf]) -> Result<(), podferry_runtime::Error> {
+    fn add(&mut self, mount: BindMount, moves: impl Fn(&Path) -> bool) -> Result<(), podferry_runtime::Error> {
         let dir = resolve(&mount.source).filter(|dir| dir.is_dir() || !dir.exists());
         let Some(dir) = dir.filter(|_| !mount.read_only) else {
             self.own.push(mount);
@@ -131,7 +135,7 @@ impl Look {
         let storage = Storage::of(existing(&dir))?;
         if storage.is_shared() {
             self.shared.push((mount, storage));
-        } else if folders.iter().any(|folder| dir.starts_with(folder) && dir != *folder) {
+        } else if moves(&dir) {
             let made = !dir.exists();
             self.moving.push(Volume { destination: mount.destination, dir, made });
         } else {

@@ -1,7 +1,8 @@
 //! The names of nodes, workloads and migrations, valid by construction.
 //!
-//! Node and workload names become parts of DNS names in certificates, of file names, and of cgroup and interface names.
-//! So both are DNS labels (RFC 1123): 1 to 63 bytes of `a-z`, `0-9` and `-`, neither beginning nor ending with `-`.
+//! Node names become parts of DNS names in certificates and of file names. So they are DNS names (RFC 1123): labels of 1 to 63 bytes of
+//! `a-z`, `0-9` and `-`, neither beginning nor ending with `-`, with dots between them, as Kubernetes has them. A workload is named by
+//! one such label or, if it is a pod, by `namespace/name`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,25 +11,32 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use uuid::{Uuid, Version};
 
-/// The longest name, in bytes: the limit of a DNS label.
-pub const MAX_NAME_BYTES: usize = 63;
+/// The longest label of a name, in bytes: the limit of DNS.
+pub const MAX_LABEL_BYTES: usize = 63;
+/// The longest name of a node, or of a pod without its namespace, in bytes: with `.agent.podferry.internal` behind it, it is a name in
+/// DNS, which has 253 bytes at most.
+pub const MAX_NAME_BYTES: usize = 227;
+/// The longest name of a workload, in bytes.
+pub const MAX_WORKLOAD_BYTES: usize = MAX_LABEL_BYTES + 1 + MAX_NAME_BYTES;
 
 /// Why a text is no name of a node or workload, or no id of a migration.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum InvalidId {
     /// The text is empty.
-    #[error("{kind} is empty; it takes 1 to {MAX_NAME_BYTES} characters of a-z, 0-9 and '-'")]
+    #[error("{kind} is empty; it takes characters of a-z, 0-9 and '-'")]
     Empty {
         /// What the text was meant to name.
         kind: &'static str,
     },
-    /// The text is longer than [`MAX_NAME_BYTES`].
-    #[error("{kind} is {length} bytes long; at most {MAX_NAME_BYTES} are allowed")]
+    /// The text is too long.
+    #[error("{kind} is {length} bytes long; at most {most} are allowed")]
     TooLong {
         /// What the text was meant to name.
         kind: &'static str,
         /// The text's length in bytes.
         length: usize,
+        /// The longest that may be.
+        most: usize,
     },
     /// A character that a DNS label cannot have.
     #[error("{kind} {text:?} has {character:?}; only a-z, 0-9 and '-' are allowed")]
@@ -51,7 +59,7 @@ pub enum InvalidId {
     /// Not a migration's id.
     #[error("{text:?} is no migration id; one has 32 hexadecimal digits, as `podferry migrations` shows")]
     Migration {
-        /// The text, cut after [`MAX_NAME_BYTES`] characters.
+        /// The text, cut after [`MAX_LABEL_BYTES`] characters.
         text: String,
     },
 }
@@ -61,8 +69,8 @@ pub fn check_label(kind: &'static str, text: &str) -> Result<(), InvalidId> {
     if text.is_empty() {
         return Err(InvalidId::Empty { kind });
     }
-    if text.len() > MAX_NAME_BYTES {
-        return Err(InvalidId::TooLong { kind, length: text.len() });
+    if text.len() > MAX_LABEL_BYTES {
+        return Err(InvalidId::TooLong { kind, length: text.len(), most: MAX_LABEL_BYTES });
     }
     let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     if let Some(character) = text.chars().find(|&c| !allowed(c)) {
@@ -74,9 +82,28 @@ pub fn check_label(kind: &'static str, text: &str) -> Result<(), InvalidId> {
     Ok(())
 }
 
+/// Checks that `text` is a DNS name: labels with dots between them.
+fn check_node(kind: &'static str, text: &str) -> Result<(), InvalidId> {
+    if text.len() > MAX_NAME_BYTES {
+        return Err(InvalidId::TooLong { kind, length: text.len(), most: MAX_NAME_BYTES });
+    }
+    text.split('.').try_for_each(|label| check_label(kind, label))
+}
+
+/// Checks that `text` names a workload: a DNS label, or a pod as `namespace/name`.
+fn check_workload(kind: &'static str, text: &str) -> Result<(), InvalidId> {
+    match text.split_once('/') {
+        None => check_label(kind, text),
+        Some((namespace, pod)) => {
+            check_label(kind, namespace)?;
+            check_node(kind, pod)
+        }
+    }
+}
+
 /// A name type: a checked string with the conversions that names need.
 macro_rules! name {
-    ($(#[$doc:meta])* $name:ident, $kind:literal) => {
+    ($(#[$doc:meta])* $name:ident, $kind:literal, $check:ident) => {
         $(#[$doc])*
         #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         #[serde(try_from = "String", into = "String")]
@@ -93,7 +120,7 @@ macro_rules! name {
             type Error = InvalidId;
 
             fn try_from(text: String) -> Result<Self, InvalidId> {
-                check_label($kind, &text)?;
+                $check($kind, &text)?;
                 Ok(Self(text))
             }
         }
@@ -102,7 +129,7 @@ macro_rules! name {
             type Err = InvalidId;
 
             fn from_str(text: &str) -> Result<Self, InvalidId> {
-                check_label($kind, text)?;
+                $check($kind, text)?;
                 Ok(Self(text.to_owned()))
             }
         }
@@ -128,14 +155,16 @@ macro_rules! name {
 }
 
 name!(
-    /// The name of a node: a DNS label.
+    /// The name of a node: a DNS name.
     NodeName,
-    "node name"
+    "node name",
+    check_node
 );
 name!(
-    /// The name of a workload: a DNS label.
+    /// The name of a workload: a DNS label, or a pod's `namespace/name`.
     WorkloadName,
-    "workload name"
+    "workload name",
+    check_workload
 );
 
 /// The id of a migration: a version 7 UUID written as 32 lowercase hexadecimal digits. Ids sort by when they were made.
@@ -156,7 +185,7 @@ impl FromStr for MigrationId {
 
     /// Takes the 32 digits only, so that one migration has one spelling (it is a key in stores and file names).
     fn from_str(text: &str) -> Result<Self, InvalidId> {
-        let invalid = || InvalidId::Migration { text: text.chars().take(MAX_NAME_BYTES).collect() };
+        let invalid = || InvalidId::Migration { text: text.chars().take(MAX_LABEL_BYTES).collect() };
         let digits = text.len() == 32 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
         if !digits {
             return Err(invalid());
@@ -213,12 +242,12 @@ mod tests {
             if let Ok(name) = NodeName::try_from(text.clone()) {
                 prop_assert_eq!(name.as_str(), text.as_str());
                 prop_assert!(!text.is_empty() && text.len() <= MAX_NAME_BYTES);
-                prop_assert!(!text.contains(['/', '.', '\0', '*', ' ']));
+                prop_assert!(!text.contains(['/', '\0', '*', ' ']) && !text.contains("..") && !text.starts_with('.'));
             }
         }
 
         #[test]
-        fn one_foreign_character_spoils_a_name(front in "[a-z]{1,10}", wrong in "[^a-z0-9-]", back in "[a-z]{1,10}") {
+        fn one_foreign_character_spoils_a_name(front in "[a-z]{1,10}", wrong in "[^a-z0-9/-]", back in "[a-z]{1,10}") {
             let refused = format!("{front}{wrong}{back}").parse::<WorkloadName>();
             prop_assert!(matches!(refused, Err(InvalidId::Character { .. })), "{refused:?}");
         }
@@ -234,7 +263,17 @@ mod tests {
     #[test]
     fn edges_of_names() {
         assert!("a".repeat(63).parse::<NodeName>().is_ok());
-        assert_eq!("a".repeat(64).parse::<NodeName>(), Err(InvalidId::TooLong { kind: "node name", length: 64 }));
+        let too_long = Err(InvalidId::TooLong { kind: "node name", length: 64, most: 63 });
+        assert_eq!("a".repeat(64).parse::<NodeName>(), too_long);
+        let too_long = Err(InvalidId::TooLong { kind: "node name", length: 228, most: 227 });
+        assert_eq!(("a.".repeat(113) + "aa").parse::<NodeName>(), too_long);
+        assert!("ip-10-0-0-1.eu-central-1.compute.internal".parse::<NodeName>().is_ok());
+        for pod in ["shop/redis-0", "kube-system/etcd-ip-10-0-0-1.ec2.internal"] {
+            assert_eq!(pod.parse::<WorkloadName>().unwrap().as_str(), pod);
+        }
+        for wrong in ["/", "a/", "/a", "a/b/c", "a.b/c", "../a", "a/..", "a/b."] {
+            assert!(wrong.parse::<WorkloadName>().is_err(), "{wrong}");
+        }
         assert_eq!("".parse::<NodeName>(), Err(InvalidId::Empty { kind: "node name" }));
         for hyphen in ["-a", "a-", "-"] {
             assert!(matches!(hyphen.parse::<NodeName>(), Err(InvalidId::Hyphen { .. })), "{hyphen}");

@@ -36,8 +36,10 @@ pub struct Config {
     pub rest_listen: Option<SocketAddr>,
     /// The folder that the record of all migrations lives in.
     pub state_dir: PathBuf,
-    /// The inventory of nodes and workloads.
-    pub inventory: PathBuf,
+    /// The inventory of nodes and workloads; none in Kubernetes, where the API server has them.
+    pub inventory: Option<PathBuf>,
+    /// In Kubernetes: how its API server is reached.
+    pub kubernetes: Option<Kubernetes>,
     /// The policy that says which clients may do what; without one all clients may do everything.
     pub access: Option<PathBuf>,
     /// The audit log; `audit.log` in `state_dir` unless said otherwise.
@@ -58,6 +60,22 @@ pub struct Config {
     /// How long things may take.
     #[serde(default)]
     pub deadlines: Deadlines,
+}
+
+/// In Kubernetes: how its API server is reached, and its agents.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Kubernetes {
+    /// A file as `kubectl` has one; none for what every pod has.
+    pub kubeconfig: Option<PathBuf>,
+    /// The port of the agents, at their nodes' own addresses.
+    pub agent_port: u16,
+}
+
+impl Default for Kubernetes {
+    fn default() -> Self {
+        Self { kubeconfig: None, agent_port: 7443 }
+    }
 }
 
 fn audit_log_bytes() -> u64 {
@@ -101,6 +119,12 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
     },
+    /// There are no nodes and no workloads, or two sources of them.
+    #[error("the configuration {} is wrong: give it either an inventory or [kubernetes]", path.display())]
+    Inventory {
+        /// The file.
+        path: PathBuf,
+    },
     /// A node could take part in nothing.
     #[error("the configuration {} is wrong: migrations_per_node must be at least 1", path.display())]
     NoMigrations {
@@ -116,6 +140,9 @@ impl Config {
         let text = std::fs::read_to_string(path).map_err(failed)?;
         let mut config: Self =
             toml::from_str(&text).map_err(|source| ConfigError::Parse { path: path.to_owned(), source })?;
+        if config.inventory.is_some() == config.kubernetes.is_some() {
+            return Err(ConfigError::Inventory { path: path.to_owned() });
+        }
         if config.migrations_per_node == 0 {
             return Err(ConfigError::NoMigrations { path: path.to_owned() });
         }
@@ -126,8 +153,10 @@ impl Config {
         }
         let folder = path.parent().unwrap_or(Path::new(""));
         let identity = &mut config.identity;
-        let paths = [&mut config.state_dir, &mut config.inventory, &mut identity.ca, &mut identity.certificate];
+        let paths = [&mut config.state_dir, &mut identity.ca, &mut identity.certificate];
+        let kubeconfig = config.kubernetes.as_mut().and_then(|kubernetes| kubernetes.kubeconfig.as_mut());
         let optional = config.access.as_mut().into_iter().chain(config.audit_log.as_mut());
+        let optional = optional.chain(config.inventory.as_mut()).chain(kubeconfig);
         for relative in paths.into_iter().chain([&mut identity.key]).chain(optional) {
             *relative = folder.join(&*relative);
         }
@@ -182,7 +211,7 @@ freeze = 0.5
     fn paths_are_relative_to_the_file_and_deadlines_have_defaults() {
         let config = load(GOOD).unwrap();
         assert_eq!(config.state_dir, Path::new("state"));
-        assert_eq!(config.inventory, Path::new("/etc/podferry/inventory.toml"));
+        assert_eq!(config.inventory.as_deref(), Some(Path::new("/etc/podferry/inventory.toml")));
         assert_eq!(config.deadlines.freeze, Duration::from_millis(500));
         assert_eq!(config.deadlines.prepare, Deadlines::default().prepare);
         assert_eq!((config.migrations_per_node, config.rest_listen), (2, None));

@@ -6,6 +6,7 @@
 //! - [`cluster`]: where nodes and workloads come from,
 //! - [`store`]: where migrations are recorded,
 //! - [`runner`]: the I/O shell that takes migrations through their phases,
+//! - [`pods`]: what a migration does with the API server of Kubernetes,
 //! - [`access`]: who may ask for what,
 //! - [`api`]: what callers can ask, and gRPC and REST on it,
 //! - [`audit`]: who has asked for what, and what became of it,
@@ -21,6 +22,7 @@ mod follow;
 pub mod metrics;
 pub mod migration;
 pub mod placement;
+pub mod pods;
 mod problem;
 pub mod runner;
 pub mod store;

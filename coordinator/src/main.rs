@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
+use kube::config::{KubeConfigOptions, Kubeconfig};
 use podferry_common::identity::Identity;
 use podferry_common::listen::listen;
 use podferry_common::metrics::Exporter;
@@ -16,8 +17,9 @@ use podferry_coordinator::access::Gate;
 use podferry_coordinator::api::{Core, Current, ServeError, rest, serve};
 use podferry_coordinator::audit::AuditLog;
 use podferry_coordinator::cluster::{Agents, Inventory};
-use podferry_coordinator::config::Config;
+use podferry_coordinator::config::{Config, Kubernetes};
 use podferry_coordinator::metrics::Metrics;
+use podferry_coordinator::pods::{Pods, Watched};
 use podferry_coordinator::runner::Runner;
 use podferry_coordinator::store::Store;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -27,6 +29,8 @@ use tokio_util::sync::CancellationToken;
 const CERTIFICATE_INTERVAL: Duration = Duration::from_secs(10);
 /// How long a stop waits for migrations to be undone or completed.
 const GRACE: Duration = Duration::from_secs(20);
+/// How long the first look at nodes and pods may take.
+const CLUSTER_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long the last answers of a stopping server may take.
 const LAST_ANSWERS: Duration = Duration::from_secs(3);
 
@@ -61,7 +65,7 @@ async fn main() -> ExitCode {
 async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let signals = [signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?];
     let config = Config::load(&arguments.config)?;
-    let inventory = Inventory::load(&config.inventory)?;
+    let inventory = config.inventory.as_deref().map(Inventory::load).transpose()?.unwrap_or_default();
     let identity = Identity::load(config.identity.clone())?;
     identity.watch(CERTIFICATE_INTERVAL);
     let store = Store::open(&config.state_dir)?;
@@ -71,16 +75,24 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
 
     let stop = CancellationToken::new();
     let agents = Agents::new(identity.clone());
-    let runner = Runner::new(
+    let cluster = match &config.kubernetes {
+        Some(kubernetes) => Some(join_cluster(kubernetes).await?),
+        None => None,
+    };
+    let deadlines = if cluster.is_some() { config.deadlines.of_pods() } else { config.deadlines };
+    let mut runner = Runner::new(
         store.clone(),
         agents.clone(),
         audit.clone(),
         metrics.clone(),
-        config.deadlines,
+        deadlines,
         config.migrations_per_node,
         stop.clone(),
     );
-    let core = Core::new(inventory, agents, store, runner.clone(), config.deadlines, gate);
+    if let Some((pods, _)) = &cluster {
+        runner = runner.with_pods(pods.clone());
+    }
+    let core = Core::new(inventory, agents, store.clone(), runner.clone(), deadlines, gate);
 
     let incoming = accept(Protocol::Grpc, config.listen, &identity).await?;
     let rest = match config.rest_listen {
@@ -88,12 +100,18 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         None => None,
     };
     let open = runner.recover().await?;
+    if let Some((pods, _)) = &cluster {
+        pods.recover(&store).await.map_err(|failure| failure.to_string())?;
+    }
     if let Some(rest) = &rest {
         tracing::info!(address = %rest.local_addr()?, "listening for REST");
     }
     tracing::info!(address = %incoming.local_addr()?, peer = %identity.peer(), open_migrations = open, "listening");
 
-    let current = Current::new(core, config.inventory.clone());
+    let current = match cluster {
+        Some((_, watched)) => Current::watching(core, watched),
+        None => Current::new(core, config.inventory.clone().unwrap_or_default()),
+    };
     if let Some(address) = config.metrics_listen {
         export(address, &metrics, &runner, current.clone()).await?;
     }
@@ -111,6 +129,22 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     served?;
     tracing::info!("stopped");
     Ok(())
+}
+
+/// The API server, and what is seen there: once all of it has been read.
+async fn join_cluster(settings: &Kubernetes) -> Result<(Pods, Watched), Box<dyn Error>> {
+    let config = match &settings.kubeconfig {
+        Some(file) => {
+            let read = Kubeconfig::read_from(file)?;
+            kube::Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await?
+        }
+        None => kube::Config::incluster()?,
+    };
+    let client = kube::Client::try_from(config)?;
+    let watched = Watched::begin(client.clone(), settings.agent_port);
+    let read = tokio::time::timeout(CLUSTER_TIMEOUT, watched.is_whole()).await;
+    read.map_err(|_| "nodes and pods cannot be read from the API server: see the warnings above")?;
+    Ok((Pods::new(client), watched))
 }
 
 async fn accept(protocol: Protocol, address: SocketAddr, identity: &Identity) -> Result<Incoming, Box<dyn Error>> {

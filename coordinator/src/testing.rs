@@ -48,6 +48,7 @@ pub(crate) fn record(workload: &str, source: &str, target: &str) -> Record {
         id: MigrationId::new(),
         workload: workload.parse().unwrap(),
         container: workload.to_owned(),
+        pod: None,
         strategy: Strategy::Warm,
         auto: None,
         strategy_reason: String::new(),

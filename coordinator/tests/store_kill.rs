@@ -20,6 +20,7 @@ fn record(number: u64) -> Record {
         id: MigrationId::new(),
         workload: format!("w{number}").parse().unwrap(),
         container: "c".repeat(64),
+        pod: None,
         strategy: Strategy::Warm,
         auto: None,
         strategy_reason: String::new(),

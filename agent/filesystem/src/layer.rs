@@ -116,11 +116,16 @@ impl Overlay {
     }
 }
 
-/// Mounts something small and empty on a directory, in memory: for whoever needs a root before its layers are here.
-pub fn mount_placeholder(target: &Path) -> Result<()> {
-    let flags = MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::NOSUID;
-    mount("podferry", target, "tmpfs", flags, Some(c"size=1m,mode=0755"))
-        .map_err(failed("mount a placeholder on", target))
+impl Overlay {
+    /// Mounts on a directory what the root will be like, with an empty writable layer in `scratch` instead of its own: for whoever needs
+    /// a root before that layer is here. Links on the way to mount points lead where they will.
+    pub fn mount_placeholder(&self, target: &Path, scratch: &Path) -> Result<()> {
+        let placeholder = Self { lower: self.lower.clone(), upper: scratch.join("upper"), work: scratch.join("work") };
+        for dir in [&placeholder.upper, &placeholder.work] {
+            std::fs::create_dir_all(dir).map_err(|source| Error::Io { doing: "make", path: dir.clone(), source })?;
+        }
+        placeholder.mount(target)
+    }
 }
 
 /// Whether anything is mounted on a directory. One that does not exist has nothing.

@@ -29,7 +29,7 @@ mod tree;
 mod unpack;
 
 pub use error::{Error, Result};
-pub use layer::{Overlay, WritableLayer, is_mounted, mount_placeholder, unmount};
+pub use layer::{Overlay, WritableLayer, is_mounted, unmount};
 pub use pack::{PackStats, pack, pack_with_seeds};
 pub use seed_store::{SeedStore, SeedsReceived};
 pub use seeder::{Host, Pass, Seeder, SeedsSent};

@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use common::tree;
 use podferry_filesystem::{
-    Error, Limits, Overlay, WritableLayer, free_bytes, is_mounted, mount_placeholder, pack, sync, unmount, unpack, wipe,
+    Error, Limits, Overlay, WritableLayer, free_bytes, is_mounted, pack, sync, unmount, unpack, wipe,
 };
 use rustix::fs::{CWD, FileType, Mode, XattrFlags, mknodat, setxattr};
 
@@ -221,18 +221,32 @@ fn wiping_follows_no_link_and_crosses_no_mount() {
 }
 
 #[test]
-fn placeholders_are_empty_and_all_that_is_mounted_is_unmounted() {
+fn placeholders_are_like_the_image_and_all_that_is_mounted_is_unmounted() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("root");
     assert!(!is_mounted(&root).unwrap(), "it does not exist");
+    let image = dir.path().join("image");
+    fs::create_dir_all(image.join("run")).unwrap();
+    std::os::unix::fs::symlink("run", image.join("var-run")).unwrap();
     fs::create_dir(&root).unwrap();
     fs::write(root.join("below"), "kept").unwrap();
-    for _ in 0..2 {
-        mount_placeholder(&root).unwrap();
-        assert!(is_mounted(&root).unwrap() && fs::read_dir(&root).unwrap().next().is_none());
-        fs::create_dir(root.join("proc")).unwrap();
+    let overlay =
+        Overlay { lower: vec![image.clone()], upper: dir.path().join("upper"), work: dir.path().join("work") };
+    // A tmpfs as the agent has one.
+    let scratch = dir.path().join("scratch");
+    fs::create_dir(&scratch).unwrap();
+    let flags =
+        rustix::mount::MountFlags::NODEV | rustix::mount::MountFlags::NOEXEC | rustix::mount::MountFlags::NOSUID;
+    rustix::mount::mount("test", &scratch, "tmpfs", flags, None::<&std::ffi::CStr>).unwrap();
+    for number in 0..2 {
+        overlay.mount_placeholder(&root, &scratch.join(number.to_string())).unwrap();
+        assert!(is_mounted(&root).unwrap() && !root.join("below").exists());
+        fs::create_dir(root.join("var-run/secrets")).unwrap();
+        assert!(root.join("run/secrets").is_dir(), "links lead where they will");
+        assert!(!overlay.upper.exists(), "its own layer is not touched");
     }
     unmount(&root).unwrap();
-    assert!(!is_mounted(&root).unwrap());
+    unmount(&scratch).unwrap();
+    assert!(!is_mounted(&root).unwrap() && image.join("run").read_dir().unwrap().next().is_none());
     assert_eq!(fs::read_to_string(root.join("below")).unwrap(), "kept");
 }

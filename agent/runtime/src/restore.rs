@@ -2,10 +2,13 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ExitStatus, Stdio};
-use std::time::Instant;
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::mount::{UnmountFlags, mount_bind_recursive, unmount};
@@ -14,6 +17,7 @@ use serde::Deserialize;
 
 use crate::container::{Init, check_id};
 use crate::error::Error;
+use crate::launch::{Invocation, Launched, Launcher};
 use crate::leftovers::{self, Record};
 use crate::process::read_if_there;
 use crate::runc::{Runc, remove_file};
@@ -88,6 +92,8 @@ pub struct RestoreRequest {
     /// Whether runc exits once the container runs. Without it runc stays its parent until it ends, and its exit status is the
     /// container's.
     pub detach: bool,
+    /// Who starts it; none for this process. Standard descriptors and pid file are that one's, then.
+    pub launcher: Option<Arc<dyn Launcher>>,
 }
 
 /// A `runc restore` under way. It has to be waited for, else its process stays a zombie.
@@ -95,13 +101,15 @@ pub struct RestoreRequest {
 pub struct RunningRestore {
     /// The pid of the `runc restore` process.
     pub pid: u32,
-    child: Child,
+    runs: Box<dyn Launched>,
     runc: Runc,
     id: String,
     bundle: PathBuf,
     work_path: PathBuf,
 }
 
+/// From the end of another process's child to its word of that.
+const SAID_SOON: Duration = Duration::from_millis(1);
 const RUNC_LOG: &str = "runc-restore.log";
 const CRIU_LOG: &str = "restore.log";
 
@@ -140,21 +148,28 @@ impl Runc {
             }
         }
         command.arg(&request.id).envs(request.env);
-        let (stdin, stdout, stderr) = match request.stdio {
-            RestoreStdio::Null => (Stdio::null(), Stdio::null(), Stdio::null()),
-            RestoreStdio::Fds { stdin, stdout, stderr } => (stdin.into(), stdout.into(), stderr.into()),
+        let runs = match request.launcher {
+            Some(launcher) => launcher.launch(Invocation::of(&command)),
+            None => spawn(command, request.stdio),
         };
-        command.stdin(stdin).stdout(stdout).stderr(stderr);
-        let child = command.spawn().map_err(Error::io("start", self.binary()))?;
+        let runs = runs.map_err(Error::io("start", self.binary()))?;
         Ok(RunningRestore {
-            pid: child.id(),
-            child,
+            pid: runs.pid(),
+            runs,
             runc: self.clone(),
             id: request.id,
             bundle: request.bundle,
             work_path: request.work_path,
         })
     }
+}
+
+fn spawn(mut command: Command, stdio: RestoreStdio) -> io::Result<Box<dyn Launched>> {
+    let (stdin, stdout, stderr) = match stdio {
+        RestoreStdio::Null => (Stdio::null(), Stdio::null(), Stdio::null()),
+        RestoreStdio::Fds { stdin, stdout, stderr } => (stdin.into(), stdout.into(), stderr.into()),
+    };
+    Ok(Box::new(command.stdin(stdin).stdout(stdout).stderr(stderr).spawn()?))
 }
 
 impl Runc {
@@ -174,13 +189,22 @@ impl Runc {
 impl RunningRestore {
     /// Waits until runc exits. An error means that the restore failed and CRIU has undone it.
     pub fn wait(&mut self) -> Result<(), Error> {
-        let status = self.child.wait().map_err(Error::io("wait for", self.runc.binary()))?;
+        let status = self.status()?;
         self.judge(status)
+    }
+
+    fn status(&mut self) -> Result<ExitStatus, Error> {
+        loop {
+            if let Some(status) = self.runs.try_wait().map_err(Error::io("wait for", self.runc.binary()))? {
+                return Ok(status);
+            }
+            self.poll_exit(None)?;
+        }
     }
 
     /// Whether runc has exited, and well. `false` while it is still at work or held.
     pub fn try_wait(&mut self) -> Result<bool, Error> {
-        match self.child.try_wait().map_err(Error::io("wait for", self.runc.binary()))? {
+        match self.runs.try_wait().map_err(Error::io("wait for", self.runc.binary()))? {
             Some(status) => self.judge(status).map(|()| true),
             None => Ok(false),
         }
@@ -196,7 +220,7 @@ impl RunningRestore {
             if left.is_zero() {
                 return Ok(false);
             }
-            self.poll_exit(left)?;
+            self.poll_exit(Some(left))?;
         }
     }
 
@@ -216,21 +240,29 @@ impl RunningRestore {
     pub fn kill_and_clean(&mut self) -> Result<(), Error> {
         let family = leftovers::family(self.pid.cast_signed());
         if let Some(runc) = Init::of_pid(self.pid.cast_signed())
-            && self.child.try_wait().is_ok_and(|status| status.is_none())
+            && self.runs.try_wait().is_ok_and(|status| status.is_none())
         {
             runc.kill();
         }
-        self.child.wait().map_err(Error::io("wait for", self.runc.binary()))?;
+        self.status()?;
         family.into_iter().for_each(Init::kill);
         self.runc.cleanup_killed_restore(&self.id, &self.bundle)
     }
 
-    fn poll_exit(&self, left: std::time::Duration) -> Result<(), Error> {
+    fn poll_exit(&self, left: Option<Duration>) -> Result<(), Error> {
         let failed = |errno: rustix::io::Errno| Error::io("wait for", self.runc.binary())(errno.into());
-        // Not reaped yet, since `try_wait` found nothing: the pid is still ours.
-        let pid = Pid::from_child(&self.child);
-        let descriptor = pidfd_open(pid, PidfdFlags::empty()).map_err(failed)?;
-        let timeout = rustix::event::Timespec::try_from(left).ok();
+        // Not known to have ended: the pid of a child is still ours, and another's is at worst that of a later process, for which is
+        // waited too long once.
+        let Some(pid) = Pid::from_raw(self.pid.cast_signed()) else { return Ok(()) };
+        let descriptor = match pidfd_open(pid, PidfdFlags::empty()) {
+            // It was another's, and who waits for it is about to say so.
+            Err(rustix::io::Errno::SRCH) => {
+                sleep(SAID_SOON);
+                return Ok(());
+            }
+            opened => opened.map_err(failed)?,
+        };
+        let timeout = left.and_then(|left| rustix::event::Timespec::try_from(left).ok());
         match poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], timeout.as_ref()) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(errno) => Err(failed(errno)),

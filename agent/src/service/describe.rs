@@ -17,6 +17,8 @@ use crate::context::{Context, blocking};
 const AGENT_FEATURES: [&str; 2] = ["post_copy", "volumes"];
 /// And that this node lacks nothing for.
 const STARTED_ANEW: [&str; 2] = ["agent:application", "agent:cold"];
+/// What the agent of a node of Kubernetes says.
+const PODS: &str = "agent:pods";
 /// What of the kernel is needed for a restore alone.
 const OF_RESTORES: &str = "tcp_repair";
 
@@ -107,7 +109,8 @@ impl Capabilities {
 
     /// Those of the start that matter to all migrations, and what may have changed since.
     fn complaints_now(&self, context: &Context) -> Vec<String> {
-        let bridge = network::bridge_complaint(&context.config.network.bridge);
+        let own_links = context.config.kubernetes.is_none();
+        let bridge = own_links.then(|| network::bridge_complaint(&context.config.network.bridge)).flatten();
         let bridge = bridge.map(|(complaint, remedy)| format!("{complaint}; {remedy}"));
         self.complaints.iter().cloned().chain(bridge).collect()
     }
@@ -116,7 +119,8 @@ impl Capabilities {
     pub(crate) async fn describe(&self, context: &Context) -> Result<v1::DescribeResponse, Failure> {
         let facts = host_facts(context).await?;
         let mut complaints = self.complaints_now(context);
-        let features = self.features(complaints.is_empty());
+        let mut features = self.features(complaints.is_empty());
+        features.extend(context.config.kubernetes.iter().map(|_| PODS.to_owned()));
         complaints.extend(self.criu_complaints.iter().cloned());
         let free = |dir: &Path| podferry_filesystem::free_bytes(dir).unwrap_or(0);
         Ok(v1::DescribeResponse {
@@ -129,7 +133,7 @@ impl Capabilities {
             memory_total: facts.memory_total,
             memory_available: facts.memory_available,
             images_free: free(&context.config.images_dir),
-            layers_free: free(&context.config.runtime.bundles_dir),
+            layers_free: free(context.config.layers_dir()),
             criu_version: self.criu_version.clone(),
             features,
             fit: complaints.is_empty(),

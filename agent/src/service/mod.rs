@@ -31,6 +31,7 @@ use crate::context::{Context, blocking};
 use crate::journal::{Standing, StopNote, TakeOverNote};
 use crate::metrics::{Sending, Stage};
 use crate::parts::{Authority, Entry, Part, Parts};
+use crate::pods::{Door, Visitor};
 use crate::recovery;
 use crate::source::{FreezeOrder, SourcePart};
 use crate::target::application::TakeOver;
@@ -43,6 +44,8 @@ pub use fetch::Fetch;
 
 /// The shortest and the longest deadline that is taken.
 const DEADLINES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(24 * 3600));
+/// Between two looks whether a migration whose pod is waited for is still wanted.
+const VISITOR_LOOK: Duration = Duration::from_millis(200);
 /// Events that may wait for a slow coordinator.
 const EVENT_QUEUE: usize = 16;
 
@@ -144,13 +147,24 @@ impl Agent {
     async fn begin_prepare(&self, request: v1::PrepareRequest) -> Result<(), Failure> {
         let migration = migration_of(&request.migration_id)?;
         let source = Peer::Agent(convert::node_name(&request.source_node)?);
+        let visitor = match &request.pod {
+            Some(pod) => Some(self.visitor(migration, pod).await?),
+            None => None,
+        };
+        let request = match &visitor {
+            // Here it has another id than there.
+            Some(visitor) => v1::PrepareRequest { workload: visitor.hello.id.clone(), ..request },
+            None => request,
+        };
         self.parts.tidied(&request.workload).await;
         let reservation = self.parts.reserve(migration, &request.workload)?;
-        preflight::refuse(&self.context, &preflight::Wish::from(request.clone())).await?;
+        let bundle = visitor.as_ref().map(|visitor| visitor.hello.bundle.clone());
+        preflight::refuse(&self.context, &preflight::Wish::of_prepare(request.clone(), bundle.clone())).await?;
         let moves = request.network() == NetworkKind::Path;
         let volumes = {
-            let (context, workload, named) = (self.context.clone(), request.workload.clone(), request.volumes);
-            blocking(move || volumes::of_target(&context, &workload, &named)).await?
+            let bundle = bundle.unwrap_or_else(|| self.context.config.runtime.bundles_dir.join(&request.workload));
+            let (context, named) = (self.context.clone(), request.volumes);
+            blocking(move || volumes::of_target(&context, &bundle, &named)).await?
         };
         let take_over = if request.application {
             Some(self.take_over_of(&request.workload, &request.source_address).await?)
@@ -168,6 +182,7 @@ impl Agent {
             cold: request.cold,
             take_over,
             volumes,
+            visitor,
         };
         // Until this one is known as well.
         let _one_at_a_time = self.preparing.lock().await;
@@ -176,6 +191,45 @@ impl Agent {
         reservation.fill(Part::Target(part));
         self.watch_deadline(migration, deadline_of(request.deadline_ms));
         Ok(())
+    }
+
+    /// What waits on this node to become that pod's container.
+    async fn visitor(&self, migration: MigrationId, pod: &v1::PodPlace) -> Result<Arc<Visitor>, Failure> {
+        let refused = |code, message: String| self.context.refusal(code, message).in_phase("prepare");
+        let Some(kubernetes) = &self.context.config.kubernetes else {
+            let message = "a pod is to come, and this agent is none of Kubernetes".to_owned();
+            return Err(refused(FailureCode::FailedPrecondition, message).remedy("write [kubernetes] into agent.toml"));
+        };
+        let door = Door { uid: pod.uid.clone(), container: pod.container.clone() };
+        let until = Instant::now() + kubernetes.arrive_within();
+        loop {
+            if let Some(visitor) = self.context.visitors.wait(&door, migration, VISITOR_LOOK).await {
+                return self.fitting(visitor);
+            }
+            // Whoever undoes it does not wait for the pod.
+            if self.parts.get(migration).is_some() {
+                return Err(refused(FailureCode::Aborted, "the migration was aborted".to_owned()));
+            }
+            if Instant::now() >= until {
+                let message = format!(
+                    "container {} of pod {}/{} did not come within {} s",
+                    pod.container, pod.namespace, pod.name, kubernetes.arrive_within_s
+                );
+                let remedy = format!("see `kubectl describe pod -n {} {}`", pod.namespace, pod.name);
+                return Err(refused(FailureCode::DeadlineExceeded, message).remedy(remedy));
+            }
+        }
+    }
+
+    fn fitting(&self, visitor: Arc<Visitor>) -> Result<Arc<Visitor>, Failure> {
+        let (theirs, ours) = (&visitor.hello.root, self.context.config.runc_root());
+        if theirs == ours {
+            return Ok(visitor);
+        }
+        let message =
+            format!("the pod's container is made below {}, and not below {}", theirs.display(), ours.display());
+        let failure = self.context.refusal(FailureCode::FailedPrecondition, message).in_phase("prepare");
+        Err(failure.remedy("name that folder first in runtime.roots of agent.toml"))
     }
 
     async fn begin_freeze(
@@ -314,8 +368,11 @@ impl Agent {
                 return Err(self.context.refusal(FailureCode::Unavailable, "the part is still being made"));
             }
             Some(Entry::Broken { .. }) => return Err(self.broken()),
-            // Answered above.
-            Some(Entry::Filling { .. } | Entry::Ended(_)) | None => return Ok(()),
+            // Answered above; but a pod's container may have come that no part has waited for.
+            Some(Entry::Filling { .. } | Entry::Ended(_)) | None => {
+                self.context.visitors.dismiss(migration).await;
+                return Ok(());
+            }
         }
         self.parts.ended(migration, Standing::Aborted);
         Ok(())

@@ -1,6 +1,6 @@
 //! Can this container be dumped here, could it be restored there? Looks, and touches nothing.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
 use podferry_common::failure::{Failure, FailureCode};
@@ -51,6 +51,17 @@ pub(crate) struct Wish {
     link: Option<v1::Link>,
     volumes: Vec<v1::Volume>,
     pub(crate) way: Way,
+    /// Kubernetes: the container's bundle, once it is there.
+    pod: Option<PodBundle>,
+}
+
+/// Where a pod's container is to be.
+#[derive(Clone, Debug)]
+enum PodBundle {
+    /// Its pod is still to be made.
+    ToCome,
+    /// Here.
+    At(PathBuf),
 }
 
 impl From<v1::PreflightTargetRequest> for Wish {
@@ -58,6 +69,7 @@ impl From<v1::PreflightTargetRequest> for Wish {
         Self {
             network: request.network(),
             way: Way::of(request.strategy()),
+            pod: request.is_pod.then_some(PodBundle::ToCome),
             workload: request.workload,
             memory_bytes: request.memory_bytes,
             charged_bytes: request.charged_bytes,
@@ -68,10 +80,12 @@ impl From<v1::PreflightTargetRequest> for Wish {
     }
 }
 
-impl From<v1::PrepareRequest> for Wish {
-    fn from(request: v1::PrepareRequest) -> Self {
+impl Wish {
+    /// What is being prepared; a pod's container has its bundle by then.
+    pub(crate) fn of_prepare(request: v1::PrepareRequest, bundle: Option<PathBuf>) -> Self {
         Self {
             network: request.network(),
+            pod: bundle.map(PodBundle::At),
             way: match (request.application, request.cold) {
                 (true, _) => Way::Replaced,
                 (false, true) => Way::StartedAnew,
@@ -84,6 +98,15 @@ impl From<v1::PrepareRequest> for Wish {
             layer_bytes: request.layer_bytes,
             volumes: request.volumes,
             link: request.link,
+        }
+    }
+
+    /// The bundle that it would come into; none while its pod is still to be made.
+    fn bundle_dir(&self, context: &Context) -> Option<PathBuf> {
+        match &self.pod {
+            Some(PodBundle::ToCome) => None,
+            Some(PodBundle::At(bundle)) => Some(bundle.clone()),
+            None => Some(context.config.runtime.bundles_dir.join(&self.workload)),
         }
     }
 }
@@ -116,7 +139,9 @@ pub(crate) async fn container(context: &Context, workload: &str) -> Result<Conta
 /// # Errors
 /// When it has none that can be cut.
 pub(crate) async fn link_of(context: &Context, container: &Container) -> Result<Option<FoundLink>, Failure> {
-    let Some(path) = container.namespace_paths.get(&NamespaceKind::Network) else { return Ok(None) };
+    let of_pod = context.config.kubernetes.is_some();
+    let path = container.namespace_paths.get(&NamespaceKind::Network).filter(|_| !of_pod);
+    let Some(path) = path else { return Ok(None) };
     let failed = |error: podferry_network::Error| {
         let what = "the container's link cannot be read";
         context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("preflight")
@@ -177,7 +202,7 @@ pub(crate) async fn source(
         }));
     }
     if way == Way::Replaced {
-        findings.extend(replaced_findings(&container));
+        findings.extend(replaced_findings(context, &container));
     }
     if link.is_some() {
         findings.extend(network::unmoved_findings(&unmoved(context, &container).await?));
@@ -194,7 +219,7 @@ pub(crate) async fn source(
         memory_bytes: report.facts.memory_bytes.saturating_add(deleted_bytes),
         charged_bytes: container.charged_memory().unwrap_or(0),
         layer_bytes: layer_bytes.saturating_add(deleted_bytes),
-        network: network_kind(&container).into(),
+        network: network_kind(context, &container).into(),
         link: link.map(|link| convert::link_message(&link.link)),
         tcp_connections: u32::try_from(report.facts.tcp_connections).unwrap_or(u32::MAX),
         processes: u32::try_from(report.facts.processes).unwrap_or(u32::MAX),
@@ -274,8 +299,11 @@ fn deleted_findings(files: &[DeletedFile], images_free: u64) -> Vec<Finding> {
     findings
 }
 
-fn network_kind(container: &Container) -> NetworkKind {
-    if container.namespace_paths.contains_key(&NamespaceKind::Network) {
+fn network_kind(context: &Context, container: &Container) -> NetworkKind {
+    let by_path = container.namespace_paths.contains_key(&NamespaceKind::Network);
+    if by_path && context.config.kubernetes.is_some() {
+        NetworkKind::Pod
+    } else if container.namespace_paths.contains_key(&NamespaceKind::Network) {
         NetworkKind::Path
     } else if container.namespaces.contains(&NamespaceKind::Network) {
         NetworkKind::Own
@@ -314,39 +342,27 @@ fn plain_root(container: &Container, rootfs: &Path) -> Option<Finding> {
 /// When this machine cannot be looked at.
 pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding>, Failure> {
     let mut findings = Vec::new();
-    match Bundle::read(&context.config.runtime.bundles_dir, &wish.workload) {
-        Ok(bundle) => {
-            findings.extend(bundle_findings(&bundle, wish));
-            if wish.way == Way::Replaced {
-                let wrong = application_here(context, &wish.workload).err();
-                findings.extend(
-                    wrong.map(|failure| refusal("application", failure.message, failure.remedy.unwrap_or_default())),
-                );
-            }
-            // One that cannot be read has been found above.
-            let spec = Spec::load(bundle.dir.join("config.json")).ok();
-            findings.extend(spec.as_ref().and_then(|spec| match wish.way {
-                Way::Carried => limit_finding(spec, wish.charged_bytes),
-                Way::StartedAnew | Way::Replaced => terminal_finding(spec),
-            }));
-        }
-        Err(failure) => findings.push(refusal("no-bundle", failure.message, failure.remedy.unwrap_or_default())),
+    match &wish.pod {
+        None => findings.extend(own_bundle_findings(context, wish)),
+        Some(PodBundle::At(bundle)) => findings.extend(config_findings(bundle, wish)),
+        Some(PodBundle::ToCome) => {}
     }
     let taken = {
         let (roots, id) = (context.config.runtime.roots.clone(), wish.workload.clone());
         blocking(move || Ok(podferry_runtime::find(&roots, &id).is_ok())).await?
     };
-    if taken {
+    if taken && wish.pod.is_none() {
         let message = format!("a container {} is on this node already", wish.workload);
         findings.push(refusal("container-exists", message, format!("runc delete {}", wish.workload)));
     }
     if wish.network == NetworkKind::Path {
         findings.extend(network::bridge_finding(&context.config.network.bridge));
     }
-    findings.extend({
+    if let Some(bundle) = wish.bundle_dir(context) {
         let (context, wish) = (context.clone(), wish.clone());
-        blocking(move || volumes::at_target(&context, &wish.workload, &wish.volumes, wish.layer_bytes)).await?
-    });
+        let look = move || volumes::at_target(&context, &bundle, &wish.volumes, wish.layer_bytes);
+        findings.extend(blocking(look).await?);
+    }
     let carried = wish.way == Way::Carried;
     let needed = if carried { room::to_restore(wish.memory_bytes) } else { room::to_store(wish.memory_bytes) };
     let facts = describe::host_facts(context).await?;
@@ -355,8 +371,8 @@ pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding
         findings.push(refusal("out-of-memory", message, "free memory, or choose another target".to_owned()));
     }
     let places = [
-        ("out-of-image-memory", &context.config.images_dir, wish.memory_bytes),
-        ("out-of-disk", &context.config.runtime.bundles_dir, wish.layer_bytes),
+        ("out-of-image-memory", context.config.images_dir.as_path(), wish.memory_bytes),
+        ("out-of-disk", context.config.layers_dir(), wish.layer_bytes),
     ];
     // No images come then.
     for (kind, dir, bytes) in places.into_iter().skip(usize::from(!carried)) {
@@ -370,11 +386,36 @@ pub(crate) async fn target(context: &Context, wish: &Wish) -> Result<Vec<Finding
     Ok(findings)
 }
 
+/// What speaks against the bundle of podferry's own that is to be restored into.
+fn own_bundle_findings(context: &Context, wish: &Wish) -> Vec<Finding> {
+    let bundle = match Bundle::read(&context.config.runtime.bundles_dir, &wish.workload) {
+        Ok(bundle) => bundle,
+        Err(failure) => return vec![refusal("no-bundle", failure.message, failure.remedy.unwrap_or_default())],
+    };
+    let mut findings = bundle_findings(&bundle, wish);
+    if wish.way == Way::Replaced {
+        let wrong = application_here(context, &wish.workload).err();
+        findings
+            .extend(wrong.map(|failure| refusal("application", failure.message, failure.remedy.unwrap_or_default())));
+    }
+    findings.extend(config_findings(&bundle.dir, wish));
+    findings
+}
+
+/// What speaks against its configuration. One that cannot be read is found elsewhere.
+fn config_findings(bundle: &Path, wish: &Wish) -> Option<Finding> {
+    let spec = Spec::load(bundle.join("config.json")).ok()?;
+    match wish.way {
+        Way::Carried => limit_finding(&spec, wish.charged_bytes),
+        Way::StartedAnew | Way::Replaced => terminal_finding(&spec),
+    }
+}
+
 /// What speaks against a new instance in the place of one that runs here.
-fn replaced_findings(container: &Container) -> Vec<Finding> {
+fn replaced_findings(context: &Context, container: &Container) -> Vec<Finding> {
     let application = Application::of(&container.annotations);
     let mut findings: Vec<Finding> = application.err().map(|error| wrong_application(&error)).into_iter().collect();
-    if network_kind(container) == NetworkKind::Host {
+    if network_kind(context, container) == NetworkKind::Host {
         findings.push(refusal(
             "host-network",
             "it is in the node's own network: no address moves to a new instance".to_owned(),

@@ -41,22 +41,19 @@ pub(super) fn of_source(
 ///
 /// # Errors
 /// When one of them does not move, or there is no bundle.
-pub(super) fn of_target(context: &Context, workload: &str, named: &[v1::Volume]) -> Result<Vec<Volume>, Failure> {
+pub(super) fn of_target(context: &Context, bundle: &Path, named: &[v1::Volume]) -> Result<Vec<Volume>, Failure> {
     if named.is_empty() {
         return Ok(Vec::new());
     }
-    let (spec, bundle) = bundle(context, workload)?;
-    let chosen = look(context, &spec, &bundle)?.chosen(named);
+    let chosen = look(context, &spec_of(context, bundle)?, bundle)?.chosen(named);
     chosen.map_err(|failure| failure.on(context.config.node.as_str()).in_phase("prepare"))
 }
 
-fn bundle(context: &Context, workload: &str) -> Result<(Spec, std::path::PathBuf), Failure> {
-    let bundle = context.config.runtime.bundles_dir.join(workload);
-    let spec = Spec::load(bundle.join("config.json")).map_err(|error| {
+fn spec_of(context: &Context, bundle: &Path) -> Result<Spec, Failure> {
+    Spec::load(bundle.join("config.json")).map_err(|error| {
         let what = format!("{}/config.json cannot be read", bundle.display());
         context.failure(FailureCode::FailedPrecondition, &what, &error).in_phase("preflight")
-    })?;
-    Ok((spec, bundle))
+    })
 }
 
 /// What a running container has, for the target to know, and what speaks against moving it. Blocks.
@@ -128,19 +125,19 @@ pub(super) fn of_replaced(context: &Context, container: &Container) -> Result<Ve
 /// When this node's folders cannot be looked at.
 pub(super) fn at_target(
     context: &Context,
-    workload: &str,
+    bundle: &Path,
     named: &[v1::Volume],
     layer_bytes: u64,
 ) -> Result<Vec<Finding>, Failure> {
     // Said already when there is none.
-    let Ok((spec, bundle)) = bundle(context, workload) else { return Ok(Vec::new()) };
-    let look = look(context, &spec, &bundle)?;
+    let Ok(spec) = spec_of(context, bundle) else { return Ok(Vec::new()) };
+    let look = look(context, &spec, bundle)?;
     if named.len() > MOST_KNOWN {
         let message = format!("{} volumes are named", named.len());
         return Ok(vec![refusal("too-many-volumes", message, "give it fewer mounts".to_owned())]);
     }
     let mut findings: Vec<Finding> = overlap(&look).into_iter().collect();
-    let mut needed = BTreeMap::from([(device(&context.config.runtime.bundles_dir), layer_bytes)]);
+    let mut needed = BTreeMap::from([(device(context.config.layers_dir()), layer_bytes)]);
     for volume in named {
         if !volume.shared_filesystem.is_empty() {
             findings.extend(shared_here(&look, volume));

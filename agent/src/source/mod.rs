@@ -40,6 +40,7 @@ use tokio_util::sync::CancellationToken;
 use crate::context::{Context, blocking};
 use crate::journal::{FetchedBy, Ledger, PartDirs, PartRecord, Role, Standing};
 use crate::parts::Authority;
+use crate::pods::Fence;
 use crate::worker::client::{View, Worker};
 use crate::worker::messages::{Order, Stage, WorkerRecord};
 use arrivals::Arrivals;
@@ -117,9 +118,10 @@ impl SourcePart {
                 volumes: order.volumes.clone(),
             },
         };
+        let fence = fence_of(context, &order.container);
         // A target that cannot be reached is to cost the tasks nothing.
         let connected = async {
-            let begun = record.begin(&dirs);
+            let begun = record.begin(&dirs).and_then(|()| fence.as_ref().map_or(Ok(()), Fence::put_up));
             let what = "the part's folders cannot be made";
             begun.map_err(|error| context.failure(FailureCode::Internal, what, &error))?;
             connect(context, order).await
@@ -134,6 +136,9 @@ impl SourcePart {
             Err(failure) => {
                 dirs.wipe_volatile();
                 forget(&dirs);
+                if let Some(Err(error)) = fence.as_ref().map(Fence::take_away) {
+                    tracing::error!(%error, "the fence around a pod that does not move stays");
+                }
                 Err(failure)
             }
         }
@@ -454,6 +459,9 @@ impl SourcePart {
         }
         self.unquiesce(&record).await?;
         self.start_again(&record).await?;
+        if let Some(fence) = self.container.as_ref().and_then(|container| fence_of(&self.context, container)) {
+            fence.take_away().map_err(|error| io_failed(&self.context, &error))?;
+        }
         if let Some(arrivals) = self.arrivals.get() {
             arrivals.give_back();
         }
@@ -580,6 +588,12 @@ impl SourcePart {
 }
 
 /// Whether the container's init is the one that was found, and not gone.
+/// Kubernetes: what keeps the kubelet from starting the container again here.
+fn fence_of(context: &Context, container: &Container) -> Option<Fence> {
+    let kubernetes = context.config.kubernetes.as_ref()?;
+    Fence::of(&kubernetes.fence_dir, container)
+}
+
 fn init_lives(record: &PartRecord) -> bool {
     matches!(record.role, Role::Source { init_pid, init_start, .. } if Init { pid: init_pid, start_time: init_start }.is_alive())
 }

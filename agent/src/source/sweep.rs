@@ -95,6 +95,10 @@ fn is_criu(pid: u32) -> bool {
 /// removed is logged: the migration has succeeded all the same.
 pub(crate) async fn remove_container(context: &Context, record: &PartRecord, container: Option<&Container>) {
     let Role::Source { root, bundle, link, netns, .. } = &record.role else { return };
+    if context.config.kubernetes.is_some() {
+        // All of it is the kubelet's, which sees that the container has ended, and that its pod is to be deleted.
+        return;
+    }
     let runc = context.runc(root);
     let id = record.workload.clone();
     let known = container.is_some();
@@ -109,7 +113,7 @@ pub(crate) async fn remove_container(context: &Context, record: &PartRecord, con
         if known && let Err(error) = runc.delete(&id, true) {
             tracing::error!(error = chain(&error), id, "the released container's state cannot be removed");
         }
-        let bundle = Bundle { dir, netns: None };
+        let bundle = Bundle::in_folder(dir);
         if ours && let Err(error) = bundle.dismantle() {
             tracing::error!(%error, bundle = %bundle.dir.display(), "the released writable layer cannot be removed");
         }

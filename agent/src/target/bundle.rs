@@ -1,4 +1,4 @@
-//! The bundle that a container is restored into: the target's own, prepared by whoever runs this node.
+//! The bundle that a container is restored into: the target's own, prepared by whoever runs this node, or by its containerd.
 //!
 //! Mounts, devices, cgroup, labels and namespaces come from its `config.json` and from nothing that arrives.
 
@@ -7,21 +7,25 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Spec;
-use podferry_common::failure::{Failure, FailureCode};
-use podferry_filesystem::Overlay;
+use podferry_common::failure::{Failure, FailureCode, chain};
+use podferry_filesystem::{Overlay, WritableLayer};
 
-/// `<bundles_dir>/<workload>/` with `config.json`, `lower` (the image), and room for `upper`, `work` and `rootfs`.
+/// A bundle, and where its root filesystem's layers are.
 #[derive(Clone, Debug)]
 pub struct Bundle {
     /// The folder.
     pub dir: PathBuf,
-    /// The network namespace's path that `config.json` gives; none when the container gets one of its own or shares the
-    /// host's.
+    /// The network namespace's path that `config.json` gives, when it is podferry's to make; none when the container gets one of its
+    /// own or shares the host's, and in Kubernetes.
     pub netns: Option<PathBuf>,
+    overlay: Overlay,
+    /// It is containerd's: what is mounted there, and the layer's folder itself, are removed by that.
+    of_pod: bool,
 }
 
 impl Bundle {
-    /// Reads a workload's bundle.
+    /// Reads a workload's bundle: `<bundles_dir>/<workload>/` with `config.json`, `lower` (the image), and room for `upper`, `work` and
+    /// `rootfs`.
     ///
     /// # Errors
     /// When it is not there or not whole: each says what is missing and how to prepare it.
@@ -35,7 +39,33 @@ impl Bundle {
             return Err(refused(format!("the bundle of {workload} has no image: {}/lower is missing", dir.display())));
         }
         let spec = Spec::load(&config).map_err(|error| refused(format!("{} is wrong: {error}", config.display())))?;
-        Ok(Self { netns: podferry_runtime::network_namespace(&spec), dir })
+        Ok(Self { netns: podferry_runtime::network_namespace(&spec), ..Self::in_folder(dir) })
+    }
+
+    /// One of podferry's own, whose configuration does not matter.
+    pub fn in_folder(dir: PathBuf) -> Self {
+        let overlay = Overlay { lower: vec![dir.join("lower")], upper: dir.join("upper"), work: dir.join("work") };
+        Self { dir, netns: None, overlay, of_pod: false }
+    }
+
+    /// That of a pod's container, which its runtime has made and whose root filesystem it has mounted.
+    ///
+    /// # Errors
+    /// When its root filesystem is no overlay.
+    pub fn of_pod(dir: PathBuf) -> Result<Self, Failure> {
+        let rootfs = dir.join("rootfs");
+        let layer = WritableLayer::of(&rootfs).map_err(|error| no_overlay(&rootfs, &chain(&error)))?;
+        match layer {
+            WritableLayer::Overlay(overlay) => Ok(Self::with_layers(dir, overlay)),
+            WritableLayer::Plain { .. } | WritableLayer::Volume { .. } => {
+                Err(no_overlay(&rootfs, "it has another kind of file system"))
+            }
+        }
+    }
+
+    /// That of a pod's container whose layers an earlier agent has noted.
+    pub fn with_layers(dir: PathBuf, overlay: Overlay) -> Self {
+        Self { dir, netns: None, overlay, of_pod: true }
     }
 
     /// Where the root filesystem gets mounted.
@@ -45,17 +75,23 @@ impl Bundle {
 
     /// Where the writable layer is.
     pub fn upper(&self) -> PathBuf {
-        self.dir.join("upper")
+        self.overlay.upper.clone()
     }
 
     /// Where what comes of the writable layer's files before the freeze is kept; there only meanwhile.
     pub fn seeds(&self) -> PathBuf {
-        self.dir.join("seeds")
+        // Beside the layer, where renaming is moving.
+        self.overlay.upper.with_file_name("seeds")
     }
 
     /// The root filesystem's layers.
-    pub fn overlay(&self) -> Overlay {
-        Overlay { lower: vec![self.dir.join("lower")], upper: self.upper(), work: self.dir.join("work") }
+    pub fn overlay(&self) -> &Overlay {
+        &self.overlay
+    }
+
+    /// Whether it is containerd's.
+    pub fn is_of_pod(&self) -> bool {
+        self.of_pod
     }
 
     /// Makes the empty folders that a restore needs. What an earlier stay of the workload left in the writable layer is
@@ -64,7 +100,11 @@ impl Bundle {
     /// # Errors
     /// When a folder cannot be made or wiped.
     pub fn make_room(&self) -> io::Result<()> {
-        for dir in [self.upper(), self.dir.join("work"), self.rootfs()] {
+        if self.of_pod {
+            // What is mounted must not be changed below.
+            podferry_filesystem::unmount(&self.rootfs()).map_err(io::Error::other)?;
+        }
+        for dir in [self.upper(), self.overlay.work.clone(), self.rootfs()] {
             fs::create_dir_all(&dir)?;
         }
         self.wipe_layer()
@@ -79,14 +119,14 @@ impl Bundle {
         self.wipe_layer()
     }
 
-    /// Whether the root filesystem is mounted.
+    /// Whether the root filesystem is mounted, and no placeholder of it.
     pub fn is_mounted(&self) -> bool {
-        let layer = podferry_filesystem::WritableLayer::of(&self.rootfs());
-        matches!(layer, Ok(podferry_filesystem::WritableLayer::Overlay(_)))
+        let layer = WritableLayer::of(&self.rootfs());
+        matches!(layer, Ok(WritableLayer::Overlay(overlay)) if overlay.upper == self.overlay.upper)
     }
 
     fn wipe_layer(&self) -> io::Result<()> {
-        for dir in [self.upper(), self.dir.join("work")] {
+        for dir in [self.upper(), self.overlay.work.clone()] {
             if dir.is_dir() {
                 podferry_filesystem::wipe(&dir).map_err(io::Error::other)?;
             }
@@ -97,6 +137,12 @@ impl Bundle {
         }
         Ok(())
     }
+}
+
+fn no_overlay(rootfs: &Path, why: &str) -> Failure {
+    Failure::new(FailureCode::FailedPrecondition, format!("{} is not mounted as an overlay: {why}", rootfs.display()))
+        .in_phase("prepare")
+        .remedy("let containerd use the snapshotter overlayfs")
 }
 
 fn refused(message: String) -> Failure {

@@ -75,7 +75,9 @@ impl TargetPart {
 fn start(restoring: &Restoring, lazy: bool) -> Result<Started, Failure> {
     let failed = |error: &(dyn std::error::Error + 'static)| not_started(restoring, error);
     let gate = ImageGate::new(&restoring.dirs.images).map_err(|error| failed(&error))?;
-    podferry_filesystem::mount_placeholder(&restoring.bundle.rootfs()).map_err(|error| failed(&error))?;
+    let bundle = &restoring.bundle;
+    let mounted = bundle.overlay().mount_placeholder(&bundle.rootfs(), &restoring.dirs.placeholder());
+    mounted.map_err(|error| failed(&error))?;
     let runc = restoring.start(lazy)?;
     let mut started = Started { runc, early: Some(Early { gate, lazy }) };
     // From then on the gate's other end is held: CRIU reads its end when this agent is killed, and gives up.

@@ -21,6 +21,7 @@ pub mod fill;
 pub mod hook;
 pub mod inbox;
 mod memory;
+mod pod;
 mod restore;
 mod resume;
 mod seeds;
@@ -44,10 +45,11 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use tokio_util::sync::CancellationToken;
 
 use crate::context::{Context, blocking};
-use crate::journal::{Ledger, PartDirs, PartRecord, Role, Standing};
+use crate::journal::{Ledger, PartDirs, PartRecord, PodArrival, Role, Standing};
 use crate::pager;
 use crate::pager::messages::PagerState;
 use crate::parts::Authority;
+use crate::pods::Visitor;
 use crate::source::VERIFY;
 use crate::volumes::{self, LAYER, Volume};
 use application::TakeOver;
@@ -92,6 +94,8 @@ pub struct PrepareOrder {
     pub take_over: Option<TakeOver>,
     /// The volumes that come along, in the order in which the source sends them.
     pub volumes: Vec<Volume>,
+    /// Kubernetes: what waits to become the container.
+    pub visitor: Option<Arc<Visitor>>,
 }
 
 /// The part.
@@ -119,6 +123,8 @@ pub struct TargetPart {
     /// Bringing the files to the disk, which goes on while the container is restored.
     syncing: Mutex<Option<JoinHandle<Result<(), SyncError>>>>,
     restoring: AtomicBool,
+    /// Kubernetes: what it becomes.
+    pod: Option<PodArrival>,
     /// The container is created, not restored,
     cold: bool,
     /// and that has been done. Application-level: the instance has everything.
@@ -136,8 +142,11 @@ impl TargetPart {
     /// # Errors
     /// When something is missing or in the way. What was made by then is removed again.
     pub async fn prepare(context: &Context, order: PrepareOrder) -> Result<Self, Failure> {
-        let bundle = Bundle::read(&context.config.runtime.bundles_dir, &order.workload)
-            .map_err(|failure| failure.on(context.config.node.as_str()))?;
+        let bundle = match &order.visitor {
+            Some(visitor) => Bundle::of_pod(visitor.hello.bundle.clone()),
+            None => Bundle::read(&context.config.runtime.bundles_dir, &order.workload),
+        };
+        let bundle = bundle.map_err(|failure| failure.on(context.config.node.as_str()))?;
         let not_ready = |error: std::io::Error| {
             let what = format!("a volume cannot be made ready: {error}");
             context.refusal(FailureCode::FailedPrecondition, what).in_phase("prepare")
@@ -165,6 +174,7 @@ impl TargetPart {
                 cold: order.cold,
                 takes_over: order.take_over.is_some(),
                 volumes: order.volumes,
+                pod: order.visitor.as_ref().map(|visitor| pod::arrival(visitor, &bundle)),
             },
         };
         let made = async {
@@ -194,6 +204,7 @@ impl TargetPart {
         let inbox = Inbox::new(order.source, dirs.images.clone(), trees, post_copy);
         context.admissions.expect(order.migration, Arc::clone(&inbox));
         let fetch_from = fetch::Source::of(&record.role);
+        let record_pod = record.pod().cloned();
         Ok(Self {
             context: context.clone(),
             fetch_from,
@@ -204,6 +215,7 @@ impl TargetPart {
             workload: order.workload,
             migration: order.migration,
             keep_connections: order.keep_connections,
+            pod: record_pod,
             cold: order.cold,
             created: AtomicBool::new(false),
             takes_over: order.take_over.is_some(),
@@ -226,7 +238,11 @@ impl TargetPart {
     pub fn resumed(context: &Context, record: PartRecord) -> Result<Self, Failure> {
         let dirs = PartDirs::of(&context.config, record.migration);
         dirs.create().map_err(|error| io_failed(context, &error))?;
-        let bundle = Bundle::read(&context.config.runtime.bundles_dir, &record.workload)?;
+        let pod = record.pod().cloned();
+        let bundle = match &pod {
+            Some(pod) => pod::bundle(pod),
+            None => Bundle::read(&context.config.runtime.bundles_dir, &record.workload)?,
+        };
         let hook = HookKeeper::listen(&dirs.hook_socket(), record.migration.to_string())
             .map_err(|error| io_failed(context, &error))?;
         let keep_connections = matches!(record.role, Role::Target { keep_connections: true, .. });
@@ -247,6 +263,7 @@ impl TargetPart {
             workload,
             migration,
             keep_connections,
+            pod,
             cold,
             created,
             takes_over,
@@ -352,7 +369,10 @@ impl TargetPart {
         loop {
             if let Some(init) = self.hook.until(LOOK, |hold| hold.pid().is_some()).await.pid() {
                 self.check_shared_memory()?;
-                return self.wake_loopback(init);
+                return match &self.pod {
+                    Some(pod) => pod::name_host(&self.context, pod).await,
+                    None => self.wake_loopback(init),
+                };
             }
             let mut running = self.restore.lock().await;
             let Some(restore) = &mut *running else { continue };
@@ -461,6 +481,7 @@ impl TargetPart {
         self.end_instance(&record).await?;
         self.clean_restore(patience).await?;
         self.stop_pager().await?;
+        self.context.visitors.dismiss(self.migration).await;
         remove(&self.context, &record, &self.bundle, &self.dirs).await?;
         self.note(&mut record, |record| record.standing = Standing::Aborted)
     }
@@ -524,7 +545,7 @@ impl TargetPart {
     }
 
     fn pid_file(&self) -> PathBuf {
-        self.dirs.run.join("pid")
+        self.pod.as_ref().map_or_else(|| self.dirs.run.join("pid"), |pod| pod.pid_file.clone())
     }
 
     fn restore_failed(&self, error: &podferry_runtime::Error) -> Failure {

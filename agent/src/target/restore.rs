@@ -15,9 +15,9 @@ use podferry_runtime::{CgroupsMode, RestoreRequest, RestoreStdio, RunningRestore
 
 use super::bundle::Bundle;
 use super::early;
-use super::{TargetPart, fetch, io_failed};
+use super::{TargetPart, fetch, io_failed, pod};
 use crate::context::{Context, blocking};
-use crate::journal::PartDirs;
+use crate::journal::{PartDirs, PodArrival};
 use crate::pager;
 use crate::pager::messages::{PagedContainer, PagerJob};
 
@@ -69,6 +69,7 @@ impl TargetPart {
             workload: self.workload.clone(),
             migration: self.migration,
             keep_connections: self.keep_connections,
+            pod: self.pod.clone(),
             cold: self.cold,
         }
     }
@@ -84,6 +85,8 @@ pub(super) struct Restoring {
     pub(super) workload: String,
     pub(super) migration: MigrationId,
     keep_connections: bool,
+    /// Kubernetes: what it becomes.
+    pod: Option<PodArrival>,
     /// It is created, not restored.
     cold: bool,
 }
@@ -139,8 +142,12 @@ impl Restoring {
         let criu_config = dirs.run.join("criu.conf");
         fs::write(&criu_config, podferry_runtime::criu_config(&tools.hook, !keep_connections))
             .map_err(|error| io_failed(context, &error))?;
-        let stdio = context.container_stdio(workload)?;
-        tracing::debug!(%migration, "the output has its keeper");
+        let launcher = self.pod.as_ref().map(|pod| pod::launcher(context, pod, *migration)).transpose()?;
+        let stdio = match &launcher {
+            // Its own are the container's.
+            Some(_) => RestoreStdio::Null,
+            None => self.kept_stdio()?,
+        };
         laying::begin_again(&dirs.images).map_err(|error| io_failed(context, &error))?;
         let variables: [(&str, OsString); 6] = [
             (laying::VARIABLE, laying::index(&dirs.images).into()),
@@ -155,18 +162,25 @@ impl Restoring {
             bundle: bundle.dir.clone(),
             image_path: dirs.images.clone(),
             work_path: dirs.work.clone(),
-            pid_file: Some(dirs.run.join("pid")),
-            stdio: RestoreStdio::Fds { stdin: stdio.stdin, stdout: stdio.stdout, stderr: stdio.stderr },
+            pid_file: launcher.is_none().then(|| dirs.run.join("pid")),
+            stdio,
             tcp_established: *keep_connections,
             file_locks: true,
             lazy_pages,
             cgroups_mode: CgroupsMode::Ignore,
             env: variables.into_iter().map(|(name, value)| (name.into(), value)).collect(),
             detach: true,
+            launcher,
         };
         let programs = dirs.programs(tools).map_err(|error| io_failed(context, &error))?;
         let runc = context.runc(context.config.runc_root()).with_programs(programs);
         runc.restore(request).map_err(|error| self.failed("runc restore cannot be started", &error))
+    }
+
+    fn kept_stdio(&self) -> Result<RestoreStdio, Failure> {
+        let stdio = self.context.container_stdio(&self.workload)?;
+        tracing::debug!(migration = %self.migration, "the output has its keeper");
+        Ok(RestoreStdio::Fds { stdin: stdio.stdin, stdout: stdio.stdout, stderr: stdio.stderr })
     }
 
     /// Removes what a restore that did not come to its end has left, if this migration started it; blocks.

@@ -49,6 +49,7 @@ fn context(folder: &Path) -> Context {
             logs_dir: folder.join("logs"),
             volume_dirs: vec![folder.join("volumes")],
         },
+        kubernetes: None,
         network: Network { bridge: "pf-no-bridge".to_owned() },
         post_copy: PostCopy::default(),
     };
@@ -82,6 +83,7 @@ async fn a_held_container_is_never_let_go_without_its_link() {
             takes_over: false,
             cold: false,
             volumes: Vec::new(),
+            pod: None,
         },
     };
     let part = TargetPart::resumed(&context, record).unwrap();
@@ -110,6 +112,7 @@ fn order(volumes: Vec<Volume>) -> PrepareOrder {
         take_over: None,
         cold: false,
         volumes,
+        visitor: None,
     }
 }
 

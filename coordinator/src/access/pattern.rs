@@ -1,6 +1,6 @@
 //! Patterns of names.
 
-use podferry_common::id::MAX_NAME_BYTES;
+use podferry_common::id::MAX_WORKLOAD_BYTES;
 
 /// What stands for any characters in a pattern, and for none.
 const ANY: char = '*';
@@ -10,13 +10,13 @@ const ANY: char = '*';
 pub struct Pattern(String);
 
 impl Pattern {
-    /// Checks a pattern: 1 to 63 characters, those that names may have (`a-z`, `0-9`, `-`), and `*`. The error says what is
-    /// wrong, for a person.
+    /// Checks a pattern: the characters that names may have (`a-z`, `0-9`, `-`, `.`, `/`), and `*`. The error says what is wrong, for a
+    /// person.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == ANY;
-        if text.is_empty() || text.len() > MAX_NAME_BYTES || !text.chars().all(allowed) {
+        let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || ['-', '.', '/', ANY].contains(&c);
+        if text.is_empty() || text.len() > MAX_WORKLOAD_BYTES || !text.chars().all(allowed) {
             return Err(format!(
-                "{text:?} matches no name; write 1 to {MAX_NAME_BYTES} characters of a-z, 0-9 and '-', with '{ANY}' for any run of them"
+                "{text:?} matches no name; write 1 to {MAX_WORKLOAD_BYTES} characters of a-z, 0-9, '-', '.' and '/', with '{ANY}' for any run of them"
             ));
         }
         Ok(Self(text.to_owned()))

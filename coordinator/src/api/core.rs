@@ -13,11 +13,14 @@ use podferry_proto::v1;
 use tokio::sync::watch;
 
 use crate::access::{Action, Gate, Verb};
-use crate::cluster::{Agents, Inventory, Location, Node, NodeView, Seen, Workload, locate, speaks, spoken, survey};
+use crate::cluster::{
+    Agents, Inventory, Location, Node, NodeView, PodRef, Seen, Workload, locate, speaks, spoken, survey,
+};
 use crate::migration::{Decision, State};
 use crate::placement::{Candidate, Choice, Demand, Facts, choose, judge};
+use crate::pods::target_name;
 use crate::runner::{Deadlines, Runner, blocking};
-use crate::store::{Record, Report, Store, StoreError};
+use crate::store::{PodMove, Record, Report, Store, StoreError};
 use crate::strategy::{Strategy, Wishes};
 use wishes::{grace_period_s_of, wishes};
 
@@ -198,10 +201,13 @@ impl Core {
         let journey = Journey { who, workload, location: &location, views: &views, target: wanted };
         let (target, report) = self.placed(&journey, wishes, auto.as_mut()).await?;
         self.gate.narrow(who, &moving(workload, &location, target.name.as_str())).await?;
+        self.check_pod(workload, wishes.strategy).await?;
+        let id = MigrationId::new();
         let record = Record {
-            id: MigrationId::new(),
+            id,
             workload: workload.name.clone(),
             container: workload.container.clone(),
+            pod: workload.pod.as_ref().map(|pod| moved(pod, id)),
             strategy: wishes.strategy,
             auto,
             strategy_reason: String::new(),
@@ -222,6 +228,14 @@ impl Core {
             report,
         };
         self.runner.start(record).await
+    }
+
+    /// Refuses a pod that cannot move.
+    async fn check_pod(&self, workload: &Workload, strategy: Strategy) -> Result<(), Failure> {
+        match (&workload.pod, self.runner.pods()) {
+            (Some(pod), Some(pods)) => pods.check(&pod.namespace, &pod.name, strategy).await,
+            _ => Ok(()),
+        }
     }
 
     /// The migration that a workload is part of, and where the last one has put it.
@@ -365,6 +379,17 @@ impl Core {
         let id = parse_id(id)?;
         let store = self.store.clone();
         blocking(move || store.decision(id)).await.map_err(|error| internal(&error))
+    }
+}
+
+/// The pod of a workload, as its migration's record has it.
+fn moved(pod: &PodRef, id: MigrationId) -> PodMove {
+    PodMove {
+        namespace: pod.namespace.clone(),
+        name: pod.name.clone(),
+        uid: pod.uid.clone(),
+        container: pod.container.clone(),
+        target_name: target_name(&pod.base, id),
     }
 }
 

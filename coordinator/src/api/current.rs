@@ -9,27 +9,42 @@ use podferry_common::tls::PeerInfo;
 use podferry_common::{Failure, FailureCode, chain};
 
 use super::Core;
+use crate::FileError;
 use crate::access::Action;
 use crate::cluster::Inventory;
 use crate::follow::Follower;
 use crate::metrics::Metrics;
+use crate::pods::Watched;
 
 /// How often agents are asked whether they answer.
 const AGENTS_INTERVAL: Duration = Duration::from_secs(15);
 
-/// The core, and the inventory file that it follows: an edited file counts from the next request on.
+/// The core, and the inventory that it follows: an edited file, or what has changed in the cluster, counts from the next request on.
 #[derive(Clone)]
 pub struct Current(Arc<Mutex<Followed>>);
 
 struct Followed {
     core: Core,
-    file: Follower,
+    inventory: Source,
+}
+
+/// Where the inventory comes from.
+enum Source {
+    /// A file.
+    File(Follower),
+    /// The API server; which version of what is seen there the core has.
+    Cluster(Watched, Option<u64>),
 }
 
 impl Current {
     /// A core whose inventory was read from `path`, some time ago: the first request reads it again.
     pub fn new(core: Core, path: PathBuf) -> Self {
-        Self(Arc::new(Mutex::new(Followed { core, file: Follower::new(path) })))
+        Self(Arc::new(Mutex::new(Followed { core, inventory: Source::File(Follower::new(path)) })))
+    }
+
+    /// A core whose inventory is what is seen of a cluster of Kubernetes.
+    pub fn watching(core: Core, cluster: Watched) -> Self {
+        Self(Arc::new(Mutex::new(Followed { core, inventory: Source::Cluster(cluster, None) })))
     }
 
     /// The core, for a caller who may do this, and who that is: there is no other way to it. A changed inventory that is wrong is logged once,
@@ -55,16 +70,32 @@ impl Current {
 
     fn now(&self) -> Core {
         let mut followed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if followed.file.has_changed() {
-            match Inventory::load(followed.file.path()) {
-                Ok(inventory) => followed.core = followed.core.with_inventory(inventory),
-                Err(error) => {
-                    tracing::error!(error = chain(&error), "the changed inventory is wrong; the old one stays");
-                }
-            }
+        if let Some(inventory) = followed.inventory.changed() {
+            followed.core = followed.core.with_inventory(inventory);
         }
         followed.core.clone()
     }
+}
+
+impl Source {
+    /// The inventory, when it is another than before.
+    fn changed(&mut self) -> Option<Inventory> {
+        match self {
+            Self::File(file) => read_anew(file),
+            Self::Cluster(cluster, known) => {
+                let version = Some(cluster.version());
+                (std::mem::replace(known, version) != version).then(|| cluster.inventory())
+            }
+        }
+    }
+}
+
+/// A file that has changed.
+fn read_anew(file: &mut Follower) -> Option<Inventory> {
+    let read = file.has_changed().then(|| Inventory::load(file.path()))?;
+    let wrong =
+        |error: &FileError| tracing::error!(error = chain(error), "the changed inventory is wrong; the old one stays");
+    read.inspect_err(wrong).ok()
 }
 
 #[cfg(test)]

@@ -35,6 +35,23 @@ pub struct Workload {
     pub container: String,
     /// The node on which it was started; where it is now, the agents say.
     pub node: Option<NodeName>,
+    /// The pod that it is; none where there are no pods.
+    pub pod: Option<PodRef>,
+}
+
+/// A pod with the container that moves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodRef {
+    /// Its namespace,
+    pub namespace: String,
+    /// name,
+    pub name: String,
+    /// and uid.
+    pub uid: String,
+    /// The container's name in it.
+    pub container: String,
+    /// What the names of its successors begin with.
+    pub base: String,
 }
 
 /// Nodes and workloads, valid and without doubles.
@@ -83,6 +100,14 @@ impl Inventory {
         let Reader { inventory, mut problems, .. } = reader;
         problems.sort_by_key(|problem| (problem.line, problem.column));
         if problems.is_empty() { Ok(inventory) } else { Err(problems) }
+    }
+
+    /// That of nodes and workloads whose names are known to differ.
+    pub fn of(nodes: impl IntoIterator<Item = Node>, workloads: impl IntoIterator<Item = Workload>) -> Self {
+        Self {
+            nodes: nodes.into_iter().map(|node| (node.name.clone(), node)).collect(),
+            workloads: workloads.into_iter().map(|workload| (workload.name.clone(), workload)).collect(),
+        }
     }
 
     /// All nodes, by name.
@@ -143,7 +168,7 @@ impl Reader<'_> {
             Some(node) => self.known_node(node).map(Some),
         };
         if let (Some(name), true, true, Some(node)) = (name, unique, container_fits, node) {
-            let workload = Workload { name: name.clone(), container: container.get_ref().clone(), node };
+            let workload = Workload { name: name.clone(), container: container.get_ref().clone(), node, pod: None };
             self.inventory.workloads.insert(name, workload);
         }
     }

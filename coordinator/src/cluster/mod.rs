@@ -5,5 +5,5 @@ mod inventory;
 mod survey;
 
 pub use agents::{AgentClient, Agents, OLD_AGENT, placed, speaks, spoken};
-pub use inventory::{Inventory, Node, Workload};
+pub use inventory::{Inventory, Node, PodRef, Workload};
 pub use survey::{Location, NodeView, Seen, locate, survey};

@@ -130,7 +130,7 @@ mod tests {
     }
 
     fn found(views: &[NodeView], place: Option<&str>) -> Result<String, Failure> {
-        let workload = Workload { name: "cart".parse().unwrap(), container: "c1".into(), node: None };
+        let workload = Workload { name: "cart".parse().unwrap(), container: "c1".into(), node: None, pod: None };
         let place = place.map(|place| place.parse().unwrap());
         locate(views, &workload, place.as_ref()).map(|location| location.view.node.name.to_string())
     }

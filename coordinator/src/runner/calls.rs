@@ -16,11 +16,14 @@ use super::Deadlines;
 use super::choosing::Survey;
 use crate::cluster::{AgentClient, Agents, placed, speaks};
 use crate::migration::{Call, Side};
-use crate::store::Record;
+use crate::pods::Pods;
+use crate::store::{PodMove, Record};
 use crate::strategy::{Auto, Choice, Strategy, Wishes, budget_ms};
 
 /// What an agent says in its features that takes volumes.
 const VOLUMES_WORD: &str = "agent:volumes";
+/// What an agent says that moves pods.
+const PODS_WORD: &str = "agent:pods";
 /// Rounds of pre-copy at most: memory that has not become less by then does not.
 const MAX_ROUNDS: u32 = 30;
 
@@ -88,6 +91,8 @@ pub(super) struct Job {
     pub(super) reason: String,
     pub(super) deadlines: Deadlines,
     pub(super) agents: Agents,
+    /// The pod that moves, and what is done with it; none where there are no pods.
+    pub(super) pod: Option<(Pods, PodMove, Record)>,
     pub(super) inputs: mpsc::UnboundedSender<Input>,
 }
 
@@ -120,6 +125,7 @@ impl Job {
             reason: record.state.failure().map(ToString::to_string).unwrap_or_default(),
             deadlines: with.deadlines,
             agents: with.agents,
+            pod: with.pods.zip(record.pod.clone()).map(|(pods, moved)| (pods, moved, record.clone())),
             inputs: with.inputs,
         }
     }
@@ -167,6 +173,7 @@ impl Job {
                 None => self.preflight_target(client).await.map(Some),
             },
             Call::Freeze => self.freeze(client).await.map(|()| None),
+            Call::Prepare => self.prepare(client).await.map(Some),
             Call::Release => self.release(client).await.map(Some),
             Call::Resume => self.resume(client).await.map(Some),
             Call::Fill => self.fill(client).await.map(Some),
@@ -225,6 +232,7 @@ impl Job {
             strategy: v1::Strategy::from(strategy).into(),
             volumes: facts.volumes.clone(),
             charged_bytes: facts.charged_bytes,
+            is_pod: self.pod.is_some(),
         };
         let answer = client.preflight_target(request).await.map_err(|status| self.placed(&status))?.into_inner();
         let refusal = self.refusal(&answer.findings, "the workload cannot be restored on this node");
@@ -234,6 +242,11 @@ impl Job {
     /// Whether that node can do its part. It may be another one than the one that was looked at before this migration was
     /// recorded: set up anew, or with an older agent.
     fn fit(&self, node: &v1::DescribeResponse) -> Result<(), Failure> {
+        if self.pod.is_some() && !node.features.iter().any(|word| word == PODS_WORD) {
+            let message = format!("the agent of node {} moves no pods", self.node);
+            let failure = self.failure(FailureCode::FailedPrecondition, message);
+            return Err(failure.remedy("write [kubernetes] into its agent.toml, or update it"));
+        }
         if self.strategy.finds_fit(node) {
             speaks(&self.node, node, self.needed_version())?;
             return self.knows(node);
@@ -384,9 +397,6 @@ impl Job {
     async fn simple(&self, mut client: AgentClient) -> Result<Answer, Status> {
         let migration_id = self.id.to_string();
         match self.call {
-            Call::Prepare => {
-                client.prepare(self.prepare_request()).await?;
-            }
             Call::Restore => {
                 let request = v1::RestoreRequest { migration_id, deadline_ms: self.part_deadline_ms() };
                 let answer = client.restore(request).await?;
@@ -400,6 +410,7 @@ impl Job {
             }
             Call::PreflightSource
             | Call::PreflightTarget
+            | Call::Prepare
             | Call::Freeze
             | Call::Release
             | Call::Resume
@@ -410,7 +421,27 @@ impl Job {
         Ok(Answer::Done)
     }
 
-    fn prepare_request(&self) -> v1::PrepareRequest {
+    /// A pod's target is made first; the agent answers when its container waits for its restore.
+    async fn prepare(&self, mut client: AgentClient) -> Result<Answer, Failure> {
+        let Some((pods, moved, record)) = &self.pod else {
+            let prepared = client.prepare(self.prepare_request(None)).await;
+            return prepared.map(|_| Answer::Done).map_err(|status| self.placed(&status));
+        };
+        let place = v1::PodPlace {
+            namespace: moved.namespace.clone(),
+            name: moved.target_name.clone(),
+            uid: pods.make_target(record, moved).await?,
+            container: moved.container.clone(),
+        };
+        tokio::select! {
+            prepared = client.prepare(self.prepare_request(Some(place))) => {
+                prepared.map(|_| Answer::Done).map_err(|status| self.placed(&status))
+            }
+            failure = pods.target_fails(moved) => Err(failure),
+        }
+    }
+
+    fn prepare_request(&self, pod: Option<v1::PodPlace>) -> v1::PrepareRequest {
         let asks = self.strategy.path().post_copy || self.strategy == Strategy::Application;
         v1::PrepareRequest {
             source_address: if asks { self.source_address.clone() } else { String::new() },
@@ -425,6 +456,7 @@ impl Job {
             deadline_ms: self.part_deadline_ms(),
             cold: self.strategy.starts_anew(),
             application: self.strategy == Strategy::Application,
+            pod,
             volumes: moving_volumes(&self.facts),
         }
     }
@@ -440,6 +472,7 @@ pub(super) struct Surroundings {
     pub(super) survey: Arc<Survey>,
     pub(super) deadlines: Deadlines,
     pub(super) agents: Agents,
+    pub(super) pods: Option<Pods>,
     pub(super) inputs: mpsc::UnboundedSender<Input>,
 }
 

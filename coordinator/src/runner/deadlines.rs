@@ -66,6 +66,15 @@ impl Deadlines {
         Self { freeze: self.freeze + grace, ..self }
     }
 
+    /// Those of pods: a target pod has to come to its node, maybe with its image, and its kubelet waits for two minutes at most
+    /// (`runtimeRequestTimeout`) until its container is restored.
+    #[must_use]
+    pub fn of_pods(self) -> Self {
+        const COMES: Duration = Duration::from_secs(150);
+        const WAITS: Duration = Duration::from_secs(75);
+        Self { prepare: self.prepare.max(COMES), precopy: self.precopy.min(WAITS), ..self }
+    }
+
     /// How long a phase may take as a whole; `None` for what is repeated until it is done.
     pub fn of_phase(&self, phase: Phase) -> Option<Duration> {
         match phase {

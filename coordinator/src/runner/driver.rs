@@ -261,6 +261,9 @@ impl Driver {
             self.shared.audit.migration(what, &self.record);
             self.shared.metrics.ended(what, &self.record);
         }
+        if let Some(pods) = self.shared.pods.as_ref().filter(|_| before != self.record.state) {
+            pods.follow(&self.record);
+        }
         if step.durability != Durability::Unchanged {
             self.view.send_replace(self.record.clone());
         }
@@ -295,6 +298,7 @@ impl Driver {
                 survey: Arc::clone(&self.survey),
                 deadlines: self.deadlines,
                 agents: self.shared.agents.clone(),
+                pods: self.shared.pods.clone(),
                 inputs: self.inputs.clone(),
             };
             self.calls.spawn(Job::new(call, &self.record, with).run(pause));

@@ -27,6 +27,7 @@ use crate::audit::{AuditLog, What};
 use crate::cluster::Agents;
 use crate::metrics::Metrics;
 use crate::migration::{Event, Phase};
+use crate::pods::Pods;
 use crate::store::{Conflict, Record, Store, StoreError};
 use driver::Driver;
 
@@ -50,6 +51,8 @@ struct Shared {
     deadlines: Deadlines,
     /// Migrations that one node may take part in at a time.
     limit: usize,
+    /// In Kubernetes: what is done with pods.
+    pods: Option<Pods>,
     live: Mutex<HashMap<MigrationId, Handle>>,
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -79,6 +82,7 @@ impl Runner {
                 metrics,
                 deadlines,
                 limit,
+                pods: None,
                 live,
                 tasks,
                 stop,
@@ -86,6 +90,21 @@ impl Runner {
                 fatal,
             }),
         }
+    }
+
+    /// The same in Kubernetes. To be called before the first migration.
+    #[must_use]
+    pub fn with_pods(mut self, pods: Pods) -> Self {
+        match Arc::get_mut(&mut self.shared) {
+            Some(shared) => shared.pods = Some(pods),
+            None => tracing::error!("pods are named too late: migrations are under way"),
+        }
+        self
+    }
+
+    /// In Kubernetes: what is done with pods.
+    pub fn pods(&self) -> Option<&Pods> {
+        self.shared.pods.as_ref()
     }
 
     /// Goes on with every migration that a former process left open.

@@ -12,4 +12,4 @@ mod record;
 
 pub use database::{Conflict, FILE_NAME, HistoryEntry, Store, StoreError};
 pub(crate) use record::told;
-pub use record::{Progress, Record, Report, Round, Timings};
+pub use record::{PodMove, Progress, Record, Report, Round, Timings};

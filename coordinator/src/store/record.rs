@@ -54,6 +54,9 @@ pub struct Record {
     pub workload: WorkloadName,
     /// runc's id of the workload's container, which is what agents know it by.
     pub container: String,
+    /// The pod whose container that is; none where there are no pods.
+    #[serde(default)]
+    pub pod: Option<PodMove>,
     /// How it is moved. As long as that is still to be chosen, what every strategy but cold needs at least: see [`Record::chosen`].
     pub strategy: Strategy,
     /// When the choice was left to the coordinator: by what it is made.
@@ -99,6 +102,21 @@ pub struct Record {
     pub state: State,
     /// What was measured.
     pub report: Report,
+}
+
+/// A pod that moves, and the one that takes its place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodMove {
+    /// The namespace of both.
+    pub namespace: String,
+    /// The source pod's name
+    pub name: String,
+    /// and uid.
+    pub uid: String,
+    /// The container's name in both.
+    pub container: String,
+    /// The target pod's name.
+    pub target_name: String,
 }
 
 /// What a migration cost. All times in milliseconds.

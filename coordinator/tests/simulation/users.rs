@@ -102,6 +102,7 @@ fn record(strategy: Strategy, source: usize, target: usize, grace: Time) -> Reco
         id: MigrationId::new(),
         workload: "cart".parse().expect("a name"),
         container: "cart".to_owned(),
+        pod: None,
         strategy,
         auto: None,
         strategy_reason: String::new(),

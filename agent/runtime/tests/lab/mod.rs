@@ -201,6 +201,7 @@ impl Lab {
                 (MIGRATION.into(), "m-1".into()),
             ],
             detach: true,
+            launcher: None,
         };
         self.runc.restore(request).unwrap()
     }

@@ -1,0 +1,31 @@
+//! podferry in the place of runc: what containerd's shim calls for the pods of the runtime class `podferry`.
+//!
+//! `podferry-runtime` becomes the node's own runc for all it is asked, but for three things:
+//!
+//! | asked | what it does |
+//! |---|---|
+//! | `create` of a container whose pod is annotated `podferry.dev/migration` | asks the node's agent, waits, and runs `runc restore` as that says: the restored container is the shim's child, as one is that was created |
+//! | `start` of such a container | nothing: it runs already |
+//! | `create` in a pod that has moved away | refuses: its container runs elsewhere, and the kubelet would start a second one |
+//!
+//! A container that came is restored once. When it ends and the kubelet starts it again, it is created as any other: a mark beside the
+//! sandbox's bundle says that it has come ([`Mark`]).
+//!
+//! The agent may be killed and started again at any time. Before it has said anything the wrapper looks for it again, until
+//! its time is over; the kubelet waits for two minutes at most (`runtimeRequestTimeout`) and asks anew ten seconds later. Once runc
+//! restores, the wrapper waits for its end alone.
+//!
+//! Its standard output and error are the container's: it is silent, and says what is wrong in the shim's log (`--log`), from which the
+//! kubelet has it.
+
+mod arguments;
+mod bundle;
+mod messages;
+mod run;
+mod settings;
+
+pub use arguments::{Invoked, WrongArguments};
+pub use bundle::{ARRIVED_MARK, MIGRATION, Mark, PodContainer};
+pub use messages::{Hello, Order, Report, VERSION, WrongMessage, read, write};
+pub use run::run;
+pub use settings::{Settings, WrongSettings};

@@ -1,0 +1,107 @@
+//! Containers that are pods': their bundle is containerd's, and what runs their restore is the shim's child.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use podferry_common::MigrationId;
+use podferry_common::failure::{Failure, FailureCode};
+use podferry_filesystem::Overlay;
+use podferry_runtime::Launcher;
+use rustix::fs::{Mode, OFlags};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use super::bundle::Bundle;
+use crate::context::{Context, blocking};
+use crate::journal::PodArrival;
+use crate::pods::{Door, Visitor};
+
+/// How long a wrapper gets to find an agent that was restarted.
+const RETURN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What is noted of a pod's container that comes.
+pub(super) fn arrival(visitor: &Visitor, bundle: &Bundle) -> PodArrival {
+    let (hello, overlay) = (&visitor.hello, bundle.overlay());
+    PodArrival {
+        uid: hello.uid.clone(),
+        name: hello.pod.clone(),
+        container: hello.container.clone(),
+        bundle: bundle.dir.clone(),
+        lower: overlay.lower.clone(),
+        upper: overlay.upper.clone(),
+        work: overlay.work.clone(),
+        pid_file: hello.pid_file.clone(),
+    }
+}
+
+/// Its bundle.
+pub(super) fn bundle(pod: &PodArrival) -> Bundle {
+    let overlay = Overlay { lower: pod.lower.clone(), upper: pod.upper.clone(), work: pod.work.clone() };
+    Bundle::with_layers(pod.bundle.clone(), overlay)
+}
+
+/// What starts runc for it; blocks.
+pub(super) fn launcher(
+    context: &Context,
+    pod: &PodArrival,
+    migration: MigrationId,
+) -> Result<Arc<dyn Launcher>, Failure> {
+    let at = door(pod);
+    let waiting = context.visitors.wait(&at, migration, RETURN_TIMEOUT);
+    // On a thread where that may be done.
+    let visitor = tokio::runtime::Handle::current().block_on(waiting);
+    let visitor = visitor.filter(|visitor| visitor.is_there()).ok_or_else(|| {
+        let message = format!(
+            "nothing waits to become container {} of pod {}: the kubelet has given it up, or deleted the pod",
+            pod.container, pod.name
+        );
+        let failure = context.refusal(FailureCode::Unavailable, message).in_phase("restore");
+        failure.remedy("see `kubectl describe pod` for the target pod; the kubelet's runtimeRequestTimeout bounds how long it may wait")
+    })?;
+    Ok(visitor.launcher())
+}
+
+fn door(pod: &PodArrival) -> Door {
+    Door { uid: pod.uid.clone(), container: pod.container.clone() }
+}
+
+/// CRIU gives the namespace that the pod's containers share the host name of the pod that was: this gives it the pod's own again.
+///
+/// # Errors
+/// When the namespace cannot be entered.
+pub(super) async fn name_host(context: &Context, pod: &PodArrival) -> Result<(), Failure> {
+    let Some(namespace) = uts_namespace(&pod.bundle) else { return Ok(()) };
+    let name = host_name(&pod.bundle).unwrap_or_else(|| pod.name.clone());
+    let context = context.clone();
+    let named = blocking(move || {
+        // The thread that does it is in that namespace for good.
+        let done = std::thread::spawn(move || set_host_name(&namespace, &name)).join();
+        let done = done.unwrap_or(Err(rustix::io::Errno::FAULT));
+        done.map_err(|errno| {
+            let what = "the pod's host name cannot be set";
+            context.failure(FailureCode::Internal, what, &std::io::Error::from(errno)).in_phase("restore")
+        })
+    });
+    named.await
+}
+
+fn set_host_name(namespace: &Path, name: &str) -> rustix::io::Result<()> {
+    let file = rustix::fs::open(namespace, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    move_into_link_name_space(std::os::fd::AsFd::as_fd(&file), Some(LinkNameSpaceType::HostNameAndNISDomainName))?;
+    rustix::system::sethostname(name.as_bytes())
+}
+
+/// The namespace that the configuration gives by path.
+fn uts_namespace(bundle: &Path) -> Option<PathBuf> {
+    let spec = Spec::load(bundle.join("config.json")).ok()?;
+    let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
+    namespaces.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Uts)?.path().clone()
+}
+
+/// The kubelet gives each container its pod's host name as a variable.
+fn host_name(bundle: &Path) -> Option<String> {
+    let spec = Spec::load(bundle.join("config.json")).ok()?;
+    let variables = spec.process().as_ref()?.env().as_ref()?;
+    variables.iter().find_map(|variable| variable.strip_prefix("HOSTNAME=")).map(ToOwned::to_owned)
+}

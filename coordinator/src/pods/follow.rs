@@ -1,0 +1,136 @@
+//! What is due with the API server when a migration has come so far, done until it is done.
+
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::ListParams;
+use kube::{Api, ResourceExt as _};
+use podferry_common::Failure;
+use tokio::time::sleep;
+
+use super::plan::MIGRATION;
+use super::steps::Pods;
+use crate::migration::State;
+use crate::runner::blocking;
+use crate::store::{PodMove, Record, Store};
+
+/// The pause before the first repetition; doubled for each further one.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// The longest pause between repetitions.
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+
+/// What is due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Due {
+    /// Nothing.
+    Nothing,
+    /// The target pod goes: the workload runs where it was.
+    Discard,
+    /// New connections go to the target pod; the source pod has to stay, for the target lacks memory that it has.
+    Expose,
+    /// The target pod takes the source pod's place.
+    Complete,
+}
+
+impl Due {
+    /// What is due in a state of a migration; `post_copy`: whether the target fetches memory after its resume.
+    pub fn of(state: &State, post_copy: bool) -> Self {
+        match state {
+            State::Aborted { .. } => Self::Discard,
+            State::Filling if post_copy => Self::Expose,
+            State::Filling | State::Completed | State::Lost { .. } => Self::Complete,
+            // Post-copy: behind the fill.
+            State::Releasing if post_copy => Self::Nothing,
+            State::Preflight { .. }
+            | State::Preparing
+            | State::PreCopying
+            | State::Freezing(_)
+            | State::Sealing { .. }
+            | State::Releasing
+            | State::Resuming
+            | State::Losing { .. }
+            | State::Aborting { .. }
+            | State::RolledBack { .. } => Self::Nothing,
+        }
+    }
+}
+
+impl Pods {
+    /// Begins what is due for a migration of this record. Must be called inside a tokio runtime.
+    pub fn follow(&self, record: &Record) {
+        let Some(moved) = record.pod.clone() else { return };
+        let due = Due::of(&record.state, record.strategy.path().post_copy);
+        if due == Due::Nothing {
+            return;
+        }
+        let (pods, record) = (self.clone(), record.clone());
+        tokio::spawn(async move { pods.until_done(due, &record, &moved).await });
+    }
+
+    async fn until_done(&self, due: Due, record: &Record, moved: &PodMove) {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let Err(failure) = self.carry_out(due, record, moved).await else { break };
+            tracing::warn!(migration = %record.id, pod = moved.target_name, ?due, %failure, "repeated until it is done");
+            sleep(pause).await;
+            pause = pause.saturating_mul(2).min(LONGEST_PAUSE);
+        }
+        tracing::info!(migration = %record.id, pod = moved.target_name, ?due, "done with the API server");
+    }
+
+    async fn carry_out(&self, due: Due, record: &Record, moved: &PodMove) -> Result<(), Failure> {
+        match due {
+            Due::Nothing => Ok(()),
+            Due::Discard => self.discard_target(record, moved).await,
+            Due::Expose => self.expose(record, moved).await,
+            Due::Complete => {
+                self.expose(record, moved).await?;
+                self.complete(record, moved).await
+            }
+        }
+    }
+
+    /// Goes on with what a former process left: every target pod that is still marked belongs to a migration.
+    ///
+    /// # Errors
+    /// When pods cannot be listed.
+    pub async fn recover(&self, store: &Store) -> Result<(), Failure> {
+        let marked = Api::<Pod>::all(self.client()).list(&ListParams::default().labels(MIGRATION)).await;
+        let marked = marked.map_err(|error| super::refused("pods cannot be listed", &error))?;
+        for pod in marked {
+            let Some(id) = pod.labels().get(MIGRATION).and_then(|id| id.parse().ok()) else { continue };
+            let store = store.clone();
+            match blocking(move || store.get(id)).await {
+                Ok(Some(record)) => self.follow(&record),
+                Ok(None) => {
+                    tracing::warn!(pod = pod.name_any(), %id, "a pod is marked by a migration that is not known")
+                }
+                Err(error) => tracing::error!(%error, %id, "a migration's record cannot be read"),
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migration::Freezing;
+    use crate::testing;
+
+    #[test]
+    fn nothing_is_due_before_the_outcome_and_the_source_pod_stays_while_it_has_memory() {
+        for post_copy in [false, true] {
+            for open in [State::new(), State::Preparing, State::PreCopying, State::Freezing(Freezing::default())] {
+                assert_eq!(Due::of(&open, post_copy), Due::Nothing, "{open:?}");
+            }
+            for committed in [State::Releasing, State::Resuming] {
+                assert_eq!(Due::of(&committed, post_copy), Due::Nothing, "{committed:?}");
+            }
+            assert_eq!(Due::of(&State::Completed, post_copy), Due::Complete);
+        }
+        assert_eq!(Due::of(&State::Filling, false), Due::Complete);
+        assert_eq!(Due::of(&State::Filling, true), Due::Expose);
+        assert_eq!(testing::record("a", "b", "c").pod, None, "and without pods nothing at all");
+    }
+}

@@ -1,0 +1,423 @@
+//! Which pods can move, and what the pod is like that takes one's place. Pure.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, Volume};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
+use podferry_common::{Failure, FailureCode, MigrationId};
+use serde::{Deserialize, Serialize};
+
+use crate::store::PodMove;
+use crate::strategy::Strategy;
+
+/// The annotation that says by which migration a pod's container comes. `podferry-runtime` on the node reads it.
+pub const MIGRATION: &str = "podferry.dev/migration";
+/// The annotation with what the target pod gets when it is adopted.
+pub const ADOPT: &str = "podferry.dev/adopt";
+/// The annotation with the name that a pod had before it moved for the first time.
+const NAME: &str = "podferry.dev/name";
+/// The runtime class of pods that can move.
+pub const RUNTIME_CLASS: &str = "podferry";
+/// What a Deployment tells its ReplicaSets' pods apart by.
+const TEMPLATE_HASH: &str = "pod-template-hash";
+/// What a ReplicaSet looks at when it has to choose among pods.
+const DELETION_COST: &str = "controller.kubernetes.io/pod-deletion-cost";
+/// Bytes that are left of a pod's name for what comes behind it.
+const MAX_BASE: usize = 200;
+
+/// What the target pod gets when it is adopted.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Adoption {
+    /// All labels.
+    pub(super) labels: BTreeMap<String, String>,
+    /// The owner.
+    pub(super) owners: Vec<OwnerReference>,
+    /// What a ReplicaSet looks at when it chooses, as the pod had it itself.
+    #[serde(default)]
+    pub(super) deletion_cost: Option<String>,
+}
+
+impl Adoption {
+    /// What is written on a target pod.
+    pub(super) fn of_target(pod: &Pod) -> Option<Self> {
+        serde_json::from_str(pod.metadata.annotations.as_ref()?.get(ADOPT)?).ok()
+    }
+
+    /// The labels by which Services find it and no ReplicaSet does; none when they cannot be told apart.
+    pub(super) fn exposed(&self) -> Option<BTreeMap<String, String>> {
+        let mut labels = self.labels.clone();
+        let without_hash = labels.remove(TEMPLATE_HASH).is_some();
+        (self.owners.is_empty() || without_hash).then_some(labels)
+    }
+}
+
+/// The first part of the names of a pod's successors.
+pub(super) fn base_name(pod: &Pod) -> String {
+    let kept = pod.metadata.annotations.as_ref().and_then(|annotations| annotations.get(NAME)).cloned();
+    let generated = pod.metadata.generate_name.as_ref().map(|name| name.trim_end_matches('-').to_owned());
+    kept.or(generated).or_else(|| pod.metadata.name.clone()).unwrap_or_default()
+}
+
+/// The name of the pod that comes of a migration: the same each time it is asked for.
+pub fn target_name(base: &str, id: MigrationId) -> String {
+    let (id, base) = (id.to_string(), base.get(..MAX_BASE).unwrap_or(base));
+    format!("{}-{}", base.trim_end_matches(['-', '.']), &id[id.len() - 8..])
+}
+
+/// Whether a pod can be moved in that way. All that speaks against it is said at once.
+///
+/// # Errors
+/// `FAILED_PRECONDITION`, with what to do.
+pub fn check_movable(pod: &Pod, strategy: Strategy) -> Result<(), Failure> {
+    let mut why: Vec<(String, &str)> = Vec::new();
+    let spec = pod.spec.clone().unwrap_or_default();
+    if spec.runtime_class_name.as_deref() != Some(RUNTIME_CLASS) {
+        why.push((
+            format!("its runtime class is {:?}", spec.runtime_class_name.as_deref().unwrap_or("the default")),
+            "set runtimeClassName: podferry in its template, and let it be made anew once",
+        ));
+    }
+    if strategy.starts_anew() {
+        why.push((format!("{strategy} does not move pods yet"), "use live, warm, postcopy or hybrid"));
+    }
+    why.extend(shape(&spec));
+    why.extend(owner(pod));
+    why.extend(spec.volumes.iter().flatten().filter_map(volume));
+    why.extend(spec.containers.iter().filter_map(|container| sub_path(&spec, container)));
+    if pod.metadata.deletion_timestamp.is_some() {
+        why.push(("it is being deleted".to_owned(), "move the pod that takes its place"));
+    }
+    if why.is_empty() {
+        return Ok(());
+    }
+    let (messages, remedies): (Vec<_>, Vec<_>) = why.into_iter().unzip();
+    let mut remedies: Vec<&str> = remedies;
+    remedies.dedup();
+    let name = pod.metadata.name.as_deref().unwrap_or_default();
+    let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
+    let message = format!("pod {namespace}/{name} cannot move: {}", messages.join("; "));
+    Err(Failure::new(FailureCode::FailedPrecondition, message).in_phase("preflight").remedy(remedies.join("; ")))
+}
+
+fn shape(spec: &PodSpec) -> Vec<(String, &'static str)> {
+    const ALONE: &str = "only pods with one container move yet";
+    let sidecars =
+        spec.init_containers.iter().flatten().filter(|init| init.restart_policy.as_deref() == Some("Always"));
+    let containers = spec.containers.len() + sidecars.count();
+    let shares = [
+        (spec.host_network, "the node's network (hostNetwork)"),
+        (spec.host_pid, "the node's processes (hostPID)"),
+        (spec.host_ipc, "the node's IPC (hostIPC)"),
+        (spec.share_process_namespace, "process ids among its containers (shareProcessNamespace)"),
+    ];
+    let mut why: Vec<_> = shares
+        .into_iter()
+        .filter(|(shared, _)| *shared == Some(true))
+        .map(|(_, what)| (format!("it shares {what}"), "let it have its own"))
+        .collect();
+    if containers != 1 {
+        why.push((format!("it has {containers} containers"), ALONE));
+    }
+    if spec.ephemeral_containers.as_ref().is_some_and(|ephemeral| !ephemeral.is_empty()) {
+        why.push(("it has ephemeral containers".to_owned(), "those of `kubectl debug` end with the pod"));
+    }
+    why
+}
+
+fn owner(pod: &Pod) -> Option<(String, &'static str)> {
+    let owner = pod.metadata.owner_references.iter().flatten().find(|owner| owner.controller == Some(true))?;
+    let remedy = match owner.kind.as_str() {
+        "ReplicaSet" => return None,
+        "DaemonSet" => "its DaemonSet has one on each node already",
+        "StatefulSet" => "pods of StatefulSets keep their names, and do not move yet",
+        "Node" => "static pods belong to their node",
+        _ => "only pods of Deployments and ReplicaSets, and those that nobody owns, move yet",
+    };
+    Some((format!("it belongs to {} {}", owner.kind, owner.name), remedy))
+}
+
+/// Which volumes come along, are on each node, or keep the pod where it is.
+fn volume(volume: &Volume) -> Option<(String, &'static str)> {
+    let anywhere = volume.empty_dir.is_some()
+        || volume.config_map.is_some()
+        || volume.secret.is_some()
+        || volume.projected.is_some()
+        || volume.downward_api.is_some()
+        || volume.image.is_some()
+        || volume.nfs.is_some();
+    if anywhere {
+        return None;
+    }
+    let (what, remedy) = if volume.persistent_volume_claim.is_some() {
+        ("a persistent volume claim", "pods with claims do not move yet; use emptyDir, or NFS in the pod itself")
+    } else if volume.host_path.is_some() {
+        ("a folder of its node (hostPath)", "use emptyDir, which moves along")
+    } else if volume.ephemeral.is_some() {
+        ("an ephemeral claim", "use emptyDir, which moves along")
+    } else {
+        ("of a kind that podferry does not know", "use emptyDir, configMap, secret, projected, downwardAPI or NFS")
+    };
+    Some((format!("its volume {} is {what}", volume.name), remedy))
+}
+
+/// Part of an `emptyDir` is mounted from elsewhere on the node, and would stay.
+fn sub_path(spec: &PodSpec, container: &Container) -> Option<(String, &'static str)> {
+    let empty_dir =
+        |name: &str| spec.volumes.iter().flatten().any(|volume| volume.name == name && volume.empty_dir.is_some());
+    let mount = container
+        .volume_mounts
+        .iter()
+        .flatten()
+        .find(|mount| (mount.sub_path.is_some() || mount.sub_path_expr.is_some()) && empty_dir(&mount.name))?;
+    let message = format!("it mounts a part (subPath) of its emptyDir {} at {}", mount.name, mount.mount_path);
+    Some((message, "mount the whole of it"))
+}
+
+/// The pod that takes one's place on that node.
+///
+/// # Errors
+/// When it cannot be written down, which no pod of an API server is.
+pub fn target_pod(pod: &Pod, moved: &PodMove, node: &str, id: MigrationId) -> Result<Pod, serde_json::Error> {
+    let source = &pod.metadata;
+    let labels = source.labels.clone().unwrap_or_default();
+    let mut annotations = source.annotations.clone().unwrap_or_default();
+    let adoption = Adoption {
+        labels,
+        owners: source.owner_references.clone().unwrap_or_default(),
+        deletion_cost: annotations.get(DELETION_COST).cloned(),
+    };
+    annotations.insert(MIGRATION.to_owned(), id.to_string());
+    annotations.insert(ADOPT.to_owned(), serde_json::to_string(&adoption)?);
+    annotations.insert(NAME.to_owned(), base_name(pod));
+    annotations.insert(DELETION_COST.to_owned(), i32::MAX.to_string());
+    let spec = pod.spec.clone().map(|spec| PodSpec {
+        node_name: Some(node.to_owned()),
+        // They have run. What they left in volumes comes along.
+        init_containers: None,
+        ephemeral_containers: None,
+        scheduling_gates: None,
+        ..spec
+    });
+    Ok(Pod {
+        metadata: ObjectMeta {
+            namespace: Some(moved.namespace.clone()),
+            name: Some(moved.target_name.clone()),
+            labels: Some(BTreeMap::from([(MIGRATION.to_owned(), id.to_string())])),
+            annotations: Some(annotations),
+            ..ObjectMeta::default()
+        },
+        spec,
+        status: None,
+    })
+}
+
+/// What an adopted pod is patched with: a merge of JSON.
+pub(super) fn adopted(adoption: &Adoption, uid: &str) -> serde_json::Value {
+    let mut labels: BTreeMap<&str, Option<&str>> =
+        adoption.labels.iter().map(|(name, value)| (name.as_str(), Some(value.as_str()))).collect();
+    labels.entry(MIGRATION).or_insert(None);
+    serde_json::json!({ "metadata": { "uid": uid, "labels": labels, "ownerReferences": adoption.owners } })
+}
+
+/// What is taken off a pod whose migration is over.
+pub(super) fn unmarked(adoption: &Adoption, uid: &str) -> serde_json::Value {
+    serde_json::json!({ "metadata": { "uid": uid, "annotations": {
+        MIGRATION: null, ADOPT: null, DELETION_COST: adoption.deletion_cost,
+    } } })
+}
+
+/// Whether a pod is ready.
+pub(super) fn is_ready(pod: &Pod) -> bool {
+    condition(pod, "Ready") == Some("True")
+}
+
+fn condition<'a>(pod: &'a Pod, kind: &str) -> Option<&'a str> {
+    let conditions = pod.status.as_ref()?.conditions.as_ref()?;
+    conditions.iter().find(|condition| condition.type_ == kind).map(|condition| condition.status.as_str())
+}
+
+/// The phase that the kubelet says.
+pub(super) fn phase(pod: &Pod) -> &str {
+    pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or_default()
+}
+
+/// Whether a ReplicaSet that has both would keep the target: see the [module](super).
+pub(super) fn would_be_kept(target: &Pod, source: Option<&Pod>) -> bool {
+    let source = source.filter(|source| source.metadata.deletion_timestamp.is_none());
+    phase(target) == "Running" && (is_ready(target) || source.is_none_or(|source| !is_ready(source)))
+}
+
+/// Why a pod that is waited for does not come.
+pub(super) fn does_not_come(pod: &Pod) -> Option<String> {
+    let status = pod.status.as_ref()?;
+    if pod.metadata.deletion_timestamp.is_some() {
+        return Some("it was deleted".to_owned());
+    }
+    matches!(phase(pod), "Failed" | "Succeeded").then(|| {
+        let said = [status.reason.as_deref(), status.message.as_deref()];
+        let said: Vec<_> = said.into_iter().flatten().collect();
+        format!("the kubelet does not take it ({})", said.join(": "))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pod(change: serde_json::Value) -> Pod {
+        let mut pod = serde_json::json!({
+            "metadata": {
+                "name": "web-5f6d-abcde", "generateName": "web-5f6d-", "namespace": "shop", "uid": "u-1",
+                "labels": { "app": "web", "pod-template-hash": "5f6d" },
+                "annotations": { "note": "kept" },
+                "ownerReferences": [{ "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web-5f6d", "uid": "r-1", "controller": true }],
+            },
+            "spec": {
+                "runtimeClassName": "podferry",
+                "nodeName": "a",
+                "initContainers": [{ "name": "set-up", "image": "i" }],
+                "containers": [{ "name": "web", "image": "i" }],
+                "volumes": [{ "name": "cache", "emptyDir": {} }, { "name": "token", "projected": {} }],
+            },
+        });
+        merge(&mut pod, change);
+        serde_json::from_value(pod).unwrap()
+    }
+
+    fn merge(into: &mut serde_json::Value, change: serde_json::Value) {
+        match (into, change) {
+            (serde_json::Value::Object(into), serde_json::Value::Object(change)) => {
+                for (name, value) in change {
+                    merge(into.entry(name).or_insert(serde_json::Value::Null), value);
+                }
+            }
+            (into, change) => *into = change,
+        }
+    }
+
+    fn refusal(change: serde_json::Value) -> String {
+        check_movable(&pod(change), Strategy::Live).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_pod_of_a_deployment_moves() {
+        check_movable(&pod(serde_json::json!({})), Strategy::Live).unwrap();
+        check_movable(&pod(serde_json::json!({ "metadata": { "ownerReferences": null } })), Strategy::Postcopy)
+            .unwrap();
+    }
+
+    #[test]
+    fn what_keeps_a_pod_where_it_is_is_said_all_at_once_with_what_to_do() {
+        let all = refusal(serde_json::json!({
+            "spec": { "runtimeClassName": null, "hostNetwork": true, "containers": [{ "name": "a" }, { "name": "b" }] },
+        }));
+        for words in ["the default", "runtimeClassName: podferry", "hostNetwork", "2 containers"] {
+            assert!(all.contains(words), "{all}");
+        }
+        for (change, words) in [
+            (serde_json::json!({ "spec": { "volumes": [{ "name": "d", "hostPath": { "path": "/d" } }] } }), "hostPath"),
+            (
+                serde_json::json!({ "spec": { "volumes": [{ "name": "d", "persistentVolumeClaim": { "claimName": "c" } }] } }),
+                "claim",
+            ),
+            (serde_json::json!({ "metadata": { "deletionTimestamp": "2026-11-30T00:00:00Z" } }), "being deleted"),
+            (
+                serde_json::json!({ "spec": { "initContainers": [{ "name": "s", "restartPolicy": "Always" }] } }),
+                "2 containers",
+            ),
+            (
+                serde_json::json!({ "spec": { "containers": [{ "name": "web", "volumeMounts": [
+                    { "name": "cache", "mountPath": "/c", "subPath": "x" },
+                ] }] } }),
+                "subPath",
+            ),
+        ] {
+            let said = refusal(change);
+            assert!(said.contains(words), "{said}");
+        }
+        for kind in ["StatefulSet", "DaemonSet", "Job", "Node"] {
+            let said = refusal(serde_json::json!({ "metadata": { "ownerReferences": [
+                { "apiVersion": "v1", "kind": kind, "name": "o", "uid": "x", "controller": true },
+            ] } }));
+            assert!(said.contains(kind), "{said}");
+        }
+        assert!(check_movable(&pod(serde_json::json!({})), Strategy::Cold).is_err());
+    }
+
+    fn moved() -> (PodMove, MigrationId) {
+        let id: MigrationId = "0192d9e07b2a7c3a8000000000abcdef".parse().unwrap();
+        let pod = PodMove {
+            namespace: "shop".into(),
+            name: "web-5f6d-abcde".into(),
+            uid: "u-1".into(),
+            container: "web".into(),
+            target_name: target_name("web-5f6d", id),
+        };
+        (pod, id)
+    }
+
+    #[test]
+    fn the_target_pod_is_known_to_nobody_until_it_is_adopted() {
+        let (moved, id) = moved();
+        let source = pod(serde_json::json!({}));
+        let target = target_pod(&source, &moved, "b", id).unwrap();
+        assert_eq!(target.metadata.name.as_deref(), Some("web-5f6d-00abcdef"));
+        assert_eq!(target.metadata.labels.as_ref().unwrap().keys().collect::<Vec<_>>(), [MIGRATION]);
+        assert_eq!((&target.metadata.owner_references, &target.metadata.generate_name), (&None, &None));
+        let spec = target.spec.as_ref().unwrap();
+        assert_eq!((spec.node_name.as_deref(), &spec.init_containers), (Some("b"), &None));
+        assert_eq!(target.metadata.annotations.as_ref().unwrap()["note"], "kept");
+
+        let adoption = Adoption::of_target(&target).unwrap();
+        assert_eq!(adoption.labels, source.metadata.labels.clone().unwrap());
+        assert_eq!(adoption.owners, source.metadata.owner_references.clone().unwrap());
+        assert_eq!(adoption.exposed().unwrap(), BTreeMap::from([("app".to_owned(), "web".to_owned())]));
+        let patch = adopted(&adoption, "u-2");
+        assert_eq!(patch["metadata"]["labels"]["pod-template-hash"], "5f6d");
+        assert!(patch["metadata"]["labels"][MIGRATION].is_null() && patch["metadata"]["uid"] == "u-2");
+        assert!(unmarked(&adoption, "u-2")["metadata"]["annotations"][DELETION_COST].is_null());
+    }
+
+    #[test]
+    fn of_a_replica_set_without_a_deployment_nothing_is_exposed_before_it_is_adopted() {
+        let (moved, id) = moved();
+        let source = pod(serde_json::json!({ "metadata": { "labels": { "pod-template-hash": null } } }));
+        let mut source = source;
+        source.metadata.labels.as_mut().unwrap().remove("pod-template-hash");
+        let target = target_pod(&source, &moved, "b", id).unwrap();
+        assert_eq!(Adoption::of_target(&target).unwrap().exposed(), None);
+    }
+
+    #[test]
+    fn a_pod_that_moves_again_keeps_its_first_name() {
+        let (moved, id) = moved();
+        let bare = pod(serde_json::json!({ "metadata": { "name": "cart", "generateName": null } }));
+        assert_eq!(base_name(&bare), "cart");
+        let once = target_pod(&bare, &PodMove { target_name: target_name("cart", id), ..moved }, "b", id).unwrap();
+        assert_eq!(once.metadata.name.as_deref(), Some("cart-00abcdef"));
+        assert_eq!(base_name(&once), "cart");
+        assert_eq!(target_name(&"a".repeat(300), id).len(), 209);
+    }
+
+    #[test]
+    fn only_a_target_that_its_replica_set_would_keep_is_adopted() {
+        let state = |phase: &str, ready: &str| {
+            pod(
+                serde_json::json!({ "status": { "phase": phase, "conditions": [{ "type": "Ready", "status": ready }] } }),
+            )
+        };
+        let (ready, unready) = (state("Running", "True"), state("Running", "False"));
+        assert!(would_be_kept(&ready, Some(&ready)) && would_be_kept(&ready, None));
+        assert!(!would_be_kept(&unready, Some(&ready)), "the source would be kept");
+        assert!(would_be_kept(&unready, Some(&unready)), "then the cost decides");
+        assert!(!would_be_kept(&state("Pending", "False"), None));
+    }
+
+    #[test]
+    fn a_pod_that_its_node_refuses_says_why() {
+        let failed =
+            pod(serde_json::json!({ "status": { "phase": "Failed", "reason": "OutOfcpu", "message": "no cpu" } }));
+        assert!(does_not_come(&failed).unwrap().contains("OutOfcpu: no cpu"));
+        assert_eq!(does_not_come(&pod(serde_json::json!({ "status": { "phase": "Pending" } }))), None);
+    }
+}

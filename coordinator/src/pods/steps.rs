@@ -1,0 +1,220 @@
+//! A migration's steps with the API server.
+
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::runtime::wait::await_condition;
+use kube::{Client, Error};
+use podferry_common::{Failure, FailureCode};
+use tokio::time::{sleep, timeout};
+
+use super::plan::{self, Adoption};
+use super::refused;
+use crate::store::{PodMove, Record};
+use crate::strategy::Strategy;
+
+/// Between two looks at a pod that has to come.
+const LOOK: Duration = Duration::from_millis(500);
+/// How long a target pod gets to be ready before it is looked whether it may be adopted without.
+const READY_TIMEOUT: Duration = Duration::from_secs(20);
+/// Who has changed a pod, in its managed fields.
+const MANAGER: &str = "podferry";
+/// Seconds that a pod gets to end whose container has ended.
+const GRACE_S: u32 = 1;
+
+/// What a migration does with the API server. Clones share the connection.
+#[derive(Clone)]
+pub struct Pods {
+    client: Client,
+}
+
+impl Pods {
+    /// On this connection.
+    pub fn new(client: Client) -> Self {
+        Self { client }
+    }
+
+    pub(super) fn client(&self) -> Client {
+        self.client.clone()
+    }
+
+    fn api(&self, namespace: &str) -> Api<Pod> {
+        Api::namespaced(self.client.clone(), namespace)
+    }
+
+    /// Whether a pod is there, and can be moved in that way.
+    ///
+    /// # Errors
+    /// When it cannot, with all that speaks against it.
+    pub async fn check(&self, namespace: &str, name: &str, strategy: Strategy) -> Result<(), Failure> {
+        let pod = self.api(namespace).get(name).await;
+        let what = format!("pod {namespace}/{name} cannot be read");
+        plan::check_movable(&pod.map_err(|error| refused(&what, &error).in_phase("preflight"))?, strategy)
+    }
+
+    /// Creates the target pod, unless it is there; its uid.
+    ///
+    /// # Errors
+    /// When the source is not there any more, or the API server does not take the target pod.
+    pub async fn make_target(&self, record: &Record, moved: &PodMove) -> Result<String, Failure> {
+        let api = self.api(&moved.namespace);
+        let failed = |error: &Error| {
+            let what = format!("the target pod {}/{} cannot be created", moved.namespace, moved.target_name);
+            refused(&what, error).in_phase("prepare")
+        };
+        let source = self.source(moved).await?.ok_or_else(|| gone(moved).in_phase("prepare"))?;
+        let target = plan::target_pod(&source, moved, record.target.as_str(), record.id);
+        let target = target.map_err(|error| Failure::from_error(FailureCode::Internal, &error).in_phase("prepare"))?;
+        let parameters = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
+        match api.create(&parameters, &target).await {
+            Ok(created) => Ok(created.metadata.uid.unwrap_or_default()),
+            Err(Error::Api(status)) if status.reason == "AlreadyExists" => {
+                let there = self.target(record, moved).await?;
+                let taken = || failed(&Error::Api(status.clone()));
+                there.and_then(|pod| pod.metadata.uid).ok_or_else(taken)
+            }
+            Err(error) => Err(failed(&error)),
+        }
+    }
+
+    /// Waits until it is known that the target pod does not come. To be dropped when it has.
+    pub async fn target_fails(&self, moved: &PodMove) -> Failure {
+        let api = self.api(&moved.namespace);
+        let why = loop {
+            match api.get_opt(&moved.target_name).await {
+                Ok(Some(pod)) => {
+                    if let Some(why) = plan::does_not_come(&pod) {
+                        break why;
+                    }
+                }
+                Ok(None) => break "it was deleted".to_owned(),
+                // The agent waits for it, whatever the API server does.
+                Err(error) => tracing::warn!(%error, pod = moved.target_name, "a target pod cannot be looked at"),
+            }
+            sleep(LOOK).await;
+        };
+        let message = format!("the target pod {}/{} does not come: {why}", moved.namespace, moved.target_name);
+        let failure = Failure::new(FailureCode::FailedPrecondition, message).in_phase("prepare");
+        failure.remedy("choose another target, or make room there")
+    }
+
+    /// Deletes the target pod of a migration that is undone.
+    ///
+    /// # Errors
+    /// When the API server does not; to be called again.
+    pub async fn discard_target(&self, record: &Record, moved: &PodMove) -> Result<(), Failure> {
+        let Some(target) = self.target(record, moved).await? else { return Ok(()) };
+        self.delete(moved, &moved.target_name, target.metadata.uid.unwrap_or_default()).await
+    }
+
+    /// Lets Services send new connections to the target, and no more to the source.
+    ///
+    /// # Errors
+    /// When the API server does not; to be called again.
+    pub async fn expose(&self, record: &Record, moved: &PodMove) -> Result<(), Failure> {
+        let Some(target) = self.target(record, moved).await? else { return Ok(()) };
+        let exposed = Adoption::of_target(&target).and_then(|adoption| adoption.exposed());
+        if let Some(labels) = exposed {
+            let patch = serde_json::json!({ "metadata": { "uid": target.metadata.uid, "labels": labels } });
+            self.patch(moved, &moved.target_name, &patch).await?;
+        }
+        let unready = serde_json::json!({
+            "metadata": { "uid": moved.uid },
+            "status": { "conditions": [
+                { "type": "Ready", "status": "False", "reason": "Migrated", "message": format!("it runs as {}", moved.target_name) },
+            ] },
+        });
+        let api = self.api(&moved.namespace);
+        let patched = api.patch_status(&moved.name, &PatchParams::apply(MANAGER), &Patch::Strategic(&unready)).await;
+        // The kubelet says the same within a second.
+        if let Err(error) = patched.map(drop).or_else(unless_gone) {
+            tracing::warn!(%error, pod = moved.name, "a source pod cannot be marked as not ready");
+        }
+        Ok(())
+    }
+
+    /// The target pod takes the source's place, and the source is deleted.
+    ///
+    /// # Errors
+    /// When the API server does not answer, or the target would be deleted by its ReplicaSet; to be called again.
+    pub async fn complete(&self, record: &Record, moved: &PodMove) -> Result<(), Failure> {
+        let Some(mut target) = self.target(record, moved).await? else { return self.delete_source(moved).await };
+        let adoption = Adoption::of_target(&target).unwrap_or_default();
+        let uid = target.metadata.uid.clone().unwrap_or_default();
+        if !adoption.owners.is_empty() {
+            let ready = |pod: Option<&Pod>| pod.is_none_or(plan::is_ready);
+            let waiting = await_condition(self.api(&moved.namespace), &moved.target_name, ready);
+            if let Ok(Ok(Some(seen))) = timeout(READY_TIMEOUT, waiting).await {
+                target = seen;
+            }
+            let source = self.source(moved).await?;
+            if !plan::would_be_kept(&target, source.as_ref()) {
+                return Err(not_ready(moved));
+            }
+        }
+        self.patch(moved, &moved.target_name, &plan::adopted(&adoption, &uid)).await?;
+        self.delete_source(moved).await?;
+        self.patch(moved, &moved.target_name, &plan::unmarked(&adoption, &uid)).await
+    }
+
+    /// The target pod, when it is this migration's.
+    async fn target(&self, record: &Record, moved: &PodMove) -> Result<Option<Pod>, Failure> {
+        let found = self.get(moved, &moved.target_name).await?;
+        let id = record.id.to_string();
+        Ok(found.filter(|pod| {
+            pod.metadata.annotations.as_ref().is_some_and(|annotations| annotations.get(plan::MIGRATION) == Some(&id))
+        }))
+    }
+
+    /// The source pod, unless another has its name.
+    async fn source(&self, moved: &PodMove) -> Result<Option<Pod>, Failure> {
+        let found = self.get(moved, &moved.name).await?;
+        Ok(found.filter(|pod| pod.metadata.uid.as_ref() == Some(&moved.uid)))
+    }
+
+    async fn get(&self, moved: &PodMove, name: &str) -> Result<Option<Pod>, Failure> {
+        let found = self.api(&moved.namespace).get_opt(name).await;
+        found.map_err(|error| refused(&format!("pod {}/{name} cannot be read", moved.namespace), &error))
+    }
+
+    async fn delete_source(&self, moved: &PodMove) -> Result<(), Failure> {
+        self.delete(moved, &moved.name, moved.uid.clone()).await
+    }
+
+    async fn delete(&self, moved: &PodMove, name: &str, uid: String) -> Result<(), Failure> {
+        let preconditions = Some(Preconditions { uid: Some(uid), resource_version: None });
+        let parameters = DeleteParams { preconditions, grace_period_seconds: Some(GRACE_S), ..DeleteParams::default() };
+        let deleted = self.api(&moved.namespace).delete(name, &parameters).await.map(drop).or_else(unless_gone);
+        deleted.map_err(|error| refused(&format!("pod {}/{name} cannot be deleted", moved.namespace), &error))
+    }
+
+    async fn patch(&self, moved: &PodMove, name: &str, patch: &serde_json::Value) -> Result<(), Failure> {
+        let parameters = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
+        let patched = self.api(&moved.namespace).patch(name, &parameters, &Patch::Merge(patch)).await;
+        // Whoever deletes it now deletes the workload, as anybody may.
+        let patched = patched.map(drop).or_else(unless_gone);
+        patched.map_err(|error| refused(&format!("pod {}/{name} cannot be changed", moved.namespace), &error))
+    }
+}
+
+/// That it is gone, or another has its name, is what was wanted.
+fn unless_gone(error: Error) -> Result<(), Error> {
+    match &error {
+        Error::Api(status) if [404, 409].contains(&status.code) => Ok(()),
+        _ => Err(error),
+    }
+}
+
+fn gone(moved: &PodMove) -> Failure {
+    let message = format!("pod {}/{} is not there any more", moved.namespace, moved.name);
+    Failure::new(FailureCode::NotFound, message).remedy("see `kubectl get pods`")
+}
+
+fn not_ready(moved: &PodMove) -> Failure {
+    let message = format!(
+        "the target pod {}/{} runs and is not ready, so its ReplicaSet would delete it instead of the source",
+        moved.namespace, moved.target_name
+    );
+    Failure::new(FailureCode::Unavailable, message).remedy("see `kubectl describe pod` for its readiness probe")
+}

@@ -1,0 +1,410 @@
+#!/usr/bin/env bash
+# Moves pods between two nodes of a real Kubernetes, the test cluster, under load and with everything failing that may, and looks whether
+# anything is lost. One line for each case, then one of JSON; exits non-zero when a case failed.
+#
+#   e2e.sh [CASE...]    builds what is missing first; all cases, unless some are named
+#   PODFERRY_KEEP=1     leaves the cluster up, as "e2e-pods", to look into it
+set -euo pipefail
+# shellcheck source=deploy/setup/lib.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../setup/lib.sh"
+# shellcheck source=deploy/kubernetes/cluster.sh
+. "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
+
+readonly CASES=(
+    nodes_are_fit_and_pods_are_workloads
+    a_bare_pod_moves_live_with_all_it_has
+    what_a_pod_is_given_is_the_new_pods
+    a_deployment_moves_by_every_strategy_and_its_replica_set_makes_no_third_pod
+    a_service_has_its_pod_again_and_loses_no_write
+    a_container_that_came_and_ends_is_started_anew
+    what_cannot_move_is_refused_with_the_reason
+    a_cancel_while_memory_is_copied_costs_nothing
+    a_node_that_does_not_take_the_pod_says_why
+    an_agent_that_is_killed_while_memory_is_copied_costs_nothing
+    a_coordinator_that_is_killed_on_the_way_goes_back_or_on
+    a_kubelet_that_is_restarted_costs_nothing
+    a_pod_that_is_deleted_on_the_way_ends
+    two_pods_move_at_once
+    a_node_is_drained
+    it_leaves_nothing
+)
+
+lost=0
+failed_requests=0
+freezes=()
+gaps=()
+
+# A Deployment of Redis, with a Service: redis NAME [EXTRA], EXTRA being further fields of the pod's spec.
+redis() {
+    cat <<YAML
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: $1}
+spec:
+  selector: {matchLabels: {app: $1}}
+  template:
+    metadata: {labels: {app: $1}}
+    spec:
+$(redis_spec "${2:-}" | sed 's/^/      /')
+---
+apiVersion: v1
+kind: Service
+metadata: {name: $1}
+spec: {selector: {app: $1}, ports: [{port: 6379}]}
+YAML
+}
+
+redis_spec() {
+    cat <<YAML
+runtimeClassName: podferry
+terminationGracePeriodSeconds: 1
+$1
+initContainers:
+- {name: set-up, image: "podferry.test/redis:1", imagePullPolicy: Never, command: [sh, -c, 'echo once >>/cache/set-up'], volumeMounts: [{name: cache, mountPath: /cache}]}
+containers:
+- name: redis
+  image: podferry.test/redis:1
+  imagePullPolicy: Never
+  command: [redis-server, --bind, 0.0.0.0, --protected-mode, "no", --enable-debug-command, "yes", --save, "", --dir, /cache]
+  ports: [{containerPort: 6379}]
+  resources: {requests: {cpu: 10m, memory: 16Mi}, limits: {memory: 512Mi}}
+  volumeMounts: [{name: cache, mountPath: /cache}, {name: fast, mountPath: /fast}, {name: settings, mountPath: /settings}]
+  env: [{name: POD, valueFrom: {fieldRef: {fieldPath: metadata.name}}}]
+volumes:
+- {name: cache, emptyDir: {}}
+- {name: fast, emptyDir: {medium: Memory}}
+- {name: settings, configMap: {name: settings}}
+YAML
+}
+
+bare() {
+    printf 'apiVersion: v1\nkind: Pod\nmetadata: {name: %s, labels: {app: %s}}\nspec:\n' "$1" "$1"
+    redis_spec "${2:-}" | sed 's/^/  /'
+}
+
+settings() { kube create configmap settings --from-literal=colour=blue --dry-run=client -o yaml | kube apply -f -; }
+
+# The one pod of an app that runs; its name.
+pod_of() { kube get pods -l "app=$1" -o json | jq -re '[.items[] | select(.metadata.deletionTimestamp | not)] | if length == 1 then .[0].metadata.name else error("there are \(length) pods") end'; }
+is_ready() { [[ $(kube get pod "$(pod_of "$1")" -o 'jsonpath={.status.conditions[?(@.type=="Ready")].status}') == True ]]; }
+field() { kube get pod "$1" -o "jsonpath={$2}"; }
+node_of() { field "$(pod_of "$1")" .spec.nodeName; }
+other() { if [[ $1 == node-a ]]; then printf node-b; else printf node-a; fi; }
+in_pod() { local app=$1; shift; kube exec "$(pod_of "$app")" -c redis -- "$@"; }
+address_of() { field "$(pod_of "$1")" .status.podIP; }
+service_of() { kube get service "$1" -o 'jsonpath={.spec.clusterIP}'; }
+start() { redis "$@" | kube apply -f - && until_true is_ready "$1"; }
+
+# move APP STRATEGY [OPTION...]: to the other node; the migration as JSON goes to $work/migration.
+move() {
+    local app=$1 strategy=$2 name from
+    shift 2
+    name=$(pod_of "$app") from=$(node_of "$app")
+    ferry migrate "default/$name" --to "$(other "$from")" --strategy "$strategy" "$@" --wait --output json </dev/null >"$work/migration" 2>"$work/watched"
+    freezes+=("$(jq -r .downtime_ms "$work/migration")")
+    until_true has_left "$app" "$name"
+    [[ $(node_of "$app") == "$(other "$from")" ]]
+}
+
+has_left() { ! kube get pod "$2" && is_ready "$1"; }
+digest() { on node-a podferry-bench redis-digest --target "$(address_of "$1"):6379" | jq -re .digest; }
+fill() { on node-a podferry-bench redis-fill --target "$(address_of "$1"):6379" --mib "$2"; }
+
+nodes_are_fit_and_pods_are_workloads() {
+    until_true all_fit
+    settings
+    bare one 'nodeName: node-a' | kube apply -f -
+    until_true is_ready one
+    until_true lists default/one
+    # A pod of another class is none.
+    bare other 'nodeName: node-a' | sed /runtimeClassName/d | kube apply -f -
+    until_true is_ready other
+    ! lists default/other
+    kube delete pod other
+}
+
+all_fit() { [[ $(ferry nodes --output json | jq '[.[] | select(.fit)] | length') == 2 ]]; }
+lists() { ferry workloads --output json | jq -e --arg name "$1" 'any(.[]; .name == $name)'; }
+
+a_bare_pod_moves_live_with_all_it_has() {
+    local before
+    fill one 64
+    before=$(digest one)
+    in_pod one sh -c 'echo kept >/cache/file; echo fast >/fast/file; echo layer >/layer'
+    kube logs "$(pod_of one)" | grep -q 'Ready to accept'
+    move one live
+    [[ $(digest one) == "$before" ]]
+    [[ $(in_pod one cat /cache/file /fast/file /layer) == $'kept\nfast\nlayer' ]]
+    # The init container has not run again.
+    [[ $(in_pod one cat /cache/set-up) == once ]]
+    [[ $(field "$(pod_of one)" '.status.containerStatuses[0].restartCount') == 0 ]]
+    # There and back, and what is written meanwhile too.
+    in_pod one redis-cli set there yes
+    move one live
+    [[ $(in_pod one redis-cli get there) == yes && $(pod_of one) == one-* ]]
+    in_pod one redis-cli del there
+    [[ $(digest one) == "$before" ]]
+}
+
+what_a_pod_is_given_is_the_new_pods() {
+    local name address
+    name=$(pod_of one) address=$(address_of one)
+    [[ $(in_pod one cat /proc/sys/kernel/hostname) == "$name" ]]
+    in_pod one cat /etc/hosts | grep -q "^$address.*$name"
+    in_pod one cat /var/run/secrets/kubernetes.io/serviceaccount/token | cut -d. -f2 | tr '_-' '/+' | base64 -d 2>/dev/null |
+        grep -q "\"name\":\"$name\""
+    [[ $(in_pod one cat /settings/colour) == blue ]]
+    # The volumes go on being the pod's: what is changed in the map comes.
+    kube create configmap settings --from-literal=colour=green --dry-run=client -o yaml | kube apply -f -
+    PATIENCE=120 until_true is_green
+    # What a program writes from now on is in the new pod's log.
+    in_pod one redis-cli debug sleep 0 || true
+    in_pod one redis-cli config set loglevel verbose
+    in_pod one redis-cli ping
+    until_true logs_go_on
+    kube delete pod "$name"
+}
+
+is_green() { [[ $(in_pod one cat /settings/colour) == green ]]; }
+logs_go_on() { kube logs "$(pod_of one)" | grep -q Accepted; }
+
+a_deployment_moves_by_every_strategy_and_its_replica_set_makes_no_third_pod() {
+    local strategy set uid
+    start shop
+    in_pod shop redis-cli set hello world
+    set=$(field "$(pod_of shop)" '.metadata.ownerReferences[0].name')
+    for strategy in warm live postcopy hybrid; do
+        if [[ $strategy == warm || $strategy == live ]]; then move shop "$strategy"; else move shop "$strategy" --accept-loss; fi
+        [[ $(in_pod shop redis-cli get hello) == world ]]
+    done
+    [[ $(field "$(pod_of shop)" '.metadata.ownerReferences[0].name') == "$set" ]]
+    uid=$(kube get replicaset "$set" -o 'jsonpath={.metadata.uid}')
+    [[ $(kube get events -o json | jq --arg uid "$uid" '[.items[] | select(.involvedObject.uid == $uid and .reason == "SuccessfulCreate")] | length') == 1 ]]
+    # Nothing of the moves is left on it.
+    ! kube get pod "$(pod_of shop)" -o json | jq -e '.metadata | (.labels + .annotations) | has("podferry.dev/migration")'
+    # And its Deployment still rules: a new template makes new pods.
+    kube rollout restart deployment shop
+    kube rollout status deployment shop --timeout=60s
+    until_true is_ready shop
+}
+
+# The clients' connections end with the old pod's address; they come again, by the Service.
+a_service_has_its_pod_again_and_loses_no_write() {
+    local number
+    start busy
+    fill busy 32
+    rm -f "$work/moved"
+    on_with_input node-a podferry-bench load --target "$(service_of busy):6379" --kind redis --clients 2 --until-stdin-closes \
+        >"$work/load" < <(sleep 1; for ((number = 0; number < 400; number++)); do [[ -e $work/moved ]] && break; sleep 0.2; done) &
+    local load=$!
+    until_true grep -q . "$work/load"
+    for number in 1 2 3 4; do move busy live; done
+    touch "$work/moved"
+    # It fails by the connections that ended.
+    wait "$load" || true
+    tail -1 "$work/load" | jq -c '[.clients[] | {requests, failed_requests, connection_resets, lost_items, gap_ms_max, problems}]'
+    lost=$((lost + $(tail -1 "$work/load" | jq '[.clients[].lost_items] | add')))
+    failed_requests=$((failed_requests + $(tail -1 "$work/load" | jq '[.clients[].failed_requests] | add')))
+    # The longest pauses, one for each move.
+    mapfile -t -O "${#gaps[@]}" gaps < <(tail -1 "$work/load" | jq '[.clients[0].gaps[].gap_ms] | sort | reverse | .[:4][]')
+    [[ $lost == 0 && $(tail -1 "$work/load" | jq '[.clients[].requests] | add') -gt 1000 ]]
+}
+
+a_container_that_came_and_ends_is_started_anew() {
+    in_pod shop redis-cli set gone soon
+    move shop live
+    in_pod shop redis-cli shutdown nosave || true
+    until_true was_restarted
+    until_true is_ready shop
+    [[ $(in_pod shop redis-cli get gone) == '' ]]
+}
+
+was_restarted() { [[ $(field "$(pod_of shop)" '.status.containerStatuses[0].restartCount') == 1 ]]; }
+
+refused() { # refused POD WORD...
+    local name=$1 word
+    shift
+    until_true lists "default/$name"
+    ! ferry migrate "default/$name" --strategy live --wait >"$work/refusal" 2>&1 || return 1
+    for word in "$@"; do grep -q -- "$word" "$work/refusal" || { cat "$work/refusal"; return 1; }; done
+}
+
+what_cannot_move_is_refused_with_the_reason() {
+    bare at-home 'nodeName: node-a' | sed 's#- {name: cache, emptyDir: {}}#- {name: cache, hostPath: {path: /tmp/at-home, type: DirectoryOrCreate}}#' |
+        kube apply -f -
+    until_true is_ready at-home
+    refused at-home hostPath emptyDir
+    kube delete pod at-home
+    redis set | sed 's/^kind: Deployment/kind: StatefulSet/; s/^spec:$/spec:\n  serviceName: set/' | kube apply -f -
+    until_true is_ready set
+    refused set-0 StatefulSet
+    kube delete statefulset set
+    bare two 'nodeName: node-a' >"$work/two"
+    sed 's#^  containers:#  containers:\n  - {name: second, image: "podferry.test/redis:1", imagePullPolicy: Never, command: [sleep, "1000000"]}#' "$work/two" |
+        kube apply -f -
+    until_true is_ready two
+    refused two '2 containers'
+    kube delete pod two
+    # Whatever was refused, no second pod was made for it.
+    [[ $(kube get pods -l podferry.dev/migration -o name) == '' ]]
+}
+
+slowly() { # slowly APP: begins a migration that copies memory for long; its id.
+    local name
+    name=$(pod_of "$1")
+    ferry migrate "default/$name" --to "$(other "$(node_of "$1")")" --strategy live --bandwidth-limit "${2:-4M}" --output json </dev/null |
+        jq -r .id
+}
+
+phase_is() { [[ $(ferry describe "$1" --output json | jq -r .phase) == "$2" ]]; }
+no_target_left() { [[ $(kube get pods -l podferry.dev/migration -o name) == '' ]]; }
+
+# stays APP COMMAND...: copies memory slowly, runs the command, and the pod is where it was, with what it had.
+stays() {
+    local app=$1 id before name uid
+    shift
+    name=$(pod_of "$app") before=$(digest "$app")
+    uid=$(field "$name" .metadata.uid)
+    id=$(slowly "$app")
+    until_true phase_is "$id" precopy
+    "$@" "$id"
+    until_true is_over "$id"
+    until_true no_target_left
+    [[ $(field "$name" .metadata.uid) == "$uid" && $(field "$name" '.status.containerStatuses[0].restartCount') == 0 ]]
+    [[ $(digest "$app") == "$before" ]]
+}
+
+is_over() { [[ $(ferry describe "$1" --output json | jq -r .phase) =~ ^(failed|cancelled)$ ]]; }
+
+a_cancel_while_memory_is_copied_costs_nothing() { stays busy ferry cancel; }
+
+a_node_that_does_not_take_the_pod_says_why() {
+    bare rooted 'nodeSelector: {kubernetes.io/hostname: node-a}' | kube apply -f -
+    until_true is_ready rooted
+    until_true lists default/rooted
+    ! ferry migrate default/rooted --to node-b --strategy live --wait >"$work/refusal" 2>&1
+    grep -qi 'affinity' "$work/refusal"
+    until_true no_target_left
+    [[ $(in_pod rooted redis-cli ping) == PONG ]]
+    kube delete pod rooted
+}
+
+kill_target_agent() { kill_agent "$(ferry describe "$1" --output json | jq -r .target)"; }
+kill_source_agent() { kill_agent "$(ferry describe "$1" --output json | jq -r .source)"; }
+
+an_agent_that_is_killed_while_memory_is_copied_costs_nothing() {
+    stays busy kill_target_agent
+    until_true all_fit
+    stays busy kill_source_agent
+    until_true all_fit
+}
+
+kill_the_coordinator() {
+    kill_coordinator
+    until_true ferry migrations
+}
+
+a_coordinator_that_is_killed_on_the_way_goes_back_or_on() {
+    local name id
+    stays busy kill_the_coordinator
+    # Behind the commit it goes on: killed at once when the source is being released, or soon after.
+    name=$(pod_of shop)
+    in_pod shop redis-cli set still here
+    id=$(ferry migrate "default/$name" --to "$(other "$(node_of shop)")" --strategy live --output json </dev/null | jq -r .id)
+    until_true is_committed "$id"
+    kill_the_coordinator "$id"
+    until_true phase_is "$id" succeeded
+    until_true has_left shop "$name"
+    [[ $(in_pod shop redis-cli get still) == here ]]
+    until_true no_target_left
+}
+
+is_committed() { [[ $(ferry describe "$1" --output json | jq -r .phase) =~ ^(release|resume|fill|succeeded)$ ]]; }
+
+a_kubelet_that_is_restarted_costs_nothing() {
+    local node
+    # Of the pod that waits for its container: what it had begun is begun anew, or the migration is undone.
+    node=$(other "$(node_of busy)")
+    stays busy restart_kubelet_and_cancel "$node"
+    # With a pod that came by a migration.
+    first restart "$(node_of shop)" kubelet --signal 9
+    sleep 3
+    [[ $(in_pod shop redis-cli ping) == PONG && $(field "$(pod_of shop)" '.status.containerStatuses[0].restartCount') -le 1 ]]
+}
+
+restart_kubelet_and_cancel() {
+    first restart "$1" kubelet --signal 9
+    ferry cancel "$2" || true
+}
+
+a_pod_that_is_deleted_on_the_way_ends() {
+    local id name
+    start short
+    fill short 32
+    name=$(pod_of short)
+    id=$(slowly short)
+    until_true phase_is "$id" precopy
+    kube delete deployment short
+    until_true is_over "$id"
+    until_true no_target_left
+    until_true none_left short
+}
+
+none_left() { [[ $(kube get pods -l "app=$1" -o name) == '' ]]; }
+
+two_pods_move_at_once() {
+    local shop busy shop_id busy_id
+    shop=$(pod_of shop) busy=$(pod_of busy)
+    shop_id=$(ferry migrate "default/$shop" --to "$(other "$(node_of shop)")" --strategy live --output json </dev/null | jq -r .id)
+    busy_id=$(ferry migrate "default/$busy" --to "$(other "$(node_of busy)")" --strategy live --output json </dev/null | jq -r .id)
+    until_true phase_is "$shop_id" succeeded
+    until_true phase_is "$busy_id" succeeded
+    until_true has_left shop "$shop"
+    until_true has_left busy "$busy"
+}
+
+a_node_is_drained() {
+    local number from
+    from=$(node_of busy)
+    for number in 1 2 3 4; do bare "many-$number" "nodeName: $from" | kube apply -f -; done
+    for number in 1 2 3 4; do until_true is_ready "many-$number"; until_true lists "default/many-$number"; done
+    PATIENCE=180 ferry drain "$from" --strategy live </dev/null
+    for number in 1 2 3 4; do until_true is_on "many-$number" "$(other "$from")"; done
+    until_true is_on busy "$(other "$from")"
+    for number in 1 2 3 4; do kube delete pod "$(pod_of "many-$number")" --wait=false; done
+}
+
+is_on() { [[ $(node_of "$1") == "$2" ]] && is_ready "$1"; }
+
+it_leaves_nothing() {
+    local node
+    kube delete deployment --all
+    kube delete pod --all
+    until_true no_pods
+    for node in node-a node-b; do
+        [[ $(on "$node" sh -c 'ls /run/podferry-images /sys/fs/cgroup/*/kubepods 2>/dev/null | grep -c pod') == 0 ]] || on "$node" ls /run/podferry-images
+        [[ $(on "$node" sh -c 'pgrep -c "podferry-(pager|dump|hook|stdio|runtime)|criu"') == 0 ]]
+        [[ $(on "$node" ls /run/podferry-images) == '' ]]
+    done
+}
+
+no_pods() { [[ $(kube get pods -o name) == '' ]]; }
+
+median() { # of the numbers that are given
+    printf '%s\n' "$@" | jq -s 'sort | if length == 0 then null else .[(length - 1) / 2 | floor] end'
+}
+
+summary() {
+    printf '{"cases": %d, "passed": %d, "skipped": %d, "lost_items": %d, "failed_requests": %d, "freeze_ms_median": %s, "service_gap_ms_median": %s}\n' \
+        "$cases" "$passed" "$skipped" "$lost" "$failed_requests" "$(median "${freezes[@]}")" "$(median "${gaps[@]}")"
+}
+
+main() {
+    local one
+    begin_cluster
+    for one in "${@:-${CASES[@]}}"; do check "$one"; done
+    summary
+    [[ $passed -eq $cases ]]
+}
+
+main "$@"
