@@ -13,7 +13,7 @@ RELEASE := $(TARGET)/release
 
 .PHONY: help setup build demo test chaos soak local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-layers bench-loads \
 	bench-slowdown bench-total bench-engine bench-scale e2e-vm e2e-versions e2e-page \
-	testcluster testcluster-up testcluster-down e2e-testcluster test-kubernetes lint
+	testcluster testcluster-up testcluster-down e2e-testcluster test-kubernetes e2e-kubernetes image helm e2e-install lint
 
 help:
 	@echo 'make demo          the main job, start to end: two nodes, real workloads under load, migrations there and back'
@@ -27,6 +27,10 @@ help:
 	@echo 'make local-down    takes them away again'
 	@echo 'make testcluster-up, testcluster-down  a Kubernetes cluster of two nodes on this machine (builds Kubernetes once; needs Go)'
 	@echo 'make e2e-testcluster  that cluster tested by itself'
+	@echo 'make e2e-kubernetes  pods moved between the nodes of such a cluster, by every strategy, with everything killed on the way'
+	@echo 'make image         the image for Kubernetes, without Docker: target/image/podferry.tar (NAME=registry/podferry:tag)'
+	@echo 'make helm          the chart and the kustomizations, checked without a cluster'
+	@echo 'make e2e-install   the chart on a test cluster: install, a pod of the class, leave, uninstall; nothing must be left'
 	@echo 'make bench-stream  the transfer stream against raw TCP on the same link'
 	@echo 'make bench-warm    warm migration of Redis at several sizes'
 	@echo 'make bench-live    live migration of Redis at several sizes'
@@ -128,6 +132,20 @@ e2e-testcluster: testcluster
 # The coordinator's Kubernetes side against the API server of a test cluster of its own; agents are stood in for.
 test-kubernetes: setup testcluster
 	@$(RUN) deploy/testcluster/coordinator.sh
+
+# Pods moved in a cluster of its own.
+e2e-kubernetes: setup testcluster
+	@$(RUN) cargo build --workspace --lib --bins
+	@$(RUN) deploy/kubernetes/e2e.sh
+
+image: setup
+	@$(RUN) deploy/image/build.sh $(NAME)
+
+helm:
+	@deploy/helm/check.sh
+
+e2e-install: testcluster image
+	@$(RUN) deploy/helm/e2e.sh $(TARGET)/image/podferry.tar $(NAME)
 
 lint: setup
 	@$(RUN) deploy/setup/lint.sh

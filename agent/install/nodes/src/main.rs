@@ -1,0 +1,158 @@
+//! `podferry-nodes`: runs one pod on each node with a label, waits for all of them, and says what they said.
+//!
+//! The chart runs it behind `helm uninstall`, when the agents are gone, to take podferry off the nodes.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use futures::StreamExt;
+use k8s_openapi::api::core::v1::{Node, Pod};
+use kube::api::{DeleteParams, ListParams, LogParams, PostParams};
+use kube::{Api, Client, ResourceExt};
+use thiserror::Error;
+use tokio::time::{Instant, sleep};
+
+/// Nodes that are worked on at a time: each may restart its container runtime.
+const AT_A_TIME: usize = 20;
+const PAUSE: Duration = Duration::from_secs(1);
+const LAST_LINES: i64 = 3;
+
+/// Runs one pod on each node with a label, waits for all of them, and says what they said.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// The label, whatever its value is.
+    #[arg(long)]
+    label: String,
+    /// The pod as JSON; the node's name is put in.
+    #[arg(long)]
+    pod: PathBuf,
+    /// For so many seconds a pod is waited for.
+    #[arg(long, default_value_t = 300)]
+    timeout: u64,
+}
+
+/// Why it cannot be done on any node.
+#[derive(Debug, Error)]
+enum Error {
+    /// The pod's file cannot be read.
+    #[error("cannot read the pod {}: {source}", path.display())]
+    Read {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// It is no pod.
+    #[error("{} is no pod: {source}", path.display())]
+    NoPod {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        source: serde_json::Error,
+    },
+    /// The API server cannot be asked.
+    #[error("cannot {action}: {source}; see that the account of this pod has the chart's rights")]
+    Api {
+        /// What was tried.
+        action: &'static str,
+        /// What it said.
+        source: Box<kube::Error>,
+    },
+}
+
+fn api(action: &'static str) -> impl FnOnce(kube::Error) -> Error {
+    move |source| Error::Api { action, source: Box::new(source) }
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(&arguments).await {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("podferry-nodes: error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: &Arguments) -> Result<bool, Error> {
+    let pod = read(&arguments.pod)?;
+    let client = Client::try_default().await.map_err(api("reach the API server"))?;
+    on_all(&client, &arguments.label, &pod, Duration::from_secs(arguments.timeout)).await
+}
+
+fn read(path: &Path) -> Result<Pod, Error> {
+    let text = fs::read(path).map_err(|source| Error::Read { path: path.to_owned(), source })?;
+    serde_json::from_slice(&text).map_err(|source| Error::NoPod { path: path.to_owned(), source })
+}
+
+/// Whether it went well on all nodes.
+async fn on_all(client: &Client, label: &str, pod: &Pod, timeout: Duration) -> Result<bool, Error> {
+    let nodes: Api<Node> = Api::all(client.clone());
+    let nodes = nodes.list(&ListParams::default().labels(label)).await.map_err(api("list the nodes"))?;
+    let names: Vec<String> = nodes.items.iter().map(ResourceExt::name_any).collect();
+    let work = names.into_iter().map(|node| async move { report(&node, on_one(client, pod, &node, timeout).await) });
+    let went: Vec<bool> = futures::stream::iter(work).buffer_unordered(AT_A_TIME).collect().await;
+    println!("{} of {} nodes done", went.iter().filter(|well| **well).count(), went.len());
+    Ok(went.iter().all(|well| *well))
+}
+
+fn report(node: &str, went: Result<Went, Error>) -> bool {
+    let well = matches!(went, Ok(Went::Well(_)));
+    match went {
+        Ok(Went::Well(said)) => println!("{node}: {said}"),
+        Ok(Went::Wrong(said)) => println!("{node}: not done: {said}"),
+        Err(error) => println!("{node}: not done: {error}"),
+        Ok(Went::Unfinished(said)) => println!("{node}: not done in time: {said}"),
+    }
+    well
+}
+
+/// How it went on a node, with the pod's last lines.
+#[derive(Debug, PartialEq, Eq)]
+enum Went {
+    Well(String),
+    Wrong(String),
+    Unfinished(String),
+}
+
+async fn on_one(client: &Client, pod: &Pod, node: &str, timeout: Duration) -> Result<Went, Error> {
+    let pods: Api<Pod> = Api::default_namespaced(client.clone());
+    let mut wanted = pod.clone();
+    wanted.spec.get_or_insert_default().node_name = Some(node.to_owned());
+    let made = pods.create(&PostParams::default(), &wanted).await.map_err(api("create a pod"))?.name_any();
+    let ended = wait(&pods, &made, timeout).await;
+    let lines = LogParams { tail_lines: Some(LAST_LINES), ..LogParams::default() };
+    let said = pods.logs(&made, &lines).await.unwrap_or_else(|error| format!("no log: {error}")).trim().to_owned();
+    let deleted = pods.delete(&made, &DeleteParams::default()).await.map(drop).map_err(api("delete a pod"));
+    let went = match ended?.as_deref() {
+        Some("Succeeded") => Went::Well(said),
+        Some(_) => Went::Wrong(said),
+        None => Went::Unfinished(said),
+    };
+    deleted.map(|()| went)
+}
+
+/// The phase that the pod ended in; none if it did not in time. That the API server does not answer for a while is no end: its node may be
+/// the one whose runtime is restarted.
+async fn wait(pods: &Api<Pod>, name: &str, timeout: Duration) -> Result<Option<String>, Error> {
+    let end = Instant::now() + timeout;
+    loop {
+        let found = pods.get(name).await.map_err(api("look at a pod"));
+        let phase = found.as_ref().ok().and_then(|pod| pod.status.as_ref()?.phase.clone());
+        if let Some(phase) = phase.filter(|phase| phase == "Succeeded" || phase == "Failed") {
+            return Ok(Some(phase));
+        }
+        if Instant::now() >= end {
+            return found.map(|_| None);
+        }
+        sleep(PAUSE).await;
+    }
+}
