@@ -37,9 +37,9 @@ pub struct Config {
     pub rest_listen: Option<SocketAddr>,
     /// The folder that the record of all migrations lives in.
     pub state_dir: PathBuf,
-    /// The inventory of nodes and workloads; none in Kubernetes, where the API server has them.
+    /// The inventory of nodes and workloads; none in Kubernetes, where those of the API server are meant.
     pub inventory: Option<PathBuf>,
-    /// The cluster whose pods are the workloads; none for the containers of an inventory.
+    /// The cluster in which migrations are recorded and asked for, and whose pods are the workloads unless there is an inventory.
     pub kubernetes: Option<KubernetesConfig>,
     /// The policy that says which clients may do what; without one all clients may do everything.
     pub access: Option<PathBuf>,
@@ -106,8 +106,8 @@ pub enum ConfigError {
         /// The file.
         path: PathBuf,
     },
-    /// There are no nodes and no workloads, or two sources of them.
-    #[error("the configuration {} is wrong: give it either an inventory or [kubernetes]", path.display())]
+    /// There are no nodes and no workloads.
+    #[error("the configuration {} is wrong: give it an inventory or, in Kubernetes, [kubernetes]", path.display())]
     Inventory {
         /// The file.
         path: PathBuf,
@@ -127,7 +127,7 @@ impl Config {
         let text = std::fs::read_to_string(path).map_err(failed)?;
         let mut config: Self =
             toml::from_str(&text).map_err(|source| ConfigError::Parse { path: path.to_owned(), source })?;
-        if config.inventory.is_some() == config.kubernetes.is_some() {
+        if config.inventory.is_none() && config.kubernetes.is_none() {
             return Err(ConfigError::Inventory { path: path.to_owned() });
         }
         if config.migrations_per_node == 0 || config.migrations_per_link == Some(0) {
@@ -218,10 +218,10 @@ freeze = 0.5
     #[test]
     fn a_coordinator_of_kubernetes_needs_only_to_say_that_it_is_one() {
         assert_eq!(load(GOOD).unwrap().kubernetes, None);
-        let both = load(&format!("{GOOD}\n[kubernetes]\n")).unwrap_err();
-        assert!(both.contains("either an inventory or [kubernetes]"), "{both}");
+        let both = load(&format!("{GOOD}\n[kubernetes]\n")).unwrap();
+        assert!(both.inventory.is_some() && both.kubernetes.is_some(), "the inventory's containers, recorded in the cluster");
         let alone = GOOD.replace("inventory = \"/etc/podferry/inventory.toml\"\n", "");
-        assert!(load(&alone).unwrap_err().contains("either an inventory or [kubernetes]"));
+        assert!(load(&alone).unwrap_err().contains("an inventory or, in Kubernetes, [kubernetes]"));
         let kubernetes = load(&format!("{alone}\n[kubernetes]\n")).unwrap().kubernetes.unwrap();
         let KubernetesConfig { namespace, lease, kubeconfig, agent_port } = kubernetes;
         assert_eq!((namespace.as_str(), lease.as_str(), kubeconfig), ("podferry", "podferry-coordinator", None));

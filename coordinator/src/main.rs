@@ -78,7 +78,7 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let gate = Gate::new(config.access.clone(), audit.clone(), metrics.clone())?;
 
     let agents = Agents::new(identity.clone());
-    let cluster = match &config.kubernetes {
+    let cluster = match config.kubernetes.as_ref().filter(|_| config.inventory.is_none()) {
         Some(kubernetes) => Some(join_cluster(kubernetes).await?),
         None => None,
     };
