@@ -104,6 +104,42 @@ async fn what_is_asked_for_over_grpc_is_an_object_too() {
 
 #[tokio::test]
 #[ignore = "needs an API server: make test-kubernetes"]
+async fn an_object_can_say_all_that_grpc_can() {
+    let cluster = Cluster::new().await;
+    let coordinator = cluster.coordinator().await;
+    let mut client = cluster.client(&coordinator).await;
+    let all = v1::MigrateRequest {
+        workload: cluster.workload("cart"),
+        target: "b".to_owned(),
+        strategy: v1::Strategy::Auto.into(),
+        no_compression: true,
+        downtime_budget_ms: 50.4,
+        bandwidth_limit: 1 << 20,
+        verify: true,
+        accept_loss: true,
+        throttle: true,
+        grace_period_s: Some(10),
+        allow_restart: true,
+    };
+    let accepted = world::request(&mut client, all).await.unwrap();
+    outcome(&mut client, &accepted.id).await;
+    let said = cluster.list().await.remove(0).spec.wishes;
+    let expected = Wishes {
+        strategy: Some(Strategy::Auto),
+        downtime_budget_ms: Some(50),
+        bandwidth_limit: Some(1 << 20),
+        verify: Some(true),
+        throttle: Some(true),
+        accept_loss: Some(true),
+        allow_restart: Some(true),
+        grace_period_seconds: Some(10),
+        compress: Some(false),
+    };
+    assert_eq!(said, expected);
+}
+
+#[tokio::test]
+#[ignore = "needs an API server: make test-kubernetes"]
 async fn a_coordinator_that_is_killed_before_the_commit_undoes_and_one_that_is_killed_after_it_goes_on() {
     let cluster = Cluster::new().await;
     let coordinator = cluster.coordinator().await;
