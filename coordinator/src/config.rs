@@ -219,7 +219,10 @@ freeze = 0.5
     fn a_coordinator_of_kubernetes_needs_only_to_say_that_it_is_one() {
         assert_eq!(load(GOOD).unwrap().kubernetes, None);
         let both = load(&format!("{GOOD}\n[kubernetes]\n")).unwrap();
-        assert!(both.inventory.is_some() && both.kubernetes.is_some(), "the inventory's containers, recorded in the cluster");
+        assert!(
+            both.inventory.is_some() && both.kubernetes.is_some(),
+            "the inventory's containers, recorded in the cluster"
+        );
         let alone = GOOD.replace("inventory = \"/etc/podferry/inventory.toml\"\n", "");
         assert!(load(&alone).unwrap_err().contains("an inventory or, in Kubernetes, [kubernetes]"));
         let kubernetes = load(&format!("{alone}\n[kubernetes]\n")).unwrap().kubernetes.unwrap();

@@ -115,6 +115,26 @@ async fn a_node_is_emptied_by_priority_and_what_cannot_move_is_named_with_the_re
 }
 
 #[tokio::test]
+async fn a_target_that_refuses_in_preflight_does_not_keep_the_others_from_taking_it() {
+    let world = World::new().await;
+    let (kind, message, remedy) = ("no-bundle".to_owned(), "there is no bundle".to_owned(), "make one".to_owned());
+    let finding = v1::Finding { refuses: true, kind, message, remedy, ..v1::Finding::default() };
+    world.fault("b", "PreflightTarget", Fault::Find(finding.clone()), 9);
+    let (_coordinator, mut client) = world.coordinator().await;
+    let accepted = evacuate(&mut client, EvacuateRequest { concurrency: 1, ..of("a") }).await.unwrap();
+    let ended = end(&mut client, &accepted.id).await;
+    assert_eq!((ended.phase(), ended.moved), (EvacuationPhase::Complete, 2), "{ended:#?}");
+    assert!(ended.workloads.iter().all(|one| one.target == "c"), "{ended:#?}");
+    // When nobody can, the reason is that of the last one.
+    world.fault("a", "PreflightTarget", Fault::Find(finding), 9);
+    let back = evacuate(&mut client, of("c")).await.unwrap();
+    let ended = end(&mut client, &back.id).await;
+    assert_eq!((ended.phase(), ended.failed), (EvacuationPhase::Incomplete, 2), "{ended:#?}");
+    let problem = ended.workloads[0].problem.as_ref().unwrap();
+    assert!(problem.message.contains("there is no bundle") && problem.remedy == "make one", "{problem:?}");
+}
+
+#[tokio::test]
 async fn several_move_side_by_side_within_the_limits() {
     let world = World::new().await;
     crowd(&world, &[("third", ""), ("fourth", "")]);

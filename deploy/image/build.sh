@@ -13,13 +13,7 @@ readonly SUITE=bookworm
 OUT=${CARGO_TARGET_DIR:-$PODFERRY_ROOT/target}/image
 
 # chroot isolation and the vfs driver need neither namespaces of users nor overlay mounts.
-image_tool() {
-    local tool=$1
-    shift
-    case $tool in
-    buildah) buildah --root "$OUT/storage" --runroot "$OUT/run" --storage-driver vfs "$@" ;;
-    esac
-}
+image_tool() { buildah --root "$OUT/storage" --runroot "$OUT/run" --storage-driver vfs "$@"; }
 
 install_missing() {
     local missing=() pair
@@ -48,7 +42,7 @@ make_base() {
         mv "$base.new.tar" "$base"
     fi
     printf 'FROM scratch\nADD %s /\nCMD ["/bin/sh"]\n' "${base##*/}" |
-        image_tool buildah build --quiet --isolation chroot --tag localhost/podferry-base:$SUITE -f - "$OUT" >/dev/null
+        image_tool build --quiet --isolation chroot --tag localhost/podferry-base:$SUITE -f - "$OUT" >/dev/null
 }
 
 main() {
@@ -61,11 +55,13 @@ main() {
     install_missing
     "$PODFERRY_ROOT/deploy/setup/run.sh" "$PODFERRY_ROOT/deploy/image/stage.sh" "$OUT/stage"
     make_base
-    image_tool buildah build --quiet --isolation chroot --build-arg BASE=localhost/podferry-base:$SUITE \
+    image_tool build --quiet --isolation chroot --build-arg BASE=localhost/podferry-base:$SUITE \
         --build-arg PROGRAMS=prebuilt --ignorefile "$PODFERRY_ROOT/deploy/image/Dockerfile.dockerignore" \
         --tag "$name" -f "$PODFERRY_ROOT/deploy/image/Dockerfile" "$PODFERRY_ROOT" >/dev/null
     rm -f "$archive"
-    image_tool buildah push --quiet "$name" "docker-archive:$archive:$name"
+    image_tool push --quiet "$name" "docker-archive:$archive:$name"
+    # With the vfs driver each layer is a whole copy.
+    rm -rf "$OUT/storage" "$OUT/run"
     log "$name: $archive, $(du -sh "$archive" | cut -f 1)"
 }
 

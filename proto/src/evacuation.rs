@@ -21,7 +21,8 @@
 //! ```
 //!
 //! and is back in `WAITING` when its migration was undone by a restart of the coordinator, and when `AUTO` gave it up because it writes
-//! memory faster than it is sent: it moves warm then (`hurried_strategy`).
+//! memory faster than it is sent: it moves warm then (`hurried_strategy`). A workload that its target refuses in preflight is tried on another
+//! node, up to three in all.
 //!
 //! The order is that of the priorities, higher ones first. Among equal ones the largest comes first: they move side by side, and a large
 //! one that begins last is what everybody waits for. With a deadline the smallest comes first: as many as possible are away then.

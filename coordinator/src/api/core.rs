@@ -35,6 +35,8 @@ struct Journey<'n, 'v> {
     views: &'v [NodeView],
     /// Where to; none when placement chooses.
     target: Option<&'n Node>,
+    /// Nodes whose preflight has refused it already.
+    refused_by: &'v [NodeName],
 }
 
 /// Everything the coordinator can be asked. Clones share it.
@@ -194,7 +196,7 @@ impl Core {
         request: &v1::MigrateRequest,
         who: &Peer,
     ) -> Result<Record, Failure> {
-        let begun = self.begin(id, request, who).await;
+        let begun = self.begin(id, request, who, &[]).await;
         if let Err(failure) = &begun {
             let (workload, target) = (&request.workload, &request.target);
             tracing::info!(peer = %who, workload, target, %failure, "migration refused");
@@ -204,7 +206,13 @@ impl Core {
         begun
     }
 
-    async fn begin(&self, id: MigrationId, request: &v1::MigrateRequest, who: &Peer) -> Result<Record, Failure> {
+    async fn begin(
+        &self,
+        id: MigrationId,
+        request: &v1::MigrateRequest,
+        who: &Peer,
+        refused_by: &[NodeName],
+    ) -> Result<Record, Failure> {
         let wishes = wishes(request)?;
         let grace_period_s = grace_period_s_of(request, wishes.strategy)?;
         let workload = self.known_workload(&request.workload)?;
@@ -218,7 +226,7 @@ impl Core {
         let views = self.look_for(workload, place.as_ref(), wanted).await;
         let location = locate(&views, workload, place.as_ref())?;
         let mut auto = self.auto(request, workload).await?;
-        let journey = Journey { who, workload, location: &location, views: &views, target: wanted };
+        let journey = Journey { who, workload, location: &location, views: &views, target: wanted, refused_by };
         let (target, report) = self.placed(&journey, wishes, auto.as_mut()).await?;
         self.gate.narrow(who, &moving(workload, &location, target.name.as_str())).await?;
         self.check_pod(workload, wishes.strategy).await?;
@@ -266,9 +274,9 @@ impl Core {
 
     /// The wanted target if it will do, or the best one, with a report that says why not the others.
     async fn target<'n>(&'n self, journey: &Journey<'n, '_>, wishes: Wishes) -> Result<(&'n Node, Report), Failure> {
-        let Journey { who, workload, location, views, target } = *journey;
+        let Journey { who, workload, location, views, target, .. } = *journey;
         let demand = demand(workload, location, wishes)?;
-        let surroundings = self.surroundings(workload, &demand.source, views);
+        let surroundings = self.surroundings(journey);
         let candidate = |view: &NodeView| {
             let facts = view.seen.as_ref().map(|seen| facts(seen, workload, wishes.strategy));
             surroundings.candidate(view, facts.map_err(ToString::to_string))

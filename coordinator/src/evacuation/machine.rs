@@ -9,6 +9,9 @@ use crate::migration::{self, Decision};
 use crate::store::Record;
 use crate::strategy::Strategy;
 
+/// How many targets are tried for a workload that their preflight refuses.
+const MAX_TARGETS: usize = 3;
+
 /// How an evacuation ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -185,13 +188,18 @@ impl Evacuation {
     fn refused(&mut self, workload: &WorkloadName, failure: Failure) {
         if failure.code == FailureCode::ResourceExhausted {
             self.change(workload, |entry| entry.waits_for = Some(failure.message));
-        } else {
-            self.settle(workload, Standing::LeftBehind { failure }, |standing| *standing == Standing::Waiting);
+            return;
         }
+        // Where the others said that they cannot take it, what the last one that could have said is why.
+        let placement = failure.code == FailureCode::FailedPrecondition;
+        let said = self.entry(workload).and_then(|entry| entry.refusal.clone()).filter(|_| placement);
+        let failure = said.unwrap_or(failure);
+        self.settle(workload, Standing::LeftBehind { failure }, |standing| *standing == Standing::Waiting);
     }
 
     fn ended(&mut self, workload: &WorkloadName, ending: Ending) {
-        let arrival = ending.target == self.node;
+        let node = self.node.clone();
+        let arrival = ending.target == node;
         let (cancelling, auto) = (self.phase != Phase::Running, self.terms.strategy.is_none());
         let Some(entry) = self.find(workload) else { return };
         let (ours, interrupted) = match entry.standing {
@@ -219,6 +227,11 @@ impl Evacuation {
         }
         let undone_by_restart = interrupted && failure.code == FailureCode::Aborted;
         if !cancelling && (!ours || undone_by_restart) {
+            return self.wait_again(workload);
+        }
+        if !cancelling && refused_by_target(&failure, &node) && entry.refused_by.len() + 1 < MAX_TARGETS {
+            entry.refused_by.push(ending.target);
+            entry.refusal = Some(failure);
             return self.wait_again(workload);
         }
         if !cancelling && auto && entry.hurried.is_none() && gave_up(&failure) {
@@ -309,6 +322,13 @@ impl Entry {
 
 fn stopped(by: &str) -> Failure {
     Failure::new(FailureCode::Aborted, format!("the evacuation was cancelled by {by}"))
+}
+
+/// Whether preflight refused the workload, and not because of the node that it is on: another target may take it.
+fn refused_by_target(failure: &Failure, source: &NodeName) -> bool {
+    failure.phase.as_deref() == Some(migration::Phase::Preflight.as_str())
+        && failure.code != FailureCode::Aborted
+        && failure.node.as_deref() != Some(source.as_str())
 }
 
 /// Whether the workload was left alone because it writes memory faster than it is sent. Somebody who migrates it is asked what to do; a
@@ -422,6 +442,31 @@ mod tests {
         evacuation.apply(Event::Ended(name("shy"), ending(second, "n1", Some(aborted()))));
         assert_eq!(*standing(&evacuation, "late"), Standing::Waiting);
         assert_eq!(*standing(&evacuation, "shy"), Standing::Elsewhere);
+    }
+
+    #[test]
+    fn a_target_that_refuses_in_preflight_is_not_asked_again_and_three_are_enough() {
+        let refused =
+            |node: &str| Failure::new(FailureCode::FailedPrecondition, "no bundle").on(node).in_phase("preflight");
+        let mut evacuation = of([found("redis")]);
+        for (tried, target) in (1..).zip(["n2", "n3", "n4"]) {
+            assert_eq!(*standing(&evacuation, "redis"), Standing::Waiting);
+            let id = MigrationId::new();
+            evacuation.apply(Event::Begun(name("redis"), id));
+            evacuation.apply(Event::Ended(name("redis"), ending(id, target, Some(refused(target)))));
+            assert_eq!(evacuation.entry(&name("redis")).unwrap().migrations.len(), tried);
+        }
+        assert_eq!(*standing(&evacuation, "redis"), Standing::LeftBehind { failure: refused("n4") });
+        // What is wrong with the workload where it is, is wrong wherever it goes.
+        let (mut evacuation, id) = moving();
+        evacuation.apply(Event::Ended(name("redis"), ending(id, "n2", Some(refused("n1")))));
+        assert_eq!(*standing(&evacuation, "redis"), Standing::LeftBehind { failure: refused("n1") });
+        // When no other one is left, the reason of the last one counts.
+        let (mut evacuation, id) = moving();
+        evacuation.apply(Event::Ended(name("redis"), ending(id, "n2", Some(refused("n2")))));
+        let nowhere = Failure::new(FailureCode::FailedPrecondition, "no node can take the workload");
+        evacuation.apply(Event::Refused(name("redis"), nowhere));
+        assert_eq!(*standing(&evacuation, "redis"), Standing::LeftBehind { failure: refused("n2") });
     }
 
     #[test]

@@ -96,6 +96,10 @@ pub struct Entry {
     pub late: Option<String>,
     /// Why the last try to begin has to be repeated.
     pub waits_for: Option<String>,
+    /// The nodes whose preflight refused it, and why the last one did.
+    pub refused_by: Vec<NodeName>,
+    /// See there.
+    pub refusal: Option<Failure>,
     /// Its place among the outcomes; 0 before there is one.
     pub outcome: u64,
 }
@@ -161,6 +165,8 @@ impl Entry {
             hurried: None,
             late: None,
             waits_for: None,
+            refused_by: Vec::new(),
+            refusal: None,
             outcome: 0,
         }
     }

@@ -56,6 +56,8 @@ pub struct Candidate {
     pub link_limit: usize,
     /// The evacuation that empties it, if one does.
     pub evacuated_by: Option<String>,
+    /// Whether its preflight has refused the workload already.
+    pub has_refused: bool,
     /// Its labels and taints.
     pub traits: NodeTraits,
     /// The other workloads that are there or on their way to it.
@@ -106,6 +108,8 @@ pub enum Objection {
     MissingFeatures(Vec<String>),
     /// A container of that id is there.
     ContainerExists,
+    /// Its preflight has refused the workload already.
+    HasRefused,
     /// It is being emptied: by which evacuation.
     Evacuated(String),
     /// One of its taints keeps everybody away who does not tolerate it.
@@ -141,6 +145,7 @@ impl fmt::Display for Objection {
             Self::OtherArchitecture(node, wanted) => write!(f, "its architecture is {node}, not {wanted}"),
             Self::MissingFeatures(words) => write!(f, "its CPU lacks {}", words.join(" ")),
             Self::ContainerExists => f.write_str("a container of that id is there already"),
+            Self::HasRefused => f.write_str("its preflight has refused the workload before"),
             Self::Evacuated(by) => write!(f, "it is being emptied by {by}"),
             Self::Tainted(taint) => write!(f, "taint {taint} is not tolerated"),
             Self::Unselected(wanted) => write!(f, "{wanted}"),
@@ -177,7 +182,9 @@ impl Objection {
                 (FailureCode::FailedPrecondition, "name another node, or wait for the evacuation to end, or cancel it")
             }
             Self::Tainted(_) => (FailureCode::FailedPrecondition, "name another node, or let the workload tolerate it"),
-            Self::Unselected(_) | Self::Neighbour(_) => (FailureCode::FailedPrecondition, "name another node, or none"),
+            Self::HasRefused | Self::Unselected(_) | Self::Neighbour(_) => {
+                (FailureCode::FailedPrecondition, "name another node, or none")
+            }
             Self::Busy(_) | Self::LinkBusy(_) | Self::OtherIsBetter(_) => {
                 (FailureCode::ResourceExhausted, "wait until one has ended")
             }
@@ -208,6 +215,9 @@ pub fn judge(demand: &Demand, candidate: &Candidate, inhabited: &[&Candidate]) -
     }
     if let Some(by) = &candidate.evacuated_by {
         return Err(Objection::Evacuated(by.clone()));
+    }
+    if candidate.has_refused {
+        return Err(Objection::HasRefused);
     }
     rules::judge(&demand.traits, candidate, inhabited)?;
     let facts = candidate.facts.as_ref().map_err(|why| Objection::Unreachable(why.clone()))?;

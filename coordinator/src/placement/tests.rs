@@ -46,6 +46,7 @@ fn candidate(name: &str, facts: Facts) -> Candidate {
         link_migrations: 0,
         link_limit: 2,
         evacuated_by: None,
+        has_refused: false,
         traits: NodeTraits::default(),
         neighbours: Vec::new(),
     }

@@ -73,6 +73,7 @@ impl World {
             link_migrations: 0,
             link_limit: 2,
             evacuated_by: None,
+            has_refused: false,
             traits: NodeTraits::default(),
             neighbours: Vec::new(),
         };

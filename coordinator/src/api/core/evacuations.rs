@@ -96,7 +96,8 @@ impl Core {
         self.gate
             .narrow(who, &Action { source: Some(evacuation.node.as_str()), ..Action::migrate(workload.as_str(), "") })
             .await?;
-        let begun = self.begin(MigrationId::new(), &request, who).await;
+        let refused_by = evacuation.entry(workload).map(|entry| entry.refused_by.as_slice()).unwrap_or_default();
+        let begun = self.begin(MigrationId::new(), &request, who, refused_by).await;
         if let Err(failure) = &begun
             && !matches!(
                 failure.code,

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use podferry_common::{NodeName, WorkloadName};
 
-use super::Core;
+use super::{Core, Journey};
 use crate::cluster::{Inventory, NodeView, Workload};
 use crate::evacuation::Cordons;
 use crate::placement::{Candidate, Facts, Neighbour};
@@ -17,11 +17,14 @@ pub(super) struct Surroundings<'a> {
     limits: Limits,
     cordons: &'a Cordons,
     neighbours: HashMap<NodeName, Vec<Neighbour>>,
+    refused_by: &'a [NodeName],
 }
 
 impl Core {
-    /// What surrounds that workload, which is on `source`.
-    pub(super) fn surroundings(&self, workload: &Workload, source: &NodeName, views: &[NodeView]) -> Surroundings<'_> {
+    /// What surrounds the workload of that journey.
+    pub(super) fn surroundings<'a>(&'a self, journey: &Journey<'_, 'a>) -> Surroundings<'a> {
+        let Journey { workload, views, location, refused_by, .. } = *journey;
+        let source = &location.view.node.name;
         let runner = &self.runner;
         // Without rules about neighbours nobody asks for them.
         let neighbours = if self.inventory.keeps_apart() {
@@ -35,6 +38,7 @@ impl Core {
             limits: runner.limits(),
             cordons: self.evacuator.cordons(),
             neighbours,
+            refused_by,
         }
     }
 }
@@ -52,6 +56,7 @@ impl Surroundings<'_> {
             link_migrations: count(&self.link_load),
             link_limit: self.limits.per_link,
             evacuated_by: self.cordons.of(name).map(|id| id.to_string()),
+            has_refused: self.refused_by.contains(name),
             traits: view.node.traits.clone(),
             neighbours: self.neighbours.get(name).cloned().unwrap_or_default(),
         }
