@@ -127,7 +127,8 @@ start_agent() { # start_agent NODE
     on "$1" sh -c "setsid podferry-agent --config /etc/podferry/$1/agent.toml >>/var/log/podferry-agent.log 2>&1 </dev/null &"
 }
 start_coordinator() {
-    on control sh -c 'setsid podferry-coordinator --config /etc/podferry/coordinator/coordinator.toml >>/var/log/podferry-coordinator.log 2>&1 </dev/null &'
+    # As a Deployment's pod that is started again: it takes its own lease up at once.
+    on control sh -c 'PODFERRY_POD=e2e setsid podferry-coordinator --config /etc/podferry/coordinator/coordinator.toml >>/var/log/podferry-coordinator.log 2>&1 </dev/null &'
 }
 kill_agent() { on "$1" pkill -9 -x podferry-agent && start_agent "$1"; }
 kill_coordinator() { on control pkill -9 -x podferry-coordi && start_coordinator; }
@@ -150,6 +151,9 @@ begin_cluster() {
     first load "$work/images/redis.tar"
     sed -E 's#https://127.0.0.1:[0-9]+#https://127.0.0.1:6443#' "$(first kubeconfig)" >"$work/etc/coordinator/kubeconfig"
     coordinator_config >"$work/etc/coordinator/coordinator.toml"
+    kube create namespace podferry
+    kube apply -f "$PODFERRY_ROOT/deploy/crds"
+    kube wait --for=condition=Established --timeout=20s crd/migrations.podferry.dev
     for node in node-a:10.77.0.11 node-b:10.77.0.12; do
         agent_config "${node%:*}" "${node#*:}" >"$work/etc/${node%:*}/agent.toml"
         kube label node "${node%:*}" podferry.dev/enabled=true

@@ -25,6 +25,7 @@ readonly CASES=(
     a_kubelet_that_is_restarted_costs_nothing
     a_pod_that_is_deleted_on_the_way_ends
     two_pods_move_at_once
+    an_object_moves_a_pod_and_tells_what_became_of_it
     a_node_is_drained
     it_leaves_nothing
 )
@@ -362,6 +363,32 @@ two_pods_move_at_once() {
     until_true has_left shop "$shop"
     until_true has_left busy "$busy"
 }
+
+object() { # object NAME POD NODE
+    printf 'apiVersion: podferry.dev/v1alpha1\nkind: Migration\nmetadata: {name: %s}\nspec: {podName: %s, targetNode: %s, strategy: Live}\n' "$1" "$2" "$3"
+}
+
+an_object_moves_a_pod_and_tells_what_became_of_it() {
+    local name id
+    name=$(pod_of shop)
+    in_pod shop redis-cli set by object
+    object by-hand "$name" "$(other "$(node_of shop)")" | kube apply -f -
+    kube wait --for=condition=Succeeded --timeout=60s migration/by-hand
+    until_true has_left shop "$name"
+    [[ $(in_pod shop redis-cli get by) == object ]]
+    kube get migrations
+    # The command line sees it, and what that asks for is an object, too.
+    id=$(kube get migration by-hand -o 'jsonpath={.status.id}')
+    phase_is "$id" succeeded
+    move shop live
+    [[ $(kube get migrations -o json | jq --arg id "$(jq -r .id "$work/migration")" 'any(.items[]; .status.id == $id)') == true ]]
+    # What cannot be says why, where one looks.
+    object nowhere "$(pod_of shop)" no-such-node | kube apply -f -
+    until_true says_no nowhere no-such-node
+    kube delete migration nowhere by-hand
+}
+
+says_no() { kube get migration "$1" -o json | jq -e --arg word "$2" 'any(.status.conditions[]; .status == "False" and (.message | contains($word)))'; }
 
 a_node_is_drained() {
     local number from
