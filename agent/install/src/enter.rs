@@ -6,13 +6,19 @@ use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{self, Command};
+use std::thread;
+use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::agent_config;
 use crate::bundle::CURRENT;
 use crate::error::{Error, Result};
 
+/// For so long an agent may end by itself.
+const PATIENCE: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(50);
 /// The cgroup of the agent, and of all that it starts.
 pub(crate) const CGROUP: &str = "podferry";
 
@@ -38,9 +44,44 @@ pub fn become_agent(folder: &Path) -> Result<Infallible> {
             .map_err(|error| entered(name, error.into()))?;
     }
     leave_cgroups().map_err(|source| Error::Enter { action: "leave the pod's cgroups".to_owned(), source })?;
+    end_others(folder).map_err(|source| Error::Enter { action: "end the agent before".to_owned(), source })?;
     let agent = folder.join(CURRENT).join("bin/podferry-agent");
     let error = Command::new(&agent).arg("--config").arg(agent_config::PATH).current_dir("/").exec();
     Err(Error::File { action: "run", path: agent, source: error })
+}
+
+/// Ends agents that outlived their containers: containerd may take a container for dead whose process it cannot see in the pod's cgroup,
+/// and such an agent still has the port.
+fn end_others(folder: &Path) -> io::Result<()> {
+    for signal in [Signal::TERM, Signal::KILL] {
+        let end = Instant::now() + PATIENCE;
+        for agent in agents(folder)? {
+            // It may have ended by itself.
+            let _ = kill_process(agent, signal);
+        }
+        while !agents(folder)?.is_empty() && Instant::now() < end {
+            thread::sleep(PAUSE);
+        }
+    }
+    Ok(())
+}
+
+/// All processes that run a program `podferry-agent` of this installation, also one that has been replaced.
+fn agents(folder: &Path) -> io::Result<Vec<Pid>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let entry = entry?;
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw) else {
+            continue;
+        };
+        let Ok(program) = fs::read_link(entry.path().join("exe")) else { continue };
+        let program = program.to_string_lossy();
+        let program = Path::new(program.trim_end_matches(" (deleted)"));
+        if program.starts_with(folder) && program.file_name().is_some_and(|name| name == "podferry-agent") {
+            found.push(pid);
+        }
+    }
+    Ok(found)
 }
 
 /// Moves this process to a cgroup of its own at the node's root, in all hierarchies that are mounted there.
