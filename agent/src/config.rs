@@ -87,6 +87,9 @@ impl PostCopy {
     }
 }
 
+/// Where a container has its shared memory.
+pub const SHARED_MEMORY: &str = "/dev/shm";
+
 /// A node of Kubernetes: containers that arrive are created by its containerd, and their bundles and networks are its own.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -123,7 +126,7 @@ impl Kubernetes {
 
     /// Whether what is mounted there moves with its pod: an `emptyDir`, and the shared memory of its sandbox.
     pub fn moves(&self, destination: &Path, dir: &Path) -> bool {
-        destination == Path::new("/dev/shm") || self.is_empty_dir(dir)
+        destination == Path::new(SHARED_MEMORY) || self.is_empty_dir(dir)
     }
 
     fn is_empty_dir(&self, dir: &Path) -> bool {

@@ -280,12 +280,23 @@ is_over() { [[ $(ferry describe "$1" --output json | jq -r .phase) =~ ^(failed|c
 a_cancel_while_memory_is_copied_costs_nothing() { stays busy ferry cancel; }
 
 a_node_that_does_not_take_the_pod_says_why() {
+    # What the scheduler's rules say is known before anything is made.
     bare rooted 'nodeSelector: {kubernetes.io/hostname: node-a}' | kube apply -f -
     until_true is_ready rooted
     until_true lists default/rooted
     ! ferry migrate default/rooted --to node-b --strategy live --wait >"$work/refusal" 2>&1
-    grep -qi 'affinity' "$work/refusal"
+    grep -q 'node_selector' "$work/refusal"
+    kube delete pod rooted
+    # What only its kubelet knows is known before anything is copied.
+    bare rooted 'nodeName: node-a' | sed 's/cpu: 10m/cpu: 1200m/' | kube apply -f -
+    bare large 'nodeName: node-b' | sed 's/cpu: 10m/cpu: 1200m/' | kube apply -f -
+    until_true is_ready large
+    until_true is_ready rooted
+    until_true lists default/rooted
+    ! ferry migrate default/rooted --to node-b --strategy live --wait >"$work/refusal" 2>&1
+    grep -q 'OutOfcpu' "$work/refusal"
     until_true no_target_left
+    kube delete pod large
     [[ $(in_pod rooted redis-cli ping) == PONG ]]
     kube delete pod rooted
 }

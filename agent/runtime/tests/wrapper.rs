@@ -1,5 +1,7 @@
 //! `podferry-runtime` as a shim calls it: the agent is played by the test, and runc is a script that notes how it was called.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 use std::fs;
 use std::io::BufReader;
 use std::os::unix::fs::PermissionsExt as _;

@@ -11,6 +11,7 @@ use podferry_proto::v1::{self, Finding};
 use podferry_runtime::{BindMount, Container, Storage};
 
 use super::preflight::{content_bytes, refusal};
+use crate::config::SHARED_MEMORY;
 use crate::context::Context;
 use crate::volumes::{self, Look, MOST, Volume};
 
@@ -183,7 +184,9 @@ fn overlap(look: &Look) -> Option<Finding> {
 
 /// Another container sees it.
 fn used(context: &Context, volume: &Volume, own: &[i32]) -> Result<Option<Finding>, Failure> {
-    if !volume.dir.exists() {
+    // A pod's shared memory is its sandbox's, too, which keeps nothing there.
+    let of_sandbox = context.config.kubernetes.is_some() && volume.destination == Path::new(SHARED_MEMORY);
+    if of_sandbox || !volume.dir.exists() {
         return Ok(None);
     }
     let user = Storage::of(&volume.dir).and_then(|storage| storage.other_user(&volume.dir, own));
@@ -279,7 +282,8 @@ fn occupied(volume: &Volume) -> Option<Finding> {
 fn too_small(volume: &Volume, bytes: u64) -> Option<Finding> {
     let there = volumes::existing(&volume.dir);
     let free = podferry_filesystem::free_bytes(there).unwrap_or(0);
-    let needed = room::to_store(bytes);
+    // What a container has of its own shared memory is the other's size, to the byte.
+    let needed = if volume.destination == Path::new(SHARED_MEMORY) { bytes } else { room::to_store(bytes) };
     (free < needed).then(|| {
         let message = format!("{needed} bytes are needed on the disk of {} and {free} are free", volume.dir.display());
         refusal("out-of-disk", message, format!("give {} more room", there.display()))

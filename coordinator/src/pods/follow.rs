@@ -103,7 +103,7 @@ impl Pods {
             match blocking(move || store.get(id)).await {
                 Ok(Some(record)) => self.follow(&record),
                 Ok(None) => {
-                    tracing::warn!(pod = pod.name_any(), %id, "a pod is marked by a migration that is not known")
+                    tracing::warn!(pod = pod.name_any(), %id, "a pod is marked by a migration that is not known");
                 }
                 Err(error) => tracing::error!(%error, %id, "a migration's record cannot be read"),
             }

@@ -202,7 +202,9 @@ mod tests {
             pod
         };
         let feed = |table: &mut Table<Workload>, events: Vec<Event<Pod>>| {
-            events.into_iter().for_each(|event| table.take(event, PodView::read));
+            for event in events {
+                table.take(event, PodView::read);
+            }
         };
         feed(&mut table, vec![Event::Init, Event::InitApply(named("1")), Event::InitApply(named("2"))]);
         assert!(!table.whole && table.there.is_empty(), "half a list is none");

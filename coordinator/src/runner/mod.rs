@@ -114,10 +114,11 @@ impl Runner {
     /// The same in Kubernetes. To be called before the first migration.
     #[must_use]
     pub fn with_pods(mut self, pods: Pods) -> Self {
-        match Arc::get_mut(&mut self.shared) {
-            Some(shared) => shared.pods = Some(pods),
-            None => tracing::error!("pods are named too late: migrations are under way"),
-        }
+        let Some(shared) = Arc::get_mut(&mut self.shared) else {
+            tracing::error!("pods are named too late: migrations are under way");
+            return self;
+        };
+        shared.pods = Some(pods);
         self
     }
 

@@ -45,9 +45,9 @@ fn say(log: Option<&Path>, message: &str) {
     };
     let line =
         serde_json::json!({ "level": "error", "msg": format!("podferry: {message}"), "time": jiff::Timestamp::now() });
-    let written = OpenOptions::new().create(true).append(true).open(log).and_then(|mut file| writeln!(file, "{line}"));
-    // Nobody is left who could be told.
-    let _not_told = written;
+    // Nobody is left who could be told that it cannot be written.
+    let _not_told =
+        OpenOptions::new().create(true).append(true).open(log).and_then(|mut file| writeln!(file, "{line}"));
 }
 
 struct Wrapper<'a> {
