@@ -13,11 +13,12 @@ use uuid::{Uuid, Version};
 
 /// The longest label of a name, in bytes: the limit of DNS.
 pub const MAX_LABEL_BYTES: usize = 63;
-/// The longest name of a node, or of a pod without its namespace, in bytes: with `.agent.podferry.internal` behind it, it is a name in
-/// DNS, which has 253 bytes at most.
+/// The longest name of a node, in bytes: with `.agent.podferry.internal` behind it, it is a name in DNS, which has 253 bytes at most.
 pub const MAX_NAME_BYTES: usize = 227;
+/// The longest name of a pod without its namespace, in bytes. Unlike DNS, Kubernetes bounds no part of it.
+const MAX_POD_BYTES: usize = 253;
 /// The longest name of a workload, in bytes.
-pub const MAX_WORKLOAD_BYTES: usize = MAX_LABEL_BYTES + 1 + MAX_NAME_BYTES;
+pub const MAX_WORKLOAD_BYTES: usize = MAX_LABEL_BYTES + 1 + MAX_POD_BYTES;
 
 /// Why a text is no name of a node or workload, or no id of a migration.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -72,6 +73,14 @@ pub fn check_label(kind: &'static str, text: &str) -> Result<(), InvalidId> {
     if text.len() > MAX_LABEL_BYTES {
         return Err(InvalidId::TooLong { kind, length: text.len(), most: MAX_LABEL_BYTES });
     }
+    check_part(kind, text)
+}
+
+/// Checks a label but for its length.
+fn check_part(kind: &'static str, text: &str) -> Result<(), InvalidId> {
+    if text.is_empty() {
+        return Err(InvalidId::Empty { kind });
+    }
     let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     if let Some(character) = text.chars().find(|&c| !allowed(c)) {
         return Err(InvalidId::Character { kind, text: text.to_owned(), character });
@@ -96,7 +105,10 @@ fn check_workload(kind: &'static str, text: &str) -> Result<(), InvalidId> {
         None => check_label(kind, text),
         Some((namespace, pod)) => {
             check_label(kind, namespace)?;
-            check_node(kind, pod)
+            if pod.len() > MAX_POD_BYTES {
+                return Err(InvalidId::TooLong { kind, length: pod.len(), most: MAX_POD_BYTES });
+            }
+            pod.split('.').try_for_each(|part| check_part(kind, part))
         }
     }
 }

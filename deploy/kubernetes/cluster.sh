@@ -12,7 +12,11 @@ PATIENCE=${PATIENCE:-60}
 work=''
 cases=0
 passed=0
-skipped=0
+# Of the whole run: what is lost, failed requests, and each migration's times in milliseconds.
+lost=0
+failed_requests=0
+freezes=()
+gaps=()
 
 first() { "$TESTCLUSTER" --name "$NAME" "$@"; }
 kube() { first kubectl --request-timeout=20s "$@"; }
@@ -20,6 +24,8 @@ kube() { first kubectl --request-timeout=20s "$@"; }
 on() { local machine=$1; shift; first exec "$machine" -- env PATH="/opt/podferry/bin:/usr/sbin:/usr/bin:/sbin:/bin" "$@" </dev/null; }
 on_with_input() { local machine=$1; shift; first exec "$machine" -- env PATH="/opt/podferry/bin:/usr/sbin:/usr/bin:/sbin:/bin" "$@"; }
 ferry() { on control podferry --coordinator 10.77.0.1:7440 --identity /etc/podferry/admin "$@"; }
+
+not() { ! "$@"; }
 
 # until_true COMMAND...: repeats it until it succeeds.
 until_true() {
@@ -45,7 +51,7 @@ check() {
     set -e
     if [[ $status -eq 0 ]]; then
         passed=$((passed + 1))
-        # shellcheck disable=SC1091 # written by the case
+        # shellcheck disable=SC1090 # written by the case
         . <(sed 's/^declare -[-a]* //' "$work/figures")
         printf 'ok      %s (%d s)\n' "${name//_/ }" "$((SECONDS - begun))"
     else

@@ -155,7 +155,8 @@ mod tests {
 
     #[test]
     fn names_round_trip() {
-        let peers = [Peer::Agent("n1".parse().unwrap()), Peer::Coordinator, Peer::client("alice").unwrap()];
+        let with_dots = Peer::Agent("ip-10-0-0-1.ec2.internal".parse().unwrap());
+        let peers = [Peer::Agent("n1".parse().unwrap()), with_dots, Peer::Coordinator, Peer::client("alice").unwrap()];
         for peer in peers {
             assert_eq!(peer.dns_name().parse::<Peer>().unwrap(), peer);
             assert_eq!(serde_json::from_str::<Peer>(&serde_json::to_string(&peer).unwrap()).unwrap(), peer);
@@ -169,7 +170,7 @@ mod tests {
             "",
             "n1",
             "*.agent.podferry.internal",
-            "a.b.agent.podferry.internal",
+            "a..b.agent.podferry.internal",
             ".agent.podferry.internal",
             "agent.podferry.internal",
             "x.coordinator.podferry.internal",

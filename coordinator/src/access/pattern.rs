@@ -1,6 +1,6 @@
 //! Patterns of names.
 
-use podferry_common::id::MAX_WORKLOAD_BYTES;
+use podferry_common::id::{MAX_LABEL_BYTES, MAX_WORKLOAD_BYTES};
 
 /// What stands for any characters in a pattern, and for none.
 const ANY: char = '*';
@@ -10,13 +10,22 @@ const ANY: char = '*';
 pub struct Pattern(String);
 
 impl Pattern {
-    /// Checks a pattern: the characters that names may have (`a-z`, `0-9`, `-`, `.`, `/`), and `*`. The error says what is wrong, for a
+    /// Checks a pattern of clients: the characters that labels may have (`a-z`, `0-9`, `-`), and `*`. The error says what is wrong, for a
     /// person.
+    pub fn of_clients(text: &str) -> Result<Self, String> {
+        Self::checked(text, MAX_LABEL_BYTES, &['-'], "a-z, 0-9 and '-'")
+    }
+
+    /// The same of workloads or nodes, which may have `.` and `/`, too.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || ['-', '.', '/', ANY].contains(&c);
-        if text.is_empty() || text.len() > MAX_WORKLOAD_BYTES || !text.chars().all(allowed) {
+        Self::checked(text, MAX_WORKLOAD_BYTES, &['-', '.', '/'], "a-z, 0-9, '-', '.' and '/'")
+    }
+
+    fn checked(text: &str, most: usize, marks: &[char], named: &str) -> Result<Self, String> {
+        let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == ANY || marks.contains(&c);
+        if text.is_empty() || text.len() > most || !text.chars().all(allowed) {
             return Err(format!(
-                "{text:?} matches no name; write 1 to {MAX_WORKLOAD_BYTES} characters of a-z, 0-9, '-', '.' and '/', with '{ANY}' for any run of them"
+                "{text:?} matches no name; write 1 to {most} characters of {named}, with '{ANY}' for any run of them"
             ));
         }
         Ok(Self(text.to_owned()))
@@ -84,8 +93,11 @@ mod tests {
 
     #[test]
     fn what_no_name_can_match_is_no_pattern() {
-        for wrong in ["", "Shop", "shop.*", "shop?", "a b", "ä*", &"a".repeat(64)] {
-            assert!(Pattern::parse(wrong).is_err(), "{wrong:?}");
+        for wrong in ["", "Shop", "shop?", "a b", "ä*", &"a".repeat(318)] {
+            assert!(Pattern::parse(wrong).is_err() && Pattern::of_clients(wrong).is_err(), "{wrong:?}");
+        }
+        for wrong in ["bob.client.podferry.internal", "shop/*", &"a".repeat(64)] {
+            assert!(Pattern::parse(wrong).is_ok() && Pattern::of_clients(wrong).is_err(), "{wrong:?}");
         }
     }
 }

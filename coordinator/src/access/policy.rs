@@ -164,7 +164,8 @@ impl Reader<'_> {
         }
         let mut patterns = Vec::new();
         for name in said.get_ref() {
-            match Pattern::parse(name.get_ref()) {
+            let parse = if key == "clients" { Pattern::of_clients } else { Pattern::parse };
+            match parse(name.get_ref()) {
                 Ok(pattern) => patterns.push(pattern),
                 Err(message) => self.problem(name.span().start, message),
             }
@@ -215,7 +216,7 @@ nodes = ["a"]
         access.toml:7:11: `clients` is empty, so the grant is for nothing: write names, or ["*"] for all
         access.toml:8:8: an operator without limits: say `workloads`, `nodes` or both (["*"] for all), or make it role = "admin"
         access.toml:12:9: `nodes` is empty, so the grant is for nothing: write names, or ["*"] for all
-        access.toml:13:14: "shop?" matches no name; write 1 to 63 characters of a-z, 0-9 and '-', with '*' for any run of them
+        access.toml:13:14: "shop?" matches no name; write 1 to 317 characters of a-z, 0-9, '-', '.' and '/', with '*' for any run of them
         access.toml:17:9: `nodes` limits operators only, not the role admin
         "#);
         let broken = [

@@ -381,8 +381,7 @@ mod tests {
     #[test]
     fn of_a_replica_set_without_a_deployment_nothing_is_exposed_before_it_is_adopted() {
         let (moved, id) = moved();
-        let source = pod(serde_json::json!({ "metadata": { "labels": { "pod-template-hash": null } } }));
-        let mut source = source;
+        let mut source = pod(serde_json::json!({}));
         source.metadata.labels.as_mut().unwrap().remove("pod-template-hash");
         let target = target_pod(&source, &moved, "b", id).unwrap();
         assert_eq!(Adoption::of_target(&target).unwrap().exposed(), None);
