@@ -124,15 +124,18 @@ impl Kubernetes {
         Duration::from_secs(self.arrive_within_s)
     }
 
-    /// Whether what is mounted there moves with its pod: an `emptyDir`, and the shared memory of its sandbox.
-    pub fn moves(&self, destination: &Path, dir: &Path) -> bool {
-        destination == Path::new(SHARED_MEMORY) || self.is_empty_dir(dir)
-    }
-
-    fn is_empty_dir(&self, dir: &Path) -> bool {
-        let Ok(below) = dir.strip_prefix(self.kubelet_dir.join("pods")) else { return false };
-        let parts: Vec<_> = below.iter().collect();
-        matches!(parts.as_slice(), [_, volumes, kind, _] if *volumes == "volumes" && *kind == "kubernetes.io~empty-dir")
+    /// Whether what is mounted there moves with its pod: an `emptyDir`, the shared memory of its sandbox, and what containerd makes of
+    /// an image's own volumes (`VOLUME` of a Dockerfile). They are told by the ends of their paths, which are the
+    /// same wherever kubelet and containerd keep them.
+    pub fn moves(destination: &Path, dir: &Path) -> bool {
+        const EMPTY_DIR: [&str; 5] = ["pods", "*", "volumes", "kubernetes.io~empty-dir", "*"];
+        const OF_IMAGE: [&str; 5] = ["io.containerd.grpc.v1.cri", "containers", "*", "volumes", "*"];
+        let parts: Vec<_> = dir.iter().rev().take(EMPTY_DIR.len()).collect();
+        let is = |wanted: [&str; 5]| {
+            parts.len() == wanted.len()
+                && parts.iter().zip(wanted.iter().rev()).all(|(part, wanted)| *wanted == "*" || part == wanted)
+        };
+        destination == Path::new(SHARED_MEMORY) || is(EMPTY_DIR) || is(OF_IMAGE)
     }
 }
 
@@ -300,16 +303,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_a_pods_folders_only_its_empty_dirs_move() {
-        let kubernetes = Kubernetes::default();
-        let is = |dir: &str| kubernetes.moves(Path::new("/there"), Path::new(dir));
-        assert!(kubernetes.moves(Path::new("/dev/shm"), Path::new("/run/containerd/sandboxes/s-1/shm")));
+    fn of_a_pods_folders_those_move_that_are_its_own() {
+        let is = |dir: &str| Kubernetes::moves(Path::new("/there"), Path::new(dir));
+        assert!(Kubernetes::moves(Path::new("/dev/shm"), Path::new("/run/containerd/sandboxes/s-1/shm")));
         assert!(is("/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~empty-dir/cache"));
+        assert!(
+            is("/mnt/disk/kubelet/pods/u-1/volumes/kubernetes.io~empty-dir/cache"),
+            "where the kubelet's folder is a link"
+        );
+        assert!(is("/var/lib/containerd/io.containerd.grpc.v1.cri/containers/c-1/volumes/v-1"));
         for other in [
             "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~empty-dir",
             "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~empty-dir/cache/below",
             "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~csi/pvc-1/mount",
             "/var/lib/kubelet/pods/u-1/volumes/kubernetes.io~configmap/settings",
+            "/var/lib/containerd/io.containerd.grpc.v1.cri/sandboxes/s-1/volumes/v-1",
+            "/",
             "/var/lib/podferry/volumes/a",
         ] {
             assert!(!is(other), "{other}");

@@ -19,7 +19,7 @@ use podferry_proto::v1;
 use podferry_runtime::{BindMount, Container, Storage, bind_mounts};
 use serde::{Deserialize, Serialize};
 
-use crate::config::Config;
+use crate::config::{Config, Kubernetes};
 
 /// The most volumes of a container that move.
 pub const MOST: usize = 64;
@@ -117,7 +117,7 @@ impl Look {
         let folders: Vec<PathBuf> = config.runtime.volume_dirs.iter().filter_map(|dir| resolve(dir)).collect();
         let mut look = Self::default();
         let moves = |destination: &Path, dir: &Path| match &config.kubernetes {
-            Some(kubernetes) => kubernetes.moves(destination, dir),
+            Some(_) => Kubernetes::moves(destination, dir),
             None => folders.iter().any(|folder| dir.starts_with(folder) && dir != *folder),
         };
         for mount in bind_mounts(spec, bundle) {

@@ -152,7 +152,7 @@ begin_cluster() {
     fi
     rm -rf "$work"
     lay_out
-    "$TESTCLUSTER" image podferry.test/redis:1 "$PODFERRY_STATE/images/redis/rootfs" "$work/images/redis.tar"
+    "$TESTCLUSTER" image --volume /data podferry.test/redis:1 "$PODFERRY_STATE/images/redis/rootfs" "$work/images/redis.tar"
     first up --runtime /opt/podferry/bin/podferry-runtime --bind "$work/bin:/opt/podferry/bin" --bind "$work/etc:/etc/podferry"
     first load "$work/images/redis.tar"
     sed -E 's#https://127.0.0.1:[0-9]+#https://127.0.0.1:6443#' "$(first kubeconfig)" >"$work/etc/coordinator/kubeconfig"

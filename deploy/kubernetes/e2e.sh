@@ -17,6 +17,7 @@ readonly CASES=(
     a_deployment_moves_by_every_strategy_and_its_replica_set_makes_no_third_pod
     a_service_has_its_pod_again_and_loses_no_write
     a_container_that_came_and_ends_is_started_anew
+    a_pod_that_stands_still_for_long_is_not_killed_by_its_probes
     what_cannot_move_is_refused_with_the_reason
     a_cancel_while_memory_is_copied_costs_nothing
     a_node_that_does_not_take_the_pod_says_why
@@ -126,11 +127,11 @@ a_bare_pod_moves_live_with_all_it_has() {
     local before
     fill one 64
     before=$(digest one)
-    in_pod one sh -c 'echo kept >/cache/file; echo fast >/fast/file; echo layer >/layer; echo shared >/dev/shm/file'
+    in_pod one sh -c 'echo kept >/cache/file; echo fast >/fast/file; echo layer >/layer; echo shared >/dev/shm/file; echo declared >/data/file'
     kube logs "$(pod_of one)" | grep -q 'Ready to accept'
     move one live
     [[ $(digest one) == "$before" ]]
-    [[ $(in_pod one cat /cache/file /fast/file /layer /dev/shm/file) == $'kept\nfast\nlayer\nshared' ]]
+    [[ $(in_pod one cat /cache/file /fast/file /layer /dev/shm/file /data/file) == $'kept\nfast\nlayer\nshared\ndeclared' ]]
     # The init container has not run again.
     [[ $(in_pod one cat /cache/set-up) == once ]]
     [[ $(field "$(pod_of one)" '.status.containerStatuses[0].restartCount') == 0 ]]
@@ -215,6 +216,24 @@ a_container_that_came_and_ends_is_started_anew() {
     until_true was_restarted
     until_true is_ready shop
     [[ $(in_pod shop redis-cli get gone) == '' ]]
+}
+
+# Its memory takes seconds to cross, in which its liveness probe fails: first while it stands still before the commit, then behind it,
+# when the target has only part of it.
+a_pod_that_stands_still_for_long_is_not_killed_by_its_probes() {
+    local before way probe
+    probe='livenessProbe: {exec: {command: [redis-cli, ping]}, periodSeconds: 1, failureThreshold: 2, timeoutSeconds: 1}'
+    redis patient | sed "s#^        ports:.*#&\n        $probe#" | kube apply -f -
+    until_true is_ready patient
+    fill patient 32
+    before=$(digest patient)
+    for way in warm 'postcopy --accept-loss'; do
+        # shellcheck disable=SC2086 # words
+        move patient $way --bandwidth-limit 4M
+        [[ $(digest patient) == "$before" ]]
+        [[ $(field "$(pod_of patient)" '.status.containerStatuses[0].restartCount') == 0 ]]
+    done
+    kube delete deployment patient
 }
 
 was_restarted() { [[ $(field "$(pod_of shop)" '.status.containerStatuses[0].restartCount') == 1 ]]; }

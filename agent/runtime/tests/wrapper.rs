@@ -249,6 +249,26 @@ fn the_agents_no_is_the_shims_answer_and_nobody_waits_for_ever() {
 }
 
 #[test]
+fn what_stands_still_to_be_moved_is_not_killed() {
+    let node = Node::new(1);
+    node.pod(None);
+    let state = serde_json::json!({ "id": "c1", "config": { "rootfs": "/", "labels": [format!("bundle={}", node.path("task/c1").display())] } });
+    fs::write(node.path("runc/c1/state.json"), state.to_string()).unwrap();
+    let mut config: serde_json::Value =
+        serde_json::from_str(&fs::read_to_string(node.path("task/c1/config.json")).unwrap()).unwrap();
+    config["ociVersion"] = "1.2.1".into();
+    fs::write(node.path("task/c1/config.json"), config.to_string()).unwrap();
+    let kill = |words: &[&str]| end(node.command(words).spawn().unwrap()).status.success();
+    fs::write(node.path("fenced/u-1"), wrapper::KEEP).unwrap();
+    assert!(kill(&["kill", "c1", "15"]) && kill(&["kill", "--all", "c1", "9"]));
+    assert!(node.calls().is_empty(), "{:?}", node.calls());
+    assert!(kill(&["kill", "other", "9"]), "of another nothing is known");
+    fs::write(node.path("fenced/u-1"), "").unwrap();
+    assert!(kill(&["kill", "c1", "9"]));
+    assert_eq!(node.calls().len(), 2);
+}
+
+#[test]
 fn nothing_is_started_in_a_pod_that_has_moved() {
     for migration in [None, Some(MIGRATION)] {
         let node = Node::new(1);

@@ -1,12 +1,12 @@
 //! Keeps the kubelet from starting what moves away, on a disk: it starts pods again after a reboot, too.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use podferry_runtime::Container;
-use podferry_runtime::wrapper::PodContainer;
+use podferry_runtime::wrapper::{KEEP, PodContainer};
 use serde::{Deserialize, Serialize};
 
 /// The fence around one pod. [`podferry_runtime::wrapper`] starts nothing behind it.
@@ -40,15 +40,29 @@ impl Fence {
         Ok(())
     }
 
-    /// Puts it up. Idempotent.
+    /// Puts it up. Idempotent. What it [kept](Self::keep) it keeps no more.
     ///
     /// # Errors
     /// When that cannot be written down.
     pub fn put_up(&self) -> io::Result<()> {
+        self.write("")
+    }
+
+    /// Keeps the container from being killed, too: it stands still, so that its probes fail, and its memory is needed.
+    ///
+    /// # Errors
+    /// When that cannot be written down.
+    pub fn keep(&self) -> io::Result<()> {
+        self.write(KEEP)
+    }
+
+    fn write(&self, word: &str) -> io::Result<()> {
         if let Some(dir) = self.0.parent() {
             fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         }
-        fs::File::create(&self.0)?.sync_all()
+        let mut file = fs::File::create(&self.0)?;
+        file.write_all(word.as_bytes())?;
+        file.sync_all()
     }
 
     /// Takes it away. Idempotent.
@@ -79,6 +93,10 @@ mod tests {
         fs::create_dir_all(kubelet.join("pods/there")).unwrap();
         Fence::prune(&fences, &kubelet).unwrap();
         assert!(fences.join("there").exists() && !fences.join("gone").exists());
+        Fence(fences.join("there")).keep().unwrap();
+        assert_eq!(fs::read_to_string(fences.join("there")).unwrap(), KEEP);
+        Fence(fences.join("there")).put_up().unwrap();
+        assert_eq!(fs::read_to_string(fences.join("there")).unwrap(), "");
         Fence(fences.join("there")).take_away().unwrap();
         Fence(fences.join("there")).take_away().unwrap();
         assert!(!fences.join("there").exists());

@@ -149,7 +149,10 @@ pub(super) fn at_target(
             findings.push(missing(context, &look, volume));
             continue;
         };
-        findings.extend(occupied(here));
+        // A pod's are made for it, with what the image has there.
+        if context.config.kubernetes.is_none() {
+            findings.extend(occupied(here));
+        }
         findings.extend(used(context, here, &[])?);
         let all = needed.entry(device(&here.dir)).or_default();
         *all = all.saturating_add(volume.bytes);
@@ -205,6 +208,14 @@ fn used(context: &Context, volume: &Volume, own: &[i32]) -> Result<Option<Findin
 }
 
 fn stays(context: &Context, mount: &BindMount) -> Finding {
+    if context.config.kubernetes.is_some() {
+        // Nobody has said that another node has the same there.
+        return refusal(
+            "volume-stays",
+            format!("{} ({} here) is no volume that moves", mount.destination.display(), mount.source.display()),
+            "see which volumes move in docs/kubernetes.md, or mount it read-only".to_owned(),
+        );
+    }
     warning(
         "volume-stays",
         format!(

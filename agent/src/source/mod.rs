@@ -214,6 +214,9 @@ impl SourcePart {
                 None => (followers, None),
             };
             self.pre_copying.store(false, Ordering::Relaxed);
+            if let Some(fence) = fence_of(&self.context, &order.container) {
+                fence.keep().map_err(|error| io_failed(&self.context, &error))?;
+            }
             self.watch_arrivals(order);
             let externals = self.describe(order, &sender).await?;
             sender.hurry();
@@ -384,6 +387,9 @@ impl SourcePart {
         }
         if let Some(arrivals) = self.arrivals.get() {
             arrivals.end_soon();
+        }
+        if let Some(Err(error)) = record.fence().map(Fence::put_up) {
+            tracing::warn!(%error, "the fence around a pod that has moved keeps what is dead");
         }
         self.ledger
             .change(&mut record, |record| record.standing = Standing::Released)

@@ -151,7 +151,12 @@ impl TargetPart {
             let what = format!("a volume cannot be made ready: {error}");
             context.refusal(FailureCode::FailedPrecondition, what).in_phase("prepare")
         };
-        order.volumes.iter().try_for_each(Volume::check_empty).map_err(not_ready)?;
+        let ready = match &order.visitor {
+            // They were made for this pod, and what is there comes from the image.
+            Some(_) => Volume::clear,
+            None => Volume::check_empty,
+        };
+        order.volumes.iter().try_for_each(ready).map_err(not_ready)?;
         let volumes = order.volumes.clone();
         let dirs = PartDirs::of(&context.config, order.migration);
         let netns = order.link.as_ref().and(bundle.netns.clone());

@@ -27,9 +27,15 @@ type descriptor struct {
 }
 
 // runImage packs a root filesystem as an OCI archive of one layer. The same files give the same archive.
+// With --volume PATH it declares a volume, as VOLUME in a Dockerfile does.
 func runImage(arguments []string) error {
+	volumes := map[string]struct{}{}
+	for len(arguments) > 1 && arguments[0] == "--volume" {
+		volumes[arguments[1]] = struct{}{}
+		arguments = arguments[2:]
+	}
 	if len(arguments) < 3 {
-		return errors.New("usage: testcluster image NAME:TAG ROOTFS ARCHIVE [ENTRYPOINT...]")
+		return errors.New("usage: testcluster image [--volume PATH]... NAME:TAG ROOTFS ARCHIVE [ENTRYPOINT...]")
 	}
 	name, root, archive, entrypoint := arguments[0], arguments[1], arguments[2], arguments[3:]
 	layer, err := os.CreateTemp(filepath.Dir(archive), ".layer-*")
@@ -48,7 +54,7 @@ func runImage(arguments []string) error {
 	}
 	defer os.Remove(made.Name())
 	defer made.Close()
-	if err := writeLayout(made, name, layer, described, entrypoint); err != nil {
+	if err := writeLayout(made, name, layer, described, entrypoint, volumes); err != nil {
 		return fmt.Errorf("writing %s: %w", archive, err)
 	}
 	if err := made.Chmod(0o644); err != nil {
@@ -111,13 +117,17 @@ func packEntry(packed *tar.Writer, root, path string, entry fs.DirEntry) error {
 	return err
 }
 
-func writeLayout(to io.Writer, name string, layer io.ReadSeeker, described descriptor, entrypoint []string) error {
+func writeLayout(to io.Writer, name string, layer io.ReadSeeker, described descriptor, entrypoint []string, volumes map[string]struct{}) error {
 	if _, err := layer.Seek(0, io.SeekStart); err != nil {
 		return err
 	}
+	settings := map[string]any{"Entrypoint": entrypoint, "Env": []string{"PATH=/usr/local/bin:/usr/bin:/bin"}}
+	if len(volumes) > 0 {
+		settings["Volumes"] = volumes
+	}
 	config, err := json.Marshal(map[string]any{
 		"architecture": runtime.GOARCH, "os": "linux",
-		"config": map[string]any{"Entrypoint": entrypoint, "Env": []string{"PATH=/usr/local/bin:/usr/bin:/bin"}},
+		"config": settings,
 		"rootfs": map[string]any{"type": "layers", "diff_ids": []string{described.Digest}},
 	})
 	if err != nil {

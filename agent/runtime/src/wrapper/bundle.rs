@@ -87,6 +87,14 @@ fn crio(annotations: &BTreeMap<String, String>) -> Option<PodContainer> {
     })
 }
 
+/// The folder of a pod's sandbox. containerd has its bundles side by side, CRI-O each as `ID/userdata`.
+fn sandbox_of(bundle: &Path, sandbox: &str) -> PathBuf {
+    match bundle.parent() {
+        Some(folder) if bundle.ends_with("userdata") => folder.with_file_name(sandbox).join("userdata"),
+        _ => bundle.with_file_name(sandbox),
+    }
+}
+
 /// The wrapper's marks of one container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mark {
@@ -98,7 +106,7 @@ impl Mark {
     /// Those of a container with this bundle, which runc keeps below `root`. Sandboxes' bundles are beside the containers': they
     /// live as long as the pod is on this node and up.
     pub fn of(bundle: &Path, root: &Path, id: &str, container: &PodContainer) -> Self {
-        let sandbox = bundle.with_file_name(&container.sandbox);
+        let sandbox = sandbox_of(bundle, &container.sandbox);
         Self {
             arrived: sandbox.join(format!("{ARRIVED_MARK}{}", container.container)),
             restored: root.join(id).join(RESTORED_MARK),
@@ -110,13 +118,11 @@ impl Mark {
         self.arrived.exists()
     }
 
-    /// It has come, and runs.
-    ///
-    /// # Errors
-    /// When that cannot be written down.
-    pub fn set(&self) -> io::Result<()> {
-        fs::write(&self.arrived, "")?;
-        fs::write(&self.restored, "")
+    /// It has come, and runs. Where that cannot be written down it has all the same: the agent knows it, too.
+    pub fn set(&self) {
+        for mark in [&self.restored, &self.arrived] {
+            let _known_to_the_agent = fs::write(mark, "");
+        }
     }
 
     /// Whether a container that runc keeps below `root` was restored.
@@ -168,6 +174,14 @@ mod tests {
     }
 
     #[test]
+    fn sandboxes_are_found_beside_their_containers() {
+        let containerd = Path::new("/run/containerd/io.containerd.runtime.v2.task/k8s.io/c1");
+        assert_eq!(sandbox_of(containerd, "s1"), containerd.with_file_name("s1"));
+        let crio = Path::new("/run/containers/storage/overlay-containers/c1/userdata");
+        assert_eq!(sandbox_of(crio, "s1"), Path::new("/run/containers/storage/overlay-containers/s1/userdata"));
+    }
+
+    #[test]
     fn what_has_come_is_marked_for_as_long_as_its_pod_is_here() {
         let folder = tempfile::tempdir().unwrap();
         let (bundle, root) = (folder.path().join("k8s.io/c1"), folder.path().join("runc"));
@@ -177,7 +191,7 @@ mod tests {
         let container = found_without(&annotations("container"));
         let mark = Mark::of(&bundle, &root, "c1", &container);
         assert!(!mark.has_arrived() && !Mark::was_restored(&root, "c1"));
-        mark.set().unwrap();
+        mark.set();
         assert!(mark.has_arrived() && Mark::was_restored(&root, "c1"));
         let again = Mark::of(&bundle.with_file_name("c2"), &root, "c2", &container);
         assert!(again.has_arrived(), "the same container of the same pod, started again");

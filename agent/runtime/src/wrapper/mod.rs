@@ -1,12 +1,13 @@
 //! podferry in the place of runc: what containerd's shim calls for the pods of the runtime class `podferry`.
 //!
-//! `podferry-runtime` becomes the node's own runc for all it is asked, but for three things:
+//! `podferry-runtime` becomes the node's own runc for all it is asked, but for four things:
 //!
 //! | asked | what it does |
 //! |---|---|
 //! | `create` of a container whose pod is annotated `podferry.dev/migration` | asks the node's agent, waits, and runs `runc restore` as that says: the restored container is the shim's child, as one is that was created |
 //! | `start` of such a container | nothing: it runs already |
-//! | `create` in a pod that has moved away | refuses: its container runs elsewhere, and the kubelet would start a second one |
+//! | `create` in a pod that moves away, or has | refuses: its container runs elsewhere, and the kubelet would start a second one |
+//! | `kill` of a container that stands still to be moved | nothing, for a quarter of an hour at most: its probes fail, and its memory is needed |
 //!
 //! A container that came is restored once. When it ends and the kubelet starts it again, it is created as any other: a mark beside the
 //! sandbox's bundle says that it has come ([`Mark`]).
@@ -20,12 +21,14 @@
 
 mod arguments;
 mod bundle;
+mod fence;
 mod messages;
 mod run;
 mod settings;
 
 pub use arguments::{Invoked, WrongArguments};
 pub use bundle::{ARRIVED_MARK, MIGRATION, Mark, PodContainer};
+pub use fence::KEEP;
 pub use messages::{Hello, Order, Report, VERSION, WrongMessage, read, write};
 pub use run::run;
 pub use settings::{Settings, WrongSettings};

@@ -13,8 +13,10 @@ use std::time::{Duration, Instant};
 
 use super::arguments::Invoked;
 use super::bundle::{Mark, PodContainer};
+use super::fence;
 use super::messages::{self, Hello, Order, Report, VERSION};
 use super::settings::Settings;
+use crate::container::Container;
 
 /// Between two looks for an agent that is not there.
 const RECONNECT: Duration = Duration::from_millis(100);
@@ -70,12 +72,29 @@ impl Wrapper<'_> {
         match self.invoked.command.as_str() {
             "create" => self.create(),
             "start" if self.was_restored() => Ok(()),
+            "kill" if self.is_kept() => Ok(()),
             _ => self.become_runc(),
         }
     }
 
     fn was_restored(&self) -> bool {
         self.invoked.root.as_deref().is_some_and(|root| Mark::was_restored(root, &self.invoked.id))
+    }
+
+    /// Whoever asks for its end asks again.
+    fn is_kept(&self) -> bool {
+        let kept = || {
+            let container = Container::read(self.invoked.root.as_deref()?, &self.killed()?).ok()?;
+            let pod = PodContainer::of(&container.annotations)?;
+            fence::of_pod(&self.settings.fence_dir, &pod.uid)
+        };
+        kept().is_some_and(|fence| fence::keeps(&fence))
+    }
+
+    /// The container of `kill [--all] ID [SIGNAL]`.
+    fn killed(&self) -> Option<String> {
+        let mut words = self.words.iter().map(|word| word.to_string_lossy()).skip_while(|word| word != "kill").skip(1);
+        words.find(|word| !word.starts_with('-')).map(|word| word.into_owned())
     }
 
     /// Returns only when that fails.
@@ -106,10 +125,7 @@ impl Wrapper<'_> {
 
     /// The kubelet starts a container again that has ended. One that was moved has not ended: it runs elsewhere.
     fn refuse_fenced(&self, container: &PodContainer) -> Result<(), String> {
-        let fence = self.settings.fence_dir.join(&container.uid);
-        if container.uid.contains('/') || !fence.exists() {
-            return Ok(());
-        }
+        let Some(fence) = fence::of_pod(&self.settings.fence_dir, &container.uid) else { return Ok(()) };
         Err(format!(
             "pod {}/{} moves to another node, or has moved there: its container is not started here ({}); delete the pod if it \
              stays",
@@ -216,10 +232,9 @@ impl Wrapper<'_> {
         let status = child.wait()?;
         coming.exited = None;
         if status.success() {
-            let marked = coming.mark.set();
+            coming.mark.set();
             let _not_heard = messages::write(stream, &Report::exited(status));
-            let failed = |error: io::Error| format!("the container runs, and that cannot be written down: {error}");
-            return Ok(Some(marked.map_err(failed)));
+            return Ok(Some(Ok(())));
         }
         coming.exited = Some(raw(status));
         // It may be told what to do now by another agent.

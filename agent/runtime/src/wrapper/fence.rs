@@ -1,0 +1,46 @@
+//! The agent's notes of pods that move away: one file each, named by the pod's uid.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+/// What the note of a pod says whose container is not to be killed, either.
+pub const KEEP: &str = "keep";
+
+/// For how long that holds at most: an agent that is gone for good must not leave a container that nobody can end.
+const KEPT_FOR: Duration = Duration::from_secs(900);
+
+/// The note of a pod; none when there is none.
+pub(super) fn of_pod(dir: &Path, uid: &str) -> Option<PathBuf> {
+    let fence = dir.join(uid);
+    let plain = !uid.is_empty() && uid.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+    (plain && fence.exists()).then_some(fence)
+}
+
+/// Whether it keeps the container from being killed.
+pub(super) fn keeps(fence: &Path) -> bool {
+    let kept = fs::read_to_string(fence).is_ok_and(|word| word == KEEP);
+    let written = fs::metadata(fence).and_then(|metadata| metadata.modified());
+    // A clock that was set back keeps it for longer.
+    let age = written.map(|written| SystemTime::now().duration_since(written).unwrap_or_default());
+    kept && age.is_ok_and(|age| age < KEPT_FOR)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_is_kept_by_its_pods_own_note_and_not_for_ever() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(["u-1", "", ".", "..", "a/b"].into_iter().all(|uid| of_pod(dir.path(), uid).is_none()));
+        fs::write(dir.path().join("u-1"), "").unwrap();
+        let fence = of_pod(dir.path(), "u-1").unwrap();
+        assert!(!keeps(&fence));
+        fs::write(&fence, KEEP).unwrap();
+        assert!(keeps(&fence));
+        let old = SystemTime::now() - KEPT_FOR - Duration::from_secs(1);
+        fs::File::options().write(true).open(&fence).unwrap().set_modified(old).unwrap();
+        assert!(!keeps(&fence));
+    }
+}
