@@ -221,15 +221,19 @@ a_container_that_came_and_ends_is_started_anew() {
 # Its memory takes seconds to cross, in which its liveness probe fails: first while it stands still before the commit, then behind it,
 # when the target has only part of it.
 a_pod_that_stands_still_for_long_is_not_killed_by_its_probes() {
-    local before way probe
+    local before way probe name
     probe='livenessProbe: {exec: {command: [redis-cli, ping]}, periodSeconds: 1, failureThreshold: 2, timeoutSeconds: 1}'
     redis patient | sed "s#^        ports:.*#&\n        $probe#" | kube apply -f -
     until_true is_ready patient
     fill patient 32
     before=$(digest patient)
     for way in warm 'postcopy --accept-loss'; do
+        name=$(pod_of patient)
         # shellcheck disable=SC2086 # words
         move patient $way --bandwidth-limit 4M
+        # It was to be killed. In post-copy the probe's own process stands still, too, and says nothing.
+        [[ $way != warm ]] ||
+            kube get events --field-selector "involvedObject.name=$name,reason=Killing" | grep -q 'failed liveness probe'
         [[ $(digest patient) == "$before" ]]
         [[ $(field "$(pod_of patient)" '.status.containerStatuses[0].restartCount') == 0 ]]
     done
