@@ -1,5 +1,6 @@
 //! The program itself.
 
+use std::borrow::Cow;
 use std::env;
 use std::ffi::OsString;
 use std::fs::OpenOptions;
@@ -94,7 +95,7 @@ impl Wrapper<'_> {
     /// The container of `kill [--all] ID [SIGNAL]`.
     fn killed(&self) -> Option<String> {
         let mut words = self.words.iter().map(|word| word.to_string_lossy()).skip_while(|word| word != "kill").skip(1);
-        words.find(|word| !word.starts_with('-')).map(|word| word.into_owned())
+        words.find(|word| !word.starts_with('-')).map(Cow::into_owned)
     }
 
     /// Returns only when that fails.
