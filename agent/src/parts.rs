@@ -141,6 +141,11 @@ impl Parts {
         self.lock().insert(migration, Entry::Filling { workload: workload.to_owned() });
     }
 
+    /// Puts another part of the same migration in the place of one whose container was begun anew.
+    pub fn rebind(&self, migration: MigrationId, workload: &str, part: Part) {
+        self.lock().insert(migration, Entry::Alive { workload: workload.to_owned(), part });
+    }
+
     /// Notes how a part ended.
     pub fn ended(&self, migration: MigrationId, standing: Standing) {
         self.lock().insert(migration, Entry::Ended(standing));

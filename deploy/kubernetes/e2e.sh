@@ -24,6 +24,7 @@ readonly CASES=(
     an_agent_that_is_killed_while_memory_is_copied_costs_nothing
     a_coordinator_that_is_killed_on_the_way_goes_back_or_on
     a_kubelet_that_is_restarted_costs_nothing
+    a_kubelet_that_does_not_wait_behind_the_commit_gets_what_came
     a_pod_that_is_deleted_on_the_way_ends
     two_pods_move_at_once
     an_object_moves_a_pod_and_tells_what_became_of_it
@@ -368,6 +369,32 @@ restart_kubelet_and_cancel() {
     first restart "$1" kubelet --signal 9
     ferry cancel "$2" || true
 }
+
+# The commit is held up by the API server until the source cannot be reached any more. So the target waits behind the commit, and its
+# kubelet begins the container anew.
+a_kubelet_that_does_not_wait_behind_the_commit_gets_what_came() {
+    local name id from to before
+    name=$(pod_of busy) from=$(node_of busy) before=$(digest busy)
+    to=$(other "$from")
+    in_pod busy sh -c 'echo late >/cache/late; echo layer >/layer; echo declared >/data/late; echo shared >/dev/shm/late'
+    id=$(slowly busy 16M)
+    until_true phase_is "$id" precopy
+    on control pkill -STOP -f kube-apiserver
+    until_true phase_is "$id" commit || { on control pkill -CONT -f kube-apiserver; return 1; }
+    sleep 1
+    on "$from" nft 'add table inet e2e; add chain inet e2e in { type filter hook input priority 0; }; add rule inet e2e in ip saddr 10.77.0.1 tcp dport 7443 drop'
+    on control pkill -CONT -f kube-apiserver
+    until_true phase_is "$id" release
+    first restart "$to" kubelet --signal 9
+    until_true has_come_again "$to" "$id" || { on "$from" nft delete table inet e2e; return 1; }
+    on "$from" nft delete table inet e2e
+    PATIENCE=120 until_true phase_is "$id" succeeded
+    until_true has_left busy "$name"
+    [[ $(digest busy) == "$before" ]]
+    [[ $(in_pod busy cat /cache/late /layer /data/late /dev/shm/late) == $'late\nlayer\ndeclared\nshared' ]]
+}
+
+has_come_again() { [[ $(on "$1" grep -c "container comes.*$2" /var/log/podferry-agent.log) -ge 2 ]]; }
 
 a_pod_that_is_deleted_on_the_way_ends() {
     local id name

@@ -22,6 +22,7 @@ pub mod hook;
 pub mod inbox;
 mod memory;
 mod pod;
+mod rebind;
 mod restore;
 mod resume;
 mod seeds;
@@ -519,6 +520,11 @@ impl TargetPart {
     /// What comes with the container.
     pub fn volumes(&self) -> &[Volume] {
         &self.volumes
+    }
+
+    /// Of which migration it is.
+    pub fn migration(&self) -> MigrationId {
+        self.migration
     }
 
     /// runc's id of the container.

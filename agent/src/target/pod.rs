@@ -74,7 +74,7 @@ pub(super) fn launcher(
     Ok(visitor.launcher())
 }
 
-fn door(pod: &PodArrival) -> Door {
+pub(super) fn door(pod: &PodArrival) -> Door {
     Door { uid: pod.uid.clone(), container: pod.container.clone() }
 }
 

@@ -195,6 +195,10 @@ impl Restoring {
         {
             return Ok(());
         }
+        if self.pod.is_some() && !self.bundle.dir.join("config.json").exists() {
+            // The kubelet has given the container up, and containerd has removed all of it.
+            return runc.forget_restore(&self.workload).map_err(|error| self.not_removed(&error));
+        }
         runc.cleanup_killed_restore(&self.workload, &self.bundle.dir).map_err(|error| self.not_removed(&error))
     }
 
