@@ -84,7 +84,8 @@ fn move_files(
     let mut moved = Vec::with_capacity(volumes.len());
     for volume in volumes {
         let new = look.moving.iter().find(|new| new.destination == volume.destination).ok_or_else(|| {
-            let message = format!("the container that was begun anew has no volume at {}", volume.destination.display());
+            let message =
+                format!("the container that was begun anew has no volume at {}", volume.destination.display());
             context.refusal(FailureCode::FailedPrecondition, message).in_phase("resume")
         })?;
         if new.dir != volume.dir {
