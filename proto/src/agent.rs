@@ -107,6 +107,14 @@
 //! - A source does not seal, nor does it confirm `Release`, while a container of that id runs which it has not started: somebody else has,
 //!   and there would be two.
 //!
+//! # Pods
+//!
+//! Between agents that have `agent:pods` among their `features`: those of nodes of Kubernetes. `PreflightTarget` says `is_pod`: the pod
+//! that the container is to become is still to be made, so nothing of it is looked for. Then the coordinator makes it, and `Prepare` names it
+//! (`pod`). That is answered when its container waits to be restored, which may take minutes; who aborts meanwhile is answered at
+//! once. In all other calls `workload` is the container's id on the source. A source says `NETWORK_KIND_POD`: no link moves, and connections are
+//! not kept.
+//!
 //! # The order of an application-level migration
 //!
 //! Between agents that have `agent:application` among their `features`. The calls are a cold one's; `Prepare` says `cold` and
