@@ -89,7 +89,7 @@ async fn take_up(context: &Context, parts: &Parts, mut record: PartRecord) -> Re
     let parts = parts.clone();
     tokio::spawn(async move {
         if take_up_as(&record) == TakeUp::Settle {
-            settle_sealed(&context, &parts, &part, migration).await;
+            settle_sealed(&context, &parts, migration).await;
         } else {
             let reason = "the agent was restarted before the migration was sealed";
             undo(&parts, &part, migration, reason, Authority::Own).await;
@@ -99,24 +99,28 @@ async fn take_up(context: &Context, parts: &Parts, mut record: PartRecord) -> Re
 }
 
 /// Follows the operator's word, or the coordinator's record. The coordinator's own calls may come first; they say the same.
-async fn settle_sealed(context: &Context, parts: &Parts, part: &Part, migration: MigrationId) {
+async fn settle_sealed(context: &Context, parts: &Parts, migration: MigrationId) {
     let mut waits_for_release = false;
-    while part.standing() == Standing::Sealed {
+    // Looked up each time: a part that has ended is not to be kept, and a pod's may have been given another container.
+    while let Some(Entry::Alive { part, .. }) = parts.get(migration) {
+        if part.standing() != Standing::Sealed {
+            return;
+        }
         let known = match operators_word(context, migration) {
             Some(OperatorsWord::Commit) => Known::Said(Word::Commit),
             Some(OperatorsWord::Abort) => Known::Said(Word::Abort),
             None if waits_for_release => Known::Nothing,
             None => known_of(ask(context, migration).await),
         };
-        let (side, keeps_memory) = match part {
+        let (side, keeps_memory) = match &part {
             Part::Source(source) => (Side::Source, source.fetched_by().is_some()),
             Part::Target(_) => (Side::Target, false),
         };
-        match (part::settle(side, known, keeps_memory), part) {
+        match (part::settle(side, known, keeps_memory), &part) {
             (Settle::Undo, _) => {
                 let by_hand = matches!(known, Known::Said(_));
                 let reason = if by_hand { "an operator decided so" } else { "the coordinator's record says so" };
-                undo(parts, part, migration, reason, Authority::Coordinator).await;
+                undo(parts, &part, migration, reason, Authority::Coordinator).await;
                 return;
             }
             (Settle::Await, _) => waits_for_release = true,
@@ -180,10 +184,7 @@ pub fn settle_later(context: &Context, parts: &Parts, migration: MigrationId) {
     let (context, parts) = (context.clone(), parts.clone());
     tokio::spawn(async move {
         tokio::time::sleep(SETTLE_AFTER).await;
-        // Looked up only now: a part that has ended by then is not to be kept.
-        if let Some(Entry::Alive { part, .. }) = parts.get(migration) {
-            settle_sealed(&context, &parts, &part, migration).await;
-        }
+        settle_sealed(&context, &parts, migration).await;
     });
 }
 

@@ -18,7 +18,7 @@ use podferry_coordinator::audit::AuditLog;
 use podferry_coordinator::cluster::{Agents, Inventory};
 use podferry_coordinator::config::Config;
 use podferry_coordinator::evacuation::Evacuator;
-use podferry_coordinator::kubernetes::{KubernetesConfig, Leading, connect};
+use podferry_coordinator::kubernetes::{KubernetesConfig, Leading};
 use podferry_coordinator::metrics::Metrics;
 use podferry_coordinator::pods::{Pods, Watched};
 use podferry_coordinator::runner::Runner;
@@ -78,9 +78,9 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     let gate = Gate::new(config.access.clone(), audit.clone(), metrics.clone())?;
 
     let agents = Agents::new(identity.clone());
-    let cluster = match config.kubernetes.as_ref().filter(|_| config.inventory.is_none()) {
-        Some(kubernetes) => Some(join_cluster(kubernetes).await?),
-        None => None,
+    let cluster = match (leading.client(), &config.kubernetes) {
+        (Some(client), Some(kubernetes)) if config.inventory.is_none() => Some(look_at(client, kubernetes).await?),
+        _ => None,
     };
     let deadlines = if cluster.is_some() { config.deadlines.of_pods() } else { config.deadlines };
     let mut runner = Runner::new(
@@ -142,9 +142,8 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The API server, and what is seen there: once all of it has been read.
-async fn join_cluster(settings: &KubernetesConfig) -> Result<(Pods, Watched), Box<dyn Error>> {
-    let client = connect(settings).await?;
+/// What is done with pods, and what is seen of the cluster: once all of it has been read.
+async fn look_at(client: kube::Client, settings: &KubernetesConfig) -> Result<(Pods, Watched), Box<dyn Error>> {
     let watched = Watched::begin(client.clone(), settings.agent_port);
     let read = tokio::time::timeout(CLUSTER_TIMEOUT, watched.is_whole()).await;
     read.map_err(|_| "nodes and pods cannot be read from the API server: see the warnings above")?;

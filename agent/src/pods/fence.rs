@@ -1,7 +1,7 @@
 //! Keeps the kubelet from starting what moves away, on a disk: it starts pods again after a reboot, too.
 
 use std::fs;
-use std::io::{self, Write as _};
+use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
@@ -40,29 +40,32 @@ impl Fence {
         Ok(())
     }
 
-    /// Puts it up. Idempotent. What it [kept](Self::keep) it keeps no more.
+    /// Puts it up. Idempotent. It is on the disk then, and so is there after a power failure.
     ///
     /// # Errors
     /// When that cannot be written down.
     pub fn put_up(&self) -> io::Result<()> {
-        self.write("")
+        let Some(dir) = self.0.parent() else { return Ok(()) };
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        fs::File::create(&self.0)?.sync_all()?;
+        fs::File::open(dir)?.sync_all()
     }
 
-    /// Keeps the container from being killed, too: it stands still, so that its probes fail, and its memory is needed.
+    /// Keeps the container from being killed, too: it stands still, so that its probes fail, and its memory is needed. Its
+    /// processes end with a power failure anyhow, so this need not be on the disk.
     ///
     /// # Errors
     /// When that cannot be written down.
     pub fn keep(&self) -> io::Result<()> {
-        self.write(KEEP)
+        fs::write(&self.0, KEEP)
     }
 
-    fn write(&self, word: &str) -> io::Result<()> {
-        if let Some(dir) = self.0.parent() {
-            fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-        }
-        let mut file = fs::File::create(&self.0)?;
-        file.write_all(word.as_bytes())?;
-        file.sync_all()
+    /// Lets it be killed again, and no more than that.
+    ///
+    /// # Errors
+    /// When that cannot be written down.
+    pub fn let_die(&self) -> io::Result<()> {
+        fs::write(&self.0, "")
     }
 
     /// Takes it away. Idempotent.
@@ -95,7 +98,7 @@ mod tests {
         assert!(fences.join("there").exists() && !fences.join("gone").exists());
         Fence(fences.join("there")).keep().unwrap();
         assert_eq!(fs::read_to_string(fences.join("there")).unwrap(), KEEP);
-        Fence(fences.join("there")).put_up().unwrap();
+        Fence(fences.join("there")).let_die().unwrap();
         assert_eq!(fs::read_to_string(fences.join("there")).unwrap(), "");
         Fence(fences.join("there")).take_away().unwrap();
         Fence(fences.join("there")).take_away().unwrap();

@@ -154,11 +154,11 @@ async fn receive(visitors: Visitors, parts: Parts, stream: UnixStream) {
         namespace = hello.namespace,
         "a pod's container comes"
     );
-    let word = word_at_once(&parts, &hello);
     let visitor = Arc::new(Visitor::new(hello, write));
-    match word {
-        Some(word) => visitor.order(&word).await,
-        None => visitors.come(&visitor),
+    visitors.come(&visitor);
+    // Looked at behind that: whoever ends a migration dismisses those who have come.
+    if let Some(word) = word_at_once(&parts, &visitor.hello) {
+        visitor.order(&word).await;
     }
     visitor.listen(lines).await;
     visitors.go(&visitor);

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::ExitStatus;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use podferry_common::MigrationId;
 use podferry_runtime::wrapper::{Hello, Order, Report};
@@ -25,7 +25,6 @@ const MOST_REPORT: u64 = 64 << 10;
 pub struct Visitor {
     /// Who it is.
     pub hello: Hello,
-    since: Instant,
     voice: tokio::sync::Mutex<OwnedWriteHalf>,
     seen: Arc<Seen>,
 }
@@ -55,7 +54,7 @@ enum Stage {
 
 impl Visitor {
     pub(super) fn new(hello: Hello, voice: OwnedWriteHalf) -> Self {
-        Self { hello, since: Instant::now(), voice: tokio::sync::Mutex::new(voice), seen: Arc::default() }
+        Self { hello, voice: tokio::sync::Mutex::new(voice), seen: Arc::default() }
     }
 
     pub(super) fn door(&self) -> Door {
@@ -64,11 +63,6 @@ impl Visitor {
 
     pub(super) fn is_of(&self, migration: MigrationId) -> bool {
         self.hello.migration.parse() == Ok(migration)
-    }
-
-    /// For how long it still waits for a word.
-    pub fn patience(&self) -> Duration {
-        Duration::from_millis(self.hello.patience_ms).saturating_sub(self.since.elapsed())
     }
 
     /// Whether it waits here still.

@@ -68,6 +68,8 @@ pub struct SourcePart {
     dirs: PartDirs,
     /// None when it was gone before a restarted agent looked.
     container: Option<Container>,
+    /// Kubernetes: what keeps the kubelet from starting it again here, and from killing it while it stands still.
+    fence: Option<Fence>,
     /// None before the freeze, and when it was killed before a restarted agent looked.
     worker: Arc<OnceLock<Worker>>,
     /// Whose writes are followed. Locked while anybody reads their memory or starts the worker: an abort waits for that.
@@ -136,9 +138,10 @@ impl SourcePart {
             }
             Err(failure) => {
                 dirs.wipe_volatile();
-                forget(&dirs);
-                if let Some(Err(error)) = fence.as_ref().map(Fence::take_away) {
-                    tracing::error!(%error, "the fence around a pod that does not move stays");
+                match fence.as_ref().map_or(Ok(()), Fence::take_away) {
+                    Ok(()) => forget(&dirs),
+                    // The next agent undoes what is noted.
+                    Err(error) => tracing::error!(%error, "the fence around a pod that does not move stays"),
                 }
                 Err(failure)
             }
@@ -150,11 +153,13 @@ impl SourcePart {
             Role::Source { fetched_by, .. } => fetched_by.clone(),
             Role::Target { .. } => None,
         };
+        let fence = record.fence().cloned();
         let ledger = Ledger::new(record, dirs.clone());
         Self {
             context: context.clone(),
             dirs,
             container,
+            fence,
             worker: Arc::default(),
             followers: Arc::default(),
             ledger,
@@ -214,7 +219,7 @@ impl SourcePart {
                 None => (followers, None),
             };
             self.pre_copying.store(false, Ordering::Relaxed);
-            if let Some(fence) = fence_of(&self.context, &order.container) {
+            if let Some(fence) = &self.fence {
                 fence.keep().map_err(|error| io_failed(&self.context, &error))?;
             }
             self.watch_arrivals(order);
@@ -388,9 +393,6 @@ impl SourcePart {
         if let Some(arrivals) = self.arrivals.get() {
             arrivals.end_soon();
         }
-        if let Some(Err(error)) = record.fence().map(Fence::put_up) {
-            tracing::warn!(%error, "the fence around a pod that has moved keeps what is dead");
-        }
         self.ledger
             .change(&mut record, |record| record.standing = Standing::Released)
             .map_err(|error| io_failed(&self.context, &error))
@@ -415,6 +417,9 @@ impl SourcePart {
             && let Err(failure) = self.kill_orphans(&record).await
         {
             tracing::error!(%failure, "a released container's processes do not end");
+        }
+        if let Some(Err(error)) = self.fence.as_ref().map(Fence::let_die) {
+            tracing::warn!(%error, "the fence around a pod that has moved keeps what is dead");
         }
         sweep::remove_container(&self.context, &record, self.container.as_ref()).await;
         if let Err(failure) = sweep::release_throttle(&self.context, &self.dirs, &record).await {
@@ -467,7 +472,7 @@ impl SourcePart {
         }
         self.unquiesce(&record).await?;
         self.start_again(&record).await?;
-        if let Some(fence) = record.fence() {
+        if let Some(fence) = &self.fence {
             fence.take_away().map_err(|error| io_failed(&self.context, &error))?;
         }
         if let Some(arrivals) = self.arrivals.get() {
@@ -595,13 +600,13 @@ impl SourcePart {
     }
 }
 
-/// Whether the container's init is the one that was found, and not gone.
 /// Kubernetes: what keeps the kubelet from starting the container again here.
 fn fence_of(context: &Context, container: &Container) -> Option<Fence> {
     let kubernetes = context.config.kubernetes.as_ref()?;
     Fence::of(&kubernetes.fence_dir, container)
 }
 
+/// Whether the container's init is the one that was found, and not gone.
 fn init_lives(record: &PartRecord) -> bool {
     matches!(record.role, Role::Source { init_pid, init_start, .. } if Init { pid: init_pid, start_time: init_start }.is_alive())
 }

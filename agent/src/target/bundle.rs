@@ -89,11 +89,6 @@ impl Bundle {
         &self.overlay
     }
 
-    /// Whether it is containerd's.
-    pub fn is_of_pod(&self) -> bool {
-        self.of_pod
-    }
-
     /// Makes the empty folders that a restore needs. What an earlier stay of the workload left in the writable layer is
     /// wiped: its truth is elsewhere now.
     ///

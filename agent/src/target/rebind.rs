@@ -20,6 +20,7 @@ use crate::context::{Context, blocking};
 use crate::journal::{PartRecord, PodArrival, Role};
 use crate::pods::Visitor;
 use crate::volumes::{Look, Volume};
+use crate::worker::record::at;
 
 /// How long the kubelet's next try is waited for: it comes ten seconds after the last one, later with each.
 const NEXT_TRY: Duration = Duration::from_secs(20);
@@ -60,7 +61,8 @@ fn bind(record: &mut PartRecord, id: &str, arrival: PodArrival, moved: Vec<Volum
     record.going = false;
 }
 
-/// Moves layer and volumes from the container that was given up to the new one. What was moved by a former try stays; blocks.
+/// Moves layer and volumes from the container that was given up to the new one; blocks. Looks at everything first: what cannot be moved
+/// as a whole is not moved in parts. What a former try has moved to the same container stays.
 fn move_files(
     context: &Context,
     old: &PodArrival,
@@ -70,36 +72,40 @@ fn move_files(
     let failed = |what: &str, error: &(dyn std::error::Error + 'static)| {
         context.failure(FailureCode::Internal, what, error).in_phase("resume")
     };
-    let here = |failure: Failure| failure.on(context.config.node.as_str()).in_phase("resume");
-    let bundle = Bundle::of_pod(visitor.hello.bundle.clone()).map_err(here)?;
-    let what = "the root filesystems of a container that was begun anew cannot be unmounted";
-    for rootfs in [old.bundle.join("rootfs"), bundle.rootfs()] {
-        podferry_filesystem::unmount(&rootfs).map_err(|error| failed(what, &error))?;
-    }
-    move_content(&old.upper, &bundle.upper()).map_err(|error| io_failed(context, &error))?;
+    let bundle = Bundle::of_pod(visitor.hello.bundle.clone())
+        .map_err(|failure| failure.on(context.config.node.as_str()).in_phase("resume"))?;
     let spec = Spec::load(bundle.dir.join("config.json"))
         .map_err(|error| failed("the new container's config.json cannot be read", &error))?;
     let look = Look::at(&context.config, &spec, &bundle.dir)
         .map_err(|error| failed("the new container's volumes cannot be looked at", &error))?;
-    let mut moved = Vec::with_capacity(volumes.len());
-    for volume in volumes {
-        let new = look.moving.iter().find(|new| new.destination == volume.destination).ok_or_else(|| {
+    let counterpart = |volume: &Volume| {
+        let found = look.moving.iter().find(|new| new.destination == volume.destination).cloned();
+        found.ok_or_else(|| {
             let message =
                 format!("the container that was begun anew has no volume at {}", volume.destination.display());
             context.refusal(FailureCode::FailedPrecondition, message).in_phase("resume")
-        })?;
-        if new.dir != volume.dir {
-            move_content(&volume.dir, &new.dir).map_err(|error| io_failed(context, &error))?;
-        }
-        moved.push(new.clone());
+        })
+    };
+    let moved: Vec<Volume> = volumes.iter().map(counterpart).collect::<Result<_, _>>()?;
+    let pairs = volumes.iter().zip(&moved).map(|(from, to)| (from.dir.clone(), to.dir.clone()));
+    let pairs = pairs.filter(|(from, to)| from != to).chain([(old.upper.clone(), bundle.upper())]);
+    let pairs: Vec<(PathBuf, PathBuf)> = pairs.collect();
+    pairs.iter().try_for_each(|(from, _)| there(from)).map_err(|error| io_failed(context, &error))?;
+    let what = "the root filesystem of a container that was begun anew cannot be unmounted";
+    for rootfs in [old.bundle.join("rootfs"), bundle.rootfs()] {
+        podferry_filesystem::unmount(&rootfs).map_err(|error| failed(what, &error))?;
     }
+    pairs.iter().try_for_each(|(from, to)| move_content(from, to)).map_err(|error| io_failed(context, &error))?;
     Ok((pod::arrival(visitor, &bundle), moved))
 }
 
-/// Moves all that is in a directory, and what the directory itself is like, to one on the same file system. What is there by the same name goes.
-///
 /// # Errors
-/// When the directory is gone and nothing has been moved: with what came.
+/// When the directory is gone, with what came.
+fn there(dir: &Path) -> io::Result<()> {
+    fs::metadata(dir).map(drop).map_err(|error| at(dir, &error))
+}
+
+/// Moves all that is in a directory, and what the directory itself is like, to one on the same file system. What is there by the same name goes.
 fn move_content(from: &Path, to: &Path) -> io::Result<()> {
     let entries = fs::read_dir(from).map_err(|error| at(from, &error))?;
     for entry in entries {
@@ -123,10 +129,6 @@ fn remove(path: &PathBuf) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at(path, &error)),
         _ => Ok(()),
     }
-}
-
-fn at(path: &Path, error: &io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("{}: {error}", path.display()))
 }
 
 #[cfg(test)]

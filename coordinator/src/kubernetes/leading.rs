@@ -68,6 +68,11 @@ impl Leading {
         Ok(Some(Self(Some(Cluster { client, namespace, name, lease, objects, controller }))))
     }
 
+    /// The connection to its API server, if there is a cluster.
+    pub fn client(&self) -> Option<Client> {
+        self.0.as_ref().map(|cluster| cluster.client.clone())
+    }
+
     /// The store: in the API server, but for evacuations, or all of it in that folder.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::ListParams;
 use kube::{Api, ResourceExt as _};
-use podferry_common::Failure;
+use podferry_common::{Failure, MigrationId};
 use tokio::time::sleep;
 
 use super::plan::MIGRATION;
@@ -19,9 +19,12 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// The longest pause between repetitions.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
+/// How long a request to the API server is under way at most when who made it has gone.
+const SECOND_LOOK: Duration = Duration::from_secs(5);
+
 /// What is due.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Due {
+pub(super) enum Due {
     /// Nothing.
     Nothing,
     /// The target pod goes: the workload runs where it was.
@@ -34,7 +37,7 @@ pub enum Due {
 
 impl Due {
     /// What is due in a state of a migration; `post_copy`: whether the target fetches memory after its resume.
-    pub fn of(state: &State, post_copy: bool) -> Self {
+    pub(super) fn of(state: &State, post_copy: bool) -> Self {
         match state {
             State::Aborted { .. } => Self::Discard,
             State::Filling if post_copy => Self::Expose,
@@ -56,36 +59,49 @@ impl Due {
 }
 
 impl Pods {
-    /// Begins what is due for a migration of this record. Must be called inside a tokio runtime.
-    pub fn follow(&self, record: &Record) {
+    /// Begins what has become due for a migration of this record that was in the state `before`. Must be called inside a tokio runtime.
+    pub fn follow(&self, before: &State, record: &Record) {
+        let post_copy = record.strategy.path().post_copy;
+        if Due::of(before, post_copy) != Due::of(&record.state, post_copy) {
+            self.begin(record);
+        }
+    }
+
+    /// Begins what is due for it, whatever was before.
+    fn begin(&self, record: &Record) {
         let Some(moved) = record.pod.clone() else { return };
         let due = Due::of(&record.state, record.strategy.path().post_copy);
         if due == Due::Nothing {
             return;
         }
-        let (pods, record) = (self.clone(), record.clone());
-        tokio::spawn(async move { pods.until_done(due, &record, &moved).await });
+        let (pods, id) = (self.clone(), record.id);
+        tokio::spawn(async move { pods.until_done(due, id, &moved).await });
     }
 
-    async fn until_done(&self, due: Due, record: &Record, moved: &PodMove) {
+    async fn until_done(&self, due: Due, id: MigrationId, moved: &PodMove) {
         let mut pause = FIRST_PAUSE;
         loop {
-            let Err(failure) = self.carry_out(due, record, moved).await else { break };
-            tracing::warn!(migration = %record.id, pod = moved.target_name, ?due, %failure, "repeated until it is done");
+            let Err(failure) = self.carry_out(due, id, moved).await else { break };
+            tracing::warn!(migration = %id, pod = moved.target_name, ?due, %failure, "repeated until it is done");
             sleep(pause).await;
             pause = pause.saturating_mul(2).min(LONGEST_PAUSE);
         }
-        tracing::info!(migration = %record.id, pod = moved.target_name, ?due, "done with the API server");
+        tracing::info!(migration = %id, pod = moved.target_name, ?due, "done with the API server");
     }
 
-    async fn carry_out(&self, due: Due, record: &Record, moved: &PodMove) -> Result<(), Failure> {
+    async fn carry_out(&self, due: Due, id: MigrationId, moved: &PodMove) -> Result<(), Failure> {
         match due {
             Due::Nothing => Ok(()),
-            Due::Discard => self.discard_target(record, moved).await,
-            Due::Expose => self.expose(record, moved).await,
+            Due::Discard => {
+                self.discard_target(id, moved).await?;
+                // A request to make it may have been under way when nobody waited for it any more.
+                sleep(SECOND_LOOK).await;
+                self.discard_target(id, moved).await
+            }
+            Due::Expose => self.expose(id, moved).await,
             Due::Complete => {
-                self.expose(record, moved).await?;
-                self.complete(record, moved).await
+                self.expose(id, moved).await?;
+                self.complete(id, moved).await
             }
         }
     }
@@ -101,7 +117,7 @@ impl Pods {
             let Some(id) = pod.labels().get(MIGRATION).and_then(|id| id.parse().ok()) else { continue };
             let store = store.clone();
             match blocking(move || store.get(id)).await {
-                Ok(Some(record)) => self.follow(&record),
+                Ok(Some(record)) => self.begin(&record),
                 Ok(None) => {
                     tracing::warn!(pod = pod.name_any(), %id, "a pod is marked by a migration that is not known");
                 }

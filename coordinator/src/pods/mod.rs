@@ -26,10 +26,9 @@ mod watch;
 
 use podferry_common::{Failure, FailureCode, chain};
 
-pub use follow::Due;
-pub use plan::{ADOPT, MIGRATION, RUNTIME_CLASS, check_movable, target_name, target_pod};
+pub use plan::target_name;
 pub use steps::Pods;
-pub use watch::{PodView, Watched};
+pub use watch::Watched;
 
 /// The label by which a node takes part.
 pub const ENABLED: &str = "podferry.dev/enabled";

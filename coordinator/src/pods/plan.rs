@@ -11,13 +11,13 @@ use crate::store::PodMove;
 use crate::strategy::Strategy;
 
 /// The annotation that says by which migration a pod's container comes. `podferry-runtime` on the node reads it.
-pub const MIGRATION: &str = "podferry.dev/migration";
+pub(super) const MIGRATION: &str = "podferry.dev/migration";
 /// The annotation with what the target pod gets when it is adopted.
-pub const ADOPT: &str = "podferry.dev/adopt";
+pub(super) const ADOPT: &str = "podferry.dev/adopt";
 /// The annotation with the name that a pod had before it moved for the first time.
 const NAME: &str = "podferry.dev/name";
 /// The runtime class of pods that can move.
-pub const RUNTIME_CLASS: &str = "podferry";
+pub(super) const RUNTIME_CLASS: &str = "podferry";
 /// What a Deployment tells its ReplicaSets' pods apart by.
 const TEMPLATE_HASH: &str = "pod-template-hash";
 /// What a ReplicaSet looks at when it has to choose among pods.
@@ -68,7 +68,7 @@ pub fn target_name(base: &str, id: MigrationId) -> String {
 ///
 /// # Errors
 /// `FAILED_PRECONDITION`, with what to do.
-pub fn check_movable(pod: &Pod, strategy: Strategy) -> Result<(), Failure> {
+pub(super) fn check_movable(pod: &Pod, strategy: Strategy) -> Result<(), Failure> {
     let mut why: Vec<(String, &str)> = Vec::new();
     let spec = pod.spec.clone().unwrap_or_default();
     if spec.runtime_class_name.as_deref() != Some(RUNTIME_CLASS) {
@@ -177,7 +177,7 @@ fn sub_path(spec: &PodSpec, container: &Container) -> Option<(String, &'static s
 ///
 /// # Errors
 /// When it cannot be written down, which no pod of an API server is.
-pub fn target_pod(pod: &Pod, moved: &PodMove, node: &str, id: MigrationId) -> Result<Pod, serde_json::Error> {
+pub(super) fn target_pod(pod: &Pod, moved: &PodMove, node: &str, id: MigrationId) -> Result<Pod, serde_json::Error> {
     let source = &pod.metadata;
     let labels = source.labels.clone().unwrap_or_default();
     let mut annotations = source.annotations.clone().unwrap_or_default();

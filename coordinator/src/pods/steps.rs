@@ -6,12 +6,12 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::wait::await_condition;
 use kube::{Client, Error};
-use podferry_common::{Failure, FailureCode};
+use podferry_common::{Failure, FailureCode, MigrationId, NodeName};
 use tokio::time::{sleep, timeout};
 
 use super::plan::{self, Adoption};
 use super::refused;
-use crate::store::{PodMove, Record};
+use crate::store::PodMove;
 use crate::strategy::Strategy;
 
 /// Between two looks at a pod that has to come.
@@ -57,20 +57,20 @@ impl Pods {
     ///
     /// # Errors
     /// When the source is not there any more, or the API server does not take the target pod.
-    pub async fn make_target(&self, record: &Record, moved: &PodMove) -> Result<String, Failure> {
+    pub async fn make_target(&self, id: MigrationId, node: &NodeName, moved: &PodMove) -> Result<String, Failure> {
         let api = self.api(&moved.namespace);
         let failed = |error: &Error| {
             let what = format!("the target pod {}/{} cannot be created", moved.namespace, moved.target_name);
             refused(&what, error).in_phase("prepare")
         };
         let source = self.source(moved).await?.ok_or_else(|| gone(moved).in_phase("prepare"))?;
-        let target = plan::target_pod(&source, moved, record.target.as_str(), record.id);
+        let target = plan::target_pod(&source, moved, node.as_str(), id);
         let target = target.map_err(|error| Failure::from_error(FailureCode::Internal, &error).in_phase("prepare"))?;
         let parameters = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
         match api.create(&parameters, &target).await {
             Ok(created) => Ok(created.metadata.uid.unwrap_or_default()),
             Err(Error::Api(status)) if status.reason == "AlreadyExists" => {
-                let there = self.target(record, moved).await?;
+                let there = self.target(id, moved).await?;
                 let taken = || failed(&Error::Api(status.clone()));
                 there.and_then(|pod| pod.metadata.uid).ok_or_else(taken)
             }
@@ -103,8 +103,8 @@ impl Pods {
     ///
     /// # Errors
     /// When the API server does not; to be called again.
-    pub async fn discard_target(&self, record: &Record, moved: &PodMove) -> Result<(), Failure> {
-        let Some(target) = self.target(record, moved).await? else { return Ok(()) };
+    pub async fn discard_target(&self, id: MigrationId, moved: &PodMove) -> Result<(), Failure> {
+        let Some(target) = self.target(id, moved).await? else { return Ok(()) };
         self.delete(moved, &moved.target_name, target.metadata.uid.unwrap_or_default()).await
     }
 
@@ -112,8 +112,8 @@ impl Pods {
     ///
     /// # Errors
     /// When the API server does not; to be called again.
-    pub async fn expose(&self, record: &Record, moved: &PodMove) -> Result<(), Failure> {
-        let Some(target) = self.target(record, moved).await? else { return Ok(()) };
+    pub async fn expose(&self, id: MigrationId, moved: &PodMove) -> Result<(), Failure> {
+        let Some(target) = self.target(id, moved).await? else { return Ok(()) };
         let exposed = Adoption::of_target(&target).and_then(|adoption| adoption.exposed());
         if let Some(labels) = exposed {
             let patch = serde_json::json!({ "metadata": { "uid": target.metadata.uid, "labels": labels } });
@@ -138,8 +138,8 @@ impl Pods {
     ///
     /// # Errors
     /// When the API server does not answer, or the target would be deleted by its ReplicaSet; to be called again.
-    pub async fn complete(&self, record: &Record, moved: &PodMove) -> Result<(), Failure> {
-        let Some(mut target) = self.target(record, moved).await? else { return self.delete_source(moved).await };
+    pub async fn complete(&self, id: MigrationId, moved: &PodMove) -> Result<(), Failure> {
+        let Some(mut target) = self.target(id, moved).await? else { return self.delete_source(moved).await };
         let adoption = Adoption::of_target(&target).unwrap_or_default();
         let uid = target.metadata.uid.clone().unwrap_or_default();
         if !adoption.owners.is_empty() {
@@ -159,9 +159,9 @@ impl Pods {
     }
 
     /// The target pod, when it is this migration's.
-    async fn target(&self, record: &Record, moved: &PodMove) -> Result<Option<Pod>, Failure> {
+    async fn target(&self, id: MigrationId, moved: &PodMove) -> Result<Option<Pod>, Failure> {
         let found = self.get(moved, &moved.target_name).await?;
-        let id = record.id.to_string();
+        let id = id.to_string();
         Ok(found.filter(|pod| {
             pod.metadata.annotations.as_ref().is_some_and(|annotations| annotations.get(plan::MIGRATION) == Some(&id))
         }))

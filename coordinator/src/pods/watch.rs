@@ -10,7 +10,7 @@ use kube::Client;
 use kube::api::Api;
 use kube::runtime::WatchStreamExt as _;
 use kube::runtime::watcher::{self, Event, watcher};
-use podferry_common::{NodeName, WorkloadName};
+use podferry_common::NodeName;
 use tokio::sync::watch;
 
 use super::plan::{RUNTIME_CLASS, base_name, phase};
@@ -69,31 +69,25 @@ impl<T> Table<T> {
     }
 }
 
-/// What a migration has to know of a pod, from its object.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PodView;
-
-impl PodView {
-    /// The workload that a pod is, while its container runs and it is of podferry's runtime class.
-    pub fn read(pod: &Pod) -> Option<Workload> {
-        let (metadata, spec) = (&pod.metadata, pod.spec.as_ref()?);
-        let counts = spec.runtime_class_name.as_deref() == Some(RUNTIME_CLASS)
-            && metadata.deletion_timestamp.is_none()
-            && phase(pod) == "Running";
-        let (namespace, name) = (metadata.namespace.clone()?, metadata.name.clone()?);
-        let container = spec.containers.first().filter(|_| counts)?.name.clone();
-        let statuses = pod.status.as_ref()?.container_statuses.as_ref()?;
-        let status = statuses.iter().find(|status| status.name == container)?;
-        // `containerd://ID`.
-        let (_, id) = status.container_id.as_ref()?.split_once("://")?;
-        Some(Workload {
-            name: format!("{namespace}/{name}").parse().ok()?,
-            container: id.to_owned(),
-            node: spec.node_name.as_ref().and_then(|node| node.parse().ok()),
-            traits: traits::of_pod(pod),
-            pod: Some(PodRef { namespace, name, uid: metadata.uid.clone()?, container, base: base_name(pod) }),
-        })
-    }
+/// The workload that a pod is, while its container runs and it is of podferry's runtime class.
+fn read_pod(pod: &Pod) -> Option<Workload> {
+    let (metadata, spec) = (&pod.metadata, pod.spec.as_ref()?);
+    let counts = spec.runtime_class_name.as_deref() == Some(RUNTIME_CLASS)
+        && metadata.deletion_timestamp.is_none()
+        && phase(pod) == "Running";
+    let (namespace, name) = (metadata.namespace.clone()?, metadata.name.clone()?);
+    let container = spec.containers.first().filter(|_| counts)?.name.clone();
+    let statuses = pod.status.as_ref()?.container_statuses.as_ref()?;
+    let status = statuses.iter().find(|status| status.name == container)?;
+    // `containerd://ID`.
+    let (_, id) = status.container_id.as_ref()?.split_once("://")?;
+    Some(Workload {
+        name: format!("{namespace}/{name}").parse().ok()?,
+        container: id.to_owned(),
+        node: spec.node_name.as_ref().and_then(|node| node.parse().ok()),
+        traits: traits::of_pod(pod),
+        pod: Some(PodRef { namespace, name, uid: metadata.uid.clone()?, container, base: base_name(pod) }),
+    })
 }
 
 /// A node that takes part, with the address of its agent.
@@ -118,7 +112,7 @@ impl Watched {
         // What has ended does not come back.
         let running = watcher::Config::default().fields("status.phase!=Succeeded,status.phase!=Failed");
         tokio::spawn(async move {
-            us.follow(pods, running, |seen, event| seen.pods.take(event, PodView::read)).await;
+            us.follow(pods, running, |seen, event| seen.pods.take(event, read_pod)).await;
         });
         watched
     }
@@ -158,11 +152,6 @@ impl Watched {
         Inventory::of(seen.nodes.there.values().cloned(), seen.pods.there.values().cloned())
     }
 
-    /// The workload of that name, as of now.
-    pub fn workload(&self, name: &WorkloadName) -> Option<Workload> {
-        self.lock().pods.there.values().find(|workload| workload.name == *name).cloned()
-    }
-
     fn lock(&self) -> std::sync::MutexGuard<'_, Seen> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -185,12 +174,12 @@ mod tests {
 
     #[test]
     fn a_running_pod_of_the_class_is_a_workload_and_no_other() {
-        let workload = PodView::read(&pod("Running", "podferry")).unwrap();
+        let workload = read_pod(&pod("Running", "podferry")).unwrap();
         assert_eq!((workload.name.as_str(), workload.container.as_str()), ("shop/redis", "c0ffee"));
         assert_eq!(workload.node.unwrap().as_str(), "ip-10-0-0-1.ec2.internal");
         assert_eq!(workload.pod.unwrap().container, "main");
-        assert_eq!(PodView::read(&pod("Pending", "podferry")), None);
-        assert_eq!(PodView::read(&pod("Running", "runc")), None);
+        assert_eq!(read_pod(&pod("Pending", "podferry")), None);
+        assert_eq!(read_pod(&pod("Running", "runc")), None);
     }
 
     #[test]
@@ -203,7 +192,7 @@ mod tests {
         };
         let feed = |table: &mut Table<Workload>, events: Vec<Event<Pod>>| {
             for event in events {
-                table.take(event, PodView::read);
+                table.take(event, read_pod);
             }
         };
         feed(&mut table, vec![Event::Init, Event::InitApply(named("1")), Event::InitApply(named("2"))]);

@@ -92,7 +92,7 @@ pub(super) struct Job {
     pub(super) deadlines: Deadlines,
     pub(super) agents: Agents,
     /// The pod that moves, and what is done with it; none where there are no pods.
-    pub(super) pod: Option<(Pods, PodMove, Record)>,
+    pub(super) pod: Option<(Pods, PodMove)>,
     pub(super) inputs: mpsc::UnboundedSender<Input>,
 }
 
@@ -125,7 +125,7 @@ impl Job {
             reason: record.state.failure().map(ToString::to_string).unwrap_or_default(),
             deadlines: with.deadlines,
             agents: with.agents,
-            pod: with.pods.zip(record.pod.clone()).map(|(pods, moved)| (pods, moved, record.clone())),
+            pod: with.pods.zip(record.pod.clone()),
             inputs: with.inputs,
         }
     }
@@ -427,14 +427,14 @@ impl Job {
 
     /// A pod's target is made first; the agent answers when its container waits for its restore.
     async fn prepare(&self, mut client: AgentClient) -> Result<Answer, Failure> {
-        let Some((pods, moved, record)) = &self.pod else {
+        let Some((pods, moved)) = &self.pod else {
             let prepared = client.prepare(self.prepare_request(None)).await;
             return prepared.map(|_| Answer::Done).map_err(|status| self.placed(&status));
         };
         let place = v1::PodPlace {
             namespace: moved.namespace.clone(),
             name: moved.target_name.clone(),
-            uid: pods.make_target(record, moved).await?,
+            uid: pods.make_target(self.id, &self.target, moved).await?,
             container: moved.container.clone(),
         };
         tokio::select! {

@@ -261,8 +261,8 @@ impl Driver {
             self.shared.audit.migration(what, &self.record);
             self.shared.metrics.ended(what, &self.record);
         }
-        if let Some(pods) = self.shared.pods.as_ref().filter(|_| before != self.record.state) {
-            pods.follow(&self.record);
+        if let Some(pods) = &self.shared.pods {
+            pods.follow(&before, &self.record);
         }
         if step.durability != Durability::Unchanged {
             self.view.send_replace(self.record.clone());

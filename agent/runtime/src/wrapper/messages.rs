@@ -49,8 +49,6 @@ pub struct Hello {
     pub bundle: PathBuf,
     /// Where runc writes the pid of the init.
     pub pid_file: PathBuf,
-    /// For so many milliseconds it still waits for a word.
-    pub patience_ms: u64,
     /// A restore that it ran for an agent which is gone has failed: the status as `wait(2)` has it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exited: Option<i32>,

@@ -194,7 +194,6 @@ impl Wrapper<'_> {
 
     fn hello(&self, coming: &Coming) -> Hello {
         let invoked = &self.invoked;
-        let left = coming.until.saturating_duration_since(Instant::now());
         Hello {
             version: VERSION,
             migration: coming.migration.clone(),
@@ -206,7 +205,6 @@ impl Wrapper<'_> {
             root: invoked.root.clone().unwrap_or_default(),
             bundle: invoked.bundle.clone().unwrap_or_default(),
             pid_file: invoked.pid_file.clone().unwrap_or_default(),
-            patience_ms: u64::try_from(left.as_millis()).unwrap_or(u64::MAX),
             exited: coming.exited,
         }
     }
