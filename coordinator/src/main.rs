@@ -104,7 +104,8 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     };
     let open = runner.recover().await?;
     if let Some((pods, _)) = &cluster {
-        pods.recover(&store).await.map_err(|failure| failure.to_string())?;
+        let (pods, store, stop) = (pods.clone(), store.clone(), stop.clone());
+        tokio::spawn(async move { stop.run_until_cancelled(pods.look_after(&store)).await });
     }
     if let Some(rest) = &rest {
         tracing::info!(address = %rest.local_addr()?, "listening for REST");

@@ -175,7 +175,7 @@ pub struct MigrationStatus {
 pub struct Writer {
     /// The process: its pod's name and an id that no other process has.
     pub coordinator: String,
-    /// How many writes of this object the process had made.
+    /// Which of all writes of that process.
     pub sequence: i64,
 }
 

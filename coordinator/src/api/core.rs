@@ -27,6 +27,15 @@ use crate::store::{PodMove, Record, Report, Store, StoreError};
 use crate::strategy::{Strategy, Wishes};
 use wishes::{grace_period_s_of, wishes};
 
+/// What a request does not say, but who asks knows.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Bounds<'a> {
+    /// Where the workload has to be; none: wherever it is.
+    pub(crate) source: Option<&'a NodeName>,
+    /// Nodes whose preflight has refused it already.
+    pub(crate) refused_by: &'a [NodeName],
+}
+
 /// A workload that somebody wants to be moved, and what is seen of the nodes.
 struct Journey<'n, 'v> {
     who: &'v Peer,
@@ -186,24 +195,36 @@ impl Core {
 
     /// Accepts a migration that `who` asks for, or refuses it and records nothing. The logs say which.
     pub async fn migrate(&self, request: &v1::MigrateRequest, who: &Peer) -> Result<Record, Failure> {
-        self.migrate_as(MigrationId::new(), request, who).await
+        let begun = self.begin(MigrationId::new(), request, who, Bounds::default()).await;
+        if let Err(failure) = &begun {
+            self.tell_refused(request, who, failure).await;
+        }
+        begun
     }
 
-    /// The same for a migration whose id has been chosen already.
-    pub async fn migrate_as(
+    /// The same for somebody who asks again as long as that [may help](may_pass): only what is refused for good is news. The id has been
+    /// chosen already.
+    pub(crate) async fn migrate_again(
         &self,
         id: MigrationId,
         request: &v1::MigrateRequest,
         who: &Peer,
+        bounds: Bounds<'_>,
     ) -> Result<Record, Failure> {
-        let begun = self.begin(id, request, who, &[]).await;
-        if let Err(failure) = &begun {
-            let (workload, target) = (&request.workload, &request.target);
-            tracing::info!(peer = %who, workload, target, %failure, "migration refused");
-            // The log has said it if that cannot be written, and nothing is changed.
-            let _refused_anyway = self.gate.audit().refused(workload, target, who, failure).await;
+        let begun = self.begin(id, request, who, bounds).await;
+        if let Err(failure) = &begun
+            && !may_pass(failure)
+        {
+            self.tell_refused(request, who, failure).await;
         }
         begun
+    }
+
+    async fn tell_refused(&self, request: &v1::MigrateRequest, who: &Peer, failure: &Failure) {
+        let (workload, target) = (&request.workload, &request.target);
+        tracing::info!(peer = %who, workload, target, %failure, "migration refused");
+        // The log has said it if that cannot be written, and nothing is changed.
+        let _refused_anyway = self.gate.audit().refused(workload, target, who, failure).await;
     }
 
     async fn begin(
@@ -211,7 +232,7 @@ impl Core {
         id: MigrationId,
         request: &v1::MigrateRequest,
         who: &Peer,
-        refused_by: &[NodeName],
+        bounds: Bounds<'_>,
     ) -> Result<Record, Failure> {
         let wishes = wishes(request)?;
         let grace_period_s = grace_period_s_of(request, wishes.strategy)?;
@@ -225,7 +246,12 @@ impl Core {
         }
         let views = self.look_for(workload, place.as_ref(), wanted).await;
         let location = locate(&views, workload, place.as_ref())?;
+        if let Some(source) = bounds.source.filter(|source| **source != location.view.node.name) {
+            let message = format!("workload {} is on node {}, not on {source}", workload.name, location.view.node.name);
+            return Err(Failure::new(FailureCode::NotFound, message));
+        }
         let mut auto = self.auto(request, workload).await?;
+        let refused_by = bounds.refused_by;
         let journey = Journey { who, workload, location: &location, views: &views, target: wanted, refused_by };
         let (target, report) = self.placed(&journey, wishes, auto.as_mut()).await?;
         self.gate.narrow(who, &moving(workload, &location, target.name.as_str())).await?;
@@ -407,6 +433,11 @@ impl Core {
         let store = self.store.clone();
         blocking(move || store.decision(id)).await.map_err(|error| internal(&error))
     }
+}
+
+/// Whether the same request may be accepted later, though nobody changes it.
+pub(crate) fn may_pass(failure: &Failure) -> bool {
+    matches!(failure.code, FailureCode::Unavailable | FailureCode::ResourceExhausted | FailureCode::AlreadyExists)
 }
 
 /// The pod of a workload, as its migration's record has it.

@@ -7,5 +7,6 @@ pub mod rest;
 mod states;
 
 pub use core::Core;
+pub(crate) use core::{Bounds, may_pass};
 pub use current::Current;
 pub use grpc::{GrpcService, ServeError, serve};

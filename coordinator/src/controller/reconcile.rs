@@ -18,6 +18,7 @@ use serde_json::json;
 use super::policy::request_of;
 use super::{Controller, ControllerError};
 use crate::access::{Action as Asked, Verb};
+use crate::api::{Bounds, may_pass};
 use crate::store::{ACCEPTED, FINISHED, Judgement, Objects, Record, SUCCEEDED, judge, reason_of, time, workload_of};
 
 /// When a migration that cannot begin yet is tried again, if nothing is heard of before.
@@ -33,6 +34,8 @@ impl Controller {
         let uid = object.uid().unwrap_or_default();
         match self.objects.of_object(&uid) {
             Some(record) => self.go_on(&object, &record).await,
+            // It is as it was seen long ago: what has a record is forgotten only at its end.
+            None if has_record(&object) && !Objects::is_at_its_end(&object) => Ok(Action::requeue(LATER)),
             None if object.metadata.deletion_timestamp.is_some() => self.let_go(&object).await,
             // It was refused; or it has ended so long ago that it is forgotten.
             None if phase(&object) == REFUSED || has_record(&object) => self.after_the_end(&object).await,
@@ -43,18 +46,31 @@ impl Controller {
     /// A migration that has a record.
     async fn go_on(self: &Arc<Self>, object: &Migration, record: &Record) -> Result<Action, ControllerError> {
         if record.state.is_final() || Objects::is_at_its_end(object) {
+            // Who goes on with its pod after a restart needs the record.
+            let namespace = object.namespace().unwrap_or_default();
+            if has_finalizer(object) && self.has_pod_left(&namespace, record.id).await? {
+                return Ok(Action::requeue(LATER));
+            }
             return self.after_the_end(object).await;
         }
         self.follow(object, record.id);
         let unwanted = object.spec.cancel || object.metadata.deletion_timestamp.is_some();
         if unwanted && record.state.can_be_cancelled() {
-            self.cancel(record).await?;
+            self.cancel(object, record).await?;
         }
         // Its next state changes the object.
         Ok(Action::await_change())
     }
 
-    async fn cancel(&self, record: &Record) -> Result<(), ControllerError> {
+    /// Whether something is still to be done with the pod that came of a migration.
+    async fn has_pod_left(&self, namespace: &str, id: MigrationId) -> Result<bool, ControllerError> {
+        match self.runner.pods() {
+            Some(pods) => pods.has_marked(namespace, id).await.map_err(failed("list the pods")),
+            None => Ok(false),
+        }
+    }
+
+    async fn cancel(&self, object: &Migration, record: &Record) -> Result<(), ControllerError> {
         let id = record.id.to_string();
         let asked = Asked::on_migration(Verb::CancelMigration, &id);
         let cancelled = match self.current.admit_peer(Some(&self.peer), &asked).await {
@@ -65,6 +81,11 @@ impl Controller {
             Ok(_) => Ok(()),
             // It was committed, or has ended, meanwhile.
             Err(failure) if failure.code == FailureCode::FailedPrecondition => Ok(()),
+            // The access policy forbids it, and goes on to.
+            Err(failure) if failure.code == FailureCode::PermissionDenied => {
+                self.events.refused(object, "NotCancelled", &failure).await;
+                Ok(())
+            }
             Err(failure) => Err(ControllerError::NotCancelled(failure)),
         }
     }
@@ -148,7 +169,7 @@ impl Controller {
         let asked = Asked::migrate(&request.workload, &request.target);
         let core = self.current.admit_peer(Some(&self.peer), &asked).await?;
         self.objects.claim(id, object);
-        let begun = core.migrate_as(id, request, &self.peer).await;
+        let begun = core.migrate_again(id, request, &self.peer, Bounds::default()).await;
         if begun.is_err() {
             self.objects.unclaim(id);
         }
@@ -250,11 +271,6 @@ fn has_record(object: &Migration) -> bool {
 
 fn has_finalizer(object: &Migration) -> bool {
     object.finalizers().iter().any(|finalizer| finalizer == FINALIZER)
-}
-
-/// Whether the same request may be accepted later, though nobody changes it.
-fn may_pass(failure: &Failure) -> bool {
-    matches!(failure.code, FailureCode::Unavailable | FailureCode::ResourceExhausted | FailureCode::AlreadyExists)
 }
 
 /// When an object is to be deleted that has ended; none when it stays, or is being deleted.

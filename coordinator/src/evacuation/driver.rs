@@ -4,10 +4,10 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use podferry_common::{Failure, FailureCode, MigrationId, WorkloadName};
+use podferry_common::{Failure, FailureCode, MigrationId, WorkloadName, chain};
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until};
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::evacuator::{Evacuator, put_off};
 use super::machine::{Ending, Event};
@@ -34,7 +34,7 @@ pub(super) struct Driver {
     view: watch::Sender<Evacuation>,
     /// Migrations whose outcome is waited for.
     followed: HashSet<MigrationId>,
-    endings: JoinSet<Option<(WorkloadName, Ending)>>,
+    endings: JoinSet<(WorkloadName, MigrationId, Option<Ending>)>,
     /// Migrations that were asked to stop.
     stopped: HashSet<MigrationId>,
     /// Workloads that were refused for now: until when they are not asked for again, and how often that was for want of an answer.
@@ -74,7 +74,7 @@ impl Driver {
                 biased;
                 () = stop.cancelled() => return Ok(()),
                 Some(who) = self.cancels.recv() => self.cancel(who).await?,
-                Some(ended) = self.endings.join_next() => self.ended(ended.ok().flatten()).await?,
+                Some(ended) = self.endings.join_next() => self.ended(ended).await?,
                 () = sleep_until(wake) => {}
             }
         }
@@ -107,7 +107,9 @@ impl Driver {
 
     /// When there is something to do, if nothing happens before.
     fn wake(&self) -> Instant {
-        let rested = self.resting.values().map(|(until, _)| *until).min();
+        let now = Instant::now();
+        // Those that have rested have been tried just now, or need not be.
+        let rested = self.resting.values().map(|(until, _)| *until).filter(|until| *until > now).min();
         let deadline = self.left().map(|left| Instant::now() + left);
         let looks = self.evacuation.phase == Phase::Running && self.evacuation.trouble.is_none();
         let look = if looks { self.look_at } else { Instant::now() + LOOK_INTERVAL };
@@ -229,6 +231,8 @@ impl Driver {
                 put_off(self.evacuation.id, &refusal);
                 Ok(())
             }
+            // It is not on the node any more.
+            FailureCode::NotFound => self.explain(workload).await,
             // Somebody was faster: the next look says who.
             FailureCode::AlreadyExists if is_busy(&refusal) => {
                 (self.look_at, self.stale) = (Instant::now(), true);
@@ -245,19 +249,25 @@ impl Driver {
         for (workload, id) in moving {
             if self.followed.insert(id) {
                 let evacuator = self.evacuator.clone();
-                self.endings.spawn(async move { Some((workload, outcome(&evacuator, id).await?)) });
+                self.endings.spawn(async move { (workload, id, outcome(&evacuator, id).await) });
             }
         }
     }
 
-    async fn ended(&mut self, ended: Option<(WorkloadName, Ending)>) -> Result<(), StoreError> {
-        // A driver that is gone without an outcome stops with the coordinator.
-        let Some((workload, ending)) = ended else { return Ok(()) };
-        self.followed.remove(&ending.migration);
+    async fn ended(
+        &mut self,
+        ended: Result<(WorkloadName, MigrationId, Option<Ending>), JoinError>,
+    ) -> Result<(), StoreError> {
+        // Nobody stops them; a panic has been logged, and the process ends by it.
+        let Ok((workload, migration, ending)) = ended else { return Ok(()) };
+        self.followed.remove(&migration);
         (self.look_at, self.stale) = (Instant::now(), true);
         // That may be what others wait for.
         self.resting.retain(|_, (_, unanswered)| *unanswered > 0);
-        self.take(Event::Ended(workload, ending), true).await
+        match ending {
+            Some(ending) => self.take(Event::Ended(workload, ending), true).await,
+            None => self.take(Event::Forgotten(workload, migration), true).await,
+        }
     }
 
     async fn cancel(&mut self, who: String) -> Result<(), StoreError> {
@@ -284,13 +294,25 @@ fn is_busy(refusal: &Failure) -> bool {
     refusal.node.is_none()
 }
 
-/// How a migration ends. None: the coordinator stops before.
+/// How a migration ends; none when it is not recorded any more.
 async fn outcome(evacuator: &Evacuator, id: MigrationId) -> Option<Ending> {
-    if let Some(mut view) = evacuator.runner().watch(id) {
-        let settled = view.wait_for(|record| record.state.is_settled()).await.ok()?;
-        return Some(Ending::of(&settled));
+    loop {
+        if let Some(mut view) = evacuator.runner().watch(id)
+            && let Ok(settled) = view.wait_for(|record| record.state.is_settled()).await
+        {
+            return Some(Ending::of(&settled));
+        }
+        let store = evacuator.store().clone();
+        match blocking(move || store.get(id)).await {
+            Ok(Some(record)) if record.state.is_settled() => return Some(Ending::of(&record)),
+            Ok(None) => return None,
+            // Its driver ends with the coordinator, and so does this one.
+            Ok(Some(_)) => {}
+            Err(error) => {
+                let error = chain(&error);
+                tracing::warn!(migration = %id, error, "a migration's outcome cannot be read: trying again");
+            }
+        }
+        sleep(REST).await;
     }
-    let store = evacuator.store().clone();
-    let record = blocking(move || store.get(id)).await.ok().flatten()?;
-    record.state.is_settled().then(|| Ending::of(&record))
 }

@@ -83,6 +83,8 @@ pub enum Event {
     Begun(WorkloadName, MigrationId),
     /// It was not begun.
     Refused(WorkloadName, Failure),
+    /// The migration that a workload was part of is not recorded any more.
+    Forgotten(WorkloadName, MigrationId),
     /// The migration that a workload was part of has an outcome.
     Ended(WorkloadName, Ending),
     /// It is time to move a workload in another way than was asked for.
@@ -114,6 +116,11 @@ impl Evacuation {
             }
             Event::Begun(workload, migration) => self.begun(&workload, migration),
             Event::Refused(workload, failure) => self.refused(&workload, failure),
+            Event::Forgotten(workload, migration) => {
+                if self.entry(&workload).is_some_and(|entry| entry.migration() == Some(migration)) {
+                    self.wait_again(&workload);
+                }
+            }
             Event::Ended(workload, ending) => self.ended(&workload, ending),
             Event::Hurry(workload, hurried) => self.change(&workload, |entry| entry.hurried = Some(hurried)),
             Event::Late(workload, late) => self.change(&workload, |entry| entry.late = late),
@@ -520,6 +527,15 @@ mod tests {
         assert_eq!(evacuation.phase, Phase::Ended(Outcome::Cancelled));
         assert!(evacuation.entries.iter().all(|entry| matches!(entry.standing, Standing::LeftBehind { .. })));
         assert_eq!(evacuation.entries.len(), 2);
+    }
+
+    #[test]
+    fn a_workload_whose_migration_is_not_recorded_any_more_is_looked_at_again() {
+        let (mut evacuation, id) = moving();
+        evacuation.apply(Event::Forgotten(name("redis"), MigrationId::new()));
+        assert!(matches!(standing(&evacuation, "redis"), Standing::Moving { .. }), "that was another one");
+        evacuation.apply(Event::Forgotten(name("redis"), id));
+        assert_eq!(*standing(&evacuation, "redis"), Standing::Waiting);
     }
 
     #[test]

@@ -80,6 +80,8 @@ pub struct Leader {
     title: String,
     holder: String,
     lease: Lease,
+    /// When the last write of it was begun that went through.
+    renewed: Instant,
 }
 
 /// A lease as it was seen last, and since when it has been so.
@@ -100,10 +102,11 @@ impl Leader {
         let mut waits = false;
         let mut forbidden_since: Option<Instant> = None;
         loop {
+            let renewed = Instant::now();
             match within(attempt(&api, &config.lease, holder, &mut seen)).await {
                 Ok(Some(lease)) => {
                     tracing::info!(lease = title, holder, "this coordinator leads");
-                    return Ok(Self { api, title, holder: holder.to_owned(), lease });
+                    return Ok(Self { api, title, holder: holder.to_owned(), lease, renewed });
                 }
                 Ok(None) => {
                     forbidden_since = None;
@@ -128,7 +131,6 @@ impl Leader {
     /// # Errors
     /// When it is lost.
     pub async fn keep(mut self, stop: CancellationToken) -> Result<Self, LeaderError> {
-        let mut renewed = Instant::now();
         loop {
             tokio::select! {
                 () = stop.cancelled() => return Ok(self),
@@ -137,7 +139,7 @@ impl Leader {
             let started = Instant::now();
             let error = match within(self.renew()).await {
                 Ok(None) => {
-                    renewed = started;
+                    self.renewed = started;
                     continue;
                 }
                 Ok(Some(holder)) => {
@@ -147,7 +149,7 @@ impl Leader {
                 Err(error) => error,
             };
             tracing::warn!(lease = self.title, %error, "the lease is not renewed yet");
-            if renewed.elapsed() + PAUSE >= RENEWAL {
+            if self.renewed.elapsed() + PAUSE >= RENEWAL {
                 stop.cancel();
                 return Err(LeaderError::Lapsed { lease: self.title, source: Box::new(error) });
             }

@@ -40,7 +40,7 @@ pub(super) struct Adoption {
 impl Adoption {
     /// What is written on a target pod.
     pub(super) fn of_target(pod: &Pod) -> Option<Self> {
-        serde_json::from_str(pod.metadata.annotations.as_ref()?.get(ADOPT)?).ok()
+        serde_json::from_str(annotation(pod, ADOPT)?).ok()
     }
 
     /// The labels by which Services find it and no ReplicaSet does; none when they cannot be told apart.
@@ -53,7 +53,7 @@ impl Adoption {
 
 /// The first part of the names of a pod's successors.
 pub(super) fn base_name(pod: &Pod) -> String {
-    let kept = pod.metadata.annotations.as_ref().and_then(|annotations| annotations.get(NAME)).cloned();
+    let kept = annotation(pod, NAME).map(ToOwned::to_owned);
     let generated = pod.metadata.generate_name.as_ref().map(|name| name.trim_end_matches('-').to_owned());
     kept.or(generated).or_else(|| pod.metadata.name.clone()).unwrap_or_default()
 }
@@ -88,7 +88,7 @@ pub(super) fn check_movable(pod: &Pod, strategy: Strategy) -> Result<(), Failure
         why.push(("it is being deleted".to_owned(), "move the pod that takes its place"));
     }
     if why.is_empty() {
-        return Ok(());
+        return has_arrived(pod);
     }
     let (messages, remedies): (Vec<_>, Vec<_>) = why.into_iter().unzip();
     let mut remedies: Vec<&str> = remedies;
@@ -97,6 +97,18 @@ pub(super) fn check_movable(pod: &Pod, strategy: Strategy) -> Result<(), Failure
     let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
     let message = format!("pod {namespace}/{name} cannot move: {}", messages.join("; "));
     Err(Failure::new(FailureCode::FailedPrecondition, message).in_phase("preflight").remedy(remedies.join("; ")))
+}
+
+/// Refuses a pod that has not taken its predecessor's place yet: its migration would go on with a pod that moves away.
+fn has_arrived(pod: &Pod) -> Result<(), Failure> {
+    let Some(id) = annotation(pod, MIGRATION) else { return Ok(()) };
+    let name = pod.metadata.name.as_deref().unwrap_or_default();
+    let message = format!("pod {name} is still taking its predecessor's place in migration {id}");
+    Err(Failure::new(FailureCode::AlreadyExists, message).in_phase("preflight").remedy("try again when it has"))
+}
+
+fn annotation<'a>(pod: &'a Pod, name: &str) -> Option<&'a str> {
+    pod.metadata.annotations.as_ref()?.get(name).map(String::as_str)
 }
 
 fn shape(spec: &PodSpec) -> Vec<(String, &'static str)> {
@@ -211,19 +223,18 @@ pub(super) fn target_pod(pod: &Pod, moved: &PodMove, node: &str, id: MigrationId
     })
 }
 
-/// What an adopted pod is patched with: a merge of JSON.
+/// What an adopted pod is patched with: a merge of JSON. It stays marked: somebody has to find it who goes on.
 pub(super) fn adopted(adoption: &Adoption, uid: &str) -> serde_json::Value {
-    let mut labels: BTreeMap<&str, Option<&str>> =
-        adoption.labels.iter().map(|(name, value)| (name.as_str(), Some(value.as_str()))).collect();
-    labels.entry(MIGRATION).or_insert(None);
-    serde_json::json!({ "metadata": { "uid": uid, "labels": labels, "ownerReferences": adoption.owners } })
+    serde_json::json!({ "metadata": { "uid": uid, "labels": adoption.labels, "ownerReferences": adoption.owners } })
 }
 
 /// What is taken off a pod whose migration is over.
 pub(super) fn unmarked(adoption: &Adoption, uid: &str) -> serde_json::Value {
-    serde_json::json!({ "metadata": { "uid": uid, "annotations": {
-        MIGRATION: null, ADOPT: null, DELETION_COST: adoption.deletion_cost,
-    } } })
+    serde_json::json!({ "metadata": {
+        "uid": uid,
+        "labels": { MIGRATION: null },
+        "annotations": { MIGRATION: null, ADOPT: null, DELETION_COST: adoption.deletion_cost },
+    } })
 }
 
 /// Whether a pod is ready.
@@ -245,6 +256,11 @@ pub(super) fn phase(pod: &Pod) -> &str {
 pub(super) fn would_be_kept(target: &Pod, source: Option<&Pod>) -> bool {
     let source = source.filter(|source| source.metadata.deletion_timestamp.is_none());
     phase(target) == "Running" && (is_ready(target) || source.is_none_or(|source| !is_ready(source)))
+}
+
+/// The migration by which a pod's container comes, or came a moment ago.
+pub(super) fn is_marked(pod: &Pod, id: MigrationId) -> bool {
+    annotation(pod, MIGRATION) == Some(id.to_string().as_str())
 }
 
 /// Why a pod that is waited for does not come.
@@ -344,6 +360,14 @@ mod tests {
         assert!(check_movable(&pod(serde_json::json!({})), Strategy::Cold).is_err());
     }
 
+    #[test]
+    fn a_pod_that_has_not_taken_its_predecessors_place_yet_moves_later() {
+        let arriving = pod(serde_json::json!({ "metadata": { "annotations": { MIGRATION: "m-1" } } }));
+        let refused = check_movable(&arriving, Strategy::Live).unwrap_err();
+        assert_eq!(refused.code, FailureCode::AlreadyExists);
+        assert!(refused.to_string().contains("m-1"), "{refused}");
+    }
+
     fn moved() -> (PodMove, MigrationId) {
         let id: MigrationId = "0192d9e07b2a7c3a8000000000abcdef".parse().unwrap();
         let pod = PodMove {
@@ -374,8 +398,12 @@ mod tests {
         assert_eq!(adoption.exposed().unwrap(), BTreeMap::from([("app".to_owned(), "web".to_owned())]));
         let patch = adopted(&adoption, "u-2");
         assert_eq!(patch["metadata"]["labels"]["pod-template-hash"], "5f6d");
-        assert!(patch["metadata"]["labels"][MIGRATION].is_null() && patch["metadata"]["uid"] == "u-2");
-        assert!(unmarked(&adoption, "u-2")["metadata"]["annotations"][DELETION_COST].is_null());
+        assert_eq!(patch["metadata"]["uid"], "u-2");
+        assert_eq!(patch["metadata"]["labels"].get(MIGRATION), None, "by its label it is found until all is done");
+        let patch = unmarked(&adoption, "u-2");
+        for (kind, name) in [("labels", MIGRATION), ("annotations", MIGRATION), ("annotations", DELETION_COST)] {
+            assert!(patch["metadata"][kind].get(name).unwrap().is_null(), "{kind} {name}");
+        }
     }
 
     #[test]

@@ -1,14 +1,17 @@
 //! A migration's steps with the API server.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::wait::await_condition;
 use kube::{Client, Error};
 use podferry_common::{Failure, FailureCode, MigrationId, NodeName};
 use tokio::time::{sleep, timeout};
 
+use super::follow::Due;
 use super::plan::{self, Adoption};
 use super::refused;
 use crate::store::PodMove;
@@ -23,24 +26,41 @@ const MANAGER: &str = "podferry";
 /// Seconds that a pod gets to end whose container has ended.
 const GRACE_S: u32 = 1;
 
-/// What a migration does with the API server. Clones share the connection.
+/// What a migration does with the API server. Clones share the connection, and what is being done.
 #[derive(Clone)]
 pub struct Pods {
     client: Client,
+    due: Arc<Mutex<HashMap<MigrationId, Due>>>,
 }
 
 impl Pods {
     /// On this connection.
     pub fn new(client: Client) -> Self {
-        Self { client }
+        Self { client, due: Arc::default() }
     }
 
-    pub(super) fn client(&self) -> Client {
-        self.client.clone()
+    /// What is being done for migrations until it is done.
+    pub(super) fn due(&self) -> MutexGuard<'_, HashMap<MigrationId, Due>> {
+        self.due.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn api(&self, namespace: &str) -> Api<Pod> {
         Api::namespaced(self.client.clone(), namespace)
+    }
+
+    /// All pods that are marked: each of them belongs to a migration that has not ended, or of which something is still to be done.
+    pub(super) async fn marked(&self) -> Result<Vec<Pod>, Failure> {
+        let marked = Api::<Pod>::all(self.client.clone()).list(&ListParams::default().labels(plan::MIGRATION)).await;
+        Ok(marked.map_err(|error| refused("pods cannot be listed", &error))?.items)
+    }
+
+    /// Whether a pod of that namespace is still marked by a migration.
+    ///
+    /// # Errors
+    /// When pods cannot be listed.
+    pub async fn has_marked(&self, namespace: &str, id: MigrationId) -> Result<bool, kube::Error> {
+        let wanted = ListParams::default().labels(&format!("{}={id}", plan::MIGRATION)).limit(1);
+        Ok(!self.api(namespace).list_metadata(&wanted).await?.items.is_empty())
     }
 
     /// Whether a pod is there, and can be moved in that way.
@@ -105,7 +125,7 @@ impl Pods {
     /// When the API server does not; to be called again.
     pub async fn discard_target(&self, id: MigrationId, moved: &PodMove) -> Result<(), Failure> {
         let Some(target) = self.target(id, moved).await? else { return Ok(()) };
-        self.delete(moved, &moved.target_name, target.metadata.uid.unwrap_or_default()).await
+        self.delete(moved, &moved.target_name, &target.metadata.uid.unwrap_or_default()).await
     }
 
     /// Lets Services send new connections to the target, and no more to the source.
@@ -116,8 +136,9 @@ impl Pods {
         let Some(target) = self.target(id, moved).await? else { return Ok(()) };
         let exposed = Adoption::of_target(&target).and_then(|adoption| adoption.exposed());
         if let Some(labels) = exposed {
-            let patch = serde_json::json!({ "metadata": { "uid": target.metadata.uid, "labels": labels } });
-            self.patch(moved, &moved.target_name, &patch).await?;
+            let uid = target.metadata.uid.unwrap_or_default();
+            let patch = serde_json::json!({ "metadata": { "uid": uid, "labels": labels } });
+            self.patch(moved, &uid, &patch).await?;
         }
         let unready = serde_json::json!({
             "metadata": { "uid": moved.uid },
@@ -128,7 +149,7 @@ impl Pods {
         let api = self.api(&moved.namespace);
         let patched = api.patch_status(&moved.name, &PatchParams::apply(MANAGER), &Patch::Strategic(&unready)).await;
         // The kubelet says the same within a second.
-        if let Err(error) = patched.map(drop).or_else(unless_gone) {
+        if let Err(error) = self.unless_gone(moved, &moved.name, &moved.uid, patched.map(drop)).await {
             tracing::warn!(%error, pod = moved.name, "a source pod cannot be marked as not ready");
         }
         Ok(())
@@ -143,28 +164,32 @@ impl Pods {
         let adoption = Adoption::of_target(&target).unwrap_or_default();
         let uid = target.metadata.uid.clone().unwrap_or_default();
         if !adoption.owners.is_empty() {
-            let ready = |pod: Option<&Pod>| pod.is_none_or(plan::is_ready);
+            let ready =
+                |pod: Option<&Pod>| pod.is_none_or(|pod| plan::is_ready(pod) || plan::does_not_come(pod).is_some());
             let waiting = await_condition(self.api(&moved.namespace), &moved.target_name, ready);
             if let Ok(Ok(Some(seen))) = timeout(READY_TIMEOUT, waiting).await {
                 target = seen;
+            }
+            // The workload has ended there. Its ReplicaSet begins it anew when both are gone.
+            if let Some(why) = plan::does_not_come(&target) {
+                tracing::warn!(migration = %id, pod = moved.target_name, why, "a pod has ended before it was adopted");
+                self.delete_source(moved).await?;
+                return self.delete(moved, &moved.target_name, &uid).await;
             }
             let source = self.source(moved).await?;
             if !plan::would_be_kept(&target, source.as_ref()) {
                 return Err(not_ready(moved));
             }
         }
-        self.patch(moved, &moved.target_name, &plan::adopted(&adoption, &uid)).await?;
+        self.patch(moved, &uid, &plan::adopted(&adoption, &uid)).await?;
         self.delete_source(moved).await?;
-        self.patch(moved, &moved.target_name, &plan::unmarked(&adoption, &uid)).await
+        self.patch(moved, &uid, &plan::unmarked(&adoption, &uid)).await
     }
 
     /// The target pod, when it is this migration's.
     async fn target(&self, id: MigrationId, moved: &PodMove) -> Result<Option<Pod>, Failure> {
         let found = self.get(moved, &moved.target_name).await?;
-        let id = id.to_string();
-        Ok(found.filter(|pod| {
-            pod.metadata.annotations.as_ref().is_some_and(|annotations| annotations.get(plan::MIGRATION) == Some(&id))
-        }))
+        Ok(found.filter(|pod| plan::is_marked(pod, id)))
     }
 
     /// The source pod, unless another has its name.
@@ -179,30 +204,45 @@ impl Pods {
     }
 
     async fn delete_source(&self, moved: &PodMove) -> Result<(), Failure> {
-        self.delete(moved, &moved.name, moved.uid.clone()).await
+        self.delete(moved, &moved.name, &moved.uid).await
     }
 
-    async fn delete(&self, moved: &PodMove, name: &str, uid: String) -> Result<(), Failure> {
-        let preconditions = Some(Preconditions { uid: Some(uid), resource_version: None });
+    async fn delete(&self, moved: &PodMove, name: &str, uid: &str) -> Result<(), Failure> {
+        let preconditions = Some(Preconditions { uid: Some(uid.to_owned()), resource_version: None });
         let parameters = DeleteParams { preconditions, grace_period_seconds: Some(GRACE_S), ..DeleteParams::default() };
-        let deleted = self.api(&moved.namespace).delete(name, &parameters).await.map(drop).or_else(unless_gone);
+        let deleted = self.api(&moved.namespace).delete(name, &parameters).await.map(drop);
+        let deleted = self.unless_gone(moved, name, uid, deleted).await;
         deleted.map_err(|error| refused(&format!("pod {}/{name} cannot be deleted", moved.namespace), &error))
     }
 
-    async fn patch(&self, moved: &PodMove, name: &str, patch: &serde_json::Value) -> Result<(), Failure> {
+    /// Changes the target pod of that uid.
+    async fn patch(&self, moved: &PodMove, uid: &str, patch: &serde_json::Value) -> Result<(), Failure> {
+        let name = &moved.target_name;
         let parameters = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
-        let patched = self.api(&moved.namespace).patch(name, &parameters, &Patch::Merge(patch)).await;
+        let patched = self.api(&moved.namespace).patch(name, &parameters, &Patch::Merge(patch)).await.map(drop);
         // Whoever deletes it now deletes the workload, as anybody may.
-        let patched = patched.map(drop).or_else(unless_gone);
+        let patched = self.unless_gone(moved, name, uid, patched).await;
         patched.map_err(|error| refused(&format!("pod {}/{name} cannot be changed", moved.namespace), &error))
     }
-}
 
-/// That it is gone, or another has its name, is what was wanted.
-fn unless_gone(error: Error) -> Result<(), Error> {
-    match &error {
-        Error::Api(status) if [404, 409].contains(&status.code) => Ok(()),
-        _ => Err(error),
+    /// What was done with a pod; when it is gone, or another has its name, there is nothing to do. A conflict may mean that, or that
+    /// somebody else changed it in that moment.
+    async fn unless_gone(
+        &self,
+        moved: &PodMove,
+        name: &str,
+        uid: &str,
+        done: Result<(), Error>,
+    ) -> Result<(), Error> {
+        let Err(Error::Api(status)) = &done else { return done };
+        match status.code {
+            404 => Ok(()),
+            409 => {
+                let there = self.api(&moved.namespace).get_opt(name).await?;
+                if there.is_some_and(|pod| pod.metadata.uid.as_deref() == Some(uid)) { done } else { Ok(()) }
+            }
+            _ => done,
+        }
     }
 }
 

@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use super::plan::{RUNTIME_CLASS, base_name, phase};
 use super::{ENABLED, traits};
 use crate::cluster::{Inventory, Node, PodRef, Workload};
+use crate::store::workload_of;
 
 /// What is seen now, and when that changes. Clones share it.
 #[derive(Clone)]
@@ -82,7 +83,7 @@ fn read_pod(pod: &Pod) -> Option<Workload> {
     // `containerd://ID`.
     let (_, id) = status.container_id.as_ref()?.split_once("://")?;
     Some(Workload {
-        name: format!("{namespace}/{name}").parse().ok()?,
+        name: workload_of(&namespace, &name).parse().ok()?,
         container: id.to_owned(),
         node: spec.node_name.as_ref().and_then(|node| node.parse().ok()),
         traits: traits::of_pod(pod),

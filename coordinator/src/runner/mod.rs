@@ -344,6 +344,10 @@ fn refusal(record: &Record, conflict: Conflict) -> Failure {
             let message = format!("the API server does not take the Migration of {}: {why}", record.workload);
             Failure::new(FailureCode::FailedPrecondition, message).remedy("see that this may be made in the namespace")
         }
+        Conflict::Changed => {
+            let message = format!("the Migration of {} has changed since it was seen", record.workload);
+            Failure::new(FailureCode::Unavailable, message).remedy("it is looked at again by itself")
+        }
     }
 }
 

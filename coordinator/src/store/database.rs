@@ -97,6 +97,12 @@ pub enum StoreError {
         /// Who.
         by: String,
     },
+    /// This coordinator has written an object itself since it was seen.
+    #[error("Migration {object} was written since it was seen; look again")]
+    Stale {
+        /// Namespace and name.
+        object: String,
+    },
     /// A record is to be changed that was never made.
     #[error("migration {id} has no record in the store")]
     Unknown {
@@ -125,6 +131,8 @@ pub enum Conflict {
         /// What it says.
         why: String,
     },
+    /// Its object has changed since it was seen.
+    Changed,
 }
 
 /// One thing that happened in a migration.

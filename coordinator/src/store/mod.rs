@@ -20,6 +20,6 @@ mod record;
 pub use database::{Conflict, FILE_NAME, HistoryEntry, StoreError};
 pub use front::Store;
 pub(crate) use kubernetes::{ACCEPTED, FINISHED, Judgement, SUCCEEDED, judge, reason_of, time};
-pub use kubernetes::{Objects, Owner, POD_SEPARATOR, home_of, workload_of};
+pub use kubernetes::{Objects, Owner, home_of, workload_of};
 pub(crate) use record::told;
 pub use record::{PodMove, Progress, Record, Report, Round, Timings};

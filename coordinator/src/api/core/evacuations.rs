@@ -9,7 +9,7 @@ use podferry_common::{Failure, FailureCode, MigrationId, NodeName, WorkloadName}
 use podferry_proto::v1;
 use tokio::sync::watch;
 
-use super::{Core, internal, wishes};
+use super::{Bounds, Core, internal, wishes};
 use crate::access::{Action, Verb};
 use crate::cluster::Seen;
 use crate::evacuation::{Evacuation, EvacuationId, Event, Found, Phase, Terms};
@@ -85,6 +85,9 @@ impl Core {
     }
 
     /// Asks for a migration on behalf of whoever asked for the evacuation. That a limit is reached is no news.
+    ///
+    /// # Errors
+    /// As for everybody; `NOT_FOUND` also when the workload is not on the node any more.
     pub(crate) async fn migrate_for(
         &self,
         evacuation: &Evacuation,
@@ -97,18 +100,8 @@ impl Core {
             .narrow(who, &Action { source: Some(evacuation.node.as_str()), ..Action::migrate(workload.as_str(), "") })
             .await?;
         let refused_by = evacuation.entry(workload).map(|entry| entry.refused_by.as_slice()).unwrap_or_default();
-        let begun = self.begin(MigrationId::new(), &request, who, refused_by).await;
-        if let Err(failure) = &begun
-            && !matches!(
-                failure.code,
-                FailureCode::ResourceExhausted | FailureCode::Unavailable | FailureCode::AlreadyExists
-            )
-        {
-            tracing::info!(peer = %who, %workload, evacuation = %evacuation.id, %failure, "migration refused");
-            // The log has said it if that cannot be written, and nothing is changed.
-            let _refused_anyway = self.gate.audit().refused(workload.as_str(), "", who, failure).await;
-        }
-        begun
+        let bounds = Bounds { source: Some(&evacuation.node), refused_by };
+        self.migrate_again(MigrationId::new(), &request, who, bounds).await
     }
 
     /// An evacuation as it is now.

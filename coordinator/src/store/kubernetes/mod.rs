@@ -13,11 +13,12 @@ mod status;
 mod write;
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::AtomicI64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use kube::api::ListParams;
+use kube::api::{DeleteParams, ListParams, Preconditions};
 use kube::{Api, Client, ResourceExt as _};
 use podferry_common::{MigrationId, NodeName, WorkloadName};
 use podferry_crds::{FINALIZER, ID_ANNOTATION, Migration, MigrationSpec, MigrationStatus, Strategy as Wanted, Wishes};
@@ -28,7 +29,7 @@ use crate::migration::Decision;
 use crate::strategy::Strategy;
 use write::{Pen, Unwritten};
 
-pub use names::{POD_SEPARATOR, home_of, workload_of};
+pub use names::{home_of, workload_of};
 pub(crate) use status::{ACCEPTED, FINISHED, Judgement, SUCCEEDED, judge, reason_of, time};
 
 /// How long a state that is written lazily may wait for company.
@@ -111,7 +112,7 @@ impl Objects {
             }
         }
         let shared = Shared {
-            pen: Pen { client, writer: writer.to_owned() },
+            pen: Pen { client, writer: writer.to_owned(), begun: AtomicI64::new(0) },
             namespace: namespace.to_owned(),
             entries: Mutex::new(entries),
             claims: Mutex::default(),
@@ -194,6 +195,7 @@ impl Objects {
             Ok(()) => Ok(Ok(())),
             Err(Unwritten::Refused(error)) => Ok(Err(Conflict::Object { why: error.to_string() })),
             Err(Unwritten::Gone) => Ok(Err(Conflict::Object { why: "it has been deleted".to_owned() })),
+            Err(Unwritten::Stale) => Ok(Err(Conflict::Changed)),
             Err(Unwritten::Store(error)) => Err(error),
         }
     }
@@ -299,9 +301,12 @@ impl Objects {
         let surplus = past::surplus(self.entries().values().map(|entry| (&entry.record, entry.owner.made_here)));
         for id in surplus {
             let Some(owner) = self.owner(id) else { continue };
-            match self.shared.pen.api(&owner.namespace).delete(&owner.name, &kube::api::DeleteParams::default()).await {
+            let preconditions = Some(Preconditions { uid: Some(owner.uid), resource_version: None });
+            let parameters = DeleteParams { preconditions, ..DeleteParams::default() };
+            match self.shared.pen.api(&owner.namespace).delete(&owner.name, &parameters).await {
                 Ok(_) => self.forget(id),
-                Err(kube::Error::Api(status)) if status.is_not_found() => self.forget(id),
+                // It is gone, or another has its name.
+                Err(kube::Error::Api(status)) if [404, 409].contains(&status.code) => self.forget(id),
                 Err(error) => tracing::warn!(migration = %id, %error, "an old Migration is not deleted yet"),
             }
         }

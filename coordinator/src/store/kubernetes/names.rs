@@ -3,7 +3,7 @@
 use podferry_common::{MigrationId, WorkloadName};
 
 /// What stands between a pod's namespace and its name in the name of a workload.
-pub const POD_SEPARATOR: char = '/';
+const POD_SEPARATOR: char = '/';
 
 /// Bytes of a pod's name that are taken into the name of its migration: with the rest that makes a name that is short enough.
 const MAX_POD: usize = 200;

@@ -3,9 +3,10 @@
 //! Every write of a status names the resourceVersion that it was made from, and its writer. A write that is refused as out of date, or
 //! of which no answer came, is followed by a look: the object says who has written its status last. If that is this very write, it
 //! went through. If it is the write before, only the rest of the object has changed (somebody set `cancel`, or a label), or the write was
-//! lost: it is made again. If it is anybody else's, another coordinator leads. What an attempt that was given up may still do later is
-//! harmless: its resourceVersion is out of date by then.
+//! lost: it is made again. If it is another one of this process, the object was seen before that. If it is anybody else's, another
+//! coordinator leads. What an attempt that was given up may still do later is harmless: its resourceVersion is out of date by then.
 
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use kube::api::PostParams;
@@ -28,6 +29,8 @@ pub(super) enum Unwritten {
     Refused(Box<Error>),
     /// The object is gone.
     Gone,
+    /// This process has written it since it was seen.
+    Stale,
     /// Whether it was written is not known, or another coordinator leads.
     Store(StoreError),
 }
@@ -39,6 +42,7 @@ impl Unwritten {
             Self::Store(error) => error,
             Self::Refused(source) => StoreError::Api { action, source },
             Self::Gone => StoreError::Deposed { object: title(object), by: "whoever has deleted it".to_owned() },
+            Self::Stale => StoreError::Stale { object: title(object) },
         }
     }
 }
@@ -48,6 +52,8 @@ pub(super) struct Pen {
     pub(super) client: Client,
     /// This process, as no other one is called.
     pub(super) writer: String,
+    /// How many writes it has begun: no two are taken for the same.
+    pub(super) begun: AtomicI64,
 }
 
 /// When to give up.
@@ -84,7 +90,7 @@ impl Pen {
     pub(super) async fn write(&self, object: &mut Migration, status: MigrationStatus) -> Result<(), Unwritten> {
         let patience = Patience::new("write a migration");
         let before = object.status.as_ref().and_then(|status| status.written_by.clone());
-        let sequence = before.as_ref().map_or(0, |writer| writer.sequence) + 1;
+        let sequence = self.begun.fetch_add(1, Ordering::Relaxed) + 1;
         let written_by = Some(Writer { coordinator: self.writer.clone(), sequence });
         let mut wanted = Migration {
             metadata: object.metadata.clone(),
@@ -94,6 +100,7 @@ impl Pen {
         // They only make the message larger.
         wanted.metadata.managed_fields = None;
         let (api, name) = (self.api(&namespace(object)), object.name_any());
+        let mut overtaken = false;
         loop {
             let error = match within(api.replace_status(&name, &PostParams::default(), &wanted)).await {
                 Ok(written) => {
@@ -103,8 +110,8 @@ impl Pen {
                 Err(error) if is_for_good(&error) => return Err(Unwritten::Refused(Box::new(error))),
                 Err(error) => error,
             };
-            // Who was overtaken by a change of the rest of the object need not wait.
-            if !is_conflict(&error) {
+            // Who was overtaken by a change of the rest of the object need not wait, once.
+            if !is_conflict(&error) || std::mem::replace(&mut overtaken, true) {
                 patience.after(error).await?;
             }
             let found = self.look(&api, &name, object, &patience).await?;
@@ -114,11 +121,18 @@ impl Pen {
                 return Ok(());
             }
             if by != before {
-                let by = by.map_or_else(|| "nobody known".to_owned(), |writer| writer.coordinator);
-                return Err(Unwritten::Store(StoreError::Deposed { object: title(object), by }));
+                return Err(self.written_by_another(object, by));
             }
             wanted.metadata.resource_version = found.metadata.resource_version;
         }
+    }
+
+    fn written_by_another(&self, object: &Migration, by: Option<Writer>) -> Unwritten {
+        let by = by.map_or_else(|| "nobody known".to_owned(), |writer| writer.coordinator);
+        if by == self.writer {
+            return Unwritten::Stale;
+        }
+        Unwritten::Store(StoreError::Deposed { object: title(object), by })
     }
 
     async fn look(
@@ -165,7 +179,13 @@ impl Pen {
     ) -> Result<Migration, Unwritten> {
         let id = |object: &Migration| object.annotations().get(ID_ANNOTATION).cloned();
         match within(api.get_opt(name)).await {
-            Ok(Some(found)) if id(&found) == id(object) => Ok(found),
+            Ok(Some(found)) if id(&found) == id(object) => {
+                let by = found.status.as_ref().and_then(|status| status.written_by.clone());
+                match by {
+                    Some(by) if by.coordinator != self.writer => Err(self.written_by_another(object, Some(by))),
+                    _ => Ok(found),
+                }
+            }
             _ => Err(Unwritten::Refused(Box::new(Error::Api(Box::new(status))))),
         }
     }
