@@ -84,7 +84,7 @@ pub enum Role {
         volumes: Vec<Volume>,
         /// Kubernetes: the pod's container that it becomes.
         #[serde(default)]
-        pod: Option<PodArrival>,
+        pod: Option<Box<PodArrival>>,
     },
 }
 
@@ -93,8 +93,11 @@ pub enum Role {
 pub struct PodArrival {
     /// The pod's uid,
     pub uid: String,
-    /// and its name, which is the container's host name, too.
+    /// and its name.
     pub name: String,
+    /// The host name that its containers share; none when they have the node's.
+    #[serde(default)]
+    pub host_name: Option<String>,
     /// The container's name in the pod.
     pub container: String,
     /// Its bundle,
@@ -107,6 +110,21 @@ pub struct PodArrival {
     pub work: PathBuf,
     /// Where runc writes the pid of its init.
     pub pid_file: PathBuf,
+    /// Its cgroup, as its configuration names it (`linux.cgroupsPath`): the bundle may go before its processes.
+    #[serde(default)]
+    pub cgroup: Option<PathBuf>,
+    /// What came is still there, in part: in containers that the kubelet had given up before it began this one.
+    #[serde(default)]
+    pub left: Vec<Left>,
+}
+
+/// Files of a container that was given up, which belong to the one that was begun in its place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Left {
+    /// In this directory,
+    pub from: PathBuf,
+    /// and to be moved to that one.
+    pub to: PathBuf,
 }
 
 /// How a container is stopped that is started anew elsewhere, and how far that is. It ran before: whoever undoes this starts it again
@@ -338,8 +356,22 @@ impl PartRecord {
     /// Kubernetes: the pod's container that a target's part restores.
     pub fn pod(&self) -> Option<&PodArrival> {
         match &self.role {
-            Role::Target { pod, .. } => pod.as_ref(),
+            Role::Target { pod, .. } => pod.as_deref(),
             Role::Source { .. } => None,
+        }
+    }
+
+    /// What came and is not yet where the part's container has it.
+    pub fn left(&self) -> &[Left] {
+        self.pod().map_or(&[], |pod| &pod.left)
+    }
+
+    /// The first of that is moved.
+    pub fn note_moved(&mut self) {
+        if let Role::Target { pod: Some(pod), .. } = &mut self.role
+            && !pod.left.is_empty()
+        {
+            pod.left.remove(0);
         }
     }
 

@@ -21,6 +21,7 @@ use podferry_proto::v1::{Decision, GetDecisionRequest};
 use crate::context::Context;
 use crate::journal::{self, OperatorsWord, PartDirs, PartRecord, Role, Standing};
 use crate::parts::{Authority, Entry, Part, Parts};
+use crate::pods::Fence;
 use crate::source::SourcePart;
 use crate::target::{TargetPart, fetch, fill};
 use crate::worker::client::Worker;
@@ -45,6 +46,7 @@ pub async fn recover(context: &Context, parts: &Parts) {
         parts.broken(migration, "");
     }
     journal::prune(&context.config, &records);
+    prune_fences(context, &records);
     for record in records {
         if record.standing == Standing::Released && !record.tidied {
             SourcePart::resumed(context, record.clone(), None).tidy().await;
@@ -64,6 +66,16 @@ pub async fn recover(context: &Context, parts: &Parts) {
             tracing::error!(migration = %record.migration, %failure, "a part of an earlier migration cannot be taken up");
             parts.broken(record.migration, &record.workload);
         }
+    }
+}
+
+/// Those of parts that have not ended stay whatever is said of their pods.
+fn prune_fences(context: &Context, records: &[PartRecord]) {
+    let Some(kubernetes) = &context.config.kubernetes else { return };
+    let open = records.iter().filter(|record| matches!(record.standing, Standing::Open | Standing::Sealed));
+    let needed: Vec<_> = open.filter_map(PartRecord::fence).collect();
+    if let Err(error) = Fence::prune(&kubernetes.fence_dir, &kubernetes.kubelet_dir, &needed) {
+        tracing::warn!(%error, "the notes of pods that have left cannot be removed");
     }
 }
 
@@ -131,11 +143,8 @@ async fn settle_sealed(context: &Context, parts: &Parts, migration: MigrationId)
                 }
                 Err(failure) => tracing::error!(%migration, %failure, "a committed source cannot be released"),
             },
-            (Settle::Resume, Part::Target(target)) => match target.resume().await {
-                Ok(_) => {
-                    fill_behind(context, parts, migration, target.workload());
-                    return;
-                }
+            (Settle::Resume, Part::Target(target)) => match resume(context, parts, target).await {
+                Ok(_) => return,
                 Err(failure) => tracing::error!(%migration, %failure, "a target cannot be let go"),
             },
             // A side is told only what is its own to do.
@@ -177,6 +186,29 @@ pub fn fill_behind(context: &Context, parts: &Parts, migration: MigrationId, wor
     parts.filling(migration, workload);
     let (context, parts) = (context.clone(), parts.clone());
     tokio::spawn(async move { fill::watch(&context, &parts, migration).await });
+}
+
+/// Lets a container run, and watches over it until its memory is whole; where the kubelet has begun it anew meanwhile, what came is given to
+/// the new one. Gives its init.
+///
+/// # Errors
+/// When it does not come to run; to be called again, for the part that is in the registry then.
+pub async fn resume(context: &Context, parts: &Parts, target: &TargetPart) -> Result<i32, Failure> {
+    let migration = target.migration();
+    let failure = match target.resume().await {
+        Ok(pid) => {
+            fill_behind(context, parts, migration, target.workload());
+            return Ok(pid);
+        }
+        Err(failure) => failure,
+    };
+    let Some(rebound) = target.rebound().await? else { return Err(failure) };
+    let rebound = Arc::new(rebound);
+    tracing::warn!(%migration, %failure, container = rebound.workload(), "a container was begun anew; it gets what came");
+    parts.rebind(migration, rebound.workload(), Part::Target(Arc::clone(&rebound)));
+    let pid = rebound.resume().await?;
+    fill_behind(context, parts, migration, rebound.workload());
+    Ok(pid)
 }
 
 /// Settles a part that has just been sealed, should the coordinator not do so soon.

@@ -21,7 +21,6 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::config::Config;
 use crate::context::Context;
 use crate::parts::Parts;
-use crate::pods::Fence;
 use crate::recovery;
 use crate::service::{Agent, Application, Delivery, Fetch};
 
@@ -44,9 +43,6 @@ pub async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
     let parts = Parts::default();
     recovery::recover(&context, &parts).await;
     if let Some(kubernetes) = &context.config.kubernetes {
-        if let Err(error) = Fence::prune(&kubernetes.fence_dir, &kubernetes.kubelet_dir) {
-            tracing::warn!(%error, "the notes of pods that have left cannot be removed");
-        }
         let served = context.visitors.serve(kubernetes, parts.clone());
         served.map_err(|error| format!("cannot listen at {}: {error}", kubernetes.socket.display()))?;
     }

@@ -1,12 +1,13 @@
 //! Directories of a node that move with a container: its volumes.
 //!
 //! A bind mount that the container can write to moves when its directory lies below one of the folders that the node's configuration
-//! gives to podferry for that (`runtime.volume_dirs`). Nothing else does: who mounts a folder of the host into a container has not said
-//! that it is the container's alone. What lies on storage that both nodes see stays where it is.
+//! gives to podferry for that (`runtime.volume_dirs`), or is an `emptyDir` of the container's own pod. No other does: who mounts a folder
+//! of the host into a container has not said that it is the container's alone. What lies on storage that both nodes see stays where it is.
 //!
 //! A volume moves as the writable layer does, with its large files in the rounds before the freeze. Where it goes says the target's own
-//! `config.json`, at the same place in the container. The folder there is podferry's from Prepare on: it has to be empty then, and is
-//! emptied when the migration is undone. The source's is emptied when the migration has succeeded.
+//! `config.json`, at the same place in the container. The folder there is podferry's from Prepare on. Outside Kubernetes it has to be
+//! empty then; a pod's was made for the pod that comes, and is cleared. It is emptied when the migration is undone. The source's is
+//! emptied when the migration has succeeded; a pod's goes with the pod.
 
 use std::fs;
 use std::io;

@@ -18,6 +18,12 @@ pub enum Error {
         /// Why it failed.
         source: io::Error,
     },
+    /// Whoever started runc is gone, and it is not known what became of it.
+    #[error("{source}")]
+    LauncherGone {
+        /// Who that was.
+        source: io::Error,
+    },
     /// No runc root has a container with this name.
     #[error("no container {id} under {}; `runc --root DIR list` shows what runs", list(roots))]
     NotFound {

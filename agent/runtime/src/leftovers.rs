@@ -62,19 +62,30 @@ impl Record {
 
 /// See [`Runc::cleanup_killed_restore`].
 pub(crate) fn clean_up(runc: &Runc, id: &str, bundle: &Path) -> Result<(), Error> {
-    check_id(id)?;
-    let state_dir = runc.root.join(id);
     let config_path = bundle.join("config.json");
     let config = Spec::load(&config_path).map_err(|source| Error::Spec { path: config_path, source })?;
+    clean_up_all(runc, id, planned_cgroups(&config, id)?, || unmount_prepared(bundle, &config))
+}
+
+/// See [`Runc::cleanup_given_up_restore`].
+pub(crate) fn clean_up_without_bundle(runc: &Runc, id: &str, cgroups_path: &Path) -> Result<(), Error> {
+    clean_up_all(runc, id, CgroupPaths::of_spec(Some(cgroups_path), id)?, || Ok(()))
+}
+
+fn clean_up_all(
+    runc: &Runc,
+    id: &str,
+    planned: CgroupPaths,
+    unmount_more: impl FnOnce() -> Result<(), Error>,
+) -> Result<(), Error> {
+    check_id(id)?;
+    let state_dir = runc.root.join(id);
     // runc writes its state only when the hook has been reached; before that the configuration tells the cgroup.
     let container = Container::read(&runc.root, id).ok();
-    let cgroups = match &container {
-        Some(container) => container.cgroups.clone(),
-        None => planned_cgroups(&config, id)?,
-    };
+    let cgroups = container.as_ref().map_or(planned, |container| container.cgroups.clone());
     kill_all(id, &cgroups, container.as_ref().and_then(|container| container.init))?;
     unmount_state(&state_dir)?;
-    unmount_prepared(bundle, &config)?;
+    unmount_more()?;
     remove_criu_roots(runc, id)?;
     if container.is_some() {
         runc.delete(id, true)?;

@@ -204,9 +204,11 @@ impl RunningRestore {
 
     /// Whether runc has exited, and well. `false` while it is still at work or held.
     pub fn try_wait(&mut self) -> Result<bool, Error> {
-        match self.runs.try_wait().map_err(Error::io("wait for", self.runc.binary()))? {
-            Some(status) => self.judge(status).map(|()| true),
-            None => Ok(false),
+        match self.runs.try_wait() {
+            Ok(Some(status)) => self.judge(status).map(|()| true),
+            Ok(None) => Ok(false),
+            Err(source) if source.kind() == io::ErrorKind::BrokenPipe => Err(Error::LauncherGone { source }),
+            Err(source) => Err(Error::io("wait for", self.runc.binary())(source)),
         }
     }
 

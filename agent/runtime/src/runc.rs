@@ -98,6 +98,12 @@ impl Runc {
         leftovers::clean_up(self, id, bundle)
     }
 
+    /// The same for a restore whose bundle is gone, because who had it made has given it up: `cgroups_path` is what its configuration
+    /// said (`linux.cgroupsPath`). Safe to repeat.
+    pub fn cleanup_given_up_restore(&self, id: &str, cgroups_path: &Path) -> Result<(), Error> {
+        leftovers::clean_up_without_bundle(self, id, cgroups_path)
+    }
+
     /// A command with runc's global options and a clean environment.
     pub(crate) fn command(&self) -> Command {
         let mut command = Command::new(&self.binary);

@@ -191,10 +191,11 @@ fn an_agent_that_is_away_is_waited_for_and_a_restore_that_fails_is_told() {
     visit.restore(&node);
     assert!(matches!(visit.report(), Report::Started { .. }));
     assert_eq!(visit.report(), Report::Exited { status: 256 });
-    // Killed again; the next one is told what became of it, and tries once more.
+    // Killed again; the next one tries once more.
+    let began_ms = visit.hello.began_ms;
     drop(visit);
     let mut visit = Visit::accept(&listener);
-    assert_eq!(visit.hello.exited, Some(256));
+    assert_eq!(visit.hello.began_ms, began_ms);
     node.runc("exit 0");
     visit.restore(&node);
     assert!(matches!(visit.report(), Report::Started { .. }));
@@ -246,6 +247,26 @@ fn the_agents_no_is_the_shims_answer_and_nobody_waits_for_ever() {
     assert!(!end(child).status.success());
     assert!(node.log().contains("the kubelet tries again"), "{}", node.log());
     assert!(begun.elapsed() >= Duration::from_secs(2) && node.calls().is_empty());
+}
+
+#[test]
+fn a_delete_does_not_empty_the_root_filesystem_of_a_restore_that_was_given_up() {
+    let node = Node::new(1);
+    let (rootfs, mounted) = (node.path("rootfs"), node.path("runc/c1/criu-root"));
+    for dir in [&rootfs, &mounted] {
+        fs::create_dir(dir).unwrap();
+    }
+    fs::write(rootfs.join("came"), "").unwrap();
+    rustix::mount::mount_bind(&rootfs, &mounted).unwrap();
+    // As runc does.
+    node.runc(&format!("rm -r {}", node.path("runc/c1").display()));
+    let deleted = end(node.command(&["delete", "--force", "c1"]).spawn().unwrap());
+    assert!(deleted.status.success(), "{}", node.log());
+    assert!(rootfs.join("came").exists() && !node.path("runc/c1").exists());
+    // What has never been there is runc's.
+    node.runc("exit 0");
+    assert!(end(node.command(&["delete", "c2"]).spawn().unwrap()).status.success());
+    assert!(node.calls()[1].ends_with("delete c2"));
 }
 
 #[test]

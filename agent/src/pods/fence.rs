@@ -4,10 +4,17 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use podferry_runtime::Container;
-use podferry_runtime::wrapper::{KEEP, PodContainer};
+use podferry_runtime::wrapper::{KEEP, PodContainer, fence_of};
 use serde::{Deserialize, Serialize};
+use tokio::task::JoinHandle;
+
+use crate::worker::record::at;
+
+/// How often it is said again that a container must not be killed: [`podferry_runtime::wrapper`] believes it for minutes.
+const SAID_EVERY: Duration = Duration::from_secs(60);
 
 /// The fence around one pod. [`podferry_runtime::wrapper`] starts nothing behind it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,25 +23,25 @@ pub struct Fence(PathBuf);
 impl Fence {
     /// That of a container's pod; none when it is no pod's.
     pub fn of(dir: &Path, container: &Container) -> Option<Self> {
-        let pod = PodContainer::of(&container.annotations)?;
-        // It is a file's name here, and comes from the API server.
-        let plain = !pod.uid.is_empty() && pod.uid.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
-        plain.then(|| Self(dir.join(pod.uid)))
+        fence_of(dir, &PodContainer::of(&container.annotations)?.uid).map(Self)
     }
 
-    /// Removes those of pods that are not on this node any more, which the kubelet's folder of theirs tells.
+    /// Removes those of pods that are not on this node any more, which the kubelet's folder of theirs tells; not those that are `needed`.
     ///
     /// # Errors
-    /// When one stays.
-    pub fn prune(dir: &Path, kubelet_dir: &Path) -> io::Result<()> {
+    /// When one stays, or it cannot be told whether it has to.
+    pub fn prune(dir: &Path, kubelet_dir: &Path, needed: &[&Self]) -> io::Result<()> {
         let entries = match fs::read_dir(dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             entries => entries?,
         };
+        let pods = kubelet_dir.join("pods");
+        // One that is not there, or not yet, says nothing of any pod.
+        fs::read_dir(&pods).map_err(|error| at(&pods, &error))?;
         for entry in entries {
-            let entry = entry?;
-            if !kubelet_dir.join("pods").join(entry.file_name()).exists() {
-                Self(entry.path()).take_away()?;
+            let fence = Self(entry?.path());
+            if !needed.contains(&&fence) && !pods.join(fence.0.file_name().unwrap_or_default()).try_exists()? {
+                fence.take_away()?;
             }
         }
         Ok(())
@@ -57,7 +64,24 @@ impl Fence {
     /// # Errors
     /// When that cannot be written down.
     pub fn keep(&self) -> io::Result<()> {
-        fs::write(&self.0, KEEP)
+        self.say(KEEP)
+    }
+
+    /// Says so until that is ended.
+    ///
+    /// # Errors
+    /// When it cannot be written down the first time.
+    pub fn go_on_keeping(&self) -> io::Result<Keeping> {
+        self.keep()?;
+        let fence = self.clone();
+        Ok(Keeping(tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(SAID_EVERY).await;
+                if let Err(error) = fence.keep() {
+                    tracing::warn!(%error, "it cannot be said that a frozen pod must not be killed");
+                }
+            }
+        })))
     }
 
     /// Lets it be killed again, and no more than that.
@@ -65,7 +89,14 @@ impl Fence {
     /// # Errors
     /// When that cannot be written down.
     pub fn let_die(&self) -> io::Result<()> {
-        fs::write(&self.0, "")
+        self.say("")
+    }
+
+    /// Whoever reads it meanwhile reads the old word or the new one.
+    fn say(&self, word: &str) -> io::Result<()> {
+        let new = self.0.with_extension("new");
+        fs::write(&new, word)?;
+        fs::rename(&new, &self.0)
     }
 
     /// Takes it away. Idempotent.
@@ -80,6 +111,24 @@ impl Fence {
     }
 }
 
+/// A frozen container is kept from being killed for as long as this is there.
+#[derive(Debug)]
+pub struct Keeping(JoinHandle<()>);
+
+impl Keeping {
+    /// Ends it. Nothing is said afterwards: that would put up a fence again that was taken away.
+    pub async fn end(mut self) {
+        self.0.abort();
+        let _cancelled = (&mut self.0).await;
+    }
+}
+
+impl Drop for Keeping {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -88,14 +137,16 @@ mod tests {
     fn fences_stand_as_long_as_their_pods_are_there() {
         let folder = tempfile::tempdir().unwrap();
         let (fences, kubelet) = (folder.path().join("fenced"), folder.path().join("kubelet"));
-        Fence::prune(&fences, &kubelet).unwrap();
-        for uid in ["there", "gone"] {
+        Fence::prune(&fences, &kubelet, &[]).unwrap();
+        for uid in ["there", "gone", "needed"] {
             Fence(fences.join(uid)).put_up().unwrap();
             Fence(fences.join(uid)).put_up().unwrap();
         }
+        Fence::prune(&fences, &kubelet, &[]).unwrap_err();
+        assert!(fences.join("gone").exists(), "a kubelet's folder that is not there says nothing of pods");
         fs::create_dir_all(kubelet.join("pods/there")).unwrap();
-        Fence::prune(&fences, &kubelet).unwrap();
-        assert!(fences.join("there").exists() && !fences.join("gone").exists());
+        Fence::prune(&fences, &kubelet, &[&Fence(fences.join("needed"))]).unwrap();
+        assert!(fences.join("there").exists() && fences.join("needed").exists() && !fences.join("gone").exists());
         Fence(fences.join("there")).keep().unwrap();
         assert_eq!(fs::read_to_string(fences.join("there")).unwrap(), KEEP);
         Fence(fences.join("there")).let_die().unwrap();
@@ -103,5 +154,20 @@ mod tests {
         Fence(fences.join("there")).take_away().unwrap();
         Fence(fences.join("there")).take_away().unwrap();
         assert!(!fences.join("there").exists());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_is_said_again_that_a_pod_is_kept_and_no_more_once_that_is_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let fence = Fence(folder.path().join("pod"));
+        let keeping = fence.go_on_keeping().unwrap();
+        assert_eq!(fs::read_to_string(&fence.0).unwrap(), KEEP);
+        fence.let_die().unwrap();
+        tokio::time::sleep(SAID_EVERY * 2).await;
+        assert_eq!(fs::read_to_string(&fence.0).unwrap(), KEEP);
+        keeping.end().await;
+        fence.take_away().unwrap();
+        tokio::time::sleep(SAID_EVERY * 2).await;
+        assert!(!fence.0.exists());
     }
 }

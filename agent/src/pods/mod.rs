@@ -15,7 +15,6 @@
 mod fence;
 mod visitor;
 
-use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
@@ -34,7 +33,7 @@ use crate::config::Kubernetes;
 use crate::journal::Standing;
 use crate::parts::{Entry, Parts};
 
-pub use fence::Fence;
+pub use fence::{Fence, Keeping};
 pub use visitor::Visitor;
 
 /// How long a wrapper gets to say who it is.
@@ -45,7 +44,7 @@ const MOST_HELLO: u64 = 64 << 10;
 /// Wrappers that wait for a word. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct Visitors {
-    waiting: Arc<Mutex<HashMap<Door, Arc<Visitor>>>>,
+    waiting: Arc<Mutex<Vec<Arc<Visitor>>>>,
     changed: Arc<watch::Sender<()>>,
 }
 
@@ -59,13 +58,14 @@ pub struct Door {
 }
 
 impl Visitors {
-    /// The wrapper that waits at that door for that migration; waits for it in its turn, at most `patience`.
+    /// The wrapper that waits at that door for that migration, the youngest of them; waits for it in its turn, at most `patience`.
     pub async fn wait(&self, door: &Door, migration: MigrationId, patience: Duration) -> Option<Arc<Visitor>> {
         let mut changes = self.changed.subscribe();
         let found = async {
             loop {
                 changes.borrow_and_update();
-                if let Some(visitor) = self.at(door).filter(|visitor| visitor.is_of(migration)) {
+                let youngest = self.of(migration).into_iter().filter(|visitor| visitor.door() == *door);
+                if let Some(visitor) = youngest.max_by_key(|visitor| visitor.hello.began_ms) {
                     return Some(visitor);
                 }
                 changes.changed().await.ok()?;
@@ -76,29 +76,27 @@ impl Visitors {
 
     /// Tells all that wait for that migration that nothing comes of it.
     pub async fn dismiss(&self, migration: MigrationId) {
-        let waiting: Vec<_> = self.lock().values().filter(|visitor| visitor.is_of(migration)).cloned().collect();
-        for visitor in waiting {
+        for visitor in self.of(migration) {
             visitor.fail(&undone(migration)).await;
         }
     }
 
-    fn at(&self, door: &Door) -> Option<Arc<Visitor>> {
-        self.lock().get(door).cloned()
+    /// Those that are there. Who has begun anew may come before the one that was given up is seen to go.
+    fn of(&self, migration: MigrationId) -> Vec<Arc<Visitor>> {
+        let waiting = self.lock();
+        waiting.iter().filter(|visitor| visitor.is_of(migration) && visitor.is_there()).cloned().collect()
     }
 
     fn come(&self, visitor: &Arc<Visitor>) {
-        self.lock().insert(visitor.door(), Arc::clone(visitor));
+        self.lock().push(Arc::clone(visitor));
         self.changed.send_replace(());
     }
 
     fn go(&self, visitor: &Arc<Visitor>) {
-        let mut waiting = self.lock();
-        if waiting.get(&visitor.door()).is_some_and(|now| Arc::ptr_eq(now, visitor)) {
-            waiting.remove(&visitor.door());
-        }
+        self.lock().retain(|waiting| !Arc::ptr_eq(waiting, visitor));
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Door, Arc<Visitor>>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Visitor>>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -501,12 +501,7 @@ impl AgentService for Agent {
         let mut pid = 0;
         if self.ended(migration) != Some(Standing::Resumed) {
             let (target, parts, context) = (self.target(migration)?, self.parts.clone(), self.context.clone());
-            pid = to_its_end(async move {
-                let (target, pid) = resumed(&parts, target).await?;
-                recovery::fill_behind(&context, &parts, migration, target.workload());
-                Ok(pid)
-            })
-            .await?;
+            pid = to_its_end(async move { recovery::resume(&context, &parts, &target).await }).await?;
             self.context.metrics.spent(Stage::Resume, milliseconds_since(begun));
         }
         let resume_ms = milliseconds_since(begun);
@@ -575,20 +570,6 @@ impl Agent {
             }
         }
     }
-}
-
-/// Lets a container run; where the kubelet has begun it anew meanwhile, what came is given to the new one.
-async fn resumed(parts: &Parts, target: Arc<TargetPart>) -> Result<(Arc<TargetPart>, i32), Failure> {
-    let failure = match target.resume().await {
-        Ok(pid) => return Ok((target, pid)),
-        Err(failure) => failure,
-    };
-    let Some(rebound) = target.rebound().await? else { return Err(failure) };
-    let (migration, rebound) = (rebound.migration(), Arc::new(rebound));
-    tracing::warn!(%migration, %failure, container = rebound.workload(), "a container was begun anew; it gets what came");
-    parts.rebind(migration, rebound.workload(), Part::Target(Arc::clone(&rebound)));
-    let pid = rebound.resume().await?;
-    Ok((rebound, pid))
 }
 
 /// Does the work also when its caller goes away meanwhile: tonic drops the call then, and half a step is neither done nor

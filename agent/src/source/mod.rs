@@ -26,7 +26,7 @@ mod precopy;
 mod sweep;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use podferry_common::failure::{Failure, FailureCode, chain};
@@ -40,7 +40,7 @@ use tokio_util::sync::CancellationToken;
 use crate::context::{Context, blocking};
 use crate::journal::{FetchedBy, Ledger, PartDirs, PartRecord, Role, Standing};
 use crate::parts::Authority;
-use crate::pods::Fence;
+use crate::pods::{Fence, Keeping};
 use crate::worker::client::{View, Worker};
 use crate::worker::messages::{Order, Stage, WorkerRecord};
 use arrivals::Arrivals;
@@ -70,6 +70,8 @@ pub struct SourcePart {
     container: Option<Container>,
     /// Kubernetes: what keeps the kubelet from starting it again here, and from killing it while it stands still.
     fence: Option<Fence>,
+    /// From the freeze to the end.
+    keeping: std::sync::Mutex<Option<Keeping>>,
     /// None before the freeze, and when it was killed before a restarted agent looked.
     worker: Arc<OnceLock<Worker>>,
     /// Whose writes are followed. Locked while anybody reads their memory or starts the worker: an abort waits for that.
@@ -125,8 +127,7 @@ impl SourcePart {
         // A target that cannot be reached is to cost the tasks nothing.
         let connected = async {
             let begun = record.begin(&dirs).and_then(|()| fence.as_ref().map_or(Ok(()), Fence::put_up));
-            let what = "the part's folders cannot be made";
-            begun.map_err(|error| context.failure(FailureCode::Internal, what, &error))?;
+            begun.map_err(|error| context.failure(FailureCode::Internal, "the part cannot be written down", &error))?;
             connect(context, order).await
         };
         match connected.await {
@@ -160,6 +161,7 @@ impl SourcePart {
             dirs,
             container,
             fence,
+            keeping: std::sync::Mutex::default(),
             worker: Arc::default(),
             followers: Arc::default(),
             ledger,
@@ -187,6 +189,11 @@ impl SourcePart {
         let part = Self::of(context, dirs, container, record);
         if let Some(worker) = worker {
             let _never_set_before = part.worker.set(worker);
+        }
+        if part.standing() == Standing::Sealed
+            && let Err(failure) = part.keep_from_being_killed()
+        {
+            tracing::warn!(%failure, "the kubelet may kill a pod that stands still");
         }
         part
     }
@@ -219,9 +226,7 @@ impl SourcePart {
                 None => (followers, None),
             };
             self.pre_copying.store(false, Ordering::Relaxed);
-            if let Some(fence) = &self.fence {
-                fence.keep().map_err(|error| io_failed(&self.context, &error))?;
-            }
+            self.keep_from_being_killed()?;
             self.watch_arrivals(order);
             let externals = self.describe(order, &sender).await?;
             sender.hurry();
@@ -289,6 +294,21 @@ impl SourcePart {
         tokio::select! {
             copied = copying => copied,
             () = telling => Err(self.context.refusal(FailureCode::Internal, "progress ended").in_phase("precopy")),
+        }
+    }
+
+    /// Kubernetes: its probes fail while it stands still.
+    fn keep_from_being_killed(&self) -> Result<(), Failure> {
+        let Some(fence) = &self.fence else { return Ok(()) };
+        let keeping = fence.go_on_keeping().map_err(|error| io_failed(&self.context, &error))?;
+        *self.keeping.lock().unwrap_or_else(PoisonError::into_inner) = Some(keeping);
+        Ok(())
+    }
+
+    async fn stop_keeping(&self) {
+        let keeping = self.keeping.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(keeping) = keeping {
+            keeping.end().await;
         }
     }
 
@@ -418,6 +438,7 @@ impl SourcePart {
         {
             tracing::error!(%failure, "a released container's processes do not end");
         }
+        self.stop_keeping().await;
         if let Some(Err(error)) = self.fence.as_ref().map(Fence::let_die) {
             tracing::warn!(%error, "the fence around a pod that has moved keeps what is dead");
         }
@@ -472,6 +493,7 @@ impl SourcePart {
         }
         self.unquiesce(&record).await?;
         self.start_again(&record).await?;
+        self.stop_keeping().await;
         if let Some(fence) = &self.fence {
             fence.take_away().map_err(|error| io_failed(&self.context, &error))?;
         }

@@ -132,6 +132,8 @@ pub struct TargetPart {
     created: AtomicBool,
     /// It takes the place of an instance on the source.
     takes_over: bool,
+    /// Its container was begun anew, and there is another value of this part, which has that.
+    replaced: AtomicBool,
     /// With what; none in an agent that was restarted.
     take_over: Option<TakeOver>,
     cancelled: CancellationToken,
@@ -143,21 +145,9 @@ impl TargetPart {
     /// # Errors
     /// When something is missing or in the way. What was made by then is removed again.
     pub async fn prepare(context: &Context, order: PrepareOrder) -> Result<Self, Failure> {
-        let bundle = match &order.visitor {
-            Some(visitor) => Bundle::of_pod(visitor.hello.bundle.clone()),
-            None => Bundle::read(&context.config.runtime.bundles_dir, &order.workload),
-        };
-        let bundle = bundle.map_err(|failure| failure.on(context.config.node.as_str()))?;
-        let not_ready = |error: std::io::Error| {
-            let what = format!("a volume cannot be made ready: {error}");
-            context.refusal(FailureCode::FailedPrecondition, what).in_phase("prepare")
-        };
-        let ready = match &order.visitor {
-            // They were made for this pod, and what is there comes from the image.
-            Some(_) => Volume::clear,
-            None => Volume::check_empty,
-        };
-        order.volumes.iter().try_for_each(ready).map_err(not_ready)?;
+        let (with, visitor, workload) = (context.clone(), order.visitor.clone(), order.workload.clone());
+        let wanted = order.volumes.clone();
+        let (bundle, pod) = blocking(move || place(&with, visitor.as_deref(), &workload, &wanted)).await?;
         let volumes = order.volumes.clone();
         let dirs = PartDirs::of(&context.config, order.migration);
         let netns = order.link.as_ref().and(bundle.netns.clone());
@@ -180,13 +170,17 @@ impl TargetPart {
                 cold: order.cold,
                 takes_over: order.take_over.is_some(),
                 volumes: order.volumes,
-                pod: order.visitor.as_ref().map(|visitor| pod::arrival(visitor, &bundle)),
+                pod: pod.map(Box::new),
             },
         };
         let made = async {
             record.begin(&dirs).map_err(|error| io_failed(context, &error))?;
-            bundle.make_room().map_err(|error| io_failed(context, &error))?;
-            volumes.iter().try_for_each(Volume::make_room).map_err(not_ready)?;
+            let (with, bundle, volumes) = (context.clone(), bundle.clone(), volumes.clone());
+            blocking(move || {
+                bundle.make_room().map_err(|error| io_failed(&with, &error))?;
+                volumes.iter().try_for_each(Volume::make_room).map_err(|error| not_ready(&with, &error))
+            })
+            .await?;
             make_network(context, &record).await?;
             if order.cold {
                 restore_mtu(&record);
@@ -225,6 +219,7 @@ impl TargetPart {
             cold: order.cold,
             created: AtomicBool::new(false),
             takes_over: order.take_over.is_some(),
+            replaced: AtomicBool::new(false),
             take_over: order.take_over,
             hook,
             source: Some(source),
@@ -273,6 +268,7 @@ impl TargetPart {
             cold,
             created,
             takes_over,
+            replaced: AtomicBool::new(false),
             take_over: None,
             fetch_from,
             hook,
@@ -468,6 +464,7 @@ impl TargetPart {
     /// When something stays; to be called again.
     pub async fn abort(&self, authority: Authority) -> Result<(), Failure> {
         let mut record = self.ledger.lock().await;
+        self.check_bound(&record)?;
         match may(Side::Target, record.standing, Step::Abort(authority)) {
             May::Taken => return Ok(()),
             May::Take => {}
@@ -578,6 +575,33 @@ impl TargetPart {
     }
 }
 
+/// Where the container is going to be, whose volumes are ready to be filled then; blocks.
+fn place(
+    context: &Context,
+    visitor: Option<&Visitor>,
+    workload: &str,
+    volumes: &[Volume],
+) -> Result<(Bundle, Option<PodArrival>), Failure> {
+    let bundle = match visitor {
+        Some(visitor) => Bundle::of_pod(visitor.hello.bundle.clone()),
+        None => Bundle::read(&context.config.runtime.bundles_dir, workload),
+    };
+    let bundle = bundle.map_err(|failure| failure.on(context.config.node.as_str()))?;
+    let pod = visitor.map(|visitor| pod::arrival(context, visitor, &bundle)).transpose()?;
+    let ready = match visitor {
+        // They were made for this pod, and what is there comes from the image.
+        Some(_) => Volume::clear,
+        None => Volume::check_empty,
+    };
+    volumes.iter().try_for_each(ready).map_err(|error| not_ready(context, &error))?;
+    Ok((bundle, pod))
+}
+
+fn not_ready(context: &Context, error: &std::io::Error) -> Failure {
+    let what = format!("a volume cannot be made ready: {error}");
+    context.refusal(FailureCode::FailedPrecondition, what).in_phase("prepare")
+}
+
 /// Where the container's files go, by their names in the transfer.
 fn trees(bundle: &Bundle, volumes: &[Volume]) -> Vec<(String, ArrivingTree)> {
     let layer = ArrivingTree::new(bundle.upper(), bundle.seeds());
@@ -611,16 +635,19 @@ async fn remove(context: &Context, record: &PartRecord, bundle: &Bundle, dirs: &
         let message = format!("a container named {} runs, which this migration did not restore", record.workload);
         return Err(context.refusal(FailureCode::FailedPrecondition, message).in_phase("rollback"));
     }
-    bundle.dismantle().map_err(|error| {
-        context.failure(FailureCode::Internal, "the writable layer cannot be removed", &error).in_phase("rollback")
-    })?;
-    record.volumes().iter().try_for_each(Volume::clear).map_err(|error| {
-        let what = "what came into a volume cannot be removed";
-        context.failure(FailureCode::Internal, what, &error).in_phase("rollback")
-    })?;
+    let (with, bundle, volumes) = (context.clone(), bundle.clone(), record.volumes().to_vec());
+    blocking(move || remove_files(&with, &bundle, &volumes)).await?;
     remove_network(context, record).await?;
     dirs.wipe_volatile();
     Ok(())
+}
+
+fn remove_files(context: &Context, bundle: &Bundle, volumes: &[Volume]) -> Result<(), Failure> {
+    let failed =
+        |what: &str, error: &std::io::Error| context.failure(FailureCode::Internal, what, error).in_phase("rollback");
+    bundle.dismantle().map_err(|error| failed("the writable layer cannot be removed", &error))?;
+    let cleared = volumes.iter().try_for_each(Volume::clear);
+    cleared.map_err(|error| failed("what came into a volume cannot be removed", &error))
 }
 
 /// Makes the network namespace and link of an arriving container, when it brings its own.

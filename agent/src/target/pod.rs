@@ -1,5 +1,6 @@
 //! Containers that are pods': their bundle is containerd's, and what runs their restore is the shim's child.
 
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use podferry_common::failure::{Failure, FailureCode};
 use podferry_filesystem::Overlay;
 use podferry_runtime::Launcher;
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::bundle::Bundle;
@@ -23,19 +25,30 @@ const RETURN_TIMEOUT: Duration = Duration::from_secs(5);
 /// What to do about a kubelet that did not wait.
 const ANEW: &str = "see \"A kubelet that did not wait\" in docs/kubernetes.md";
 
-/// What is noted of a pod's container that comes.
-pub(super) fn arrival(visitor: &Visitor, bundle: &Bundle) -> PodArrival {
+/// What is noted of a pod's container that comes; blocks.
+///
+/// # Errors
+/// When its configuration cannot be read, or its host name.
+pub(super) fn arrival(context: &Context, visitor: &Visitor, bundle: &Bundle) -> Result<PodArrival, Failure> {
+    let spec = spec(context, &bundle.dir)?;
+    let host_name = uts_namespace(&spec).map(|namespace| {
+        let name = within(&namespace, || Ok(rustix::system::uname().nodename().to_string_lossy().into_owned()));
+        name.map_err(|errno| host_name_failed(context, "read", errno))
+    });
     let (hello, overlay) = (&visitor.hello, bundle.overlay());
-    PodArrival {
+    Ok(PodArrival {
         uid: hello.uid.clone(),
         name: hello.pod.clone(),
+        host_name: host_name.transpose()?,
         container: hello.container.clone(),
         bundle: bundle.dir.clone(),
         lower: overlay.lower.clone(),
         upper: overlay.upper.clone(),
         work: overlay.work.clone(),
         pid_file: hello.pid_file.clone(),
-    }
+        cgroup: spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone()),
+        left: Vec::new(),
+    })
 }
 
 /// Its bundle.
@@ -83,37 +96,43 @@ pub(super) fn door(pod: &PodArrival) -> Door {
 /// # Errors
 /// When the namespace cannot be entered.
 pub(super) async fn name_host(context: &Context, pod: &PodArrival) -> Result<(), Failure> {
-    let Some(namespace) = uts_namespace(&pod.bundle) else { return Ok(()) };
-    let name = host_name(&pod.bundle).unwrap_or_else(|| pod.name.clone());
-    let context = context.clone();
+    let Some(name) = pod.host_name.clone() else { return Ok(()) };
+    let (context, bundle) = (context.clone(), pod.bundle.clone());
     let named = blocking(move || {
-        // The thread that does it is in that namespace for good.
-        let done = std::thread::spawn(move || set_host_name(&namespace, &name)).join();
-        let done = done.unwrap_or(Err(rustix::io::Errno::FAULT));
-        done.map_err(|errno| {
-            let what = "the pod's host name cannot be set";
-            context.failure(FailureCode::Internal, what, &std::io::Error::from(errno)).in_phase("restore")
-        })
+        let Some(namespace) = uts_namespace(&spec(&context, &bundle)?) else { return Ok(()) };
+        let set = within(&namespace, move || rustix::system::sethostname(name.as_bytes()));
+        set.map_err(|errno| host_name_failed(&context, "set", errno))
     });
     named.await
 }
 
-fn set_host_name(namespace: &Path, name: &str) -> rustix::io::Result<()> {
+fn host_name_failed(context: &Context, action: &str, errno: Errno) -> Failure {
+    let what = format!("the pod's host name cannot be {action}");
+    context.failure(FailureCode::Internal, &what, &std::io::Error::from(errno)).in_phase("restore")
+}
+
+/// Does it in that namespace of host names; blocks.
+fn within<T: Send + 'static>(
+    namespace: &Path,
+    work: impl FnOnce() -> rustix::io::Result<T> + Send + 'static,
+) -> rustix::io::Result<T> {
     let file = rustix::fs::open(namespace, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-    move_into_link_name_space(std::os::fd::AsFd::as_fd(&file), Some(LinkNameSpaceType::HostNameAndNISDomainName))?;
-    rustix::system::sethostname(name.as_bytes())
+    // The thread that does it is in that namespace for good.
+    let done = std::thread::spawn(move || {
+        move_into_link_name_space(file.as_fd(), Some(LinkNameSpaceType::HostNameAndNISDomainName))?;
+        work()
+    });
+    done.join().unwrap_or(Err(Errno::FAULT))
+}
+
+fn spec(context: &Context, bundle: &Path) -> Result<Spec, Failure> {
+    let what = "the configuration of a pod's container cannot be read";
+    Spec::load(bundle.join("config.json"))
+        .map_err(|error| context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("restore"))
 }
 
 /// The namespace that the configuration gives by path.
-fn uts_namespace(bundle: &Path) -> Option<PathBuf> {
-    let spec = Spec::load(bundle.join("config.json")).ok()?;
+fn uts_namespace(spec: &Spec) -> Option<PathBuf> {
     let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
     namespaces.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Uts)?.path().clone()
-}
-
-/// The kubelet gives each container its pod's host name as a variable.
-fn host_name(bundle: &Path) -> Option<String> {
-    let spec = Spec::load(bundle.join("config.json")).ok()?;
-    let variables = spec.process().as_ref()?.env().as_ref()?;
-    variables.iter().find_map(|variable| variable.strip_prefix("HOSTNAME=")).map(ToOwned::to_owned)
 }

@@ -195,11 +195,13 @@ impl Restoring {
         {
             return Ok(());
         }
-        if self.pod.is_some() && !self.bundle.dir.join("config.json").exists() {
-            // The kubelet has given the container up, and containerd has removed all of it.
-            return runc.forget_restore(&self.workload).map_err(|error| self.not_removed(&error));
-        }
-        runc.cleanup_killed_restore(&self.workload, &self.bundle.dir).map_err(|error| self.not_removed(&error))
+        let cgroup = self.pod.as_ref().and_then(|pod| pod.cgroup.as_ref());
+        let cleaned = match cgroup.filter(|_| !self.bundle.dir.join("config.json").exists()) {
+            // The kubelet has given the container up, and containerd has removed all that it knows of it.
+            Some(cgroup) => runc.cleanup_given_up_restore(&self.workload, cgroup),
+            None => runc.cleanup_killed_restore(&self.workload, &self.bundle.dir),
+        };
+        cleaned.map_err(|error| self.not_removed(&error))
     }
 
     pub(super) fn failed(&self, what: &str, error: &(dyn std::error::Error + 'static)) -> Failure {

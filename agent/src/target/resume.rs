@@ -39,6 +39,7 @@ impl TargetPart {
     /// When it does not come to run; to be called again.
     pub async fn resume(&self) -> Result<i32, Failure> {
         let mut record = self.ledger.lock().await;
+        self.check_bound(&record)?;
         match may(Side::Target, record.standing, Step::Resume) {
             May::Taken => return Ok(self.init_pid()),
             May::Take => {}
@@ -97,6 +98,10 @@ impl TargetPart {
     /// Tells a held container to go, and waits until runc is done with it. Whoever has been told may have run, so only
     /// runc's own failure, or the death of everything there was, says that it died.
     async fn go_once(&self, record: &mut MutexGuard<'_, PartRecord>) -> Result<Gone, Failure> {
+        if !record.left().is_empty() {
+            let message = "what came is for a container that was given up, and nothing has been restored since";
+            return Ok(Gone::Died(self.refused(FailureCode::Unavailable, message, "resume")));
+        }
         if !record.going {
             // After this agent's restart a sealed hook finds it within 100 ms.
             let hold = self.hook.until(HOOK_TIMEOUT, |hold| *hold != Hold::NotYet).await;
@@ -156,7 +161,8 @@ impl TargetPart {
         }
     }
 
-    async fn restore_again(&self, record: &PartRecord) -> Result<(), Failure> {
+    async fn restore_again(&self, record: &mut MutexGuard<'_, PartRecord>) -> Result<(), Failure> {
+        self.collect(record).await?;
         // Sockets of the dead copy may linger in its network namespace, and the next one needs their addresses.
         remove_network(&self.context, record).await?;
         make_network(&self.context, record).await?;
@@ -172,7 +178,11 @@ impl TargetPart {
         let begun = Instant::now();
         while begun.elapsed() < END_TIMEOUT {
             let ended = match &mut *self.restore.lock().await {
-                Some(restore) => restore.try_wait().map_err(|error| self.restore_failed(&error)),
+                Some(restore) => match restore.try_wait() {
+                    // That says nothing of the container.
+                    Err(podferry_runtime::Error::LauncherGone { .. }) => self.earlier_restore_ended(),
+                    ended => ended.map_err(|error| self.restore_failed(&error)),
+                },
                 None => self.earlier_restore_ended(),
             };
             match ended {

@@ -323,6 +323,9 @@ impl Sender {
     /// From now on somebody stands still for what is sent: of what the node may send it comes first.
     pub fn hurry(&self) {
         self.shared.urgent.store(true, Ordering::Relaxed);
+        if let Some(shares) = &self.shared.options.shares {
+            shares.settle_anew();
+        }
     }
 
     /// The version of the protocol that both sides speak.

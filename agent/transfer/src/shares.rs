@@ -88,7 +88,20 @@ impl Shares {
     }
 }
 
+impl Shares {
+    /// Who waits looks anew at when it will be paid: somebody is in a hurry now.
+    pub(crate) fn settle_anew(&self) {
+        self.lock().wake_all();
+    }
+}
+
 impl Account {
+    fn wake_all(&mut self) {
+        for debt in self.debts.values_mut() {
+            debt.wake();
+        }
+    }
+
     /// Pays for the time up to `now`.
     fn pay(&mut self, now: Instant) {
         let time = now.saturating_duration_since(self.paid_until).as_secs_f64();
@@ -188,14 +201,14 @@ impl Drop for Share {
         let mut account = self.shares.lock();
         account.debts.remove(&self.id);
         // The others have more now.
-        for debt in account.debts.values_mut() {
-            debt.wake();
-        }
+        account.wake_all();
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicU32;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -270,6 +283,36 @@ mod tests {
         drop(goes);
         let alone = due();
         assert!((1.8..2.01).contains(&(beside / alone)), "{beside} s, then {alone} s");
+    }
+
+    /// Counts how often it is woken.
+    #[derive(Default)]
+    struct Woken(AtomicU32);
+
+    impl std::task::Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[tokio::test]
+    async fn who_comes_into_a_hurry_while_it_waits_is_paid_earlier() {
+        let shares = Shares::new(1_000_000);
+        let urgent = Arc::new(AtomicBool::new(false));
+        let (mut hurries, mut other) = (shares.share_for(Arc::clone(&urgent)), shares.share());
+        other.owe(100_000_000);
+        hurries.owe(10_000_000);
+        let woken = Arc::new(Woken::default());
+        let waker = Waker::from(Arc::clone(&woken));
+        let mut due = || {
+            assert!(hurries.poll_paid(&mut Context::from_waker(&waker)).is_pending());
+            hurries.timer.as_ref().unwrap().deadline()
+        };
+        let before = due();
+        urgent.store(true, Ordering::Relaxed);
+        shares.settle_anew();
+        assert_eq!(woken.0.load(Ordering::Relaxed), 1, "or it sleeps on until {before:?}");
+        assert!(before.duration_since(due()) > Duration::from_secs(5));
     }
 
     proptest! {

@@ -9,6 +9,7 @@ use thiserror::Error;
 
 /// Makes a coordinator one of a Kubernetes cluster: pods are its workloads, and migrations are recorded in the API server.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct KubernetesConfig {
     /// The namespace that the coordinator runs in; its lease is there.
     #[serde(default = "namespace")]

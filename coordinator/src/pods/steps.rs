@@ -227,13 +227,7 @@ impl Pods {
 
     /// What was done with a pod; when it is gone, or another has its name, there is nothing to do. A conflict may mean that, or that
     /// somebody else changed it in that moment.
-    async fn unless_gone(
-        &self,
-        moved: &PodMove,
-        name: &str,
-        uid: &str,
-        done: Result<(), Error>,
-    ) -> Result<(), Error> {
+    async fn unless_gone(&self, moved: &PodMove, name: &str, uid: &str, done: Result<(), Error>) -> Result<(), Error> {
         let Err(Error::Api(status)) = &done else { return done };
         match status.code {
             404 => Ok(()),

@@ -10,11 +10,15 @@ pub const KEEP: &str = "keep";
 /// For how long that holds at most: an agent that is gone for good must not leave a container that nobody can end.
 const KEPT_FOR: Duration = Duration::from_secs(900);
 
+/// Where the note of a pod is, if there is one; none for what is no pod's uid, which comes from the API server and is a file's name here.
+pub fn fence_of(dir: &Path, uid: &str) -> Option<PathBuf> {
+    let plain = !uid.is_empty() && uid.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
+    plain.then(|| dir.join(uid))
+}
+
 /// The note of a pod; none when there is none.
 pub(super) fn of_pod(dir: &Path, uid: &str) -> Option<PathBuf> {
-    let fence = dir.join(uid);
-    let plain = !uid.is_empty() && uid.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
-    (plain && fence.exists()).then_some(fence)
+    fence_of(dir, uid).filter(|fence| fence.exists())
 }
 
 /// Whether it keeps the container from being killed.

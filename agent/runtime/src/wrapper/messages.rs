@@ -49,9 +49,8 @@ pub struct Hello {
     pub bundle: PathBuf,
     /// Where runc writes the pid of the init.
     pub pid_file: PathBuf,
-    /// A restore that it ran for an agent which is gone has failed: the status as `wait(2)` has it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub exited: Option<i32>,
+    /// When it began, in milliseconds since 1970: of two that wait for the same, the younger one's container counts.
+    pub began_ms: u64,
 }
 
 /// What the agent wants.

@@ -1,13 +1,14 @@
 //! podferry in the place of runc: what containerd's shim calls for the pods of the runtime class `podferry`.
 //!
-//! `podferry-runtime` becomes the node's own runc for all it is asked, but for four things:
+//! `podferry-runtime` becomes the node's own runc for all it is asked, but for five things:
 //!
 //! | asked | what it does |
 //! |---|---|
 //! | `create` of a container whose pod is annotated `podferry.dev/migration` | asks the node's agent, waits, and runs `runc restore` as that says: the restored container is the shim's child, as one is that was created |
 //! | `start` of such a container | nothing: it runs already |
 //! | `create` in a pod that moves away, or has | refuses: its container runs elsewhere, and the kubelet would start a second one |
-//! | `kill` of a container that stands still to be moved | nothing, for a quarter of an hour at most: its probes fail, and its memory is needed |
+//! | `kill` of a container that stands still to be moved | nothing, as long as the agent says so, and for a quarter of an hour at most when it is gone: its probes fail, and its memory is needed |
+//! | `delete` of a container | first unmounts what a restore that did not come to its end has mounted in runc's folder of it: runc would empty that |
 //!
 //! A container that came is restored once. When it ends and the kubelet starts it again, it is created as any other: a mark beside the
 //! sandbox's bundle says that it has come ([`Mark`]).
@@ -28,7 +29,7 @@ mod settings;
 
 pub use arguments::{Invoked, WrongArguments};
 pub use bundle::{ARRIVED_MARK, MIGRATION, Mark, PodContainer};
-pub use fence::KEEP;
+pub use fence::{KEEP, fence_of};
 pub use messages::{Hello, Order, Report, VERSION, WrongMessage, read, write};
 pub use run::run;
 pub use settings::{Settings, WrongSettings};

@@ -8,9 +8,9 @@ use std::io::{self, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{Command, ExitCode, ExitStatus};
+use std::process::{Command, ExitCode};
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::arguments::Invoked;
 use super::bundle::{Mark, PodContainer};
@@ -18,6 +18,7 @@ use super::fence;
 use super::messages::{self, Hello, Order, Report, VERSION};
 use super::settings::Settings;
 use crate::container::Container;
+use crate::leftovers;
 
 /// Between two looks for an agent that is not there.
 const RECONNECT: Duration = Duration::from_millis(100);
@@ -65,7 +66,7 @@ struct Coming {
     migration: String,
     mark: Mark,
     until: Instant,
-    exited: Option<i32>,
+    began_ms: u64,
 }
 
 impl Wrapper<'_> {
@@ -74,12 +75,22 @@ impl Wrapper<'_> {
             "create" => self.create(),
             "start" if self.was_restored() => Ok(()),
             "kill" if self.is_kept() => Ok(()),
+            "delete" => self.delete(),
             _ => self.become_runc(),
         }
     }
 
     fn was_restored(&self) -> bool {
         self.invoked.root.as_deref().is_some_and(|root| Mark::was_restored(root, &self.invoked.id))
+    }
+
+    /// runc removes its folder of a container and all that is in it. A restore that did not come to its end has the root filesystem
+    /// mounted there.
+    fn delete(&self) -> Result<(), String> {
+        if let Some(root) = self.invoked.root.as_deref().filter(|_| !self.invoked.id.is_empty()) {
+            leftovers::unmount_state(&root.join(&self.invoked.id)).map_err(|error| error.to_string())?;
+        }
+        self.become_runc()
     }
 
     /// Whoever asks for its end asks again.
@@ -119,7 +130,9 @@ impl Wrapper<'_> {
             None => self.become_runc(),
             Some(migration) => {
                 let until = Instant::now() + self.settings.wait();
-                self.receive(Coming { container, migration, mark, until, exited: None })
+                let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+                let began_ms = u64::try_from(began).unwrap_or_default();
+                self.receive(Coming { container, migration, mark, until, began_ms })
             }
         }
     }
@@ -205,7 +218,7 @@ impl Wrapper<'_> {
             root: invoked.root.clone().unwrap_or_default(),
             bundle: invoked.bundle.clone().unwrap_or_default(),
             pid_file: invoked.pid_file.clone().unwrap_or_default(),
-            exited: coming.exited,
+            began_ms: coming.began_ms,
         }
     }
 
@@ -229,13 +242,11 @@ impl Wrapper<'_> {
         // An agent that is gone is no reason to leave runc alone.
         let told = messages::write(stream, &Report::Started { pid: child.id() });
         let status = child.wait()?;
-        coming.exited = None;
         if status.success() {
             coming.mark.set();
             let _not_heard = messages::write(stream, &Report::exited(status));
             return Ok(Some(Ok(())));
         }
-        coming.exited = Some(raw(status));
         // It may be told what to do now by another agent.
         coming.until = coming.until.max(Instant::now() + Duration::from_secs(10));
         told?;
@@ -265,10 +276,6 @@ impl Wrapper<'_> {
         }
         command
     }
-}
-
-fn raw(status: ExitStatus) -> i32 {
-    std::os::unix::process::ExitStatusExt::into_raw(status)
 }
 
 fn is_timeout(error: &io::Error) -> bool {
