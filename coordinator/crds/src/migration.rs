@@ -175,7 +175,7 @@ pub struct MigrationStatus {
 pub struct Writer {
     /// The process: its pod's name and an id that no other process has.
     pub coordinator: String,
-    /// Which of all writes of that process.
+    /// Which of all that the process has written, counted from one.
     pub sequence: i64,
 }
 
