@@ -1,7 +1,7 @@
 //! A namespace of an API server, with the agents of `world`.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::Namespace;
 use k8s_openapi::api::events::v1::Event;
@@ -157,9 +157,21 @@ impl Cluster {
         assert!(gone.is_ok(), "{name} stays: {:#?}", self.get(name).await);
     }
 
-    /// The reasons of the events of an object. Events are written beside everything else, so those that come late are waited for.
-    pub(crate) async fn events(&self, name: &str) -> Vec<String> {
-        tokio::time::sleep(Duration::from_millis(500)).await;
+    /// Waits until there is an event of an object with that reason: events are written beside everything else, and late.
+    pub(crate) async fn event(&self, name: &str, reason: &str) {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let events = self.events(name).await;
+            if events.iter().any(|event| event == reason) {
+                return;
+            }
+            assert!(Instant::now() < end, "no event of {name} is {reason}: {events:?}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// The reasons of the events of an object.
+    async fn events(&self, name: &str) -> Vec<String> {
         let api: Api<Event> = Api::namespaced(self.client.clone(), &self.namespace);
         let all = api.list(&ListParams::default()).await.unwrap().items;
         let of = |event: &Event| event.regarding.as_ref().is_some_and(|about| about.name.as_deref() == Some(name));
