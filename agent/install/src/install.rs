@@ -9,7 +9,7 @@ use crate::block;
 use crate::bundle::{self, Bundle, WrapperConfig};
 use crate::error::{At, Error, Result};
 use crate::host::Host;
-use crate::journal::{Change, Journal, remove_tree, write_as_owned};
+use crate::journal::{Change, Journal, mode_of, remove_tree, write_as_owned};
 use crate::restart::Restart;
 use crate::runtime::{self, Edit, Plan, Runtime, WRAPPER};
 
@@ -230,9 +230,13 @@ impl<'a> Work<'a> {
         let original = path.with_file_name(name);
         let text = self.host.text(path)?.unwrap_or_default();
         let here = self.host.path(path);
-        let mode = fs::metadata(&here).at("read", &here)?.permissions().mode() & 0o7777;
+        let (mode, without) = (mode_of(&here)?, block::remove(&text));
         self.note(Change::Block { path: path.to_owned(), original: original.clone() })?;
-        self.host.write(&original, block::remove(&text).as_bytes(), mode)?;
+        if !runtime::is_bare(&without) {
+            // Made for the block or not: what others have written into it makes it theirs.
+            self.journal.forget(self.host, &self.folder, &Change::File { path: path.to_owned() })?;
+        }
+        self.host.write(&original, without.as_bytes(), mode)?;
         write_as_owned(&here, block::insert(&text, body).as_bytes(), mode)
     }
 

@@ -4,6 +4,8 @@
 
 mod support;
 
+use std::fs;
+
 use insta::assert_snapshot;
 use podferry_install::{Error, chain};
 use support::Node;
@@ -135,14 +137,45 @@ fn a_configuration_of_version_3_that_imports_nothing_gets_a_block() {
 fn a_containerd_without_a_configuration_gets_one_of_its_version() {
     let node = Node::new(&[SOCKET]);
     node.answer("containerd --version", "containerd github.com/containerd/containerd/v2 2.1.4 75cb2b\n");
-    let before = node.contents();
-    node.install().unwrap();
-    assert!(node.read("/etc/containerd/config.toml").starts_with("version = 3\n"));
-    assert!(node.uninstall().unwrap());
-    assert_eq!(node.contents(), before);
+    assert_snapshot!(installed_and_gone(&node, "/etc/containerd/config.toml", "containerd"), @r##"
+    version = 3
+    # >>> podferry: written by podferry-install, taken out by `podferry-install uninstall`
+    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.podferry]
+    container_annotations = ["podferry.dev/*"]
+    pod_annotations = ["podferry.dev/*"]
+    runtime_type = "io.containerd.runc.v2"
+
+    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.podferry.options]
+    BinaryName = "/opt/podferry/current/bin/podferry-runtime"
+    # <<< podferry
+    "##);
     node.answer("containerd --version", "containerd containerd.io 1.7.27 05044ec\n");
-    node.install().unwrap();
-    assert!(node.read("/etc/containerd/config.toml").starts_with("version = 2\n"));
+    let written = installed_and_gone(&node, "/etc/containerd/config.toml", "containerd");
+    assert!(written.starts_with("version = 2\n# >>> podferry"), "{written}");
+}
+
+#[test]
+fn what_others_add_to_a_configuration_that_was_made_for_the_handler_stays() {
+    let k3s = "/var/lib/rancher/k3s/agent/etc/containerd";
+    let rendered = V3.replace("imports = [\"conf.d/*.toml\"]\n", "");
+    let own = "/etc/containerd/config.toml";
+    let (template, rendered) = (format!("{k3s}/config-v3.toml.tmpl"), (format!("{k3s}/config.toml"), rendered));
+    for again in [false, true] {
+        let bare = Node::new(&[SOCKET]);
+        bare.answer("containerd --version", "containerd github.com/containerd/containerd/v2 2.1.4 75cb2b\n");
+        let k3s = Node::new(&[("/run/k3s/containerd/containerd.sock", ""), (&rendered.0, &rendered.1)]);
+        for (node, made, head) in [(bare, own, "version = 3\n"), (k3s, &*template, "{{ template \"base\" . }}\n")] {
+            node.install().unwrap();
+            let with = node.read(made);
+            node.write(made, &format!("{with}[metrics]\n"));
+            if again {
+                node.install().unwrap();
+            }
+            node.uninstall().unwrap();
+            assert_eq!(node.read(made), format!("{head}[metrics]\n"));
+            assert!(!node.has(&format!("{made}.before-podferry")));
+        }
+    }
 }
 
 #[test]
@@ -220,7 +253,7 @@ fn what_cannot_be_is_refused_with_the_reason_and_nothing_is_touched() {
     let busy = with(V2);
     busy.write("/var/lib/podferry/parts/m1/part.json", "{}");
     let mut without_systemd = with(V2);
-    std::fs::remove_dir_all(without_systemd.root().join("run/systemd")).unwrap();
+    fs::remove_dir_all(without_systemd.root().join("run/systemd")).unwrap();
     without_systemd.options.restart = podferry_install::Restart::Systemd;
     let said = [
         refused(&Node::new(&[SOCKET, ("/etc/os-release", "ID=bottlerocket\n")])),

@@ -164,10 +164,9 @@ impl Config {
 
     fn edit(&self, host: &Host, body: String) -> Result<Edit> {
         if !self.exists {
-            return Ok(Edit::File {
-                path: self.main.clone(),
-                content: format!("version = {}\n\n{body}", self.version),
-            });
+            // As a block: the next time the file is there, and what is in it is not to be taken for the node's own.
+            let content = block::insert(&format!("version = {}\n", self.version), &body);
+            return Ok(Edit::File { path: self.main.clone(), content });
         }
         if self.version >= 3
             && let Some(path) = self.drop_in()
@@ -236,6 +235,11 @@ fn extended(host: &Host, path: PathBuf, body: String) -> Result<Edit> {
 
 fn is_made_by_us(template: &str) -> bool {
     block::is_in(template) && block::remove(template) == BASE_TEMPLATE
+}
+
+/// Whether it is what stands before our block in a file that was made for it, and nothing else.
+pub(crate) fn is_bare(text: &str) -> bool {
+    [BASE_TEMPLATE, "version = 2\n", "version = 3\n"].contains(&text)
 }
 
 fn is_ours(path: &Path) -> bool {

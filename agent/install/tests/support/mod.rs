@@ -93,7 +93,8 @@ impl Node {
     /// The commands since the last call that change something.
     pub(crate) fn commands(&self) -> Vec<String> {
         let all = std::mem::take(&mut self.told.borrow_mut().commands);
-        all.into_iter().filter(|line| !line.contains("is-active") && !line.contains("show")).collect()
+        let asks = |line: &String| ["is-active", "show", "--version"].iter().any(|word| line.contains(word));
+        all.into_iter().filter(|line| !asks(line)).collect()
     }
 
     pub(crate) fn host(&self) -> Host {
