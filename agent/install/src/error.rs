@@ -89,6 +89,15 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
+    /// The operator's settings have one that is the installer's.
+    #[error(
+        "the settings to be laid over agent.toml (--config or PODFERRY_AGENT_CONFIG; the chart's value agent.config) have {keys}: \
+         podferry-install decides that itself, for podferry-runtime and uninstalling look there. Take it out"
+    )]
+    Decided {
+        /// Which ones.
+        keys: String,
+    },
     /// The node's handlers are not runc's.
     #[error(
         "no handler of this node runs containers by runc ({found}): podferry moves containers of runc only; configure a handler that does"

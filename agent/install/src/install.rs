@@ -69,6 +69,7 @@ pub struct Installed {
 
 /// Installs the bundle, or a newer one over another.
 pub fn install(host: &Host, options: &Options, bundle: &Bundle, settings: &Settings) -> Result<Installed> {
+    agent_config::refuse_decided(&settings.extra)?;
     let runtime = runtime::find_runtime(host, options.runtime)?;
     let folder = options.folder(host)?;
     let plan = runtime::plan(host, runtime, options.containerd_config.as_deref(), &Options::wrapper(&folder))?;

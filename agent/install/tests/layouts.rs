@@ -255,6 +255,9 @@ fn what_cannot_be_is_refused_with_the_reason_and_nothing_is_touched() {
     let mut without_systemd = with(V2);
     fs::remove_dir_all(without_systemd.root().join("run/systemd")).unwrap();
     without_systemd.options.restart = podferry_install::Restart::Systemd;
+    let mut elsewhere = with(V2);
+    elsewhere.config =
+        "give_way = false\nstate_dir = '/srv'\n[runtime]\nlogs_dir = '/srv/logs'\n[kubernetes]\nfence_dir = '/srv/f'\n";
     let said = [
         refused(&Node::new(&[SOCKET, ("/etc/os-release", "ID=bottlerocket\n")])),
         refused(&Node::new(&[])),
@@ -278,6 +281,7 @@ fn what_cannot_be_is_refused_with_the_reason_and_nothing_is_touched() {
         refused(&unsafe_restart),
         refused(&busy),
         refused(&without_systemd),
+        refused(&elsewhere),
     ];
     assert_snapshot!(said.join("\n"), @r##"
     nodes with bottlerocket are not supported: its root is verified and read-only, and it writes containerd's configuration anew from its own settings, which have no place for a handler. Use nodes with another system for pods that move
@@ -299,6 +303,7 @@ fn what_cannot_be_is_refused_with_the_reason_and_nothing_is_touched() {
     containerd has KillMode=control-group: restarting it would end every container of the node. Set KillMode=process, or restart it yourself on the drained node and run this again with --restart never
     1 parts of migrations are under way on this node, or pods that have moved away are still here (/var/lib/podferry/parts): wait for their end, or insist with --force
     containerd has to be restarted to know a new handler, and no systemd of this node runs it: give a command that restarts it with --restart-command
+    the settings to be laid over agent.toml (--config or PODFERRY_AGENT_CONFIG; the chart's value agent.config) have state_dir, runtime.logs_dir, kubernetes.fence_dir: podferry-install decides that itself, for podferry-runtime and uninstalling look there. Take it out
     "##);
     let node = with("version = ");
     assert!(matches!(node.install(), Err(Error::Toml { .. })));

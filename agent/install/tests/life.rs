@@ -27,7 +27,8 @@ fn bundles(node: &Node) -> Vec<String> {
 
 #[test]
 fn the_agents_configuration_names_the_bundle_and_has_the_operators_settings_over_it() {
-    let node = node();
+    let mut node = node();
+    node.config = "give_way = false\n[kubernetes]\narrive_within_s = 60\n";
     let done = node.install().unwrap();
     assert_snapshot!(node.read("/etc/podferry/agent.toml").replace(&done.bundle, "BUNDLE"), @r##"
     # Written by podferry-install; changes are lost. The chart's value agent.config is laid over it.
@@ -45,7 +46,7 @@ fn the_agents_configuration_names_the_bundle_and_has_the_operators_settings_over
     key = "/etc/podferry/tls/key.pem"
 
     [kubernetes]
-    extra = 1
+    arrive_within_s = 60
     fence_dir = "/var/lib/podferry/fenced"
     layers_dir = "/var/lib/containerd"
     socket = "/run/podferry/runtime.sock"

@@ -272,7 +272,8 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Table> {
     text.parse().map_err(|source| Error::Toml { path: path.to_owned(), source: Box::new(source) })
 }
 
-pub(super) fn find<'a>(table: &'a Table, keys: &[&str]) -> Option<&'a Value> {
+/// What is below these keys.
+pub(crate) fn find<'a>(table: &'a Table, keys: &[&str]) -> Option<&'a Value> {
     let (first, rest) = keys.split_first()?;
     rest.iter().try_fold(table.get(*first)?, |value, key| value.get(*key))
 }

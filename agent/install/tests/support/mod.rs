@@ -41,6 +41,8 @@ pub(crate) struct Node {
     folder: TempDir,
     pub(crate) told: Rc<RefCell<Told>>,
     pub(crate) options: Options,
+    /// What is laid over `agent.toml`.
+    pub(crate) config: &'static str,
 }
 
 impl Node {
@@ -49,7 +51,7 @@ impl Node {
         let folder = tempfile::tempdir().unwrap();
         let options =
             Options { folder: None, runtime: None, containerd_config: None, restart: Restart::Systemd, force: false };
-        let node = Self { folder, told: Rc::default(), options };
+        let node = Self { folder, told: Rc::default(), options, config: "" };
         node.write("/run/systemd/system/.keep", "");
         node.write("/usr/bin/runc", "#!");
         fs::create_dir_all(node.root().join("opt")).unwrap();
@@ -133,7 +135,7 @@ impl Node {
             listen: "10.0.0.1:7443".parse().unwrap(),
             metrics_listen: None,
             coordinator: "10.96.0.7:7443".to_owned(),
-            extra: "give_way = false\n[kubernetes]\nextra = 1\n".parse().unwrap(),
+            extra: self.config.parse().unwrap(),
         };
         install(&self.host(), &self.options, &bundle, &settings)
     }
