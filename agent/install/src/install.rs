@@ -73,7 +73,7 @@ pub fn install(host: &Host, options: &Options, bundle: &Bundle, settings: &Setti
     let runtime = runtime::find_runtime(host, options.runtime)?;
     let folder = options.folder(host)?;
     let plan = runtime::plan(host, runtime, options.containerd_config.as_deref(), &Options::wrapper(&folder))?;
-    refuse_foreign_files(host, &folder, &plan.edit)?;
+    refuse_what_is_foreign(host, &folder, &plan.edit)?;
     let changes_runtime = differs(host, &plan.edit)?;
     if changes_runtime {
         refuse_while_busy(host, options.force)?;
@@ -117,16 +117,23 @@ pub(crate) fn refuse_while_busy(host: &Host, force: bool) -> Result<()> {
     if count > 0 && !force { Err(Error::Busy { count, path }) } else { Ok(()) }
 }
 
-/// Refuses to write over files that are not the installer's, since nothing would bring them back.
-fn refuse_foreign_files(host: &Host, folder: &Path, edit: &Edit) -> Result<()> {
-    let noted = Journal::load(host, folder)?.unwrap_or_default().changes;
+/// Refuses to write over files that are not the installer's, since nothing would bring them back, and to share folders with an installation that
+/// is somebody else's, since uninstalling removes them.
+fn refuse_what_is_foreign(host: &Host, folder: &Path, edit: &Edit) -> Result<()> {
+    let journal = Journal::load(host, folder)?;
+    let noted = journal.as_ref().map(|journal| journal.changes.as_slice()).unwrap_or_default();
     let handler = if let Edit::File { path, .. } = edit { Some(path.clone()) } else { None };
     for path in handler.into_iter().chain([PathBuf::from(agent_config::PATH)]) {
         if host.has(&path) && !noted.contains(&Change::File { path: path.clone() }) {
             return Err(Error::ForeignFile { path });
         }
     }
-    Ok(())
+    // A node with a journal was looked at before anything of it was noted.
+    let foreign = [agent_config::STATE, agent_config::IDENTITY].into_iter().find(|path| host.has(path));
+    match foreign.filter(|_| journal.is_none()) {
+        Some(path) => Err(Error::ForeignFolder { path: path.into() }),
+        None => Ok(()),
+    }
 }
 
 /// Whether the edit changes anything.

@@ -251,7 +251,10 @@ fn what_cannot_be_is_refused_with_the_reason_and_nothing_is_touched() {
     let unsafe_restart = with(V2);
     unsafe_restart.answer("systemctl show --property KillMode --value containerd", "control-group\n");
     let busy = with(V2);
+    busy.install().unwrap();
+    busy.write("/etc/containerd/config.toml", V2);
     busy.write("/var/lib/podferry/parts/m1/part.json", "{}");
+    let with_folder = |path: &str| Node::new(&[SOCKET, ("/etc/containerd/config.toml", V2), (path, "")]);
     let mut without_systemd = with(V2);
     fs::remove_dir_all(without_systemd.root().join("run/systemd")).unwrap();
     without_systemd.options.restart = podferry_install::Restart::Systemd;
@@ -278,6 +281,8 @@ fn what_cannot_be_is_refused_with_the_reason_and_nothing_is_touched() {
             ("/etc/containerd/config.toml", V2),
             ("/etc/podferry/agent.toml", "node = \"n1\"\n"),
         ])),
+        refused(&with_folder("/var/lib/podferry/parts/m1/part.json")),
+        refused(&with_folder("/etc/podferry/tls/key.pem")),
         refused(&unsafe_restart),
         refused(&busy),
         refused(&without_systemd),
@@ -300,6 +305,8 @@ fn what_cannot_be_is_refused_with_the_reason_and_nothing_is_touched() {
     runc was not found: looked for /opt/none/runc. Install it, or name it as BinaryName of the node's runc handler
     /etc/containerd/conf.d/podferry.toml is there, and podferry-install did not write it: move it away
     /etc/podferry/agent.toml is there, and podferry-install did not write it: move it away
+    /var/lib/podferry is there, and podferry-install did not make it: another installation of podferry has its journal or certificates there, and uninstalling this one would remove them. Stop and remove that one first; if it is gone already, move the folder away
+    /etc/podferry/tls is there, and podferry-install did not make it: another installation of podferry has its journal or certificates there, and uninstalling this one would remove them. Stop and remove that one first; if it is gone already, move the folder away
     containerd has KillMode=control-group: restarting it would end every container of the node. Set KillMode=process, or restart it yourself on the drained node and run this again with --restart never
     1 parts of migrations are under way on this node, or pods that have moved away are still here (/var/lib/podferry/parts): wait for their end, or insist with --force
     containerd has to be restarted to know a new handler, and no systemd of this node runs it: give a command that restarts it with --restart-command
