@@ -72,6 +72,9 @@ pub fn install(host: &Host, options: &Options, bundle: &Bundle, settings: &Setti
     agent_config::refuse_decided(&settings.extra)?;
     let runtime = runtime::find_runtime(host, options.runtime)?;
     let folder = options.folder(host)?;
+    if let Some(journal) = Journal::load(host, &folder)? {
+        journal.remove_unfinished(host)?;
+    }
     let plan = runtime::plan(host, runtime, options.containerd_config.as_deref(), &Options::wrapper(&folder))?;
     refuse_what_is_foreign(host, &folder, &plan.edit)?;
     let changes_runtime = differs(host, &plan.edit)?;

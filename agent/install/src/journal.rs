@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::block;
 use crate::error::{At, Error, Result};
-use crate::host::{Host, sync_folder};
+use crate::host::{Host, sync_folder, unfinished};
 use crate::runtime::is_bare;
 
 /// The journal's name in the installation's folder.
@@ -106,14 +106,36 @@ impl Journal {
         Ok(())
     }
 
+    /// Removes what a killed installer was writing. CRI-O would read it, as all that is in its folder.
+    pub(crate) fn remove_unfinished(&self, host: &Host) -> Result<()> {
+        let paths = self.changes.iter().flat_map(Change::written);
+        paths.map(|path| unfinished(&host.path(path))).try_for_each(|path| remove_file(&path))
+    }
+
+    /// Removes what is left of an installer that was killed before it had noted anything.
+    pub(crate) fn remove_begun(host: &Host, folder: &Path) -> Result<()> {
+        if unfinished(&host.path(folder.join(NAME))).exists() { Self::remove(host, folder) } else { Ok(()) }
+    }
+
     /// Removes the record itself, and the folder it is in.
     pub(crate) fn remove(host: &Host, folder: &Path) -> Result<()> {
-        remove_file(&host.path(folder.join(NAME)))?;
+        let path = host.path(folder.join(NAME));
+        remove_file(&unfinished(&path))?;
+        remove_file(&path)?;
         remove_folder(&host.path(folder))
     }
 }
 
 impl Change {
+    /// The files that are written for it, one after the other.
+    fn written(&self) -> Vec<&Path> {
+        match self {
+            Self::File { path } => vec![path],
+            Self::Block { path, original } => vec![path, original],
+            Self::Folder { .. } | Self::Tree { .. } | Self::Mount { .. } => Vec::new(),
+        }
+    }
+
     fn undo(&self, host: &Host) -> Result<()> {
         match self {
             Self::Folder { path } => remove_folder(&host.path(path)),
