@@ -112,7 +112,7 @@ opt_out() {
 
 uninstall_chart() {
     local node
-    helm uninstall podferry --namespace podferry --timeout 8m >&2
+    helm uninstall podferry --namespace podferry --cascade foreground --wait --timeout 8m >&2
     for node in node-a node-b; do
         files_of "$node" >"$work/$node.after"
         diff "$work/$node.before" "$work/$node.after" >&2 || die "$node is not as it was"
