@@ -15,12 +15,14 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::{DeleteParams, ListParams, LogParams, PostParams};
 use kube::{Api, Client, ResourceExt};
 use thiserror::Error;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 /// Nodes that are worked on at a time: each may restart its container runtime.
 const AT_A_TIME: usize = 20;
 const PAUSE: Duration = Duration::from_secs(1);
 const LAST_LINES: i64 = 3;
+/// How long a node is asked for them: the API server waits for longer for one that cannot be reached, and the job's time would be over.
+const LOG_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Runs one pod on each node with a label, waits for all of them, and says what they said.
 #[derive(Parser)]
@@ -154,8 +156,7 @@ async fn on_one(client: &Client, pod: &Pod, node: &str, end: Instant) -> Result<
     wanted.spec.get_or_insert_default().node_name = Some(node.to_owned());
     let made = pods.create(&PostParams::default(), &wanted).await.map_err(api("create a pod"))?.name_any();
     let ended = wait(&pods, &made, end).await;
-    let lines = LogParams { tail_lines: Some(LAST_LINES), ..LogParams::default() };
-    let said = pods.logs(&made, &lines).await.unwrap_or_else(|error| format!("no log: {error}")).trim().to_owned();
+    let said = last_lines(&pods, &made).await;
     let deleted = pods.delete(&made, &DeleteParams::default()).await.map(drop).map_err(api("delete a pod"));
     let went = match ended?.as_deref() {
         Some("Succeeded") => Went::Well(said),
@@ -163,6 +164,15 @@ async fn on_one(client: &Client, pod: &Pod, node: &str, end: Instant) -> Result<
         None => Went::Unfinished(said),
     };
     deleted.map(|()| went)
+}
+
+async fn last_lines(pods: &Api<Pod>, name: &str) -> String {
+    let lines = LogParams { tail_lines: Some(LAST_LINES), ..LogParams::default() };
+    match timeout(LOG_PATIENCE, pods.logs(name, &lines)).await {
+        Ok(Ok(said)) => said.trim().to_owned(),
+        Ok(Err(error)) => format!("no log: {error}"),
+        Err(_) => "no log: the node does not answer".to_owned(),
+    }
 }
 
 /// The phase that the pod ended in; none if it did not in time. That the API server does not answer for a while is no end: its node may be
