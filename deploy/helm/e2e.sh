@@ -13,6 +13,9 @@ readonly CLUSTER=install
 # What Kubernetes, containerd and the network leave by themselves is not looked at.
 readonly OTHERS=(/proc /sys /run /var/run /tmp /var/log /var/cache /var/lib/kubelet /var/lib/containerd /var/lib/cni)
 CHART=$PODFERRY_ROOT/deploy/helm/podferry
+# Seconds that anything may take.
+PATIENCE=60
+work=''
 cases=0
 
 cluster() { "$PODFERRY_STATE/testcluster/bin/testcluster" --name $CLUSTER "$@"; }
@@ -21,18 +24,6 @@ helm() { "$PODFERRY_STATE/cache/helm/helm" "$@" 2> >(grep -v 'symbolic link' >&2
 passed() {
     cases=$((cases + 1))
     log "passed: $*"
-}
-
-# until_ok SECONDS COMMAND...
-until_ok() {
-    local left=$1
-    shift
-    local said
-    until said=$("$@" 2>&1); do
-        left=$((left - 1))
-        [[ $left -gt 0 ]] || die "did not come to pass: $*: $said"
-        sleep 1
-    done
 }
 
 files_of() {
@@ -70,7 +61,7 @@ spec:
   terminationGracePeriodSeconds: 1
   containers: [{name: guest, image: "podferry.test/guest:1", imagePullPolicy: Never, args: [serve]}]
 POD
-    until_ok 60 kubectl wait --namespace default --for=condition=Ready --timeout=1s pod/mover
+    until_true kubectl wait --namespace default --for=condition=Ready --timeout=1s pod/mover
 }
 
 prepare() {
@@ -93,10 +84,10 @@ install_chart() {
     helm install podferry "$CHART" --namespace podferry --set "image.repository=${image%:*},image.tag=${image##*:}" \
         --set image.pullPolicy=Never,install.restart=never,uninstall.waitSeconds=5 >&2
     kubectl label nodes node-a node-b podferry.dev/enabled=true >&2
-    until_ok 120 has_handler node-a
-    until_ok 60 has_handler node-b
+    PATIENCE=120 until_true has_handler node-a
+    until_true has_handler node-b
     passed 'labelled nodes get the handler'
-    until_ok 60 says agent certificates 'issued .*agent.podferry.internal'
+    until_true says agent certificates 'issued .*agent.podferry.internal'
     passed 'each node gets a certificate of its own'
     restart_containerd
 }
@@ -105,29 +96,29 @@ opt_out() {
     start_pod
     passed 'a pod of the class runs by the handler'
     kubectl label node node-a podferry.dev/enabled=false --overwrite >&2
-    until_ok 120 says leave uninstall 'still run on this node'
+    PATIENCE=120 until_true says leave uninstall 'still run on this node'
     [[ $(cluster exec node-a -- readlink /opt/podferry/current/bin/podferry-runtime) == */runc ]] ||
         die 'the handler does not run runc after podferry has left'
     kubectl delete pod --namespace default mover --timeout=60s >&2
     passed 'a pod that still runs keeps a runc, and ends as it should'
-    until_ok 120 says leave uninstall 'the node is as it was'
+    PATIENCE=120 until_true says leave uninstall 'the node is as it was'
     files_of node-a >"$work/node-a.after"
     diff "$work/node-a.before" "$work/node-a.after" >&2 || die 'node-a is not as it was'
     passed 'a node that leaves is as it was, byte for byte'
     kubectl label node node-a podferry.dev/enabled=true --overwrite >&2
-    until_ok 120 has_handler node-a
+    PATIENCE=120 until_true has_handler node-a
     passed 'it may come back'
 }
 
 uninstall_chart() {
     local node
-    helm uninstall podferry --namespace podferry --timeout 8m >&2
+    helm uninstall podferry --namespace podferry --cascade foreground --wait --timeout 8m >&2
     for node in node-a node-b; do
         files_of "$node" >"$work/$node.after"
         diff "$work/$node.before" "$work/$node.after" >&2 || die "$node is not as it was"
     done
     passed 'helm uninstall leaves all nodes as they were'
-    until_ok 60 no_objects
+    until_true no_objects
     passed 'and no objects but the definitions'
 }
 

@@ -27,19 +27,6 @@ ferry() { on control podferry --coordinator 10.77.0.1:7440 --identity /etc/podfe
 
 not() { ! "$@"; }
 
-# until_true COMMAND...: repeats it until it succeeds.
-until_true() {
-    local end=$((SECONDS + PATIENCE))
-    until "$@" >"$work/last" 2>&1; do
-        if [[ $SECONDS -ge $end ]]; then
-            log "not true within $PATIENCE s: $*"
-            cat "$work/last" >&2
-            return 1
-        fi
-        sleep 0.2
-    done
-}
-
 # check CASE: runs it, apart, so that its failure ends only it. What it adds to the figures is kept.
 check() {
     local name=$1 begun=$SECONDS status=0

@@ -40,6 +40,20 @@ require_root() {
     [[ $EUID -eq 0 ]] || die "needs root: CRIU, runc and network namespaces do too; run it with sudo"
 }
 
+# until_true COMMAND...: repeats it until it succeeds, for $PATIENCE seconds. What it said last is in $work/last: no substitution, for it may
+# set variables.
+until_true() {
+    local end=$((SECONDS + PATIENCE))
+    until "$@" >"${work:?}/last" 2>&1; do
+        if [[ $SECONDS -ge $end ]]; then
+            log "not true within $PATIENCE s: $*"
+            cat "${work:?}/last" >&2
+            return 1
+        fi
+        sleep 0.2
+    done
+}
+
 # version_at_least HAVE WANT
 version_at_least() {
     [[ -n $1 && $(printf '%s\n%s\n' "$2" "$1" | sort -V | head -n 1) == "$2" ]]

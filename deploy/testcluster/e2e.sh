@@ -31,19 +31,6 @@ first() { "$TESTCLUSTER" --name "$NAME" "$@"; }
 second() { "$TESTCLUSTER" --name "$SECOND" "$@"; }
 kube() { first kubectl --request-timeout=20s "$@"; }
 
-# until_true COMMAND...: repeats it until it succeeds.
-until_true() {
-    local end=$((SECONDS + PATIENCE))
-    until "$@" >"$work/last" 2>&1; do
-        if [[ $SECONDS -ge $end ]]; then
-            log "not true within $PATIENCE s: $*"
-            cat "$work/last" >&2
-            return 1
-        fi
-        sleep 0.3
-    done
-}
-
 # The manifest of a pod: pod NAME NODE [EXTRA], EXTRA being further fields of its spec.
 pod() {
     cat <<POD

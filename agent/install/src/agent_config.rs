@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 
 use toml::{Table, Value};
 
+use crate::error::{Error, Result};
+use crate::runtime::find;
+
 /// Where it is on the node.
 pub(crate) const PATH: &str = "/etc/podferry/agent.toml";
 /// The folder of the node's certificate.
@@ -21,6 +24,10 @@ pub(crate) const SOCKET: &str = "/run/podferry/runtime.sock";
 /// Where pods that move away are noted for the OCI wrapper, by their uid.
 pub(crate) const FENCES: &str = "/var/lib/podferry/fenced";
 
+/// What nobody else may set: the OCI wrapper is told the same paths, and uninstalling removes these folders and no others.
+const DECIDED: [&str; 6] =
+    ["state_dir", "images_dir", "runtime_dir", "runtime.logs_dir", "kubernetes.socket", "kubernetes.fence_dir"];
+
 /// What differs between nodes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
@@ -34,6 +41,13 @@ pub struct Settings {
     pub coordinator: String,
     /// Further settings, laid over these: a document as `agent.toml` has it.
     pub extra: Table,
+}
+
+/// Refuses further settings that are the installer's to decide.
+pub(crate) fn refuse_decided(extra: &Table) -> Result<()> {
+    let is_set = |key: &&str| find(extra, &key.split('.').collect::<Vec<_>>()).is_some();
+    let keys: Vec<&str> = DECIDED.into_iter().filter(is_set).collect();
+    if keys.is_empty() { Ok(()) } else { Err(Error::Decided { keys: keys.join(", ") }) }
 }
 
 /// The file's content. `bundle` is the bundle's folder on the node.

@@ -89,6 +89,25 @@ pub enum Error {
         /// The file.
         path: PathBuf,
     },
+    /// Somebody else's installation has the folder that ours has to have.
+    #[error(
+        "{} is there, and podferry-install did not make it: another installation of podferry has its journal or certificates there, and \
+         uninstalling this one would remove them. Stop and remove that one first; if it is gone already, move the folder away",
+        path.display()
+    )]
+    ForeignFolder {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The operator's settings have one that is the installer's.
+    #[error(
+        "the settings to be laid over agent.toml (--config or PODFERRY_AGENT_CONFIG; the chart's value agent.config) have {keys}: \
+         podferry-install decides that itself, for podferry-runtime and uninstalling look there. Take it out"
+    )]
+    Decided {
+        /// Which ones.
+        keys: String,
+    },
     /// The node's handlers are not runc's.
     #[error(
         "no handler of this node runs containers by runc ({found}): podferry moves containers of runc only; configure a handler that does"

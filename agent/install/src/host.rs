@@ -164,11 +164,16 @@ fn parts(path: &Path) -> VecDeque<OsString> {
     path.components().filter_map(part).collect()
 }
 
-/// Replaces a file by rename, so that no reader sees half of it, also after a power cut.
-pub(crate) fn write_whole(path: &Path, content: &[u8], mode: u32) -> Result<()> {
+/// What a file is called until it is written whole. A killed installer leaves it.
+pub(crate) fn unfinished(path: &Path) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".podferry-new");
-    let new = path.with_file_name(name);
+    path.with_file_name(name)
+}
+
+/// Replaces a file by rename, so that no reader sees half of it, also after a power cut.
+pub(crate) fn write_whole(path: &Path, content: &[u8], mode: u32) -> Result<()> {
+    let new = unfinished(path);
     let written = || -> io::Result<()> {
         match fs::remove_file(&new) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

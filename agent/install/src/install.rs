@@ -9,7 +9,7 @@ use crate::block;
 use crate::bundle::{self, Bundle, WrapperConfig};
 use crate::error::{At, Error, Result};
 use crate::host::Host;
-use crate::journal::{Change, Journal, remove_tree, write_as_owned};
+use crate::journal::{Change, Journal, mode_of, remove_tree, write_as_owned};
 use crate::restart::Restart;
 use crate::runtime::{self, Edit, Plan, Runtime, WRAPPER};
 
@@ -69,10 +69,14 @@ pub struct Installed {
 
 /// Installs the bundle, or a newer one over another.
 pub fn install(host: &Host, options: &Options, bundle: &Bundle, settings: &Settings) -> Result<Installed> {
+    agent_config::refuse_decided(&settings.extra)?;
     let runtime = runtime::find_runtime(host, options.runtime)?;
     let folder = options.folder(host)?;
+    if let Some(journal) = Journal::load(host, &folder)? {
+        journal.remove_unfinished(host)?;
+    }
     let plan = runtime::plan(host, runtime, options.containerd_config.as_deref(), &Options::wrapper(&folder))?;
-    refuse_foreign_files(host, &folder, &plan.edit)?;
+    refuse_what_is_foreign(host, &folder, &plan.edit)?;
     let changes_runtime = differs(host, &plan.edit)?;
     if changes_runtime {
         refuse_while_busy(host, options.force)?;
@@ -116,16 +120,23 @@ pub(crate) fn refuse_while_busy(host: &Host, force: bool) -> Result<()> {
     if count > 0 && !force { Err(Error::Busy { count, path }) } else { Ok(()) }
 }
 
-/// Refuses to write over files that are not the installer's, since nothing would bring them back.
-fn refuse_foreign_files(host: &Host, folder: &Path, edit: &Edit) -> Result<()> {
-    let noted = Journal::load(host, folder)?.unwrap_or_default().changes;
+/// Refuses to write over files that are not the installer's, since nothing would bring them back, and to share folders with an installation that
+/// is somebody else's, since uninstalling removes them.
+fn refuse_what_is_foreign(host: &Host, folder: &Path, edit: &Edit) -> Result<()> {
+    let journal = Journal::load(host, folder)?;
+    let noted = journal.as_ref().map(|journal| journal.changes.as_slice()).unwrap_or_default();
     let handler = if let Edit::File { path, .. } = edit { Some(path.clone()) } else { None };
     for path in handler.into_iter().chain([PathBuf::from(agent_config::PATH)]) {
         if host.has(&path) && !noted.contains(&Change::File { path: path.clone() }) {
             return Err(Error::ForeignFile { path });
         }
     }
-    Ok(())
+    // A node with a journal was looked at before anything of it was noted.
+    let foreign = [agent_config::STATE, agent_config::IDENTITY].into_iter().find(|path| host.has(path));
+    match foreign.filter(|_| journal.is_none()) {
+        Some(path) => Err(Error::ForeignFolder { path: path.into() }),
+        None => Ok(()),
+    }
 }
 
 /// Whether the edit changes anything.
@@ -230,9 +241,13 @@ impl<'a> Work<'a> {
         let original = path.with_file_name(name);
         let text = self.host.text(path)?.unwrap_or_default();
         let here = self.host.path(path);
-        let mode = fs::metadata(&here).at("read", &here)?.permissions().mode() & 0o7777;
+        let (mode, without) = (mode_of(&here)?, block::remove(&text));
         self.note(Change::Block { path: path.to_owned(), original: original.clone() })?;
-        self.host.write(&original, block::remove(&text).as_bytes(), mode)?;
+        if !runtime::is_bare(&without) {
+            // Made for the block or not: what others have written into it makes it theirs.
+            self.journal.forget(self.host, &self.folder, &Change::File { path: path.to_owned() })?;
+        }
+        self.host.write(&original, without.as_bytes(), mode)?;
         write_as_owned(&here, block::insert(&text, body).as_bytes(), mode)
     }
 

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::block;
 use crate::error::{At, Error, Result};
-use crate::host::{Host, sync_folder};
+use crate::host::{Host, sync_folder, unfinished};
+use crate::runtime::is_bare;
 
 /// The journal's name in the installation's folder.
 const NAME: &str = "install.json";
@@ -86,6 +87,12 @@ impl Journal {
         self.save(host, folder)
     }
 
+    /// Forgets a change, which is not undone then.
+    pub(crate) fn forget(&mut self, host: &Host, folder: &Path, change: &Change) -> Result<()> {
+        self.changes.retain(|noted| noted != change);
+        self.save(host, folder)
+    }
+
     /// Undoes the changes that `which` picks, the last one first, and forgets them.
     pub(crate) fn undo(&mut self, host: &Host, folder: &Path, which: impl Fn(&Change) -> bool) -> Result<()> {
         for index in (0..self.changes.len()).rev() {
@@ -99,18 +106,40 @@ impl Journal {
         Ok(())
     }
 
+    /// Removes what a killed installer was writing. CRI-O would read it, as all that is in its folder.
+    pub(crate) fn remove_unfinished(&self, host: &Host) -> Result<()> {
+        let paths = self.changes.iter().flat_map(Change::written);
+        paths.map(|path| unfinished(&host.path(path))).try_for_each(|path| remove_file(&path))
+    }
+
+    /// Removes what is left of an installer that was killed before it had noted anything.
+    pub(crate) fn remove_begun(host: &Host, folder: &Path) -> Result<()> {
+        if unfinished(&host.path(folder.join(NAME))).exists() { Self::remove(host, folder) } else { Ok(()) }
+    }
+
     /// Removes the record itself, and the folder it is in.
     pub(crate) fn remove(host: &Host, folder: &Path) -> Result<()> {
-        remove_file(&host.path(folder.join(NAME)))?;
+        let path = host.path(folder.join(NAME));
+        remove_file(&unfinished(&path))?;
+        remove_file(&path)?;
         remove_folder(&host.path(folder))
     }
 }
 
 impl Change {
+    /// The files that are written for it, one after the other.
+    fn written(&self) -> Vec<&Path> {
+        match self {
+            Self::File { path } => vec![path],
+            Self::Block { path, original } => vec![path, original],
+            Self::Folder { .. } | Self::Tree { .. } | Self::Mount { .. } => Vec::new(),
+        }
+    }
+
     fn undo(&self, host: &Host) -> Result<()> {
         match self {
             Self::Folder { path } => remove_folder(&host.path(path)),
-            Self::File { path } => remove_file(&host.link_path(path)),
+            Self::File { path } => remove_made(host, path),
             Self::Tree { path } => remove_tree(&host.path(path)),
             Self::Block { path, original } => take_block_out(host, path, original),
             Self::Mount { path } => unmount(host, path),
@@ -126,17 +155,35 @@ fn unmount(host: &Host, path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// What was made is removed. What others have written beside a block of ours stays, without the block.
+fn remove_made(host: &Host, path: &Path) -> Result<()> {
+    let here = host.link_path(path);
+    if fs::symlink_metadata(&here).is_ok_and(|found| found.is_file())
+        && let Some(text) = host.text(path)?
+        && block::is_in(&text)
+        && !is_bare(&block::remove(&text))
+    {
+        return write_as_owned(&here, block::remove(&text).as_bytes(), mode_of(&here)?);
+    }
+    remove_file(&here)
+}
+
 /// The file is put back as it was. If somebody else has changed it meanwhile, only the block is taken out of it.
 fn take_block_out(host: &Host, path: &Path, original: &Path) -> Result<()> {
     let (here, kept) = (host.path(path), host.path(original));
     if let Some(now) = host.text(path)? {
-        let mode = fs::metadata(&here).map(|found| std::os::unix::fs::MetadataExt::mode(&found) & 0o7777);
         let without = block::remove(&now);
         if without != now {
-            write_as_owned(&here, without.as_bytes(), mode.at("read", &here)?)?;
+            write_as_owned(&here, without.as_bytes(), mode_of(&here)?)?;
         }
     }
     remove_file(&kept)
+}
+
+/// The file's permissions.
+pub(crate) fn mode_of(path: &Path) -> Result<u32> {
+    let found = fs::metadata(path).at("read", path)?;
+    Ok(std::os::unix::fs::MetadataExt::mode(&found) & 0o7777)
 }
 
 /// Writes it, with the owner that it has.

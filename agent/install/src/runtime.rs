@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::host::Host;
 
+pub(crate) use containerd::{find, is_bare};
 pub(crate) use search::find_runtime;
 pub(crate) use search::system_id;
 

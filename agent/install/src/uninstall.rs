@@ -21,7 +21,11 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// `wait` is how long that is waited for.
 pub fn uninstall(host: &Host, options: &Options, wait: Duration) -> Result<bool> {
     let folder = options.folder(host)?;
-    let Some(mut journal) = Journal::load(host, &folder)? else { return Ok(false) };
+    let Some(mut journal) = Journal::load(host, &folder)? else {
+        Journal::remove_begun(host, &folder)?;
+        return Ok(false);
+    };
+    journal.remove_unfinished(host)?;
     let runtime = runtime::find_runtime(host, options.runtime)?;
     refuse_while_busy(host, options.force)?;
     options.restart.check(host, runtime)?;

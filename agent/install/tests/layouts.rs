@@ -4,6 +4,8 @@
 
 mod support;
 
+use std::fs;
+
 use insta::assert_snapshot;
 use podferry_install::{Error, chain};
 use support::Node;
@@ -135,14 +137,45 @@ fn a_configuration_of_version_3_that_imports_nothing_gets_a_block() {
 fn a_containerd_without_a_configuration_gets_one_of_its_version() {
     let node = Node::new(&[SOCKET]);
     node.answer("containerd --version", "containerd github.com/containerd/containerd/v2 2.1.4 75cb2b\n");
-    let before = node.contents();
-    node.install().unwrap();
-    assert!(node.read("/etc/containerd/config.toml").starts_with("version = 3\n"));
-    assert!(node.uninstall().unwrap());
-    assert_eq!(node.contents(), before);
+    assert_snapshot!(installed_and_gone(&node, "/etc/containerd/config.toml", "containerd"), @r##"
+    version = 3
+    # >>> podferry: written by podferry-install, taken out by `podferry-install uninstall`
+    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.podferry]
+    container_annotations = ["podferry.dev/*"]
+    pod_annotations = ["podferry.dev/*"]
+    runtime_type = "io.containerd.runc.v2"
+
+    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.podferry.options]
+    BinaryName = "/opt/podferry/current/bin/podferry-runtime"
+    # <<< podferry
+    "##);
     node.answer("containerd --version", "containerd containerd.io 1.7.27 05044ec\n");
-    node.install().unwrap();
-    assert!(node.read("/etc/containerd/config.toml").starts_with("version = 2\n"));
+    let written = installed_and_gone(&node, "/etc/containerd/config.toml", "containerd");
+    assert!(written.starts_with("version = 2\n# >>> podferry"), "{written}");
+}
+
+#[test]
+fn what_others_add_to_a_configuration_that_was_made_for_the_handler_stays() {
+    let k3s = "/var/lib/rancher/k3s/agent/etc/containerd";
+    let rendered = V3.replace("imports = [\"conf.d/*.toml\"]\n", "");
+    let own = "/etc/containerd/config.toml";
+    let (template, rendered) = (format!("{k3s}/config-v3.toml.tmpl"), (format!("{k3s}/config.toml"), rendered));
+    for again in [false, true] {
+        let bare = Node::new(&[SOCKET]);
+        bare.answer("containerd --version", "containerd github.com/containerd/containerd/v2 2.1.4 75cb2b\n");
+        let k3s = Node::new(&[("/run/k3s/containerd/containerd.sock", ""), (&rendered.0, &rendered.1)]);
+        for (node, made, head) in [(bare, own, "version = 3\n"), (k3s, &*template, "{{ template \"base\" . }}\n")] {
+            node.install().unwrap();
+            let with = node.read(made);
+            node.write(made, &format!("{with}[metrics]\n"));
+            if again {
+                node.install().unwrap();
+            }
+            node.uninstall().unwrap();
+            assert_eq!(node.read(made), format!("{head}[metrics]\n"));
+            assert!(!node.has(&format!("{made}.before-podferry")));
+        }
+    }
 }
 
 #[test]
@@ -218,10 +251,16 @@ fn what_cannot_be_is_refused_with_the_reason_and_nothing_is_touched() {
     let unsafe_restart = with(V2);
     unsafe_restart.answer("systemctl show --property KillMode --value containerd", "control-group\n");
     let busy = with(V2);
+    busy.install().unwrap();
+    busy.write("/etc/containerd/config.toml", V2);
     busy.write("/var/lib/podferry/parts/m1/part.json", "{}");
+    let with_folder = |path: &str| Node::new(&[SOCKET, ("/etc/containerd/config.toml", V2), (path, "")]);
     let mut without_systemd = with(V2);
-    std::fs::remove_dir_all(without_systemd.root().join("run/systemd")).unwrap();
+    fs::remove_dir_all(without_systemd.root().join("run/systemd")).unwrap();
     without_systemd.options.restart = podferry_install::Restart::Systemd;
+    let mut elsewhere = with(V2);
+    elsewhere.config =
+        "give_way = false\nstate_dir = '/srv'\n[runtime]\nlogs_dir = '/srv/logs'\n[kubernetes]\nfence_dir = '/srv/f'\n";
     let said = [
         refused(&Node::new(&[SOCKET, ("/etc/os-release", "ID=bottlerocket\n")])),
         refused(&Node::new(&[])),
@@ -242,9 +281,12 @@ fn what_cannot_be_is_refused_with_the_reason_and_nothing_is_touched() {
             ("/etc/containerd/config.toml", V2),
             ("/etc/podferry/agent.toml", "node = \"n1\"\n"),
         ])),
+        refused(&with_folder("/var/lib/podferry/parts/m1/part.json")),
+        refused(&with_folder("/etc/podferry/tls/key.pem")),
         refused(&unsafe_restart),
         refused(&busy),
         refused(&without_systemd),
+        refused(&elsewhere),
     ];
     assert_snapshot!(said.join("\n"), @r##"
     nodes with bottlerocket are not supported: its root is verified and read-only, and it writes containerd's configuration anew from its own settings, which have no place for a handler. Use nodes with another system for pods that move
@@ -263,9 +305,12 @@ fn what_cannot_be_is_refused_with_the_reason_and_nothing_is_touched() {
     runc was not found: looked for /opt/none/runc. Install it, or name it as BinaryName of the node's runc handler
     /etc/containerd/conf.d/podferry.toml is there, and podferry-install did not write it: move it away
     /etc/podferry/agent.toml is there, and podferry-install did not write it: move it away
+    /var/lib/podferry is there, and podferry-install did not make it: another installation of podferry has its journal or certificates there, and uninstalling this one would remove them. Stop and remove that one first; if it is gone already, move the folder away
+    /etc/podferry/tls is there, and podferry-install did not make it: another installation of podferry has its journal or certificates there, and uninstalling this one would remove them. Stop and remove that one first; if it is gone already, move the folder away
     containerd has KillMode=control-group: restarting it would end every container of the node. Set KillMode=process, or restart it yourself on the drained node and run this again with --restart never
     1 parts of migrations are under way on this node, or pods that have moved away are still here (/var/lib/podferry/parts): wait for their end, or insist with --force
     containerd has to be restarted to know a new handler, and no systemd of this node runs it: give a command that restarts it with --restart-command
+    the settings to be laid over agent.toml (--config or PODFERRY_AGENT_CONFIG; the chart's value agent.config) have state_dir, runtime.logs_dir, kubernetes.fence_dir: podferry-install decides that itself, for podferry-runtime and uninstalling look there. Take it out
     "##);
     let node = with("version = ");
     assert!(matches!(node.install(), Err(Error::Toml { .. })));

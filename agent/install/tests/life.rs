@@ -27,7 +27,8 @@ fn bundles(node: &Node) -> Vec<String> {
 
 #[test]
 fn the_agents_configuration_names_the_bundle_and_has_the_operators_settings_over_it() {
-    let node = node();
+    let mut node = node();
+    node.config = "give_way = false\n[kubernetes]\narrive_within_s = 60\n";
     let done = node.install().unwrap();
     assert_snapshot!(node.read("/etc/podferry/agent.toml").replace(&done.bundle, "BUNDLE"), @r##"
     # Written by podferry-install; changes are lost. The chart's value agent.config is laid over it.
@@ -45,7 +46,7 @@ fn the_agents_configuration_names_the_bundle_and_has_the_operators_settings_over
     key = "/etc/podferry/tls/key.pem"
 
     [kubernetes]
-    extra = 1
+    arrive_within_s = 60
     fence_dir = "/var/lib/podferry/fenced"
     layers_dir = "/var/lib/containerd"
     socket = "/run/podferry/runtime.sock"
@@ -239,6 +240,48 @@ fn a_kill_at_any_place_is_made_good_by_installing_or_uninstalling_again() {
             assert_eq!(after, before, "{place}");
         }
     }
+}
+
+#[test]
+fn what_a_killed_installer_was_writing_goes_with_the_next_run() {
+    let containerd =
+        |config| Node::new(&[("/run/containerd/containerd.sock", ""), ("/etc/containerd/config.toml", config)]);
+    let crio = || {
+        let config = "[crio.runtime.runtimes.runc]\nruntime_path = \"/usr/bin/runc\"\n";
+        Node::new(&[("/run/crio/crio.sock", ""), ("/etc/crio/crio.conf.d/10-crio.conf", config)])
+    };
+    // Of the record itself, of a file of podferry's, and of each kind of handler.
+    let cases: [(&dyn Fn() -> Node, &[&str]); 3] = [
+        (
+            &|| containerd(V3),
+            &["/opt/podferry/install.json", "/etc/podferry/agent.toml", "/etc/containerd/conf.d/podferry.toml"],
+        ),
+        (
+            &|| containerd("version = 3\n"),
+            &["/etc/containerd/config.toml", "/etc/containerd/config.toml.before-podferry"],
+        ),
+        (&crio, &["/etc/crio/crio.conf.d/99-podferry.conf"]),
+    ];
+    for (node, places) in cases {
+        let node = node();
+        let before = node.contents();
+        node.install().unwrap();
+        let installed = node.contents();
+        let half =
+            |place: &&str| node.write(&format!("{place}.podferry-new"), "[crio.runtime.runtimes.podferry]\nhalf = ");
+        places.iter().for_each(half);
+        check(&node.host(), &node.options).unwrap();
+        node.install().unwrap();
+        assert_eq!(node.contents(), installed, "{places:?}");
+        places.iter().for_each(half);
+        node.uninstall().unwrap();
+        assert_eq!(node.contents(), before, "{places:?}");
+    }
+    let node = node();
+    let before = node.contents();
+    node.write("/opt/podferry/install.json.podferry-new", "{");
+    assert!(!node.uninstall().unwrap());
+    assert_eq!(node.contents(), before, "nothing had been noted yet");
 }
 
 #[test]

@@ -100,6 +100,32 @@ impl Script {
         let found = self.evacuations.values().filter_map(|states| states.as_ref().ok()).find(of);
         found.cloned().ok_or_else(|| unknown(&format!("evacuation {id:?}")))
     }
+
+    /// Shows a watcher these states, one after the other.
+    fn watch<S, U>(&mut self, mut states: Vec<S>, update: fn(S) -> U) -> Response<ReceiverStream<Result<U, Status>>>
+    where
+        S: Send + 'static,
+        U: Send + 'static,
+    {
+        if self.broken_watches > 0 {
+            self.broken_watches -= 1;
+            states.truncate(1);
+        }
+        let (pace, endless) = (self.pace, self.endless_watches);
+        let (out, stream) = tokio::sync::mpsc::channel(8);
+        tokio::spawn(async move {
+            for state in states {
+                if out.send(Ok(update(state))).await.is_err() {
+                    return;
+                }
+                tokio::time::sleep(pace).await;
+            }
+            if endless {
+                out.closed().await;
+            }
+        });
+        Response::new(ReceiverStream::new(stream))
+    }
 }
 
 /// A request that arrived, with who sent it.
@@ -187,26 +213,8 @@ impl CoordinatorService for Service {
     ) -> Result<Response<Self::WatchMigrationStream>, Status> {
         let id = request.into_inner().id;
         let mut script = self.script.lock().unwrap();
-        let mut states = script.migrations.get(&id).cloned().ok_or_else(|| unknown(&format!("migration {id:?}")))?;
-        if script.broken_watches > 0 {
-            script.broken_watches -= 1;
-            states.truncate(1);
-        }
-        let (pace, endless) = (script.pace, script.endless_watches);
-        let (out, stream) = tokio::sync::mpsc::channel(8);
-        tokio::spawn(async move {
-            for migration in states {
-                let update = WatchMigrationResponse { migration: Some(migration) };
-                if out.send(Ok(update)).await.is_err() {
-                    return;
-                }
-                tokio::time::sleep(pace).await;
-            }
-            if endless {
-                out.closed().await;
-            }
-        });
-        Ok(Response::new(ReceiverStream::new(stream)))
+        let states = script.migrations.get(&id).cloned().ok_or_else(|| unknown(&format!("migration {id:?}")))?;
+        Ok(script.watch(states, |migration| WatchMigrationResponse { migration: Some(migration) }))
     }
 
     async fn cancel_migration(
@@ -257,26 +265,8 @@ impl CoordinatorService for Service {
         request: Request<WatchEvacuationRequest>,
     ) -> Result<Response<Self::WatchEvacuationStream>, Status> {
         let mut script = self.script.lock().unwrap();
-        let mut states = script.states_by(&request.into_inner().id)?;
-        if script.broken_watches > 0 {
-            script.broken_watches -= 1;
-            states.truncate(1);
-        }
-        let (pace, endless) = (script.pace, script.endless_watches);
-        let (out, stream) = tokio::sync::mpsc::channel(8);
-        tokio::spawn(async move {
-            for evacuation in states {
-                let update = WatchEvacuationResponse { evacuation: Some(evacuation) };
-                if out.send(Ok(update)).await.is_err() {
-                    return;
-                }
-                tokio::time::sleep(pace).await;
-            }
-            if endless {
-                out.closed().await;
-            }
-        });
-        Ok(Response::new(ReceiverStream::new(stream)))
+        let states = script.states_by(&request.into_inner().id)?;
+        Ok(script.watch(states, |evacuation| WatchEvacuationResponse { evacuation: Some(evacuation) }))
     }
 
     async fn cancel_evacuation(

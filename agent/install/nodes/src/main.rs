@@ -11,15 +11,18 @@ use std::time::Duration;
 use clap::Parser;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::{DeleteParams, ListParams, LogParams, PostParams};
 use kube::{Api, Client, ResourceExt};
 use thiserror::Error;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 /// Nodes that are worked on at a time: each may restart its container runtime.
 const AT_A_TIME: usize = 20;
 const PAUSE: Duration = Duration::from_secs(1);
 const LAST_LINES: i64 = 3;
+/// How long a node is asked for them: the API server waits for longer for one that cannot be reached, and the job's time would be over.
+const LOG_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Runs one pod on each node with a label, waits for all of them, and says what they said.
 #[derive(Parser)]
@@ -31,9 +34,24 @@ struct Arguments {
     /// The pod as JSON; the node's name is put in.
     #[arg(long)]
     pod: PathBuf,
-    /// For so many seconds a pod is waited for.
+    /// For so many seconds all of them are waited for.
     #[arg(long, default_value_t = 300)]
     timeout: u64,
+    /// The name of the pod that this program runs in.
+    #[arg(long, requires = "own_uid")]
+    own_name: Option<String>,
+    /// Its uid.
+    #[arg(long, requires = "own_name")]
+    own_uid: Option<String>,
+}
+
+impl Arguments {
+    /// The pod that this program runs in, as an owner.
+    fn own(&self) -> Option<OwnerReference> {
+        let (name, uid) = self.own_name.clone().zip(self.own_uid.clone())?;
+        let (api_version, kind) = ("v1".to_owned(), "Pod".to_owned());
+        Some(OwnerReference { api_version, kind, name, uid, ..OwnerReference::default() })
+    }
 }
 
 /// Why it cannot be done on any node.
@@ -83,9 +101,9 @@ async fn main() -> ExitCode {
 }
 
 async fn run(arguments: &Arguments) -> Result<bool, Error> {
-    let pod = read(&arguments.pod)?;
+    let pod = owned(read(&arguments.pod)?, arguments.own());
     let client = Client::try_default().await.map_err(api("reach the API server"))?;
-    on_all(&client, &arguments.label, &pod, Duration::from_secs(arguments.timeout)).await
+    on_all(&client, &arguments.label, &pod, Instant::now() + Duration::from_secs(arguments.timeout)).await
 }
 
 fn read(path: &Path) -> Result<Pod, Error> {
@@ -93,12 +111,18 @@ fn read(path: &Path) -> Result<Pod, Error> {
     serde_json::from_slice(&text).map_err(|source| Error::NoPod { path: path.to_owned(), source })
 }
 
+/// The pod, as one that goes with this program's own, however that ends: it is privileged, and must not stay.
+fn owned(mut pod: Pod, own: Option<OwnerReference>) -> Pod {
+    pod.metadata.owner_references = own.map(|own| vec![own]);
+    pod
+}
+
 /// Whether it went well on all nodes.
-async fn on_all(client: &Client, label: &str, pod: &Pod, timeout: Duration) -> Result<bool, Error> {
+async fn on_all(client: &Client, label: &str, pod: &Pod, end: Instant) -> Result<bool, Error> {
     let nodes: Api<Node> = Api::all(client.clone());
     let nodes = nodes.list(&ListParams::default().labels(label)).await.map_err(api("list the nodes"))?;
     let names: Vec<String> = nodes.items.iter().map(ResourceExt::name_any).collect();
-    let work = names.into_iter().map(|node| async move { report(&node, on_one(client, pod, &node, timeout).await) });
+    let work = names.into_iter().map(|node| async move { report(&node, on_one(client, pod, &node, end).await) });
     let went: Vec<bool> = futures::stream::iter(work).buffer_unordered(AT_A_TIME).collect().await;
     println!("{} of {} nodes done", went.iter().filter(|well| **well).count(), went.len());
     Ok(went.iter().all(|well| *well))
@@ -123,14 +147,16 @@ enum Went {
     Unfinished(String),
 }
 
-async fn on_one(client: &Client, pod: &Pod, node: &str, timeout: Duration) -> Result<Went, Error> {
+async fn on_one(client: &Client, pod: &Pod, node: &str, end: Instant) -> Result<Went, Error> {
+    if Instant::now() >= end {
+        return Ok(Went::Unfinished("nothing was begun there".to_owned()));
+    }
     let pods: Api<Pod> = Api::default_namespaced(client.clone());
     let mut wanted = pod.clone();
     wanted.spec.get_or_insert_default().node_name = Some(node.to_owned());
     let made = pods.create(&PostParams::default(), &wanted).await.map_err(api("create a pod"))?.name_any();
-    let ended = wait(&pods, &made, timeout).await;
-    let lines = LogParams { tail_lines: Some(LAST_LINES), ..LogParams::default() };
-    let said = pods.logs(&made, &lines).await.unwrap_or_else(|error| format!("no log: {error}")).trim().to_owned();
+    let ended = wait(&pods, &made, end).await;
+    let said = last_lines(&pods, &made).await;
     let deleted = pods.delete(&made, &DeleteParams::default()).await.map(drop).map_err(api("delete a pod"));
     let went = match ended?.as_deref() {
         Some("Succeeded") => Went::Well(said),
@@ -140,10 +166,18 @@ async fn on_one(client: &Client, pod: &Pod, node: &str, timeout: Duration) -> Re
     deleted.map(|()| went)
 }
 
+async fn last_lines(pods: &Api<Pod>, name: &str) -> String {
+    let lines = LogParams { tail_lines: Some(LAST_LINES), ..LogParams::default() };
+    match timeout(LOG_PATIENCE, pods.logs(name, &lines)).await {
+        Ok(Ok(said)) => said.trim().to_owned(),
+        Ok(Err(error)) => format!("no log: {error}"),
+        Err(_) => "no log: the node does not answer".to_owned(),
+    }
+}
+
 /// The phase that the pod ended in; none if it did not in time. That the API server does not answer for a while is no end: its node may be
 /// the one whose runtime is restarted.
-async fn wait(pods: &Api<Pod>, name: &str, timeout: Duration) -> Result<Option<String>, Error> {
-    let end = Instant::now() + timeout;
+async fn wait(pods: &Api<Pod>, name: &str, end: Instant) -> Result<Option<String>, Error> {
     loop {
         let found = pods.get(name).await.map_err(api("look at a pod"));
         let phase = found.as_ref().ok().and_then(|pod| pod.status.as_ref()?.phase.clone());
@@ -154,5 +188,23 @@ async fn wait(pods: &Api<Pod>, name: &str, timeout: Duration) -> Result<Option<S
             return found.map(|_| None);
         }
         sleep(PAUSE).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_runs_on_a_node_goes_with_the_pod_that_made_it() {
+        let parse = |more: &[&str]| Arguments::try_parse_from([&["nodes", "--label=a", "--pod=b"], more].concat());
+        let own = parse(&["--own-name=uninstall-x7k2p", "--own-uid=u-1"]).unwrap().own();
+        let pod = owned(Pod::default(), own);
+        let [owner] = pod.metadata.owner_references.as_deref().unwrap() else { panic!("one owner") };
+        let OwnerReference { api_version, kind, name, uid, .. } = owner;
+        assert_eq!([&**api_version, kind, name, uid], ["v1", "Pod", "uninstall-x7k2p", "u-1"]);
+        assert_eq!(owner.block_owner_deletion, None, "nothing waits for it");
+        assert_eq!(parse(&[]).unwrap().own(), None);
+        assert!(parse(&["--own-name=a"]).is_err());
     }
 }

@@ -164,10 +164,9 @@ impl Config {
 
     fn edit(&self, host: &Host, body: String) -> Result<Edit> {
         if !self.exists {
-            return Ok(Edit::File {
-                path: self.main.clone(),
-                content: format!("version = {}\n\n{body}", self.version),
-            });
+            // As a block: the next time the file is there, and what is in it is not to be taken for the node's own.
+            let content = block::insert(&format!("version = {}\n", self.version), &body);
+            return Ok(Edit::File { path: self.main.clone(), content });
         }
         if self.version >= 3
             && let Some(path) = self.drop_in()
@@ -238,6 +237,11 @@ fn is_made_by_us(template: &str) -> bool {
     block::is_in(template) && block::remove(template) == BASE_TEMPLATE
 }
 
+/// Whether it is what stands before our block in a file that was made for it, and nothing else.
+pub(crate) fn is_bare(text: &str) -> bool {
+    [BASE_TEMPLATE, "version = 2\n", "version = 3\n"].contains(&text)
+}
+
 fn is_ours(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name == DROP_IN)
 }
@@ -268,7 +272,8 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<Table> {
     text.parse().map_err(|source| Error::Toml { path: path.to_owned(), source: Box::new(source) })
 }
 
-pub(super) fn find<'a>(table: &'a Table, keys: &[&str]) -> Option<&'a Value> {
+/// What is below these keys.
+pub(crate) fn find<'a>(table: &'a Table, keys: &[&str]) -> Option<&'a Value> {
     let (first, rest) = keys.split_first()?;
     rest.iter().try_fold(table.get(*first)?, |value, key| value.get(*key))
 }

@@ -65,9 +65,10 @@ fn is_runc(path: &str) -> bool {
     Path::new(path).file_name().is_some_and(|name| name == "runc")
 }
 
-/// All files but ours, in CRI-O's order.
+/// All files but ours, also one of ours that is not written whole, in CRI-O's order.
 fn load(host: &Host) -> Result<Vec<Table>> {
-    let drop_ins = host.names(FOLDER)?.into_iter().filter(|name| name != OURS).map(|name| Path::new(FOLDER).join(name));
+    let drop_ins =
+        host.names(FOLDER)?.into_iter().filter(|name| !name.starts_with(OURS)).map(|name| Path::new(FOLDER).join(name));
     let paths = std::iter::once(PathBuf::from(MAIN)).chain(drop_ins);
     let mut files = Vec::new();
     for path in paths {

@@ -41,6 +41,8 @@ pub(crate) struct Node {
     folder: TempDir,
     pub(crate) told: Rc<RefCell<Told>>,
     pub(crate) options: Options,
+    /// What is laid over `agent.toml`.
+    pub(crate) config: &'static str,
 }
 
 impl Node {
@@ -49,7 +51,7 @@ impl Node {
         let folder = tempfile::tempdir().unwrap();
         let options =
             Options { folder: None, runtime: None, containerd_config: None, restart: Restart::Systemd, force: false };
-        let node = Self { folder, told: Rc::default(), options };
+        let node = Self { folder, told: Rc::default(), options, config: "" };
         node.write("/run/systemd/system/.keep", "");
         node.write("/usr/bin/runc", "#!");
         fs::create_dir_all(node.root().join("opt")).unwrap();
@@ -93,7 +95,8 @@ impl Node {
     /// The commands since the last call that change something.
     pub(crate) fn commands(&self) -> Vec<String> {
         let all = std::mem::take(&mut self.told.borrow_mut().commands);
-        all.into_iter().filter(|line| !line.contains("is-active") && !line.contains("show")).collect()
+        let asks = |line: &String| ["is-active", "show", "--version"].iter().any(|word| line.contains(word));
+        all.into_iter().filter(|line| !asks(line)).collect()
     }
 
     pub(crate) fn host(&self) -> Host {
@@ -132,7 +135,7 @@ impl Node {
             listen: "10.0.0.1:7443".parse().unwrap(),
             metrics_listen: None,
             coordinator: "10.96.0.7:7443".to_owned(),
-            extra: "give_way = false\n[kubernetes]\nextra = 1\n".parse().unwrap(),
+            extra: self.config.parse().unwrap(),
         };
         install(&self.host(), &self.options, &bundle, &settings)
     }

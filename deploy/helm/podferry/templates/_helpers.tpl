@@ -61,6 +61,8 @@ when half of its time is over. */}}
   command: [/bin/sh, -euc]
   args:
     - |
+      # Process 1 ignores what it does not handle, and the pod would take its whole grace period to end.
+      trap 'exit 0' TERM
       umask 077
       while :; do
         podferry certificates issue "{{ .name }}" "{{ .folder }}" --ca /authority --hours {{ .root.Values.certificates.hours }}
