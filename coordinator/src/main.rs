@@ -125,7 +125,7 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         export(address, &metrics, &runner, current.clone()).await?;
     }
     tokio::spawn(stop_on_signal(signals, evacuator.clone(), runner.clone()));
-    leading.work(&current, &runner, &stop);
+    leading.work(&current, &evacuator, &runner, &stop);
     let served = tokio::select! {
         served = serve_all(current, incoming, rest, stop.clone()) => served,
         // Requests under way are finished, but a caller that does not read its answer keeps nobody from stopping.

@@ -28,6 +28,7 @@ readonly CASES=(
     a_pod_that_is_deleted_on_the_way_ends
     two_pods_move_at_once
     an_object_moves_a_pod_and_tells_what_became_of_it
+    an_object_empties_a_node_but_for_what_a_policy_keeps
     a_node_is_drained
     it_leaves_nothing
 )
@@ -447,6 +448,43 @@ an_object_moves_a_pod_and_tells_what_became_of_it() {
 }
 
 says_no() { kube get migration "$1" -o json | jq -e --arg word "$2" 'any(.status.conditions[]; .status == "False" and (.message | contains($word)))'; }
+
+evacuation() { # NAME NODE
+    printf 'apiVersion: podferry.dev/v1alpha1\nkind: NodeEvacuation\nmetadata: {name: %s}\nspec: {nodeName: %s, strategy: Live}\n' "$1" "$2"
+}
+
+policy_that_keeps() { # APP
+    cat <<YAML
+apiVersion: podferry.dev/v1alpha1
+kind: MigrationPolicy
+metadata: {name: stays}
+spec: {podSelector: {matchLabels: {app: $1}}, limits: {movable: false}}
+YAML
+}
+
+evacuation_is() { [[ $(kube get nodeevacuation "$1" -o 'jsonpath={.status.phase}') == "$2" ]]; }
+
+an_object_empties_a_node_but_for_what_a_policy_keeps() {
+    local from one
+    from=$(node_of busy)
+    for one in goes stays; do bare "$one" "nodeName: $from" | kube apply -f -; done
+    for one in goes stays; do until_true is_ready "$one"; until_true lists "default/$one"; done
+    policy_that_keeps stays | kube apply -f -
+    evacuation empty "$from" | kube apply -f -
+    PATIENCE=180 until_true evacuation_is empty incomplete
+    until_true is_on goes "$(other "$from")"
+    until_true is_on busy "$(other "$from")"
+    is_on stays "$from"
+    kube get nodeevacuation empty -o json >"$work/evacuation"
+    jq -e '.status.pods[0] | .name == "stays" and .outcome == "left_behind" and (.reason | contains("does not allow that this pod is moved"))' "$work/evacuation"
+    [[ $(kube get node "$from" -o 'jsonpath={.spec.unschedulable}') == true ]]
+    # It says so to whoever asks otherwise, too.
+    not ferry migrate default/stays --to "$(other "$from")" --strategy live --wait </dev/null
+    kube uncordon "$from"
+    kube delete nodeevacuation empty
+    kube delete migrationpolicy stays
+    for one in goes stays; do kube delete pod "$(pod_of "$one")" --wait=false; done
+}
 
 a_node_is_drained() {
     local number from

@@ -7,6 +7,8 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::migration::{Problem, Writer};
+use crate::schema::{any_object, unchanged};
 use crate::wishes::Wishes;
 
 /// Moves everything that can be moved off one node.
@@ -19,7 +21,7 @@ use crate::wishes::Wishes;
     derive = "PartialEq",
     shortname = "pfe",
     category = "podferry",
-    doc = "Moves everything that can be moved off one node.",
+    doc = "Moves everything that can be moved off one node. What it asks for cannot be changed but for its deadline; it can be cancelled.",
     printcolumn(name = "Node", type_ = "string", json_path = ".spec.nodeName"),
     printcolumn(name = "Phase", type_ = "string", json_path = ".status.phase"),
     printcolumn(name = "Pods", type_ = "integer", json_path = ".status.total"),
@@ -27,8 +29,13 @@ use crate::wishes::Wishes;
     printcolumn(name = "Failed", type_ = "integer", json_path = ".status.failed"),
     printcolumn(name = "Deadline", type_ = "date", json_path = ".spec.deadline"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.reason", priority = 1),
     validation = Rule::new("self.spec.nodeName == oldSelf.spec.nodeName")
         .message("an evacuation is of one node: make a new NodeEvacuation for another"),
+    validation = Rule::new(unchanged(&[
+        "cordon", "maxConcurrent", "order", "podSelector", "strategy", "downtimeBudgetMs", "bandwidthLimit", "verify", "throttle",
+        "acceptLoss", "allowRestart", "gracePeriodSeconds", "compress",
+    ])).message("how a node is emptied cannot be changed on the way: cancel this NodeEvacuation and make a new one"),
     validation = Rule::new("!oldSelf.spec.cancel || self.spec.cancel")
         .message("a cancel cannot be taken back: make a new NodeEvacuation"),
 )]
@@ -40,7 +47,7 @@ pub struct NodeEvacuationSpec {
     /// When the node will be gone, as after a spot notice: faster strategies are taken as it comes near. It may be moved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline: Option<Time>,
-    /// Whether the node is marked unschedulable first.
+    /// Whether the node is marked unschedulable, so that nothing new comes. It stays so afterwards, as after `kubectl drain`.
     #[serde(default = "yes")]
     pub cordon: bool,
     /// How many pods are moved at a time, at most; the coordinator's limits count as well.
@@ -50,10 +57,11 @@ pub struct NodeEvacuationSpec {
     /// Which pods come first, by the value of their `PriorityClass`.
     #[serde(default)]
     pub order: Order,
-    /// Only these pods; all when there is none.
+    /// Only these pods, of all namespaces; all pods when there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod_selector: Option<LabelSelector>,
-    /// How they are moved.
+    /// How they are moved. With a strategy the wishes that it knows count; what is moved in a faster one, because the deadline is near, keeps
+    /// `acceptLoss` and `bandwidthLimit`.
     #[serde(flatten)]
     pub wishes: Wishes,
     /// Set it to begin no more migrations and undo those that are not committed yet. It cannot be taken back.
@@ -86,20 +94,33 @@ pub struct NodeEvacuationStatus {
     /// The generation that was looked at last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
-    /// `Accepted` and `Finished`.
+    /// `Accepted` and `Finished`: see `docs/kubernetes-api.md`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
-    /// `running`, `finished`, `incomplete` (some pods are still there) or `cancelled`.
+    /// The evacuation's id, for logs and the command line.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub id: String,
+    /// `pending`, `running` or `cancelling`; at the end `complete`, `incomplete` (some pods are still there, or it is not known what is) or
+    /// `cancelled`; `refused` when it never began.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub phase: String,
+    /// Why it was refused, waits, or does not know any more what is on the node.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub reason: String,
+    /// The same in parts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub problem: Option<Problem>,
+    /// Who asked for it, as the coordinator knows them.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub requested_by: String,
     /// The pods that were there or came meanwhile.
     pub total: i32,
     /// Those that run elsewhere now.
     pub moved: i32,
     /// Those that are being moved.
     pub moving: i32,
-    /// Those that could not be moved.
+    /// Those that could not be moved, or were lost.
     pub failed: i32,
     /// When it began.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -111,22 +132,34 @@ pub struct NodeEvacuationStatus {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 512))]
     pub pods: Vec<EvacuatedPod>,
+    /// The coordinator's own record: what a coordinator that is started again goes on with. Of no meaning to anybody else.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "any_object")]
+    pub record: Option<serde_json::Value>,
+    /// Which write of which coordinator this is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub written_by: Option<Writer>,
 }
 
 /// What became of a pod.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct EvacuatedPod {
     /// Its namespace.
     pub namespace: String,
     /// Its name.
     pub name: String,
-    /// `waiting`, `moving`, `moved`, `failed` or `stays`.
+    /// `waiting`, `moving`, `moved`, `left_behind`, `lost`, `not_running`, or `elsewhere`: it was not there in the end, whoever did that.
     pub outcome: String,
-    /// Why it could not be moved, and what to do.
+    /// Why it could not be moved, and what to do; or why it waits.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub reason: String,
-    /// Its Migration.
+    /// The id of its last migration.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub migration: String,
+    /// The node that it went to.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub target: String,
+    /// How long it stood still, in milliseconds.
+    pub downtime_ms: f64,
 }

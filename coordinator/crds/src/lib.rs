@@ -3,7 +3,7 @@
 //! - [`Migration`]: one pod, moved once. What it asks for is what a `MigrateRequest` can say; its status has what
 //!   `podferry describe --output json` shows, and the coordinator's own record.
 //! - [`MigrationPolicy`]: what migrations of some pods ask for when they do not say it themselves, and what they may not.
-//! - [`NodeEvacuation`]: everything movable off one node.
+//! - [`NodeEvacuation`]: everything movable off one node; its status has what became of each pod, and the coordinator's own record.
 //!
 //! The definitions in `deploy/crds` are written by `cargo run -p podferry-crds -- deploy/crds`; a test holds them to the code.
 
@@ -32,6 +32,12 @@ pub const ID_ANNOTATION: &str = "podferry.dev/migration-id";
 
 /// Keeps a deleted [`Migration`] until it is undone or has come to its end.
 pub const FINALIZER: &str = "podferry.dev/migration";
+
+/// On a [`NodeEvacuation`] that the coordinator made itself: the evacuation's id. Such an object is a record and no request.
+pub const EVACUATION_ID_ANNOTATION: &str = "podferry.dev/evacuation-id";
+
+/// Keeps a deleted [`NodeEvacuation`] until it has ended.
+pub const EVACUATION_FINALIZER: &str = "podferry.dev/evacuation";
 
 /// All definitions, each with the name of its file.
 pub fn definitions() -> Vec<(String, CustomResourceDefinition)> {

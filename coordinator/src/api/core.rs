@@ -34,6 +34,8 @@ pub(crate) struct Bounds<'a> {
     pub(crate) source: Option<&'a NodeName>,
     /// Nodes whose preflight has refused it already.
     pub(crate) refused_by: &'a [NodeName],
+    /// Kubernetes: the request is as the policies of its pod have it.
+    pub(crate) by_policies: bool,
 }
 
 /// A workload that somebody wants to be moved, and what is seen of the nodes.
@@ -234,6 +236,15 @@ impl Core {
         who: &Peer,
         bounds: Bounds<'_>,
     ) -> Result<Record, Failure> {
+        let by_policies = match self.runner.pods().filter(|_| !bounds.by_policies) {
+            Some(pods) => {
+                // What makes no sense is nobody's default.
+                wishes(request)?;
+                Some(pods.as_policies_say(request).await?)
+            }
+            None => None,
+        };
+        let request = by_policies.as_ref().unwrap_or(request);
         let wishes = wishes(request)?;
         let grace_period_s = grace_period_s_of(request, wishes.strategy)?;
         let workload = self.known_workload(&request.workload)?;

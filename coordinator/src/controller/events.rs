@@ -1,11 +1,12 @@
 //! What a person reads in `kubectl describe`.
 
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
-use kube::{Client, Resource as _};
+use kube::{Client, Resource};
 use podferry_common::Failure;
-use podferry_crds::Migration;
+use podferry_crds::{Migration, NodeEvacuation};
 
 use crate::audit::What;
+use crate::evacuation::{Evacuation, Outcome, Phase};
 use crate::store::Record;
 
 /// Who writes the events.
@@ -32,8 +33,29 @@ impl Events {
     }
 
     /// That it never will, or not yet.
-    pub(super) async fn refused(&self, object: &Migration, reason: &str, failure: &Failure) {
+    pub(super) async fn refused(&self, object: &impl Resource<DynamicType = ()>, reason: &str, failure: &Failure) {
         self.publish(object, EventType::Warning, reason, failure.to_string()).await;
+    }
+
+    /// That a node is being emptied.
+    pub(super) async fn evacuating(&self, object: &NodeEvacuation, evacuation: &Evacuation) {
+        let (id, count) = (evacuation.id, evacuation.entries.len());
+        let note = format!("{count} pods are moved away from {} (evacuation {id})", evacuation.node);
+        self.publish(object, EventType::Normal, "Accepted", note).await;
+    }
+
+    /// How that has ended. Why some pods stay is in its status.
+    pub(super) async fn evacuated(&self, object: &NodeEvacuation, evacuation: &Evacuation) {
+        let (kind, reason) = match evacuation.phase {
+            Phase::Ended(Outcome::Complete) => (EventType::Normal, "Complete"),
+            Phase::Ended(Outcome::Cancelled) => (EventType::Normal, "Cancelled"),
+            Phase::Ended(Outcome::Incomplete) => (EventType::Warning, "Incomplete"),
+            Phase::Running | Phase::Cancelling { .. } => return,
+        };
+        let wire = evacuation.to_list_entry();
+        let trouble = evacuation.trouble.as_ref().map(|failure| format!(": {failure}")).unwrap_or_default();
+        let note = format!("{} moved, {} could not be moved{trouble}", wire.moved, wire.failed);
+        self.publish(object, kind, reason, note).await;
     }
 
     /// What has become of it.
@@ -61,7 +83,7 @@ impl Events {
         self.publish(object, kind, reason, note).await;
     }
 
-    async fn publish(&self, object: &Migration, type_: EventType, reason: &str, note: String) {
+    async fn publish<K: Resource<DynamicType = ()>>(&self, object: &K, type_: EventType, reason: &str, note: String) {
         let note = Some(note.chars().take(MAX_NOTE).collect());
         let event = Event { type_, reason: reason.to_owned(), note, action: "Migrate".to_owned(), secondary: None };
         if let Err(error) = self.0.publish(&event, &object.object_ref(&())).await {

@@ -1,32 +1,32 @@
 //! What an object asks for now.
 
+use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::Pod;
-use kube::api::{DeleteParams, ListParams, Patch, PatchParams, Preconditions};
-use kube::core::{Selector, SelectorExt as _};
+use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::runtime::controller::Action;
 use kube::runtime::reflector::ObjectRef;
-use kube::{Api, ResourceExt as _};
+use kube::{Api, Resource, ResourceExt as _};
 use podferry_common::{Failure, FailureCode, MigrationId};
-use podferry_crds::{FINALIZER, ID_ANNOTATION, Migration, MigrationPolicy, MigrationStatus};
+use podferry_crds::{FINALIZER, ID_ANNOTATION, Migration, MigrationStatus};
 use podferry_proto::v1;
+use serde::de::DeserializeOwned;
 use serde_json::json;
 
-use super::policy::request_of;
 use super::{Controller, ControllerError};
 use crate::access::{Action as Asked, Verb};
 use crate::api::{Bounds, may_pass};
+use crate::pods::policy::{PolicyError, policies_of, request_of};
 use crate::store::{ACCEPTED, FINISHED, Judgement, Objects, Record, SUCCEEDED, judge, reason_of, time, workload_of};
 
 /// When a migration that cannot begin yet is tried again, if nothing is heard of before.
-const LATER: Duration = Duration::from_secs(10);
+pub(super) const LATER: Duration = Duration::from_secs(10);
 /// The phase of one that never began.
-const REFUSED: &str = "refused";
+pub(super) const REFUSED: &str = "refused";
 /// The phase of one that waits to begin.
-const PENDING: &str = "pending";
+pub(super) const PENDING: &str = "pending";
 
 impl Controller {
     /// Does what an object asks for, as far as it is not done.
@@ -123,10 +123,8 @@ impl Controller {
     }
 
     /// Changes an object's metadata, if it is still as it was seen.
-    async fn change(&self, object: &Migration, mut metadata: serde_json::Value) -> Result<Migration, kube::Error> {
-        metadata["resourceVersion"] = object.resource_version().into();
-        let patch = Patch::Merge(json!({ "metadata": metadata }));
-        self.api(object).patch(&object.name_any(), &PatchParams::default(), &patch).await
+    async fn change(&self, object: &Migration, metadata: serde_json::Value) -> Result<Migration, kube::Error> {
+        change(&self.api(object), object, metadata).await
     }
 
     /// A request.
@@ -169,7 +167,8 @@ impl Controller {
         let asked = Asked::migrate(&request.workload, &request.target);
         let core = self.current.admit_peer(Some(&self.peer), &asked).await?;
         self.objects.claim(id, object);
-        let begun = core.migrate_again(id, request, &self.peer, Bounds::default()).await;
+        let begun =
+            core.migrate_again(id, request, &self.peer, Bounds { by_policies: true, ..Bounds::default() }).await;
         if begun.is_err() {
             self.objects.unclaim(id);
         }
@@ -178,30 +177,12 @@ impl Controller {
 
     /// What the object asks for, by itself and by its pod's policies.
     async fn request(&self, object: &Migration) -> Result<Result<v1::MigrateRequest, Failure>, ControllerError> {
-        let namespace = object.namespace().unwrap_or_default();
-        let policies: Api<MigrationPolicy> = Api::namespaced(self.client.clone(), &namespace);
-        let all = policies.list(&ListParams::default()).await.map_err(failed("list the MigrationPolicies"))?.items;
-        let pod = &object.spec.pod_name;
-        let mut labels = std::collections::BTreeMap::new();
-        if !all.is_empty() {
-            let pods: Api<Pod> = Api::namespaced(self.client.clone(), &namespace);
-            let found = pods.get_metadata_opt(pod).await.map_err(failed("get the pod"))?;
-            labels = found.and_then(|pod| pod.metadata.labels).unwrap_or_default();
+        let (namespace, pod) = (object.namespace().unwrap_or_default(), &object.spec.pod_name);
+        match policies_of(&self.client, &namespace, pod).await {
+            Ok(policies) => Ok(request_of(workload_of(&namespace, pod), &object.spec, &policies)),
+            Err(PolicyError::Api { action, source }) => Err(failed(action)(source)),
+            Err(error @ PolicyError::Selector { .. }) => Ok(Err(error.failure())),
         }
-        let mut selecting = Vec::new();
-        for policy in all {
-            match Selector::try_from(policy.spec.pod_selector.clone()) {
-                Ok(selector) if selector.matches(&labels) => selecting.push(policy),
-                Ok(_) => {}
-                Err(error) => {
-                    let message =
-                        format!("the selector of the MigrationPolicy {} is wrong: {error}", policy.name_any());
-                    let failure = Failure::new(FailureCode::FailedPrecondition, message).remedy("correct the policy");
-                    return Ok(Err(failure));
-                }
-            }
-        }
-        Ok(request_of(workload_of(&namespace, pod), &object.spec, &selecting))
     }
 
     /// An object that the coordinator has made itself gets its record in a moment, or its coordinator was stopped before that.
@@ -257,7 +238,17 @@ impl Controller {
     }
 }
 
-fn failed(action: &'static str) -> impl Fn(kube::Error) -> ControllerError {
+/// Changes an object's metadata, if it is still as it was seen.
+pub(super) async fn change<K>(api: &Api<K>, object: &K, mut metadata: serde_json::Value) -> Result<K, kube::Error>
+where
+    K: Resource + Clone + Debug + DeserializeOwned,
+{
+    metadata["resourceVersion"] = object.resource_version().into();
+    let patch = Patch::Merge(json!({ "metadata": metadata }));
+    api.patch(&object.name_any(), &PatchParams::default(), &patch).await
+}
+
+pub(super) fn failed(action: &'static str) -> impl Fn(kube::Error) -> ControllerError {
     move |source| ControllerError::Api { action, source: Box::new(source) }
 }
 
@@ -283,21 +274,25 @@ fn due(object: &Migration) -> Option<Timestamp> {
     Timestamp::from_second(ended.saturating_add(ttl.into())).ok()
 }
 
-/// The status of an object that has no migration, with the reason why.
-fn said(object: &Migration, phase: &str, failure: &Failure) -> MigrationStatus {
-    let problem = podferry_crds::Problem {
+/// A failure, in parts.
+pub(super) fn problem(failure: &Failure) -> podferry_crds::Problem {
+    podferry_crds::Problem {
         code: failure.code.to_string(),
         node: failure.node.clone().unwrap_or_default(),
         phase: failure.phase.clone().unwrap_or_default(),
         message: failure.message.clone(),
         criu_line: failure.criu_line.clone().unwrap_or_default(),
         remedy: failure.remedy.clone().unwrap_or_default(),
-    };
+    }
+}
+
+/// The status of an object that has no migration, with the reason why.
+fn said(object: &Migration, phase: &str, failure: &Failure) -> MigrationStatus {
     MigrationStatus {
         observed_generation: object.metadata.generation,
         phase: phase.to_owned(),
         reason: failure.to_string(),
-        problem: Some(problem),
+        problem: Some(problem(failure)),
         ..object.status.clone().unwrap_or_default()
     }
 }

@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, sleep, sleep_until};
 
-use super::evacuator::{Evacuator, put_off};
+use super::evacuator::{Evacuator, Wish, put_off};
 use super::machine::{Ending, Event};
 use super::plan::{Command, Room, is_done, next};
 use super::record::{Evacuation, Phase, Standing};
@@ -30,7 +30,7 @@ const MAX_UNANSWERED: u32 = 15;
 pub(super) struct Driver {
     evacuator: Evacuator,
     evacuation: Evacuation,
-    cancels: mpsc::UnboundedReceiver<String>,
+    wishes: mpsc::UnboundedReceiver<Wish>,
     view: watch::Sender<Evacuation>,
     /// Migrations whose outcome is waited for.
     followed: HashSet<MigrationId>,
@@ -51,12 +51,12 @@ impl Driver {
     pub(super) fn new(
         evacuator: Evacuator,
         evacuation: Evacuation,
-        cancels: mpsc::UnboundedReceiver<String>,
+        wishes: mpsc::UnboundedReceiver<Wish>,
         view: watch::Sender<Evacuation>,
     ) -> Self {
         let (followed, endings, stopped, resting) = (HashSet::new(), JoinSet::new(), HashSet::new(), HashMap::new());
         let (look_at, stale, blind_since) = (Instant::now(), true, None);
-        Self { evacuator, evacuation, cancels, view, followed, endings, stopped, resting, look_at, stale, blind_since }
+        Self { evacuator, evacuation, wishes, view, followed, endings, stopped, resting, look_at, stale, blind_since }
     }
 
     /// Runs until the evacuation has ended or the coordinator stops.
@@ -73,7 +73,7 @@ impl Driver {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return Ok(()),
-                Some(who) = self.cancels.recv() => self.cancel(who).await?,
+                Some(wish) = self.wishes.recv() => self.take_in(wish).await?,
                 Some(ended) = self.endings.join_next() => self.ended(ended).await?,
                 () = sleep_until(wake) => {}
             }
@@ -82,6 +82,7 @@ impl Driver {
 
     /// Does what can be done now. Whether that was all there ever will be.
     async fn work(&mut self) -> Result<bool, StoreError> {
+        self.cordon().await?;
         if self.looks_now() {
             self.look().await?;
         }
@@ -144,7 +145,7 @@ impl Driver {
     /// Asks the node what is on it.
     async fn look(&mut self) -> Result<(), StoreError> {
         let Some(core) = self.evacuator.core() else { return Ok(()) };
-        match core.on_node(&self.evacuation.node).await {
+        match core.on_node(&self.evacuation.node, self.evacuation.terms.selector.as_ref()).await {
             Ok(found) => {
                 (self.blind_since, self.stale) = (None, false);
                 self.look_at = Instant::now() + LOOK_INTERVAL;
@@ -270,9 +271,32 @@ impl Driver {
         }
     }
 
-    async fn cancel(&mut self, who: String) -> Result<(), StoreError> {
-        tracing::info!(evacuation = %self.evacuation.id, who, "evacuation cancelled");
-        self.take(Event::CancelRequested(who), false).await
+    async fn take_in(&mut self, wish: Wish) -> Result<(), StoreError> {
+        let id = self.evacuation.id;
+        match wish {
+            Wish::Cancel(who) => {
+                tracing::info!(evacuation = %id, who, "evacuation cancelled");
+                self.take(Event::CancelRequested(who), false).await
+            }
+            Wish::Deadline(deadline) => {
+                tracing::info!(evacuation = %id, ?deadline, "the deadline is moved");
+                self.take(Event::DeadlineMoved(deadline), false).await
+            }
+        }
+    }
+
+    /// Marks the node unschedulable, where that is wished and has not been done. What is already there moves all the same if that fails: it is
+    /// tried again.
+    async fn cordon(&mut self) -> Result<(), StoreError> {
+        let wanted = self.evacuation.terms.cordon && !self.evacuation.cordoned && !self.evacuation.has_ended();
+        let Some(pods) = self.evacuator.runner().pods().filter(|_| wanted) else { return Ok(()) };
+        match pods.cordon(&self.evacuation.node).await {
+            Ok(()) => self.take(Event::Cordoned, true).await,
+            Err(failure) => {
+                put_off(self.evacuation.id, &failure);
+                Ok(())
+            }
+        }
     }
 
     /// Takes an event in, writes what it changed, and shows it.

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use jiff::Timestamp;
 use podferry_common::{Failure, FailureCode, NodeName, chain};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -12,7 +13,7 @@ use super::driver::Driver;
 use super::{Evacuation, EvacuationId};
 use crate::api::Core;
 use crate::runner::{Runner, blocking};
-use crate::store::{Store, StoreError};
+use crate::store::{EvacuationConflict, Store, StoreError};
 
 /// The nodes that no migration may go to, because they are being evacuated. Clones share them.
 #[derive(Clone, Default)]
@@ -43,9 +44,18 @@ impl Cordons {
 /// The core as it is now, with the inventory of now; none when the coordinator is on its way out.
 type Cores = Box<dyn Fn() -> Option<Core> + Send + Sync>;
 
+/// What is wished of an evacuation that goes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Wish {
+    /// That it stops; who wishes it.
+    Cancel(String),
+    /// That its deadline is this, or that it has none.
+    Deadline(Option<Timestamp>),
+}
+
 /// One evacuation that goes on, seen from outside.
 struct Handle {
-    cancels: mpsc::UnboundedSender<String>,
+    wishes: mpsc::UnboundedSender<Wish>,
     view: watch::Receiver<Evacuation>,
 }
 
@@ -143,7 +153,7 @@ impl Evacuator {
         let (store, new) = (self.shared.store.clone(), evacuation.clone());
         match blocking(move || store.create_evacuation(&new)).await {
             Ok(Ok(())) => {}
-            Ok(Err(other)) => return Err(already(&evacuation.node, other)),
+            Ok(Err(conflict)) => return Err(refusal(&evacuation.node, conflict)),
             Err(error) => return Err(self.shared.runner.fail(error)),
         }
         let (id, node, peer) = (evacuation.id, &evacuation.node, &evacuation.requested_by);
@@ -154,10 +164,10 @@ impl Evacuator {
 
     fn spawn(&self, evacuation: Evacuation) {
         let (id, node) = (evacuation.id, evacuation.node.clone());
-        let (cancels, queue) = mpsc::unbounded_channel();
+        let (wishes, queue) = mpsc::unbounded_channel();
         let (sender, view) = watch::channel(evacuation.clone());
         self.shared.cordons.set(node.clone(), id);
-        self.shared.live().insert(id, Handle { cancels, view });
+        self.shared.live().insert(id, Handle { wishes, view });
         let evacuator = self.clone();
         self.shared.tasks.spawn(async move {
             let driver = Driver::new(evacuator.clone(), evacuation, queue, sender);
@@ -175,9 +185,9 @@ impl Evacuator {
         self.shared.live().get(&id).map(|handle| handle.view.clone())
     }
 
-    /// Asks an evacuation to stop. Whether there is one of that id that goes on.
-    pub fn cancel(&self, id: EvacuationId, who: &str) -> bool {
-        self.shared.live().get(&id).is_some_and(|handle| handle.cancels.send(who.to_owned()).is_ok())
+    /// Tells an evacuation what is wished. Whether there is one of that id that goes on.
+    pub fn wish(&self, id: EvacuationId, wish: Wish) -> bool {
+        self.shared.live().get(&id).is_some_and(|handle| handle.wishes.send(wish).is_ok())
     }
 
     /// Ends all drivers: the next process goes on with the evacuations. What is undone meanwhile is begun again then.
@@ -192,10 +202,23 @@ impl Evacuator {
     }
 }
 
-fn already(node: &NodeName, other: EvacuationId) -> Failure {
-    Failure::new(FailureCode::AlreadyExists, format!("node {node} is being evacuated already, by {other}"))
-        .on(node.as_str())
-        .remedy(format!("follow it (`podferry watch {other}`), or cancel it (`podferry cancel {other}`)"))
+fn refusal(node: &NodeName, conflict: EvacuationConflict) -> Failure {
+    let failure = match conflict {
+        EvacuationConflict::Node { id } => {
+            let message = format!("node {node} is being evacuated already, by {id}");
+            Failure::new(FailureCode::AlreadyExists, message)
+                .remedy(format!("follow it (`podferry watch {id}`), or cancel it (`podferry cancel {id}`)"))
+        }
+        EvacuationConflict::Object { why } => {
+            let message = format!("the API server does not take the NodeEvacuation of {node}: {why}");
+            Failure::new(FailureCode::FailedPrecondition, message).remedy("see that this may be made")
+        }
+        EvacuationConflict::Changed => {
+            let message = format!("the NodeEvacuation of {node} has changed since it was seen");
+            Failure::new(FailureCode::Unavailable, message).remedy("it is looked at again by itself")
+        }
+    };
+    failure.on(node.as_str())
 }
 
 /// Logs that something of an evacuation could not be found out, which is tried again.

@@ -93,6 +93,10 @@ pub enum Event {
     Late(WorkloadName, Option<String>),
     /// The deadline is behind us.
     DeadlinePassed,
+    /// The deadline is another one, or there is none any more.
+    DeadlineMoved(Option<Timestamp>),
+    /// The node is marked unschedulable.
+    Cordoned,
     /// The node has not said for too long what is on it.
     LostSight(Failure),
     /// Somebody asked to stop.
@@ -125,6 +129,8 @@ impl Evacuation {
             Event::Hurry(workload, hurried) => self.change(&workload, |entry| entry.hurried = Some(hurried)),
             Event::Late(workload, late) => self.change(&workload, |entry| entry.late = late),
             Event::DeadlinePassed => self.deadline_passed(),
+            Event::DeadlineMoved(deadline) => self.terms.deadline_at = deadline,
+            Event::Cordoned => self.cordoned = true,
             Event::LostSight(failure) => self.lost_sight(&failure),
             Event::CancelRequested(by) => self.cancel(by),
             Event::Restarted => self.restarted(),
@@ -536,6 +542,21 @@ mod tests {
         assert!(matches!(standing(&evacuation, "redis"), Standing::Moving { .. }), "that was another one");
         evacuation.apply(Event::Forgotten(name("redis"), id));
         assert_eq!(*standing(&evacuation, "redis"), Standing::Waiting);
+    }
+
+    #[test]
+    fn a_deadline_moves_as_long_as_there_is_something_to_do() {
+        let mut evacuation = of([found("redis")]);
+        let later = Timestamp::now() + jiff::SignedDuration::from_hours(1);
+        evacuation.apply(Event::DeadlineMoved(Some(later)));
+        assert_eq!(evacuation.terms.deadline_at, Some(later));
+        evacuation.apply(Event::DeadlineMoved(None));
+        evacuation.apply(Event::DeadlinePassed);
+        assert_eq!(*standing(&evacuation, "redis"), Standing::Waiting, "there is none any more");
+        evacuation.apply(Event::CancelRequested("ada".to_owned()));
+        evacuation.apply(Event::Done(later));
+        evacuation.apply(Event::DeadlineMoved(Some(later)));
+        assert_eq!(evacuation.terms.deadline_at, None);
     }
 
     #[test]

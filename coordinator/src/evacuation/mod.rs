@@ -19,9 +19,9 @@ mod plan;
 mod properties;
 mod record;
 
-pub use evacuator::{Cordons, Evacuator};
+pub use evacuator::{Cordons, Evacuator, Wish};
 pub use id::{EvacuationId, InvalidEvacuationId};
 pub use machine::{Ending, Event, Found, Outcome};
 pub use pace::Pace;
 pub use plan::{Command, Room, next};
-pub use record::{Entry, Evacuation, Hurried, Phase, Standing, Terms};
+pub use record::{Entry, Evacuation, Hurried, Manner, Order, Phase, Standing, Terms};

@@ -86,10 +86,9 @@ struct Planner<'a> {
 
 impl<'a> Planner<'a> {
     fn new(evacuation: &'a Evacuation, room: &'a Room) -> Self {
-        let smallest_first = evacuation.terms.deadline_at.is_some();
         let of = |wanted: fn(&Standing) -> bool| evacuation.entries.iter().filter(move |entry| wanted(&entry.standing));
         let mut waiting: Vec<_> = of(|standing| *standing == Standing::Waiting).collect();
-        waiting.sort_by(|a, b| a.turn(smallest_first).cmp(&b.turn(smallest_first)));
+        waiting.sort_by(|a, b| a.turn(&evacuation.terms).cmp(&b.turn(&evacuation.terms)));
         let moving = of(|standing| matches!(standing, Standing::Moving { .. })).collect();
         let lanes = evacuation.terms.concurrency.unwrap_or(usize::MAX).min(room.per_node).max(1);
         Self { evacuation, room, waiting, moving, lanes, pace: pace(evacuation, lanes) }

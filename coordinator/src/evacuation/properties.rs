@@ -8,7 +8,7 @@ use podferry_common::identity::Peer;
 use proptest::prelude::*;
 
 use super::plan::{Command, Room, is_done, next};
-use super::record::{Entry, Evacuation, Hurried, Standing, Terms};
+use super::record::{Entry, Evacuation, Hurried, Order, Standing, Terms};
 use super::{Ending, Event};
 use crate::strategy::Strategy as How;
 
@@ -69,6 +69,10 @@ fn priority_comes_first_then_the_largest_and_under_a_deadline_the_smallest() {
     assert_eq!(move_all(&mut of(&all), &room), ["vital", "big", "small", "spare"]);
     let (mut hurried, room) = within(of(&all), 3600);
     assert_eq!(move_all(&mut hurried, &room), ["vital", "small", "big", "spare"]);
+    let mut reversed = of(&all);
+    reversed.terms.order = Order::LowestFirst;
+    let room = Room { per_node: 1, ..Room::default() };
+    assert_eq!(move_all(&mut reversed, &room), ["spare", "big", "small", "vital"]);
 }
 
 #[test]

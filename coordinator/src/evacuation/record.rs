@@ -1,8 +1,10 @@
 //! An evacuation, as it is kept and shown.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use podferry_common::identity::Peer;
 use podferry_common::{Failure, MigrationId, NodeName, WorkloadName};
 use podferry_proto::v1;
@@ -13,7 +15,7 @@ use super::machine::Outcome;
 use crate::strategy::Strategy;
 
 /// What whoever asked for an evacuation wants.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Terms {
     /// How workloads are moved; none: the coordinator chooses for each.
     pub strategy: Option<Strategy>,
@@ -29,6 +31,45 @@ pub struct Terms {
     pub concurrency: Option<usize>,
     /// The most bytes per second of each migration; 0 for as many as it takes.
     pub bandwidth_limit: u64,
+    /// What else is wished of each migration that goes the way that was asked for.
+    #[serde(default)]
+    pub manner: Manner,
+    /// Whose turn comes first.
+    #[serde(default)]
+    pub order: Order,
+    /// Kubernetes: only pods with such labels; none: all.
+    #[serde(default)]
+    pub selector: Option<LabelSelector>,
+    /// Kubernetes: whether the node is marked unschedulable.
+    #[serde(default)]
+    pub cordon: bool,
+}
+
+/// Which priority leaves first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Order {
+    /// The highest: what must not be left behind.
+    #[default]
+    HighestFirst,
+    /// The lowest: what matters most goes when others have tried the way.
+    LowestFirst,
+}
+
+/// As in a migration, each.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Manner {
+    /// Milliseconds; 0 for the default.
+    pub downtime_budget_ms: f64,
+    /// Whether all memory is compared in the freeze.
+    pub verify: bool,
+    /// Whether what writes too fast is slowed down.
+    pub throttle: bool,
+    /// Seconds that a workload gets to end.
+    pub grace_period_s: Option<u32>,
+    /// Whether pages go as they are.
+    pub no_compression: bool,
 }
 
 /// Where an evacuation stands.
@@ -69,6 +110,9 @@ pub struct Evacuation {
     pub trouble: Option<Failure>,
     /// Outcomes so far: the number of the next one.
     pub outcomes: u64,
+    /// Whether the node has been marked unschedulable. Done once: who takes the mark away again has a reason.
+    #[serde(default)]
+    pub cordoned: bool,
 }
 
 /// A workload of an evacuation.
@@ -179,7 +223,7 @@ impl Entry {
         }
     }
 
-    fn to_wire(&self) -> v1::EvacuatedWorkload {
+    pub(crate) fn to_wire(&self) -> v1::EvacuatedWorkload {
         let (state, failure) = match &self.standing {
             Standing::Waiting => (v1::EvacuatedState::Waiting, None),
             Standing::Moving { .. } => (v1::EvacuatedState::Moving, None),
@@ -213,8 +257,13 @@ impl Entry {
 impl Evacuation {
     /// One that begins now.
     pub fn new(node: NodeName, terms: Terms, requested_by: Peer) -> Self {
+        Self::with_id(EvacuationId::new(), node, terms, requested_by)
+    }
+
+    /// One of that id which begins now.
+    pub fn with_id(id: EvacuationId, node: NodeName, terms: Terms, requested_by: Peer) -> Self {
         Self {
-            id: EvacuationId::new(),
+            id,
             node,
             terms,
             requested_by,
@@ -224,6 +273,7 @@ impl Evacuation {
             entries: Vec::new(),
             trouble: None,
             outcomes: 0,
+            cordoned: false,
         }
     }
 
@@ -274,13 +324,12 @@ impl Evacuation {
     }
 
     /// Those with an outcome in their order, those under way, those that wait in theirs.
-    fn in_order(&self) -> Vec<&Entry> {
+    pub(crate) fn in_order(&self) -> Vec<&Entry> {
         let mut entries: Vec<_> = self.entries.iter().collect();
-        let smallest_first = self.terms.deadline_at.is_some();
         entries.sort_by_key(|entry| match &entry.standing {
-            Standing::Moving { .. } => (1, 0, entry.turn(smallest_first)),
-            Standing::Waiting => (2, 0, entry.turn(smallest_first)),
-            _ => (0, entry.outcome, entry.turn(smallest_first)),
+            Standing::Moving { .. } => (1, 0, entry.turn(&self.terms)),
+            Standing::Waiting => (2, 0, entry.turn(&self.terms)),
+            _ => (0, entry.outcome, entry.turn(&self.terms)),
         });
         entries
     }
@@ -288,9 +337,11 @@ impl Evacuation {
 
 impl Entry {
     /// Its place among those that wait: see [`podferry_proto::evacuation`].
-    pub(super) fn turn(&self, smallest_first: bool) -> (std::cmp::Reverse<i32>, i128, &WorkloadName) {
-        let bytes = i128::from(self.memory_bytes);
-        (std::cmp::Reverse(self.priority), if smallest_first { bytes } else { -bytes }, &self.workload)
+    pub(super) fn turn(&self, terms: &Terms) -> (Reverse<i64>, i128, &WorkloadName) {
+        let (priority, bytes) = (i64::from(self.priority), i128::from(self.memory_bytes));
+        let priority = if terms.order == Order::LowestFirst { -priority } else { priority };
+        // With a deadline the smallest first: more of them get away.
+        (Reverse(priority), if terms.deadline_at.is_some() { bytes } else { -bytes }, &self.workload)
     }
 }
 

@@ -12,8 +12,9 @@ use super::leader::process_name;
 use super::{ConnectError, KubernetesConfig, Leader, LeaderError, connect};
 use crate::api::Current;
 use crate::controller::{self, Parts};
+use crate::evacuation::Evacuator;
 use crate::runner::Runner;
-use crate::store::{Objects, Store, StoreError};
+use crate::store::{Evacuations, Objects, Store, StoreError};
 
 /// The variable with the pod that the process runs in, by a name or uid that no other pod has.
 pub const POD_VARIABLE: &str = "PODFERRY_POD";
@@ -27,7 +28,7 @@ struct Cluster {
     /// What this process is called, as no other one ever is.
     name: String,
     lease: JoinHandle<Result<Leader, LeaderError>>,
-    objects: Option<Objects>,
+    records: Option<(Objects, Evacuations)>,
     controller: Option<JoinHandle<()>>,
 }
 
@@ -64,8 +65,8 @@ impl Leading {
         };
         let namespace = config.namespace.clone();
         let lease = tokio::spawn(leader.keep(stop.clone()));
-        let (objects, controller) = (None, None);
-        Ok(Some(Self(Some(Cluster { client, namespace, name, lease, objects, controller }))))
+        let (records, controller) = (None, None);
+        Ok(Some(Self(Some(Cluster { client, namespace, name, lease, records, controller }))))
     }
 
     /// The connection to its API server, if there is a cluster.
@@ -73,25 +74,31 @@ impl Leading {
         self.0.as_ref().map(|cluster| cluster.client.clone())
     }
 
-    /// The store: in the API server, but for evacuations, or all of it in that folder.
+    /// The store: in the API server, or in that folder, which is made if missing.
     ///
     /// # Errors
-    /// When it cannot be read.
+    /// When it cannot be read, or the folder not be made.
     pub async fn store(&mut self, folder: &Path) -> Result<Store, StoreError> {
         let Some(cluster) = &mut self.0 else { return Store::open(folder) };
+        // Other things are written there.
+        let made = tokio::fs::create_dir_all(folder).await;
+        made.map_err(|source| StoreError::Folder { path: folder.to_owned(), source })?;
         let objects = Objects::open(cluster.client.clone(), &cluster.namespace, &cluster.name).await?;
-        cluster.objects = Some(objects.clone());
-        Store::in_kubernetes(objects, folder)
+        let evacuations = Evacuations::open(cluster.client.clone(), &cluster.name).await?;
+        cluster.records = Some((objects.clone(), evacuations.clone()));
+        Ok(Store::in_kubernetes(objects, evacuations))
     }
 
     /// Begins to do what objects ask for.
-    pub fn work(&mut self, current: &Current, runner: &Runner, stop: &CancellationToken) {
+    pub fn work(&mut self, current: &Current, evacuator: &Evacuator, runner: &Runner, stop: &CancellationToken) {
         let Some(cluster) = &mut self.0 else { return };
-        if let Some(objects) = cluster.objects.clone() {
+        if let Some((objects, evacuations)) = cluster.records.clone() {
             cluster.controller = Some(tokio::spawn(controller::run(Parts {
                 client: cluster.client.clone(),
                 objects,
+                evacuations,
                 current: current.clone(),
+                evacuator: evacuator.clone(),
                 runner: runner.clone(),
                 name: cluster.name.clone(),
                 stop: stop.clone(),

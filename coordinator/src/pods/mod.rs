@@ -20,6 +20,7 @@
 
 mod follow;
 mod plan;
+pub(crate) mod policy;
 mod steps;
 mod traits;
 mod watch;

@@ -4,16 +4,17 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::wait::await_condition;
 use kube::{Client, Error};
 use podferry_common::{Failure, FailureCode, MigrationId, NodeName};
+use podferry_proto::v1;
 use tokio::time::{sleep, timeout};
 
 use super::follow::Due;
 use super::plan::{self, Adoption};
-use super::refused;
+use super::{policy, refused};
 use crate::store::PodMove;
 use crate::strategy::Strategy;
 
@@ -61,6 +62,30 @@ impl Pods {
     pub async fn has_marked(&self, namespace: &str, id: MigrationId) -> Result<bool, kube::Error> {
         let wanted = ListParams::default().labels(&format!("{}={id}", plan::MIGRATION)).limit(1);
         Ok(!self.api(namespace).list_metadata(&wanted).await?.items.is_empty())
+    }
+
+    /// A request as the policies of its pod have it.
+    ///
+    /// # Errors
+    /// When a policy forbids it, or they cannot be read.
+    pub(crate) async fn as_policies_say(&self, asked: &v1::MigrateRequest) -> Result<v1::MigrateRequest, Failure> {
+        policy::as_policies_say(&self.client, asked).await
+    }
+
+    /// Marks a node unschedulable. Idempotent.
+    ///
+    /// # Errors
+    /// When it cannot be marked. One that is gone needs no mark.
+    pub async fn cordon(&self, node: &NodeName) -> Result<(), Failure> {
+        let patch = Patch::Merge(serde_json::json!({ "spec": { "unschedulable": true } }));
+        let nodes: Api<Node> = Api::all(self.client.clone());
+        match nodes.patch(node.as_str(), &PatchParams::default(), &patch).await {
+            Ok(_) => Ok(()),
+            Err(kube::Error::Api(status)) if status.is_not_found() => Ok(()),
+            Err(error) => {
+                Err(refused(&format!("node {node} cannot be marked unschedulable"), &error).on(node.as_str()))
+            }
+        }
     }
 
     /// Whether a pod is there, and can be moved in that way.

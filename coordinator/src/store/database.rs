@@ -13,6 +13,7 @@ use thiserror::Error;
 
 use super::Record;
 use super::evacuations::EVACUATIONS;
+use crate::evacuation::EvacuationId;
 use crate::migration::Decision;
 
 /// The database's name in the state folder.
@@ -74,9 +75,9 @@ pub enum StoreError {
         source: redb::Error,
     },
     /// A record cannot be read.
-    #[error("the record of migration {id} in the store is broken")]
+    #[error("the record of {id} in the store is broken")]
     Broken {
-        /// The migration.
+        /// Of what: an id, or an object.
         id: String,
         /// Why not.
         source: serde_json::Error,
@@ -90,24 +91,24 @@ pub enum StoreError {
         source: Box<kube::Error>,
     },
     /// Somebody else has written a record that is this coordinator's.
-    #[error("Migration {object} was written by {by}, so another coordinator leads; this one stops")]
+    #[error("{object} was written by {by}, so another coordinator leads; this one stops")]
     Deposed {
-        /// Namespace and name.
+        /// Kind, namespace and name.
         object: String,
         /// Who.
         by: String,
     },
     /// This coordinator has written an object itself since it was seen.
-    #[error("Migration {object} was written since it was seen; look again")]
+    #[error("{object} was written since it was seen; look again")]
     Stale {
-        /// Namespace and name.
+        /// Kind, namespace and name.
         object: String,
     },
     /// A record is to be changed that was never made.
-    #[error("migration {id} has no record in the store")]
+    #[error("{id} has no record in the store")]
     Unknown {
-        /// The migration.
-        id: MigrationId,
+        /// The migration or evacuation.
+        id: String,
     },
 }
 
@@ -125,6 +126,23 @@ pub enum Conflict {
         node: NodeName,
         /// How many.
         limit: usize,
+    },
+    /// The API server does not take its object.
+    Object {
+        /// What it says.
+        why: String,
+    },
+    /// Its object has changed since it was seen.
+    Changed,
+}
+
+/// Why an evacuation cannot be recorded now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EvacuationConflict {
+    /// The node is being evacuated already.
+    Node {
+        /// By which.
+        id: EvacuationId,
     },
     /// The API server does not take its object.
     Object {

@@ -2,25 +2,24 @@
 
 use redb::{Durability, ReadableTable, TableDefinition, WriteTransaction};
 
-use super::StoreError;
 use super::database::{Local, failed, parse, to_json};
+use super::{EvacuationConflict, StoreError};
 use crate::evacuation::{Evacuation, EvacuationId};
 
 /// Evacuations that have ended and are kept; the oldest beyond them are forgotten.
-const KEPT: usize = 100;
+pub(super) const KEPT: usize = 100;
 
 /// Id -> evacuation (JSON).
 pub(super) const EVACUATIONS: TableDefinition<&str, &[u8]> = TableDefinition::new("evacuations");
 
 impl Local {
-    /// Records an evacuation, unless its node is being evacuated already: then the id of the other one comes back. On disk when it
-    /// returns.
-    pub(super) fn create_evacuation(&self, new: &Evacuation) -> Result<Result<(), EvacuationId>, StoreError> {
+    /// Records an evacuation, unless its node is being evacuated already. On disk when it returns.
+    pub(super) fn create_evacuation(&self, new: &Evacuation) -> Result<Result<(), EvacuationConflict>, StoreError> {
         let action = "record an evacuation";
         let transaction = self.begin(action, Durability::Immediate)?;
         let all = all(&transaction, action)?;
         if let Some(other) = all.iter().find(|other| other.node == new.node && !other.has_ended()) {
-            return Ok(Err(other.id));
+            return Ok(Err(EvacuationConflict::Node { id: other.id }));
         }
         let forgotten = all.iter().filter(|old| old.has_ended()).map(|old| old.id).rev().skip(KEPT - 1);
         let written = (|| {
@@ -109,7 +108,7 @@ mod tests {
         let store = Store::open(folder.path()).unwrap();
         let (first, second) = (of("n1"), of("n1"));
         store.create_evacuation(&first).unwrap().unwrap();
-        assert_eq!(store.create_evacuation(&second).unwrap(), Err(first.id));
+        assert_eq!(store.create_evacuation(&second).unwrap(), Err(EvacuationConflict::Node { id: first.id }));
         assert_eq!(store.evacuation(second.id).unwrap(), None, "one that is refused leaves nothing");
         let newest = of("n2");
         store.create_evacuation(&newest).unwrap().unwrap();

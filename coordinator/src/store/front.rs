@@ -5,7 +5,7 @@ use std::path::Path;
 use podferry_common::{MigrationId, NodeName, WorkloadName};
 
 use super::database::Local;
-use super::{Conflict, HistoryEntry, Objects, Record, StoreError};
+use super::{Conflict, EvacuationConflict, Evacuations, HistoryEntry, Objects, Record, StoreError};
 use crate::evacuation::{Evacuation, EvacuationId};
 use crate::migration::Decision;
 
@@ -14,48 +14,57 @@ use crate::migration::Decision;
 #[derive(Clone)]
 pub struct Store {
     place: Place,
-    /// Where evacuations are recorded, whatever that place is.
-    evacuations: Local,
 }
 
 #[derive(Clone)]
 enum Place {
     Local(Local),
-    Kubernetes(Objects),
+    Kubernetes(Objects, Evacuations),
 }
 
 impl Store {
     /// Opens the store in that folder, which is made if missing; repairs it after a crash.
     pub fn open(folder: &Path) -> Result<Self, StoreError> {
-        let local = Local::open(folder)?;
-        Ok(Self { place: Place::Local(local.clone()), evacuations: local })
+        Ok(Self { place: Place::Local(Local::open(folder)?) })
     }
 
-    /// The store in the API server; of evacuations, in that folder.
-    pub fn in_kubernetes(objects: Objects, folder: &Path) -> Result<Self, StoreError> {
-        Ok(Self { place: Place::Kubernetes(objects), evacuations: Local::open(folder)? })
+    /// The store in the API server.
+    pub fn in_kubernetes(objects: Objects, evacuations: Evacuations) -> Self {
+        Self { place: Place::Kubernetes(objects, evacuations) }
     }
 
-    /// Records an evacuation, unless its node is being evacuated already: then the id of the other one comes back. On disk when it
-    /// returns.
-    pub fn create_evacuation(&self, new: &Evacuation) -> Result<Result<(), EvacuationId>, StoreError> {
-        self.evacuations.create_evacuation(new)
+    /// Records an evacuation, unless its node is being evacuated already. Durable when it returns.
+    pub fn create_evacuation(&self, new: &Evacuation) -> Result<Result<(), EvacuationConflict>, StoreError> {
+        match &self.place {
+            Place::Local(local) => local.create_evacuation(new),
+            Place::Kubernetes(_, evacuations) => evacuations.create(new),
+        }
     }
 
-    /// Writes an evacuation's new state; with `lazily` to be on disk with the next write that is, for what a restart may find in its
+    /// Writes an evacuation's new state; with `lazily` to be durable with the next write that is, for what a restart may find in its
     /// old state.
     pub fn update_evacuation(&self, evacuation: &Evacuation, lazily: bool) -> Result<(), StoreError> {
-        self.evacuations.update_evacuation(evacuation, lazily)
+        match &self.place {
+            Place::Local(local) => local.update_evacuation(evacuation, lazily),
+            Place::Kubernetes(_, evacuations) if lazily => evacuations.update_lazily(evacuation),
+            Place::Kubernetes(_, evacuations) => evacuations.update(evacuation),
+        }
     }
 
     /// The evacuation of that id.
     pub fn evacuation(&self, id: EvacuationId) -> Result<Option<Evacuation>, StoreError> {
-        self.evacuations.evacuation(id)
+        match &self.place {
+            Place::Local(local) => local.evacuation(id),
+            Place::Kubernetes(_, evacuations) => Ok(evacuations.get(id)),
+        }
     }
 
     /// All evacuations, newest first.
     pub fn evacuations(&self) -> Result<Vec<Evacuation>, StoreError> {
-        self.evacuations.evacuations()
+        match &self.place {
+            Place::Local(local) => local.evacuations(),
+            Place::Kubernetes(_, evacuations) => Ok(evacuations.list()),
+        }
     }
 
     /// Records a new migration, unless its workload is part of another one or a node has `limit` already. Durable when it
@@ -63,7 +72,7 @@ impl Store {
     pub fn create(&self, record: &Record, limit: usize) -> Result<Result<(), Conflict>, StoreError> {
         match &self.place {
             Place::Local(local) => local.create(record, limit),
-            Place::Kubernetes(objects) => objects.create(record, limit),
+            Place::Kubernetes(objects, _) => objects.create(record, limit),
         }
     }
 
@@ -71,7 +80,7 @@ impl Store {
     pub fn update(&self, record: &Record, what: &str) -> Result<(), StoreError> {
         match &self.place {
             Place::Local(local) => local.update(record, what),
-            Place::Kubernetes(objects) => objects.update(record, what),
+            Place::Kubernetes(objects, _) => objects.update(record, what),
         }
     }
 
@@ -79,7 +88,7 @@ impl Store {
     pub fn update_lazily(&self, record: &Record, what: &str) -> Result<(), StoreError> {
         match &self.place {
             Place::Local(local) => local.update_lazily(record, what),
-            Place::Kubernetes(objects) => objects.update_lazily(record, what),
+            Place::Kubernetes(objects, _) => objects.update_lazily(record, what),
         }
     }
 
@@ -87,7 +96,7 @@ impl Store {
     pub fn get(&self, id: MigrationId) -> Result<Option<Record>, StoreError> {
         match &self.place {
             Place::Local(local) => local.get(id),
-            Place::Kubernetes(objects) => Ok(objects.record(id)),
+            Place::Kubernetes(objects, _) => Ok(objects.record(id)),
         }
     }
 
@@ -95,7 +104,7 @@ impl Store {
     pub fn list(&self) -> Result<Vec<Record>, StoreError> {
         match &self.place {
             Place::Local(local) => local.list(),
-            Place::Kubernetes(objects) => Ok(objects.list()),
+            Place::Kubernetes(objects, _) => Ok(objects.list()),
         }
     }
 
@@ -103,7 +112,7 @@ impl Store {
     pub fn open_migrations(&self) -> Result<Vec<Record>, StoreError> {
         match &self.place {
             Place::Local(local) => local.open_migrations(),
-            Place::Kubernetes(objects) => Ok(objects.open_migrations()),
+            Place::Kubernetes(objects, _) => Ok(objects.open_migrations()),
         }
     }
 
@@ -112,7 +121,7 @@ impl Store {
     pub fn decision(&self, id: MigrationId) -> Result<Decision, StoreError> {
         match &self.place {
             Place::Local(local) => local.decision(id),
-            Place::Kubernetes(objects) => Ok(objects.decision(id)),
+            Place::Kubernetes(objects, _) => Ok(objects.decision(id)),
         }
     }
 
@@ -120,7 +129,7 @@ impl Store {
     pub fn history(&self, id: MigrationId) -> Result<Vec<HistoryEntry>, StoreError> {
         match &self.place {
             Place::Local(local) => local.history(id),
-            Place::Kubernetes(objects) => Ok(objects.history(id)),
+            Place::Kubernetes(objects, _) => Ok(objects.history(id)),
         }
     }
 
@@ -128,7 +137,7 @@ impl Store {
     pub fn busy_with(&self, workload: &WorkloadName) -> Result<Option<MigrationId>, StoreError> {
         match &self.place {
             Place::Local(local) => local.busy_with(workload),
-            Place::Kubernetes(objects) => Ok(objects.busy_with(workload)),
+            Place::Kubernetes(objects, _) => Ok(objects.busy_with(workload)),
         }
     }
 
@@ -136,7 +145,7 @@ impl Store {
     pub fn place(&self, workload: &WorkloadName) -> Result<Option<NodeName>, StoreError> {
         match &self.place {
             Place::Local(local) => local.place(workload),
-            Place::Kubernetes(objects) => Ok(objects.place(workload)),
+            Place::Kubernetes(objects, _) => Ok(objects.place(workload)),
         }
     }
 
@@ -145,7 +154,7 @@ impl Store {
     pub(crate) fn fill(&self, records: &[Record]) -> Result<(), redb::Error> {
         match &self.place {
             Place::Local(local) => local.fill(records),
-            Place::Kubernetes(_) => unreachable!("tests without an API server have none"),
+            Place::Kubernetes(..) => unreachable!("tests without an API server have none"),
         }
     }
 }

@@ -6,7 +6,8 @@
 //! [`crate::migration::State::Releasing`] is *the* commit of a migration: one redb transaction, or one write of an object that
 //! the API server takes only if nobody else has written it; it is durable when [`Store::update`] returns.
 //!
-//! Evacuations have a table of their own in the database, of which no migration's record depends; in Kubernetes, too.
+//! Evacuations have a table of their own in the database, of which no migration's record depends; in Kubernetes they are in the status of
+//! `NodeEvacuation` objects ([`Evacuations`]).
 //!
 //! The file is locked while it is open, and a write of an object that somebody else has written fails, so two coordinators cannot
 //! share a record.
@@ -17,9 +18,9 @@ mod front;
 mod kubernetes;
 mod record;
 
-pub use database::{Conflict, FILE_NAME, HistoryEntry, StoreError};
+pub use database::{Conflict, EvacuationConflict, FILE_NAME, HistoryEntry, StoreError};
 pub use front::Store;
-pub(crate) use kubernetes::{ACCEPTED, FINISHED, Judgement, SUCCEEDED, judge, reason_of, time};
-pub use kubernetes::{Objects, Owner, home_of, workload_of};
+pub(crate) use kubernetes::{ACCEPTED, FINISHED, Judgement, SUCCEEDED, deadline_of, judge, pod_of, reason_of, time};
+pub use kubernetes::{Evacuations, Objects, Owner, home_of, workload_of};
 pub(crate) use record::told;
 pub use record::{PodMove, Progress, Record, Report, Round, Timings};

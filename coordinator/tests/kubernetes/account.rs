@@ -17,8 +17,8 @@ const NAME: &str = "podferry-coordinator-test";
 /// In all namespaces.
 fn cluster_rules() -> Value {
     json!([
-        {"apiGroups": ["podferry.dev"], "resources": ["migrations"], "verbs": ["get", "list", "watch", "create", "patch", "delete"]},
-        {"apiGroups": ["podferry.dev"], "resources": ["migrations/status"], "verbs": ["update"]},
+        {"apiGroups": ["podferry.dev"], "resources": ["migrations", "nodeevacuations"], "verbs": ["get", "list", "watch", "create", "patch", "delete"]},
+        {"apiGroups": ["podferry.dev"], "resources": ["migrations/status", "nodeevacuations/status"], "verbs": ["update"]},
         {"apiGroups": ["podferry.dev"], "resources": ["migrationpolicies"], "verbs": ["list"]},
         {"apiGroups": [""], "resources": ["pods"], "verbs": ["get"]},
         {"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create", "patch"]},

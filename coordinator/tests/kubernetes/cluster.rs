@@ -11,7 +11,9 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::runtime::wait::{await_condition, conditions};
 use kube::{Api, Client, Config, ResourceExt as _};
 use podferry_common::identity::Peer;
-use podferry_crds::{Migration, MigrationPolicy, MigrationPolicySpec, MigrationSpec, Strategy, Wishes, definitions};
+use podferry_crds::{
+    Migration, MigrationPolicy, MigrationPolicySpec, MigrationSpec, NodeEvacuation, Strategy, Wishes, definitions,
+};
 use serde_json::json;
 use tokio::time::timeout;
 
@@ -19,7 +21,7 @@ use crate::account;
 use crate::world::{self, Coordinator, World};
 
 /// How long anything may take. A lease of somebody who was killed lapses in 15 s.
-const PATIENCE: Duration = Duration::from_secs(40);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(40);
 
 pub(crate) struct Cluster {
     pub(crate) world: World,
@@ -98,6 +100,11 @@ impl Cluster {
 
     pub(crate) fn workload(&self, pod: &str) -> String {
         format!("{}/{pod}", self.namespace)
+    }
+
+    /// As an administrator.
+    pub(crate) fn kube(&self) -> Client {
+        self.client.clone()
     }
 
     fn api(&self) -> Api<Migration> {
@@ -192,6 +199,12 @@ async fn install(client: &Client) {
 }
 
 async fn sweep(client: &Client) {
+    let evacuations: Api<NodeEvacuation> = Api::all(client.clone());
+    for object in evacuations.list(&ListParams::default()).await.unwrap() {
+        let free = Patch::Merge(json!({"metadata": {"finalizers": null}}));
+        let _gone_already = evacuations.delete(&object.name_any(), &DeleteParams::default()).await;
+        let _gone_already = evacuations.patch(&object.name_any(), &PatchParams::default(), &free).await;
+    }
     let all: Api<Migration> = Api::all(client.clone());
     for object in all.list(&ListParams::default()).await.unwrap() {
         let api: Api<Migration> = Api::namespaced(client.clone(), &object.namespace().unwrap());

@@ -5,6 +5,7 @@
 
 mod account;
 mod cluster;
+mod evacuations;
 #[path = "../world/mod.rs"]
 mod world;
 

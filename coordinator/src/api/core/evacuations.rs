@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use kube::core::{Selector, SelectorExt as _};
 use podferry_common::identity::Peer;
 use podferry_common::{Failure, FailureCode, MigrationId, NodeName, WorkloadName};
 use podferry_proto::v1;
@@ -12,7 +14,7 @@ use tokio::sync::watch;
 use super::{Bounds, Core, internal, wishes};
 use crate::access::{Action, Verb};
 use crate::cluster::Seen;
-use crate::evacuation::{Evacuation, EvacuationId, Event, Found, Phase, Terms};
+use crate::evacuation::{Evacuation, EvacuationId, Event, Found, Manner, Phase, Terms, Wish};
 use crate::runner::blocking;
 use crate::store::Record;
 use crate::strategy::{Asked, Strategy};
@@ -20,10 +22,24 @@ use crate::strategy::{Asked, Strategy};
 impl Core {
     /// Accepts an evacuation that `who` asks for, or refuses it and records nothing.
     pub async fn evacuate(&self, request: &v1::EvacuateRequest, who: &Peer) -> Result<Evacuation, Failure> {
-        let node = self.known_node(&request.node)?.name.clone();
+        self.known_node(&request.node)?;
         let terms = self.terms(request)?;
-        let found = self.on_node(&node).await?;
-        let mut evacuation = Evacuation::new(node, terms, who.clone());
+        self.evacuate_on(EvacuationId::new(), &request.node, terms, who).await
+    }
+
+    /// Accepts the evacuation of that id and on those terms, or refuses it and records nothing.
+    pub(crate) async fn evacuate_on(
+        &self,
+        id: EvacuationId,
+        node: &str,
+        terms: Terms,
+        who: &Peer,
+    ) -> Result<Evacuation, Failure> {
+        let node = self.known_node(node)?.name.clone();
+        // What makes no sense for any workload is refused at once.
+        wishes(&of_one("any", &terms, terms.strategy))?;
+        let found = self.on_node(&node, terms.selector.as_ref()).await?;
+        let mut evacuation = Evacuation::with_id(id, node, terms, who.clone());
         evacuation.apply(Event::Seen(found));
         self.evacuator.start(evacuation).await
     }
@@ -41,7 +57,7 @@ impl Core {
             priorities.insert(self.known_workload(name)?.name.clone(), *priority);
         }
         let deadline = Duration::from_secs(request.deadline_s.into());
-        let terms = Terms {
+        Ok(Terms {
             strategy,
             accept_loss: request.accept_loss,
             allow_restart: request.allow_restart,
@@ -49,14 +65,13 @@ impl Core {
             priorities,
             concurrency: usize::try_from(request.concurrency).ok().filter(|count| *count > 0),
             bandwidth_limit: request.bandwidth_limit,
-        };
-        // What makes no sense for any workload is refused at once.
-        wishes(&of_one("any", &terms, strategy))?;
-        Ok(terms)
+            ..Terms::default()
+        })
     }
 
-    /// The workloads that are on that node, or on their way from or to it, by its agent's word and the record.
-    pub(crate) async fn on_node(&self, name: &NodeName) -> Result<Vec<Found>, Failure> {
+    /// The workloads that are on that node, or on their way from or to it, by its agent's word and the record: those with such labels.
+    pub(crate) async fn on_node(&self, name: &NodeName, labels: Option<&LabelSelector>) -> Result<Vec<Found>, Failure> {
+        let selector = selector(labels)?;
         let node = self.known_node(name.as_str())?;
         // Asked before and after the look: a workload whose migration begins or ends meanwhile is seen in any case.
         let before = self.under_way().await?;
@@ -64,7 +79,7 @@ impl Core {
         let seen: Seen = views.pop().map_or_else(|| Err(super::not_asked(node)), |view| view.seen)?;
         let after = self.under_way().await?;
         let mut all = Vec::new();
-        for workload in self.inventory.workloads() {
+        for workload in self.inventory.workloads().filter(|workload| selector.matches(&workload.traits.labels)) {
             let ends_here = |record: &&Record| record.source == *name || record.target == *name;
             let record = after.get(&workload.name).or(before.get(&workload.name)).filter(ends_here);
             let container = seen.containers.iter().find(|container| container.id == workload.container);
@@ -100,7 +115,7 @@ impl Core {
             .narrow(who, &Action { source: Some(evacuation.node.as_str()), ..Action::migrate(workload.as_str(), "") })
             .await?;
         let refused_by = evacuation.entry(workload).map(|entry| entry.refused_by.as_slice()).unwrap_or_default();
-        let bounds = Bounds { source: Some(&evacuation.node), refused_by };
+        let bounds = Bounds { source: Some(&evacuation.node), refused_by, ..Bounds::default() };
         self.migrate_again(MigrationId::new(), &request, who, bounds).await
     }
 
@@ -151,7 +166,7 @@ impl Core {
         let Some(mut view) = self.evacuator.watch(evacuation.id) else {
             return Err(Failure::new(FailureCode::FailedPrecondition, format!("evacuation {id} has ended already")));
         };
-        self.evacuator.cancel(evacuation.id, &who.to_string());
+        self.evacuator.wish(evacuation.id, Wish::Cancel(who.to_string()));
         // The answer is that it is recorded. A driver that is gone has ended it, or could not write.
         let running = |evacuation: &Evacuation| evacuation.phase == Phase::Running;
         let answer = view.wait_for(|evacuation| !running(evacuation)).await.map(|evacuation| evacuation.clone());
@@ -166,14 +181,30 @@ impl Core {
 fn of_one(workload: &str, terms: &Terms, strategy: Option<Strategy>) -> v1::MigrateRequest {
     // What takes the place of what was asked for restarts nobody.
     let as_asked = strategy == terms.strategy;
+    // Nor is all of that for every strategy.
+    let manner = if as_asked { terms.manner.clone() } else { Manner::default() };
     v1::MigrateRequest {
         workload: workload.to_owned(),
+        target: String::new(),
         strategy: strategy.map_or(v1::Strategy::Auto, v1::Strategy::from).into(),
         accept_loss: terms.accept_loss,
         allow_restart: terms.allow_restart && as_asked,
         bandwidth_limit: terms.bandwidth_limit,
-        ..v1::MigrateRequest::default()
+        no_compression: terms.manner.no_compression,
+        downtime_budget_ms: manner.downtime_budget_ms,
+        verify: manner.verify,
+        throttle: manner.throttle,
+        grace_period_s: manner.grace_period_s,
     }
+}
+
+/// What selects pods as a selector does.
+fn selector(labels: Option<&LabelSelector>) -> Result<Selector, Failure> {
+    let Some(labels) = labels else { return Ok(Selector::default()) };
+    Selector::try_from(labels.clone()).map_err(|error| {
+        let message = format!("the selector of pods is wrong: {error}");
+        Failure::new(FailureCode::InvalidArgument, message).remedy("correct it: it is as in a Deployment")
+    })
 }
 
 fn parse_id(id: &str) -> Result<EvacuationId, Failure> {

@@ -7,13 +7,13 @@
 //! An object may have been there before its record: somebody asked for a migration by it, and the controller has
 //! [claimed](Objects::claim) it. Otherwise the store makes one, which says by an annotation that it is no request.
 
+mod evacuations;
 mod names;
 mod past;
 mod status;
 mod write;
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::AtomicI64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -27,8 +27,11 @@ use tokio::runtime::Handle;
 use super::{Conflict, HistoryEntry, Record, StoreError};
 use crate::migration::Decision;
 use crate::strategy::Strategy;
-use write::{Pen, Unwritten};
+use write::{Kept, Pen, Unwritten};
 
+pub use evacuations::Evacuations;
+pub(crate) use evacuations::deadline_of;
+pub(crate) use names::pod_of;
 pub use names::{home_of, workload_of};
 pub(crate) use status::{ACCEPTED, FINISHED, Judgement, SUCCEEDED, judge, reason_of, time};
 
@@ -97,22 +100,12 @@ impl Objects {
     /// When the API server does not list them, or a record cannot be read: a migration that is not gone on with may have been
     /// committed.
     pub async fn open(client: Client, namespace: &str, writer: &str) -> Result<Self, StoreError> {
-        let action = "list migrations";
-        let api: Api<Migration> = Api::all(client.clone());
-        let mut page = ListParams::default().limit(PAGE);
         let mut entries = BTreeMap::new();
-        loop {
-            let found = api.list(&page).await.map_err(|source| StoreError::Api { action, source: Box::new(source) })?;
-            for object in found.items {
-                entries.extend(Entry::of(object)?.map(|entry| (entry.record.id, entry)));
-            }
-            match found.metadata.continue_ {
-                Some(more) if !more.is_empty() => page = page.continue_token(&more),
-                _ => break,
-            }
+        for object in all::<Migration>(&client).await? {
+            entries.extend(Entry::of(object)?.map(|entry| (entry.record.id, entry)));
         }
         let shared = Shared {
-            pen: Pen { client, writer: writer.to_owned(), begun: AtomicI64::new(0) },
+            pen: Pen::new(client, writer),
             namespace: namespace.to_owned(),
             entries: Mutex::new(entries),
             claims: Mutex::default(),
@@ -215,7 +208,7 @@ impl Objects {
     /// The object of a migration that was asked for otherwise.
     fn object_of(&self, record: &Record) -> Migration {
         let (namespace, pod) = home_of(&record.workload, &self.shared.namespace);
-        let mut object = Migration::new(&names::object_name(pod, record.id), spec_of(record, pod));
+        let mut object = Migration::new(&names::object_name(pod, &record.id.to_string()), spec_of(record, pod));
         object.metadata.namespace = Some(namespace.to_owned());
         object.annotations_mut().insert(ID_ANNOTATION.to_owned(), record.id.to_string());
         object.finalizers_mut().push(FINALIZER.to_owned());
@@ -227,13 +220,13 @@ impl Objects {
     }
 
     async fn write_now(&self, record: &Record, what: &str) -> Result<(), StoreError> {
-        let object = self.object(record.id).ok_or(StoreError::Unknown { id: record.id })?;
+        let object = self.object(record.id).ok_or_else(|| StoreError::Unknown { id: record.id.to_string() })?;
         let mut object = object.lock().await;
         let history = self.history_with(record.id, what);
         let mut written = self.write(&mut object, record, &history).await;
         if matches!(written, Err(Unwritten::Gone)) {
             // Somebody has taken its finalizer away. The record must not be lost with it.
-            tracing::error!(migration = %record.id, object = write::title(&object), "the object was deleted: making another");
+            tracing::error!(migration = %record.id, object = write::title(&*object), "the object was deleted: making another");
             written = match self.shared.pen.make(&self.object_of(record)).await {
                 Ok(made) => {
                     *object = made;
@@ -242,7 +235,7 @@ impl Objects {
                 Err(unwritten) => Err(unwritten),
             };
         }
-        written.map_err(|unwritten| unwritten.fatal("update a migration", &object))?;
+        written.map_err(|unwritten| unwritten.fatal("update a migration", &*object))?;
         if let Some(entry) = self.entries().get_mut(&record.id) {
             entry.record = record.clone();
             entry.history = history;
@@ -261,7 +254,7 @@ impl Objects {
         let history = self.history_with(record.id, what);
         let id = record.id;
         let mut entries = self.entries();
-        let entry = entries.get_mut(&id).ok_or(StoreError::Unknown { id })?;
+        let entry = entries.get_mut(&id).ok_or_else(|| StoreError::Unknown { id: id.to_string() })?;
         let waits = std::mem::replace(&mut entry.lazy, true);
         entry.record = record.clone();
         entry.history = history;
@@ -293,7 +286,7 @@ impl Objects {
         };
         let Some((record, history)) = due else { return Ok(()) };
         let written = self.write(&mut object, &record, &history).await;
-        written.map_err(|unwritten| unwritten.fatal("show a migration", &object))
+        written.map_err(|unwritten| unwritten.fatal("show a migration", &*object))
     }
 
     /// Deletes the objects of the oldest migrations that have ended, of those that the coordinator has made.
@@ -303,7 +296,7 @@ impl Objects {
             let Some(owner) = self.owner(id) else { continue };
             let preconditions = Some(Preconditions { uid: Some(owner.uid), resource_version: None });
             let parameters = DeleteParams { preconditions, ..DeleteParams::default() };
-            match self.shared.pen.api(&owner.namespace).delete(&owner.name, &parameters).await {
+            match self.shared.pen.api::<Migration>(&owner.namespace).delete(&owner.name, &parameters).await {
                 Ok(_) => self.forget(id),
                 // It is gone, or another has its name.
                 Err(kube::Error::Api(status)) if [404, 409].contains(&status.code) => self.forget(id),
@@ -406,6 +399,21 @@ impl Entry {
     }
 }
 
+/// All objects of a kind.
+async fn all<K: Kept>(client: &Client) -> Result<Vec<K>, StoreError> {
+    let api: Api<K> = Api::all(client.clone());
+    let (mut page, mut all) = (ListParams::default().limit(PAGE), Vec::new());
+    loop {
+        let found = api.list(&page).await;
+        let found = found.map_err(|source| StoreError::Api { action: "list the records", source: Box::new(source) })?;
+        all.extend(found.items);
+        match found.metadata.continue_ {
+            Some(more) if !more.is_empty() => page = page.continue_token(&more),
+            _ => return Ok(all),
+        }
+    }
+}
+
 fn happened(what: &str) -> HistoryEntry {
     HistoryEntry { at: Timestamp::now(), what: what.to_owned() }
 }
@@ -441,7 +449,7 @@ fn spec_of(record: &Record, pod: &str) -> MigrationSpec {
     MigrationSpec { pod_name, target_node, wishes, ..MigrationSpec::default() }
 }
 
-fn wanted(strategy: Strategy) -> Wanted {
+pub(super) fn wanted(strategy: Strategy) -> Wanted {
     match strategy {
         Strategy::Cold => Wanted::Cold,
         Strategy::Warm => Wanted::Warm,

@@ -146,7 +146,7 @@ fn judgements(record: &Record) -> [Judgement; 4] {
 }
 
 /// `ROLLING_BACK` and `rolling_back` as `RollingBack`: what a condition's reason looks like.
-fn camel_case(word: &str) -> String {
+pub(super) fn camel_case(word: &str) -> String {
     let part = |part: &str| {
         let mut letters = part.chars();
         let first = letters.next().map(|letter| letter.to_ascii_uppercase());
@@ -169,7 +169,7 @@ fn happened(entry: &HistoryEntry) -> crds::HistoryEntry {
     crds::HistoryEntry { at: entry.at.to_string(), what: entry.what.clone() }
 }
 
-fn problem(problem: &v1::Problem) -> crds::Problem {
+pub(super) fn problem(problem: &v1::Problem) -> crds::Problem {
     crds::Problem {
         code: problem.code.clone(),
         node: problem.node.clone(),
@@ -224,7 +224,7 @@ fn signed(number: u64) -> i64 {
 }
 
 /// Whole numbers that the API server would keep as floats, and hand out as none that can be read, become the largest that it keeps.
-fn saturated(value: Value) -> Value {
+pub(super) fn saturated(value: Value) -> Value {
     match value {
         Value::Number(number) if number.is_u64() && number.as_i64().is_none() => i64::MAX.into(),
         Value::Array(all) => all.into_iter().map(saturated).collect(),

@@ -6,12 +6,17 @@
 //! lost: it is made again. If it is another one of this process, the object was seen before that. If it is anybody else's, another
 //! coordinator leads. What an attempt that was given up may still do later is harmless: its resourceVersion is out of date by then.
 
+use std::fmt::Debug;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use kube::api::PostParams;
-use kube::{Api, Client, Error, ResourceExt as _};
-use podferry_crds::{ID_ANNOTATION, Migration, MigrationStatus, Writer};
+use kube::{Api, Client, Error, Resource, ResourceExt as _};
+use podferry_crds::{
+    EVACUATION_ID_ANNOTATION, ID_ANNOTATION, Migration, MigrationStatus, NodeEvacuation, NodeEvacuationStatus, Writer,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::store::StoreError;
@@ -22,6 +27,58 @@ const ATTEMPT: Duration = Duration::from_secs(5);
 const PATIENCE: Duration = Duration::from_secs(15);
 /// The pause between attempts.
 const PAUSE: Duration = Duration::from_millis(200);
+
+/// A kind whose status holds a record.
+pub(super) trait Kept: Resource<DynamicType = ()> + Clone + Debug + Serialize + DeserializeOwned {
+    /// The annotation of one that the coordinator has made itself.
+    const ID: &'static str;
+    /// Its status.
+    type Status;
+
+    /// The objects of this kind: those of a namespace, if it has such.
+    fn api(client: Client, namespace: &str) -> Api<Self>;
+    /// Who has written its status last.
+    fn written_by(&self) -> Option<&Writer>;
+    /// It with another status.
+    #[must_use]
+    fn with(&self, status: Self::Status, writer: Writer) -> Self;
+}
+
+impl Kept for Migration {
+    const ID: &'static str = ID_ANNOTATION;
+    type Status = MigrationStatus;
+
+    fn api(client: Client, namespace: &str) -> Api<Self> {
+        Api::namespaced(client, namespace)
+    }
+
+    fn written_by(&self) -> Option<&Writer> {
+        self.status.as_ref()?.written_by.as_ref()
+    }
+
+    fn with(&self, status: MigrationStatus, writer: Writer) -> Self {
+        let status = MigrationStatus { written_by: Some(writer), ..status };
+        Self { status: Some(status), ..self.clone() }
+    }
+}
+
+impl Kept for NodeEvacuation {
+    const ID: &'static str = EVACUATION_ID_ANNOTATION;
+    type Status = NodeEvacuationStatus;
+
+    fn api(client: Client, _: &str) -> Api<Self> {
+        Api::all(client)
+    }
+
+    fn written_by(&self) -> Option<&Writer> {
+        self.status.as_ref()?.written_by.as_ref()
+    }
+
+    fn with(&self, status: NodeEvacuationStatus, writer: Writer) -> Self {
+        let status = NodeEvacuationStatus { written_by: Some(writer), ..status };
+        Self { status: Some(status), ..self.clone() }
+    }
+}
 
 /// Why something was not written.
 pub(super) enum Unwritten {
@@ -37,7 +94,7 @@ pub(super) enum Unwritten {
 
 impl Unwritten {
     /// For those who cannot go on without.
-    pub(super) fn fatal(self, action: &'static str, object: &Migration) -> StoreError {
+    pub(super) fn fatal(self, action: &'static str, object: &impl Kept) -> StoreError {
         match self {
             Self::Store(error) => error,
             Self::Refused(source) => StoreError::Api { action, source },
@@ -82,24 +139,24 @@ impl Patience {
 }
 
 impl Pen {
-    pub(super) fn api(&self, namespace: &str) -> Api<Migration> {
-        Api::namespaced(self.client.clone(), namespace)
+    pub(super) fn new(client: Client, writer: &str) -> Self {
+        Self { client, writer: writer.to_owned(), begun: AtomicI64::new(0) }
+    }
+
+    pub(super) fn api<K: Kept>(&self, namespace: &str) -> Api<K> {
+        K::api(self.client.clone(), namespace)
     }
 
     /// Writes the status of an object that was last seen like this; then it is as it was written.
-    pub(super) async fn write(&self, object: &mut Migration, status: MigrationStatus) -> Result<(), Unwritten> {
-        let patience = Patience::new("write a migration");
-        let before = object.status.as_ref().and_then(|status| status.written_by.clone());
+    pub(super) async fn write<K: Kept>(&self, object: &mut K, status: K::Status) -> Result<(), Unwritten> {
+        let patience = Patience::new("write a record");
+        let before = object.written_by().cloned();
         let sequence = self.begun.fetch_add(1, Ordering::Relaxed) + 1;
-        let written_by = Some(Writer { coordinator: self.writer.clone(), sequence });
-        let mut wanted = Migration {
-            metadata: object.metadata.clone(),
-            spec: object.spec.clone(),
-            status: Some(MigrationStatus { written_by, ..status }),
-        };
+        let writer = Writer { coordinator: self.writer.clone(), sequence };
+        let mut wanted = object.with(status, writer.clone());
         // They only make the message larger.
-        wanted.metadata.managed_fields = None;
-        let (api, name) = (self.api(&namespace(object)), object.name_any());
+        wanted.meta_mut().managed_fields = None;
+        let (api, name) = (self.api::<K>(&namespace(object)), object.name_any());
         let mut overtaken = false;
         loop {
             let error = match within(api.replace_status(&name, &PostParams::default(), &wanted)).await {
@@ -115,19 +172,19 @@ impl Pen {
                 patience.after(error).await?;
             }
             let found = self.look(&api, &name, object, &patience).await?;
-            let by = found.status.as_ref().and_then(|status| status.written_by.clone());
-            if by == wanted.status.as_ref().and_then(|status| status.written_by.clone()) {
+            let by = found.written_by().cloned();
+            if by.as_ref() == Some(&writer) {
                 *object = found;
                 return Ok(());
             }
             if by != before {
                 return Err(self.written_by_another(object, by));
             }
-            wanted.metadata.resource_version = found.metadata.resource_version;
+            wanted.meta_mut().resource_version = found.resource_version();
         }
     }
 
-    fn written_by_another(&self, object: &Migration, by: Option<Writer>) -> Unwritten {
+    fn written_by_another(&self, object: &impl Kept, by: Option<Writer>) -> Unwritten {
         let by = by.map_or_else(|| "nobody known".to_owned(), |writer| writer.coordinator);
         if by == self.writer {
             return Unwritten::Stale;
@@ -135,16 +192,10 @@ impl Pen {
         Unwritten::Store(StoreError::Deposed { object: title(object), by })
     }
 
-    async fn look(
-        &self,
-        api: &Api<Migration>,
-        name: &str,
-        object: &Migration,
-        patience: &Patience,
-    ) -> Result<Migration, Unwritten> {
+    async fn look<K: Kept>(&self, api: &Api<K>, name: &str, object: &K, patience: &Patience) -> Result<K, Unwritten> {
         loop {
             match within(api.get_opt(name)).await {
-                Ok(Some(found)) if found.metadata.uid == object.metadata.uid => return Ok(found),
+                Ok(Some(found)) if found.uid() == object.uid() => return Ok(found),
                 Ok(_) => return Err(Unwritten::Gone),
                 Err(error) if is_for_good(&error) => return Err(Unwritten::Refused(Box::new(error))),
                 Err(error) => patience.after(error).await?,
@@ -152,10 +203,10 @@ impl Pen {
         }
     }
 
-    /// Makes an object of a migration that was not asked for by one.
-    pub(super) async fn make(&self, object: &Migration) -> Result<Migration, Unwritten> {
-        let patience = Patience::new("make a Migration");
-        let (api, name) = (self.api(&namespace(object)), object.name_any());
+    /// Makes an object of what was not asked for by one.
+    pub(super) async fn make<K: Kept>(&self, object: &K) -> Result<K, Unwritten> {
+        let patience = Patience::new("make an object");
+        let (api, name) = (self.api::<K>(&namespace(object)), object.name_any());
         loop {
             let error = match within(api.create(&PostParams::default(), object)).await {
                 Ok(made) => return Ok(made),
@@ -170,33 +221,31 @@ impl Pen {
     }
 
     /// An attempt that was given up may have made it after all.
-    async fn made_before(
+    async fn made_before<K: Kept>(
         &self,
-        api: &Api<Migration>,
+        api: &Api<K>,
         name: &str,
-        object: &Migration,
+        object: &K,
         status: kube::core::Status,
-    ) -> Result<Migration, Unwritten> {
-        let id = |object: &Migration| object.annotations().get(ID_ANNOTATION).cloned();
+    ) -> Result<K, Unwritten> {
+        let id = |object: &K| object.annotations().get(K::ID).cloned();
         match within(api.get_opt(name)).await {
-            Ok(Some(found)) if id(&found) == id(object) => {
-                let by = found.status.as_ref().and_then(|status| status.written_by.clone());
-                match by {
-                    Some(by) if by.coordinator != self.writer => Err(self.written_by_another(object, Some(by))),
-                    _ => Ok(found),
-                }
-            }
+            Ok(Some(found)) if id(&found) == id(object) => match found.written_by().cloned() {
+                Some(by) if by.coordinator != self.writer => Err(self.written_by_another(object, Some(by))),
+                _ => Ok(found),
+            },
             _ => Err(Unwritten::Refused(Box::new(Error::Api(Box::new(status))))),
         }
     }
 }
 
-/// Namespace and name of an object, for a person.
-pub(super) fn title(object: &Migration) -> String {
-    format!("{}/{}", namespace(object), object.name_any())
+/// Kind, namespace and name of an object, for a person.
+pub(super) fn title<K: Kept>(object: &K) -> String {
+    let namespace = object.namespace().map(|namespace| format!("{namespace}/")).unwrap_or_default();
+    format!("{} {namespace}{}", K::kind(&()), object.name_any())
 }
 
-pub(super) fn namespace(object: &Migration) -> String {
+pub(super) fn namespace(object: &impl Kept) -> String {
     object.namespace().unwrap_or_default()
 }
 

@@ -1,19 +1,143 @@
-//! What a Migration asks for, by itself and by the policies of its pod.
+//! What a migration of a pod asks for, by itself and by the policies of the pod.
 
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::ListParams;
+use kube::core::{Selector, SelectorExt as _};
+use kube::{Api, Client, ResourceExt as _};
 use podferry_common::{Failure, FailureCode};
 use podferry_crds::{Limits, MigrationPolicy, MigrationSpec, Strategy, Wishes};
 use podferry_proto::v1;
+use thiserror::Error;
 
-use kube::ResourceExt as _;
+use super::refused as not_done;
+use crate::store::pod_of;
 
 /// The downtime that is aimed at when nobody says one, in milliseconds.
 const DOWNTIME_BUDGET_MS: i32 = 100;
+
+/// Why the policies of a pod are not known.
+#[derive(Debug, Error)]
+pub(crate) enum PolicyError {
+    /// The API server does not say it.
+    #[error("the API server does not {action}")]
+    Api {
+        /// What.
+        action: &'static str,
+        /// Why not.
+        source: kube::Error,
+    },
+    /// One of them may or may not select it.
+    #[error("the selector of the MigrationPolicy {policy} is wrong: {why}")]
+    Selector {
+        /// Which.
+        policy: String,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+impl PolicyError {
+    /// For whoever asked for a migration.
+    pub(crate) fn failure(&self) -> Failure {
+        match self {
+            Self::Api { source, .. } => not_done("the policies of the pod cannot be read", source),
+            Self::Selector { .. } => refused(self.to_string(), "correct the policy"),
+        }
+    }
+}
+
+/// The policies that select a pod. One that is not there has no labels.
+pub(crate) async fn policies_of(
+    client: &Client,
+    namespace: &str,
+    pod: &str,
+) -> Result<Vec<MigrationPolicy>, PolicyError> {
+    let failed = |action| move |source| PolicyError::Api { action, source };
+    let policies: Api<MigrationPolicy> = Api::namespaced(client.clone(), namespace);
+    let all = policies.list(&ListParams::default()).await.map_err(failed("list the MigrationPolicies"))?.items;
+    if all.is_empty() {
+        return Ok(all);
+    }
+    let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    let found = pods.get_metadata_opt(pod).await.map_err(failed("get the pod"))?;
+    let labels = found.and_then(|pod| pod.metadata.labels).unwrap_or_default();
+    all.into_iter().filter_map(|policy| selecting(policy, &labels).transpose()).collect()
+}
+
+/// A policy, if it selects what has such labels.
+fn selecting(
+    policy: MigrationPolicy,
+    labels: &BTreeMap<String, String>,
+) -> Result<Option<MigrationPolicy>, PolicyError> {
+    match Selector::try_from(policy.spec.pod_selector.clone()) {
+        Ok(selector) => Ok(selector.matches(labels).then_some(policy)),
+        Err(error) => Err(PolicyError::Selector { policy: policy.name_any(), why: error.to_string() }),
+    }
+}
+
+/// A request that did not come from an object, as the policies of its pod have it; as it is where it is about no pod.
+///
+/// # Errors
+/// When a policy forbids it, or they are not known.
+pub(super) async fn as_policies_say(
+    client: &Client,
+    asked: &v1::MigrateRequest,
+) -> Result<v1::MigrateRequest, Failure> {
+    let Some((namespace, pod)) = pod_of(&asked.workload) else { return Ok(asked.clone()) };
+    let policies = policies_of(client, namespace, pod).await.map_err(|error| error.failure())?;
+    by_policies(asked, pod, &policies)
+}
+
+fn by_policies(
+    asked: &v1::MigrateRequest,
+    pod: &str,
+    policies: &[MigrationPolicy],
+) -> Result<v1::MigrateRequest, Failure> {
+    if policies.is_empty() {
+        return Ok(asked.clone());
+    }
+    let (pod_name, wishes) = (pod.to_owned(), wishes_of(asked));
+    let target_node = Some(asked.target.clone()).filter(|target| !target.is_empty());
+    let spec = MigrationSpec { pod_name, target_node, wishes, ..MigrationSpec::default() };
+    let mut request = request_of(asked.workload.clone(), &spec, policies)?;
+    if spec.wishes.downtime_budget_ms.map(f64::from) == Some(request.downtime_budget_ms) {
+        // It may have been asked for to a fraction of a millisecond.
+        request.downtime_budget_ms = asked.downtime_budget_ms;
+    }
+    Ok(request)
+}
+
+/// What a request says, as an object would. That the coordinator chooses is what it does when nobody says anything.
+fn wishes_of(asked: &v1::MigrateRequest) -> Wishes {
+    let strategy = match asked.strategy() {
+        v1::Strategy::Auto => None,
+        v1::Strategy::Unspecified | v1::Strategy::Warm => Some(Strategy::Warm),
+        v1::Strategy::Cold => Some(Strategy::Cold),
+        v1::Strategy::Live => Some(Strategy::Live),
+        v1::Strategy::Postcopy => Some(Strategy::PostCopy),
+        v1::Strategy::Hybrid => Some(Strategy::Hybrid),
+        v1::Strategy::Application => Some(Strategy::Application),
+    };
+    Wishes {
+        strategy,
+        downtime_budget_ms: format!("{:.0}", asked.downtime_budget_ms.ceil()).parse().ok().filter(|ms| *ms > 0),
+        bandwidth_limit: i64::try_from(asked.bandwidth_limit).ok().filter(|limit| *limit > 0),
+        verify: asked.verify.then_some(true),
+        throttle: asked.throttle.then_some(true),
+        accept_loss: asked.accept_loss.then_some(true),
+        allow_restart: asked.allow_restart.then_some(true),
+        grace_period_seconds: asked.grace_period_s.and_then(|seconds| i32::try_from(seconds).ok()),
+        compress: asked.no_compression.then_some(false),
+    }
+}
 
 /// What to ask of the coordinator's core. `policies` are those that select the pod, in any order.
 ///
 /// # Errors
 /// When a policy forbids it, or the one that is named is not among them.
-pub(super) fn request_of(
+pub(crate) fn request_of(
     workload: String,
     spec: &MigrationSpec,
     policies: &[MigrationPolicy],
@@ -124,7 +248,7 @@ fn request(workload: String, spec: &MigrationSpec, wishes: &Wishes) -> v1::Migra
     }
 }
 
-fn wire(strategy: Strategy) -> v1::Strategy {
+pub(crate) fn wire(strategy: Strategy) -> v1::Strategy {
     match strategy {
         Strategy::Auto => v1::Strategy::Auto,
         Strategy::Cold => v1::Strategy::Cold,
@@ -153,6 +277,29 @@ mod tests {
 
     fn spec() -> MigrationSpec {
         MigrationSpec { pod_name: "cart-0".to_owned(), ..MigrationSpec::default() }
+    }
+
+    #[test]
+    fn policies_count_for_a_request_that_came_from_no_object() {
+        let asked = v1::MigrateRequest {
+            workload: "shop/cart-0".to_owned(),
+            target: "b".to_owned(),
+            strategy: v1::Strategy::Auto.into(),
+            downtime_budget_ms: 49.5,
+            bandwidth_limit: 1 << 20,
+            ..v1::MigrateRequest::default()
+        };
+        let by = |policies: &[MigrationPolicy]| by_policies(&asked, "cart-0", policies);
+        assert_eq!(by(&[]).as_ref(), Ok(&asked));
+        let silent = policy("silent", Wishes::default(), Limits::default());
+        assert_eq!(by(&[silent]).as_ref(), Ok(&asked), "it is said as it was, to the fraction");
+        let defaults = Wishes { strategy: Some(Strategy::Live), verify: Some(true), ..Wishes::default() };
+        let limits = Limits { max_downtime_budget_ms: Some(60), max_bandwidth: Some(1 << 18), ..Limits::default() };
+        let said = by(&[policy("live", defaults, limits)]).unwrap();
+        assert_eq!((said.strategy(), said.verify, said.bandwidth_limit), (v1::Strategy::Live, true, 1 << 18));
+        assert_eq!((said.target.as_str(), said.downtime_budget_ms.to_bits()), ("b", 49.5_f64.to_bits()));
+        let limits = Limits { movable: Some(false), ..Limits::default() };
+        by(&[policy("stays", Wishes::default(), limits)]).unwrap_err();
     }
 
     #[test]

@@ -1,0 +1,262 @@
+//! What a `NodeEvacuation` asks for now.
+
+use std::sync::{Arc, MutexGuard, PoisonError};
+
+use jiff::Timestamp;
+use kube::runtime::controller::Action;
+use kube::runtime::reflector::ObjectRef;
+use kube::{Api, ResourceExt as _};
+use podferry_common::{Failure, FailureCode};
+use podferry_crds::{
+    EVACUATION_FINALIZER, EVACUATION_ID_ANNOTATION, NodeEvacuation, NodeEvacuationSpec, NodeEvacuationStatus, Order,
+    Strategy as Wanted,
+};
+use serde_json::json;
+
+use super::reconcile::{LATER, PENDING, REFUSED, change, failed, problem};
+use super::{Controller, ControllerError};
+use crate::access::{Action as Asked, Verb};
+use crate::api::may_pass;
+use crate::evacuation::{self, Evacuation, EvacuationId, Manner, Phase, Terms, Wish};
+use crate::pods::policy::wire;
+use crate::store::{ACCEPTED, Evacuations, FINISHED, Judgement, deadline_of, judge, reason_of, time};
+use crate::strategy::{Asked as Way, Strategy};
+
+impl Controller {
+    /// Does what an object asks for, as far as it is not done.
+    pub(super) async fn reconcile_evacuation(
+        self: Arc<Self>,
+        object: Arc<NodeEvacuation>,
+    ) -> Result<Action, ControllerError> {
+        let uid = object.uid().unwrap_or_default();
+        match self.evacuations.of_object(&uid) {
+            Some(evacuation) if evacuation.has_ended() => self.let_evacuation_go(&object).await,
+            Some(evacuation) => self.go_on_evacuating(&object, &evacuation).await,
+            // It is as it was seen long ago: what has a record is forgotten only at its end.
+            None if has_record(&object) && !Evacuations::is_at_its_end(&object) => Ok(Action::requeue(LATER)),
+            None if is_deleted(&object) || phase(&object) == REFUSED || has_record(&object) => {
+                self.let_evacuation_go(&object).await
+            }
+            None => self.begin_evacuating(&object).await,
+        }
+    }
+
+    /// An evacuation that has a record and has not ended.
+    async fn go_on_evacuating(
+        self: &Arc<Self>,
+        object: &NodeEvacuation,
+        evacuation: &Evacuation,
+    ) -> Result<Action, ControllerError> {
+        self.await_the_end(object, evacuation.id);
+        let running = evacuation.phase == Phase::Running;
+        let unwanted = object.spec.cancel || is_deleted(object);
+        if unwanted && running {
+            self.cancel_evacuation(object, evacuation).await?;
+        }
+        let deadline = object.spec.deadline.as_ref().and_then(deadline_of);
+        let second = |at: Option<Timestamp>| at.map(Timestamp::as_second);
+        if running && second(deadline) != second(evacuation.terms.deadline_at) {
+            self.evacuator.wish(evacuation.id, Wish::Deadline(deadline));
+        }
+        // Its next state changes the object.
+        Ok(Action::await_change())
+    }
+
+    async fn cancel_evacuation(&self, object: &NodeEvacuation, evacuation: &Evacuation) -> Result<(), ControllerError> {
+        let id = evacuation.id.to_string();
+        let asked = Asked::on_migration(Verb::CancelEvacuation, &id);
+        let cancelled = match self.current.admit_peer(Some(&self.peer), &asked).await {
+            Ok(core) => core.cancel_evacuation(&id, &self.peer).await,
+            Err(failure) => Err(failure),
+        };
+        match cancelled {
+            Ok(_) => Ok(()),
+            // It has ended meanwhile.
+            Err(failure) if failure.code == FailureCode::FailedPrecondition => Ok(()),
+            // The access policy forbids it, and goes on to.
+            Err(failure) if failure.code == FailureCode::PermissionDenied => {
+                self.events.refused(object, "NotCancelled", &failure).await;
+                Ok(())
+            }
+            Err(failure) => Err(ControllerError::NotCancelled(failure)),
+        }
+    }
+
+    /// Takes the finalizer away.
+    async fn let_evacuation_go(&self, object: &NodeEvacuation) -> Result<Action, ControllerError> {
+        if has_finalizer(object) {
+            let others: Vec<_> =
+                object.finalizers().iter().filter(|finalizer| *finalizer != EVACUATION_FINALIZER).collect();
+            match change(&self.node_evacuations(), object, json!({ "finalizers": others })).await {
+                Ok(_) => {}
+                Err(kube::Error::Api(status)) if status.is_not_found() => {}
+                Err(error) => return Err(failed("let a NodeEvacuation go")(error)),
+            }
+        }
+        Ok(Action::await_change())
+    }
+
+    /// A request.
+    async fn begin_evacuating(self: &Arc<Self>, object: &NodeEvacuation) -> Result<Action, ControllerError> {
+        if let Some(id) = object.annotations().get(EVACUATION_ID_ANNOTATION) {
+            return self.is_no_request_to_evacuate(object, id).await;
+        }
+        if object.spec.cancel {
+            let failure = Failure::new(FailureCode::Aborted, "it was cancelled before it began");
+            return self.refuse_evacuation(object, &failure).await;
+        }
+        let mut kept = object.clone();
+        if !has_finalizer(object) {
+            let all: Vec<_> = object.finalizers().iter().map(String::as_str).chain([EVACUATION_FINALIZER]).collect();
+            let changed = change(&self.node_evacuations(), object, json!({ "finalizers": all })).await;
+            kept = changed.map_err(failed("keep a NodeEvacuation until its end"))?;
+        }
+        let seen = |name: &str| self.seen_evacuations.get(&ObjectRef::new(name)).is_some();
+        self.evacuations.forget_all_but(seen);
+        match self.evacuate(kept.clone()).await {
+            Ok(evacuation) => {
+                self.events.evacuating(&kept, &evacuation).await;
+                self.await_the_end(&kept, evacuation.id);
+                Ok(Action::await_change())
+            }
+            Err(failure) if may_pass(&failure) => self.wait_to_evacuate(&kept, &failure).await,
+            Err(failure) => self.refuse_evacuation(&kept, &failure).await,
+        }
+    }
+
+    async fn evacuate(&self, object: NodeEvacuation) -> Result<Evacuation, Failure> {
+        let node = object.spec.node_name.clone();
+        let core = self.current.admit_peer(Some(&self.peer), &Asked::evacuate(&node)).await?;
+        let (id, terms) = (EvacuationId::new(), terms_of(&object.spec)?);
+        self.evacuations.claim(id, object);
+        let begun = core.evacuate_on(id, &node, terms, &self.peer).await;
+        if begun.is_err() {
+            self.evacuations.unclaim(id);
+        }
+        begun
+    }
+
+    /// An object that the coordinator has made itself gets its record in a moment, or its coordinator was stopped before that.
+    async fn is_no_request_to_evacuate(&self, object: &NodeEvacuation, id: &str) -> Result<Action, ControllerError> {
+        if id.parse().is_ok_and(|id| self.evacuations.is_known(id)) {
+            return Ok(Action::requeue(LATER));
+        }
+        let message = "the coordinator was stopped before the evacuation was recorded";
+        let failure = Failure::new(FailureCode::Aborted, message).remedy("ask for it again");
+        self.refuse_evacuation(object, &failure).await
+    }
+
+    /// Says that it will never begin.
+    async fn refuse_evacuation(&self, object: &NodeEvacuation, failure: &Failure) -> Result<Action, ControllerError> {
+        let mut status = said(object, REFUSED, failure);
+        let (generation, message) = (object.metadata.generation, failure.to_string());
+        for (kind, holds, reason) in [(ACCEPTED, false, reason_of(failure)), (FINISHED, true, "Refused".to_owned())] {
+            let found = Judgement { kind, holds: Some(holds), reason, message: message.clone() };
+            judge(&mut status.conditions, generation, found);
+        }
+        status.completed_at = Some(time(Timestamp::now()));
+        let object = self.evacuations.mark(object.clone(), status).await?;
+        self.events.refused(&object, "Refused", failure).await;
+        Ok(Action::await_change())
+    }
+
+    /// Says why it does not begin yet. It is told once as long as it is the same.
+    async fn wait_to_evacuate(&self, object: &NodeEvacuation, failure: &Failure) -> Result<Action, ControllerError> {
+        let told = object.status.as_ref();
+        if told.is_none_or(|status| status.phase != PENDING || status.reason != failure.to_string()) {
+            let mut status = said(object, PENDING, failure);
+            let (kind, reason, message) = (ACCEPTED, reason_of(failure), failure.to_string());
+            judge(&mut status.conditions, object.metadata.generation, Judgement { kind, holds: None, reason, message });
+            let object = self.evacuations.mark(object.clone(), status).await?;
+            self.events.refused(&object, "Waiting", failure).await;
+        }
+        Ok(Action::requeue(LATER))
+    }
+
+    /// Tells the end, unless somebody does already.
+    fn await_the_end(self: &Arc<Self>, object: &NodeEvacuation, id: EvacuationId) {
+        let Some(mut view) = self.evacuator.watch(id) else { return };
+        if !self.awaited().insert(id) {
+            return;
+        }
+        let (controller, object) = (Arc::clone(self), object.clone());
+        tokio::spawn(async move {
+            let ended = view.wait_for(Evacuation::has_ended).await.map(|ended| ended.clone());
+            // A driver that is gone without an end goes on in the next process.
+            if let Ok(ended) = ended {
+                controller.events.evacuated(&object, &ended).await;
+            }
+            controller.awaited().remove(&id);
+        });
+    }
+
+    fn awaited(&self) -> MutexGuard<'_, std::collections::HashSet<EvacuationId>> {
+        self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn node_evacuations(&self) -> Api<NodeEvacuation> {
+        Api::all(self.client.clone())
+    }
+}
+
+/// What an object asks for.
+///
+/// # Errors
+/// When it makes no sense.
+fn terms_of(spec: &NodeEvacuationSpec) -> Result<Terms, Failure> {
+    let wishes = &spec.wishes;
+    let said = |flag: Option<bool>| flag.unwrap_or_default();
+    let strategy: Option<Strategy> = match Way::of(wire(wishes.strategy.unwrap_or(Wanted::Auto)).into())? {
+        Way::Auto => None,
+        Way::This(strategy) => Some(strategy),
+    };
+    Ok(Terms {
+        strategy,
+        accept_loss: said(wishes.accept_loss),
+        allow_restart: said(wishes.allow_restart),
+        deadline_at: spec.deadline.as_ref().and_then(deadline_of),
+        priorities: std::collections::BTreeMap::new(),
+        concurrency: usize::try_from(spec.max_concurrent).ok().filter(|count| *count > 0),
+        bandwidth_limit: wishes.bandwidth_limit.and_then(|limit| u64::try_from(limit).ok()).unwrap_or_default(),
+        manner: Manner {
+            downtime_budget_ms: wishes.downtime_budget_ms.map_or(0.0, f64::from),
+            verify: said(wishes.verify),
+            throttle: said(wishes.throttle),
+            grace_period_s: wishes.grace_period_seconds.and_then(|seconds| u32::try_from(seconds).ok()),
+            no_compression: wishes.compress == Some(false),
+        },
+        order: match spec.order {
+            Order::HighestPriorityFirst => evacuation::Order::HighestFirst,
+            Order::LowestPriorityFirst => evacuation::Order::LowestFirst,
+        },
+        selector: spec.pod_selector.clone(),
+        cordon: spec.cordon,
+    })
+}
+
+fn is_deleted(object: &NodeEvacuation) -> bool {
+    object.metadata.deletion_timestamp.is_some()
+}
+
+fn phase(object: &NodeEvacuation) -> &str {
+    object.status.as_ref().map_or("", |status| status.phase.as_str())
+}
+
+fn has_record(object: &NodeEvacuation) -> bool {
+    object.status.as_ref().is_some_and(|status| status.record.is_some())
+}
+
+fn has_finalizer(object: &NodeEvacuation) -> bool {
+    object.finalizers().iter().any(|finalizer| finalizer == EVACUATION_FINALIZER)
+}
+
+/// The status of an object that has no evacuation, with the reason why.
+fn said(object: &NodeEvacuation, phase: &str, failure: &Failure) -> NodeEvacuationStatus {
+    NodeEvacuationStatus {
+        observed_generation: object.metadata.generation,
+        phase: phase.to_owned(),
+        reason: failure.to_string(),
+        problem: Some(problem(failure)),
+        ..object.status.clone().unwrap_or_default()
+    }
+}
