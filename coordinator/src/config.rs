@@ -226,9 +226,13 @@ freeze = 0.5
         let alone = GOOD.replace("inventory = \"/etc/podferry/inventory.toml\"\n", "");
         assert!(load(&alone).unwrap_err().contains("an inventory or, in Kubernetes, [kubernetes]"));
         let kubernetes = load(&format!("{alone}\n[kubernetes]\n")).unwrap().kubernetes.unwrap();
-        let KubernetesConfig { namespace, lease, kubeconfig, agent_port } = kubernetes;
+        let KubernetesConfig { namespace, lease, kubeconfig, agent_port, evacuate_on } = kubernetes;
         assert_eq!((namespace.as_str(), lease.as_str(), kubeconfig), ("podferry", "podferry-coordinator", None));
-        assert_eq!(agent_port, 7443);
+        assert_eq!((agent_port, evacuate_on), (7443, Vec::new()));
+        let notices = "[kubernetes]\nevacuate_on = [{ taint = \"spot\", deadline_s = 110 }]\n";
+        let kubernetes = load(&format!("{alone}\n{notices}")).unwrap().kubernetes.unwrap();
+        let spot = crate::kubernetes::Notice { taint: "spot".to_owned(), deadline_s: 110, accept_loss: false };
+        assert_eq!(kubernetes.evacuate_on, [spot]);
     }
 
     #[test]

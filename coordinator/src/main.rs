@@ -113,8 +113,9 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     tracing::info!(address = %incoming.local_addr()?, peer = %identity.peer(), open_migrations = open, "listening");
 
     let evacuator = core.evacuator().clone();
-    let current = match cluster {
-        Some((_, watched)) => Current::watching(core, watched),
+    let watched = cluster.map(|(_, watched)| watched);
+    let current = match watched.clone() {
+        Some(watched) => Current::watching(core, watched),
         None => Current::new(core, config.inventory.clone().unwrap_or_default()),
     };
     let evacuations = evacuator.recover().await?;
@@ -125,7 +126,7 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
         export(address, &metrics, &runner, current.clone()).await?;
     }
     tokio::spawn(stop_on_signal(signals, evacuator.clone(), runner.clone()));
-    leading.work(&current, &evacuator, &runner, &stop);
+    leading.work(&current, &evacuator, &runner, watched, &stop);
     let served = tokio::select! {
         served = serve_all(current, incoming, rest, stop.clone()) => served,
         // Requests under way are finished, but a caller that does not read its answer keeps nobody from stopping.

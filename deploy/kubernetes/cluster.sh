@@ -113,6 +113,7 @@ key = "key.pem"
 
 [kubernetes]
 kubeconfig = "kubeconfig"
+evacuate_on = [{ taint = "aws-node-termination-handler/spot-itn", deadline_s = 110 }]
 TOML
 }
 

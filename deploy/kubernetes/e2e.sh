@@ -29,6 +29,7 @@ readonly CASES=(
     two_pods_move_at_once
     an_object_moves_a_pod_and_tells_what_became_of_it
     an_object_empties_a_node_but_for_what_a_policy_keeps
+    a_node_that_is_marked_to_go_is_emptied
     a_node_is_drained
     it_leaves_nothing
 )
@@ -484,6 +485,36 @@ an_object_empties_a_node_but_for_what_a_policy_keeps() {
     kube delete nodeevacuation empty
     kube delete migrationpolicy stays
     for one in goes stays; do kube delete pod "$(pod_of "$one")" --wait=false; done
+}
+
+SPOT=aws-node-termination-handler/spot-itn
+
+notices() { kube get nodeevacuations -l podferry.dev/notice-node -o name; }
+notices_are() { [[ $(notices | wc -l) == "$1" ]]; }
+
+a_node_that_is_marked_to_go_is_emptied() {
+    local from found
+    from=$(node_of busy)
+    kube taint node "$from" "$SPOT=soon:NoSchedule"
+    until_true notices_are 1
+    found=$(notices)
+    PATIENCE=110 until_true is_on busy "$(other "$from")"
+    PATIENCE=110 until_true evacuation_is "${found#*/}" complete
+    # Once for as long as it is there, whoever leads.
+    kill_the_coordinator
+    until_true all_fit
+    sleep 3
+    notices_are 1
+    kube taint node "$from" "$SPOT-"
+    until_true notices_are 0
+    # The next one is another.
+    kube taint node "$from" "$SPOT=again:NoSchedule"
+    until_true notices_are 1
+    [[ $(notices) != "$found" ]]
+    PATIENCE=110 until_true evacuation_is "$(basename "$(notices)")" complete
+    kube taint node "$from" "$SPOT-"
+    until_true notices_are 0
+    kube delete nodeevacuations --all
 }
 
 a_node_is_drained() {

@@ -67,6 +67,10 @@ pub struct NodeEvacuationSpec {
     /// Set it to begin no more migrations and undo those that are not committed yet. It cannot be taken back.
     #[serde(default)]
     pub cancel: bool,
+    /// Seconds after its end after which this object is deleted; it stays when there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0))]
+    pub ttl_seconds_after_finished: Option<i32>,
 }
 
 fn yes() -> bool {

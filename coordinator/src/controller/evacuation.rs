@@ -13,7 +13,7 @@ use podferry_crds::{
 };
 use serde_json::json;
 
-use super::reconcile::{LATER, PENDING, REFUSED, change, failed, problem};
+use super::reconcile::{LATER, PENDING, REFUSED, change, delete_when_due, failed, problem};
 use super::{Controller, ControllerError};
 use crate::access::{Action as Asked, Verb};
 use crate::api::may_pass;
@@ -30,12 +30,15 @@ impl Controller {
     ) -> Result<Action, ControllerError> {
         let uid = object.uid().unwrap_or_default();
         match self.evacuations.of_object(&uid) {
-            Some(evacuation) if evacuation.has_ended() => self.let_evacuation_go(&object).await,
+            // An object says its end before the store knows of it.
+            Some(evacuation) if evacuation.has_ended() || Evacuations::is_at_its_end(&object) => {
+                self.after_an_evacuation(&object).await
+            }
             Some(evacuation) => self.go_on_evacuating(&object, &evacuation).await,
             // It is as it was seen long ago: what has a record is forgotten only at its end.
             None if has_record(&object) && !Evacuations::is_at_its_end(&object) => Ok(Action::requeue(LATER)),
             None if is_deleted(&object) || phase(&object) == REFUSED || has_record(&object) => {
-                self.let_evacuation_go(&object).await
+                self.after_an_evacuation(&object).await
             }
             None => self.begin_evacuating(&object).await,
         }
@@ -80,6 +83,15 @@ impl Controller {
             }
             Err(failure) => Err(ControllerError::NotCancelled(failure)),
         }
+    }
+
+    /// An object that nobody needs any more stays only as long as it is to.
+    async fn after_an_evacuation(&self, object: &NodeEvacuation) -> Result<Action, ControllerError> {
+        if has_finalizer(object) {
+            return self.let_evacuation_go(object).await;
+        }
+        let ended = object.status.as_ref().and_then(|status| status.completed_at.as_ref());
+        delete_when_due(&self.node_evacuations(), object, object.spec.ttl_seconds_after_finished, ended).await
     }
 
     /// Takes the finalizer away.

@@ -11,6 +11,7 @@
 mod evacuation;
 mod events;
 mod follow;
+mod notices;
 mod reconcile;
 
 use std::collections::HashSet;
@@ -32,6 +33,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::Current;
 use crate::evacuation::{EvacuationId, Evacuator};
+use crate::kubernetes::Notice;
+use crate::pods::Watched;
 use crate::runner::Runner;
 use crate::store::{Evacuations, Objects, StoreError};
 use events::Events;
@@ -58,6 +61,8 @@ pub struct Parts {
     pub evacuator: Evacuator,
     /// The migrations as they go on.
     pub runner: Runner,
+    /// What is seen of the cluster, and the taints upon which a node is evacuated; none when the inventory is a file.
+    pub notices: Option<(Watched, Vec<Notice>)>,
     /// What this process is called in events.
     pub name: String,
     /// Ends it.
@@ -105,7 +110,7 @@ enum ControllerError {
 
 /// Does what objects ask for, until it is stopped.
 pub async fn run(parts: Parts) {
-    let Parts { client, objects, evacuations, current, evacuator, runner, name, stop } = parts;
+    let Parts { client, objects, evacuations, current, evacuator, runner, notices, name, stop } = parts;
     let peer = match Peer::client(CLIENT) {
         Ok(peer) => peer,
         Err(error) => return tracing::error!(%error, "nothing is taken from an object"),
@@ -115,7 +120,7 @@ pub async fn run(parts: Parts) {
     let (events, seen) = (Events::new(client.clone(), name), migrations.store());
     let (followed, awaited) = (Mutex::default(), Mutex::default());
     let controller = Arc::new(Controller {
-        client,
+        client: client.clone(),
         objects,
         evacuations,
         current,
@@ -138,7 +143,12 @@ pub async fn run(parts: Parts) {
         |object, error, _| look_again(&*object, error),
         controller,
     );
-    tokio::join!(looks.for_each(looked), looks_at_nodes.for_each(looked));
+    let answers = async {
+        if let Some((watched, wanted)) = notices {
+            notices::answer(client, watched, wanted, stop).await;
+        }
+    };
+    tokio::join!(looks.for_each(looked), looks_at_nodes.for_each(looked), answers);
 }
 
 /// A watch of all objects of a kind.

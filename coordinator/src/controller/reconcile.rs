@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::runtime::controller::Action;
 use kube::runtime::reflector::ObjectRef;
@@ -95,18 +96,8 @@ impl Controller {
         if has_finalizer(object) {
             return self.let_go(object).await;
         }
-        let Some(due) = due(object) else { return Ok(Action::await_change()) };
-        let left = due.duration_since(Timestamp::now());
-        if left.is_positive() {
-            return Ok(Action::requeue(left.unsigned_abs()));
-        }
-        let preconditions = Preconditions { uid: object.uid(), resource_version: None };
-        let parameters = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
-        match self.api(object).delete(&object.name_any(), &parameters).await {
-            Ok(_) => Ok(Action::await_change()),
-            Err(kube::Error::Api(status)) if status.is_not_found() || status.code == 409 => Ok(Action::await_change()),
-            Err(error) => Err(failed("delete a Migration that has ended")(error)),
-        }
+        let ended = object.status.as_ref().and_then(|status| status.completed_at.as_ref());
+        delete_when_due(&self.api(object), object, object.spec.ttl_seconds_after_finished, ended).await
     }
 
     /// Takes the finalizer away.
@@ -264,14 +255,34 @@ fn has_finalizer(object: &Migration) -> bool {
     object.finalizers().iter().any(|finalizer| finalizer == FINALIZER)
 }
 
-/// When an object is to be deleted that has ended; none when it stays, or is being deleted.
-fn due(object: &Migration) -> Option<Timestamp> {
-    if object.metadata.deletion_timestamp.is_some() {
-        return None;
+/// Deletes an object that has ended so many seconds ago; looks again when there is time left.
+pub(super) async fn delete_when_due<K>(
+    api: &Api<K>,
+    object: &K,
+    ttl: Option<i32>,
+    ended: Option<&Time>,
+) -> Result<Action, ControllerError>
+where
+    K: Resource + Clone + Debug + DeserializeOwned,
+{
+    let due = due(ttl, ended).filter(|_| object.meta().deletion_timestamp.is_none());
+    let Some(due) = due else { return Ok(Action::await_change()) };
+    let left = due.duration_since(Timestamp::now());
+    if left.is_positive() {
+        return Ok(Action::requeue(left.unsigned_abs()));
     }
-    let ttl = object.spec.ttl_seconds_after_finished?;
-    let ended = object.status.as_ref()?.completed_at.as_ref()?.0.as_second();
-    Timestamp::from_second(ended.saturating_add(ttl.into())).ok()
+    let preconditions = Preconditions { uid: object.uid(), resource_version: None };
+    let parameters = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
+    match api.delete(&object.name_any(), &parameters).await {
+        Ok(_) => Ok(Action::await_change()),
+        Err(kube::Error::Api(status)) if status.is_not_found() || status.code == 409 => Ok(Action::await_change()),
+        Err(error) => Err(failed("delete an object that has ended")(error)),
+    }
+}
+
+/// When what has ended is to be deleted; none when it stays, or has not ended.
+fn due(ttl: Option<i32>, ended: Option<&Time>) -> Option<Timestamp> {
+    Timestamp::from_second(ended?.0.as_second().saturating_add(ttl?.into())).ok()
 }
 
 /// A failure, in parts.
@@ -300,18 +311,13 @@ fn said(object: &Migration, phase: &str, failure: &Failure) -> MigrationStatus {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use podferry_crds::MigrationSpec;
 
     #[test]
     fn an_ended_migration_is_due_when_its_time_has_passed() {
-        let spec = MigrationSpec { ttl_seconds_after_finished: Some(60), ..MigrationSpec::default() };
-        let mut object = Migration::new("one", spec);
-        assert_eq!(due(&object), None, "it has not ended");
-        let ended = Timestamp::from_second(1_000_000).unwrap();
-        object.status = Some(MigrationStatus { completed_at: Some(time(ended)), ..MigrationStatus::default() });
-        assert_eq!(due(&object), Timestamp::from_second(1_000_060).ok());
-        object.spec.ttl_seconds_after_finished = None;
-        assert_eq!(due(&object), None, "it stays");
+        assert_eq!(due(Some(60), None), None, "it has not ended");
+        let ended = time(Timestamp::from_second(1_000_000).unwrap());
+        assert_eq!(due(Some(60), Some(&ended)), Timestamp::from_second(1_000_060).ok());
+        assert_eq!(due(None, Some(&ended)), None, "it stays");
     }
 
     #[test]

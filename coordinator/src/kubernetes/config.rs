@@ -22,6 +22,23 @@ pub struct KubernetesConfig {
     /// The port of the agents, at their nodes' own addresses.
     #[serde(default = "agent_port")]
     pub agent_port: u16,
+    /// Taints that say that a node will be gone: it is evacuated then.
+    #[serde(default)]
+    pub evacuate_on: Vec<Notice>,
+}
+
+/// A taint that says that a node will be gone.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Notice {
+    /// Its key.
+    pub taint: String,
+    /// How many seconds after it the node is gone; 0: nobody knows.
+    #[serde(default)]
+    pub deadline_s: u32,
+    /// Whether pods may be moved by post-copy in a hurry, with its risk.
+    #[serde(default)]
+    pub accept_loss: bool,
 }
 
 fn namespace() -> String {

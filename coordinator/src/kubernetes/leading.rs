@@ -9,10 +9,11 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::leader::process_name;
-use super::{ConnectError, KubernetesConfig, Leader, LeaderError, connect};
+use super::{ConnectError, KubernetesConfig, Leader, LeaderError, Notice, connect};
 use crate::api::Current;
 use crate::controller::{self, Parts};
 use crate::evacuation::Evacuator;
+use crate::pods::Watched;
 use crate::runner::Runner;
 use crate::store::{Evacuations, Objects, Store, StoreError};
 
@@ -28,6 +29,7 @@ struct Cluster {
     /// What this process is called, as no other one ever is.
     name: String,
     lease: JoinHandle<Result<Leader, LeaderError>>,
+    evacuate_on: Vec<Notice>,
     records: Option<(Objects, Evacuations)>,
     controller: Option<JoinHandle<()>>,
 }
@@ -66,7 +68,8 @@ impl Leading {
         let namespace = config.namespace.clone();
         let lease = tokio::spawn(leader.keep(stop.clone()));
         let (records, controller) = (None, None);
-        Ok(Some(Self(Some(Cluster { client, namespace, name, lease, records, controller }))))
+        let evacuate_on = config.evacuate_on.clone();
+        Ok(Some(Self(Some(Cluster { client, namespace, name, lease, evacuate_on, records, controller }))))
     }
 
     /// The connection to its API server, if there is a cluster.
@@ -89,8 +92,15 @@ impl Leading {
         Ok(Store::in_kubernetes(objects, evacuations))
     }
 
-    /// Begins to do what objects ask for.
-    pub fn work(&mut self, current: &Current, evacuator: &Evacuator, runner: &Runner, stop: &CancellationToken) {
+    /// Begins to do what objects ask for, and what taints of nodes do, of what is `watched`.
+    pub fn work(
+        &mut self,
+        current: &Current,
+        evacuator: &Evacuator,
+        runner: &Runner,
+        watched: Option<Watched>,
+        stop: &CancellationToken,
+    ) {
         let Some(cluster) = &mut self.0 else { return };
         if let Some((objects, evacuations)) = cluster.records.clone() {
             cluster.controller = Some(tokio::spawn(controller::run(Parts {
@@ -100,6 +110,7 @@ impl Leading {
                 current: current.clone(),
                 evacuator: evacuator.clone(),
                 runner: runner.clone(),
+                notices: watched.map(|watched| (watched, cluster.evacuate_on.clone())),
                 name: cluster.name.clone(),
                 stop: stop.clone(),
             })));

@@ -140,6 +140,19 @@ impl Watched {
         *self.changed.borrow()
     }
 
+    /// Tells of every change.
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// All nodes that take part: uid, name, and the keys of their taints. None before all have been read.
+    pub(crate) fn tainted(&self) -> Vec<(String, NodeName, Vec<String>)> {
+        let seen = self.lock();
+        let keys = |node: &Node| node.traits.taints.iter().map(|taint| taint.key.clone()).collect();
+        let nodes = seen.nodes.there.iter().filter(|_| seen.nodes.whole);
+        nodes.map(|(uid, node)| (uid.clone(), node.name.clone(), keys(node))).collect()
+    }
+
     /// Waits until nodes and pods have been read once.
     pub async fn is_whole(&self) {
         let mut changes = self.changed.subscribe();

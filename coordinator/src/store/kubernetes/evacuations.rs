@@ -344,6 +344,7 @@ fn spec_of(evacuation: &Evacuation) -> NodeEvacuationSpec {
         pod_selector: terms.selector.clone(),
         wishes,
         cancel: false,
+        ttl_seconds_after_finished: None,
     }
 }
 
