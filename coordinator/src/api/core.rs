@@ -36,6 +36,8 @@ pub(crate) struct Bounds<'a> {
     pub(crate) refused_by: &'a [NodeName],
     /// Kubernetes: the request is as the policies of its pod have it.
     pub(crate) by_policies: bool,
+    /// The same is wished of other workloads, too.
+    pub(crate) of_many: bool,
 }
 
 /// A workload that somebody wants to be moved, and what is seen of the nodes.
@@ -240,7 +242,7 @@ impl Core {
             Some(pods) => {
                 // What makes no sense is nobody's default.
                 wishes(request)?;
-                Some(pods.as_policies_say(request).await?)
+                Some(pods.as_policies_say(request, bounds.of_many).await?)
             }
             None => None,
         };

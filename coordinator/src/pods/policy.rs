@@ -77,36 +77,60 @@ fn selecting(
     }
 }
 
-/// A request that did not come from an object, as the policies of its pod have it; as it is where it is about no pod.
+/// A request that did not come from an object, as the policies of its pod have it; as it is where it is about no pod. `of_many`: the same was
+/// wished of other pods, too, and gives way to what a policy does not allow of this one.
 ///
 /// # Errors
 /// When a policy forbids it, or they are not known.
 pub(super) async fn as_policies_say(
     client: &Client,
     asked: &v1::MigrateRequest,
+    of_many: bool,
 ) -> Result<v1::MigrateRequest, Failure> {
     let Some((namespace, pod)) = pod_of(&asked.workload) else { return Ok(asked.clone()) };
     let policies = policies_of(client, namespace, pod).await.map_err(|error| error.failure())?;
-    by_policies(asked, pod, &policies)
+    by_policies(asked, pod, &policies, of_many)
 }
 
 fn by_policies(
     asked: &v1::MigrateRequest,
     pod: &str,
     policies: &[MigrationPolicy],
+    of_many: bool,
 ) -> Result<v1::MigrateRequest, Failure> {
     if policies.is_empty() {
         return Ok(asked.clone());
     }
-    let (pod_name, wishes) = (pod.to_owned(), wishes_of(asked));
+    let (pod_name, mut wishes) = (pod.to_owned(), wishes_of(asked));
+    let budget_ms = wishes.downtime_budget_ms.map(f64::from);
+    for policy in policies.iter().filter(|_| of_many) {
+        give_way(&mut wishes, &policy.spec.limits);
+    }
     let target_node = Some(asked.target.clone()).filter(|target| !target.is_empty());
     let spec = MigrationSpec { pod_name, target_node, wishes, ..MigrationSpec::default() };
     let mut request = request_of(asked.workload.clone(), &spec, policies)?;
-    if spec.wishes.downtime_budget_ms.map(f64::from) == Some(request.downtime_budget_ms) {
+    if budget_ms == Some(request.downtime_budget_ms) {
         // It may have been asked for to a fraction of a millisecond.
         request.downtime_budget_ms = asked.downtime_budget_ms;
     }
     Ok(request)
+}
+
+fn give_way(wishes: &mut Wishes, limits: &Limits) {
+    if limits.allow_loss == Some(false) {
+        wishes.accept_loss = None;
+        if matches!(wishes.strategy, Some(Strategy::PostCopy | Strategy::Hybrid)) {
+            // The fastest that risks nothing, which knows none of the others' wishes.
+            let Wishes { bandwidth_limit, compress, .. } = *wishes;
+            *wishes = Wishes { strategy: Some(Strategy::Warm), bandwidth_limit, compress, ..Wishes::default() };
+        }
+    }
+    if limits.allow_restart == Some(false) && wishes.allow_restart.take().is_some() {
+        wishes.grace_period_seconds = None;
+    }
+    if let (Some(most), Some(asked)) = (limits.max_downtime_budget_ms, wishes.downtime_budget_ms) {
+        wishes.downtime_budget_ms = Some(asked.min(most));
+    }
 }
 
 /// What a request says, as an object would. That the coordinator chooses is what it does when nobody says anything.
@@ -289,7 +313,7 @@ mod tests {
             bandwidth_limit: 1 << 20,
             ..v1::MigrateRequest::default()
         };
-        let by = |policies: &[MigrationPolicy]| by_policies(&asked, "cart-0", policies);
+        let by = |policies: &[MigrationPolicy]| by_policies(&asked, "cart-0", policies, false);
         assert_eq!(by(&[]).as_ref(), Ok(&asked));
         let silent = policy("silent", Wishes::default(), Limits::default());
         assert_eq!(by(&[silent]).as_ref(), Ok(&asked), "it is said as it was, to the fraction");
@@ -300,6 +324,33 @@ mod tests {
         assert_eq!((said.target.as_str(), said.downtime_budget_ms.to_bits()), ("b", 49.5_f64.to_bits()));
         let limits = Limits { movable: Some(false), ..Limits::default() };
         by(&[policy("stays", Wishes::default(), limits)]).unwrap_err();
+    }
+
+    #[test]
+    fn what_is_wished_of_many_pods_gives_way_to_the_policy_of_one() {
+        let limits = Limits {
+            allow_loss: Some(false),
+            allow_restart: Some(false),
+            max_downtime_budget_ms: Some(50),
+            ..Limits::default()
+        };
+        let policies = [policy("careful", Wishes::default(), limits)];
+        let asked = v1::MigrateRequest {
+            workload: "shop/cart-0".to_owned(),
+            strategy: v1::Strategy::Auto.into(),
+            downtime_budget_ms: 200.0,
+            accept_loss: true,
+            allow_restart: true,
+            grace_period_s: Some(5),
+            ..v1::MigrateRequest::default()
+        };
+        by_policies(&asked, "cart-0", &policies, false).unwrap_err();
+        let said = by_policies(&asked, "cart-0", &policies, true).unwrap();
+        assert_eq!((said.strategy(), said.accept_loss, said.allow_restart), (v1::Strategy::Auto, false, false));
+        assert_eq!((said.grace_period_s, said.downtime_budget_ms.to_bits()), (None, 50.0_f64.to_bits()));
+        let hurried = v1::MigrateRequest { strategy: v1::Strategy::Postcopy.into(), ..asked };
+        let said = by_policies(&hurried, "cart-0", &policies, true).unwrap();
+        assert_eq!((said.strategy(), said.downtime_budget_ms.to_bits()), (v1::Strategy::Warm, 0.0_f64.to_bits()));
     }
 
     #[test]

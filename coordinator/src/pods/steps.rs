@@ -64,12 +64,16 @@ impl Pods {
         Ok(!self.api(namespace).list_metadata(&wanted).await?.items.is_empty())
     }
 
-    /// A request as the policies of its pod have it.
+    /// A request as the policies of its pod have it. `of_many`: the same was wished of other pods, too.
     ///
     /// # Errors
     /// When a policy forbids it, or they cannot be read.
-    pub(crate) async fn as_policies_say(&self, asked: &v1::MigrateRequest) -> Result<v1::MigrateRequest, Failure> {
-        policy::as_policies_say(&self.client, asked).await
+    pub(crate) async fn as_policies_say(
+        &self,
+        asked: &v1::MigrateRequest,
+        of_many: bool,
+    ) -> Result<v1::MigrateRequest, Failure> {
+        policy::as_policies_say(&self.client, asked, of_many).await
     }
 
     /// Marks a node unschedulable. Idempotent.

@@ -115,7 +115,7 @@ impl Core {
             .narrow(who, &Action { source: Some(evacuation.node.as_str()), ..Action::migrate(workload.as_str(), "") })
             .await?;
         let refused_by = evacuation.entry(workload).map(|entry| entry.refused_by.as_slice()).unwrap_or_default();
-        let bounds = Bounds { source: Some(&evacuation.node), refused_by, ..Bounds::default() };
+        let bounds = Bounds { source: Some(&evacuation.node), refused_by, of_many: true, ..Bounds::default() };
         self.migrate_again(MigrationId::new(), &request, who, bounds).await
     }
 
