@@ -43,6 +43,9 @@ pods_log() { kubectl --namespace podferry logs "daemonset/podferry-$1" --contain
 says() { pods_log "$1" "$2" | grep -q "$3"; }
 has_handler() { cluster exec "$1" -- test -e /etc/containerd/conf.d/podferry.toml; }
 
+has_labels() { [[ $(kubectl get node "$1" --output json | jq -r '.metadata.labels["podferry.dev/strategy-live"]') == true ]]; }
+no_labels() { [[ $(kubectl get nodes --selector podferry.dev/strategy-warm --output name) == '' ]]; }
+
 # Of podferry's; pods that end count as long as they are there.
 no_objects() {
     local found
@@ -81,6 +84,7 @@ prepare() {
 }
 
 install_chart() {
+    local node
     helm install podferry "$CHART" --namespace podferry --set "image.repository=${image%:*},image.tag=${image##*:}" \
         --set image.pullPolicy=Never,install.restart=never,uninstall.waitSeconds=5 >&2
     kubectl label nodes node-a node-b podferry.dev/enabled=true >&2
@@ -90,6 +94,8 @@ install_chart() {
     until_true says agent certificates 'issued .*agent.podferry.internal'
     passed 'each node gets a certificate of its own'
     restart_containerd
+    for node in node-a node-b; do PATIENCE=120 until_true has_labels $node; done
+    passed 'the coordinator hears of both agents what they can do, and labels their nodes'
 }
 
 opt_out() {
@@ -117,6 +123,7 @@ uninstall_chart() {
         files_of "$node" >"$work/$node.after"
         diff "$work/$node.before" "$work/$node.after" >&2 || die "$node is not as it was"
     done
+    no_labels || die 'nodes still say what they can do'
     passed 'helm uninstall leaves all nodes as they were'
     until_true no_objects
     passed 'and no objects but the definitions'

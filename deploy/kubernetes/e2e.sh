@@ -110,8 +110,12 @@ has_left() { ! kube get pod "$2" && is_ready "$1"; }
 digest() { on node-a podferry-bench redis-digest --target "$(address_of "$1"):6379" | jq -re .digest; }
 fill() { on node-a podferry-bench redis-fill --target "$(address_of "$1"):6379" --mib "$2"; }
 
+can() { [[ $(kube get node "$1" -o json | jq -r --arg name "podferry.dev/strategy-$2" '.metadata.labels[$name]') == true ]]; }
+
 nodes_are_fit_and_pods_are_workloads() {
     until_true all_fit
+    until_true can node-a live
+    until_true can node-b postcopy
     settings
     bare one 'nodeName: node-a' | kube apply -f -
     until_true is_ready one
@@ -532,6 +536,9 @@ is_on() { [[ $(node_of "$1") == "$2" ]] && is_ready "$1"; }
 
 it_leaves_nothing() {
     local node
+    # A node that takes part no more is not said to.
+    kube label node node-a podferry.dev/enabled-
+    PATIENCE=90 until_true not can node-a warm
     kube delete deployment --all
     kube delete pod --all
     until_true no_pods

@@ -9,7 +9,7 @@
 //! - [`application`]: and how a new instance takes the place of an old one.
 //!
 //! The modules of that name hold no code: their documentation is the specification of the service. `json`, with the feature of
-//! that name, is how its answers look in JSON.
+//! that name, is how its answers look in JSON; [`strategies`] is what a node's words mean for the ways to move a workload.
 
 pub mod agent;
 pub mod application;
@@ -19,6 +19,7 @@ pub mod evacuation;
 pub mod fetch;
 #[cfg(feature = "json")]
 pub mod json;
+pub mod strategies;
 pub mod transfer;
 mod version;
 

@@ -8,6 +8,7 @@ use indicatif::HumanBytes;
 use podferry_common::Failure;
 use podferry_common::identity::IdentityFiles;
 use podferry_proto::json::{evacuated_state, evacuation_phase};
+use podferry_proto::strategies::offered;
 use podferry_proto::v1::{EvacuatedWorkload, Evacuation, Migration, Node, Phase, Workload};
 
 use super::{Authority, DrainReport, Hurried, Issued};
@@ -54,22 +55,9 @@ fn state(node: &Node) -> &'static str {
     }
 }
 
-/// The strategies that pay on a node: what it takes part in, without those that its agent or its kernel has nothing for.
 fn strategies(node: &Node) -> String {
-    let has = |feature: &str| node.features.iter().any(|name| name == feature);
-    let tracks = has("kernel:write_tracking");
-    let post_copy = has("agent:post_copy");
-    let (fit, cold, application) = (node.fit, has("agent:cold"), has("agent:application"));
-    let offered = [
-        ("cold", cold),
-        ("warm", fit),
-        ("live", fit && tracks),
-        ("postcopy", fit && post_copy),
-        ("hybrid", fit && tracks && post_copy),
-        ("application", application),
-    ];
-    let words: Vec<_> = offered.iter().filter(|(_, can)| node.reachable && *can).map(|(name, _)| *name).collect();
-    or_dash(&words.join(","))
+    let offered = if node.reachable { offered(node.fit, &node.features) } else { Vec::new() };
+    or_dash(&offered.join(","))
 }
 
 /// The nodes, one a row.

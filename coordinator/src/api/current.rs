@@ -7,6 +7,7 @@ use std::time::Duration;
 use podferry_common::identity::Peer;
 use podferry_common::tls::PeerInfo;
 use podferry_common::{Failure, FailureCode, chain};
+use podferry_proto::v1;
 
 use super::Core;
 use crate::FileError;
@@ -73,6 +74,11 @@ impl Current {
         let core = self.now();
         core.gate().pass(peer, action).await?;
         Ok(core)
+    }
+
+    /// All nodes, and what their agents say now: for the coordinator itself, which needs nobody's leave.
+    pub(crate) async fn nodes(&self) -> Vec<v1::Node> {
+        self.now().nodes().await
     }
 
     /// Takes down again and again which agents answer, until it is dropped.

@@ -11,6 +11,7 @@
 mod evacuation;
 mod events;
 mod follow;
+mod labels;
 mod notices;
 mod reconcile;
 
@@ -118,7 +119,7 @@ pub async fn run(parts: Parts) {
     let migrations = watching::<Migration>(&client, &stop);
     let nodes = watching::<NodeEvacuation>(&client, &stop);
     let (events, seen) = (Events::new(client.clone(), name), migrations.store());
-    let (followed, awaited) = (Mutex::default(), Mutex::default());
+    let (followed, awaited, seen_by) = (Mutex::default(), Mutex::default(), current.clone());
     let controller = Arc::new(Controller {
         client: client.clone(),
         objects,
@@ -143,12 +144,13 @@ pub async fn run(parts: Parts) {
         |object, error, _| look_again(&*object, error),
         controller,
     );
-    let answers = async {
+    let of_cluster = async {
         if let Some((watched, wanted)) = notices {
-            notices::answer(client, watched, wanted, stop).await;
+            let answers = notices::answer(client.clone(), watched.clone(), wanted, stop.clone());
+            tokio::join!(answers, labels::keep(client, watched, seen_by, stop));
         }
     };
-    tokio::join!(looks.for_each(looked), looks_at_nodes.for_each(looked), answers);
+    tokio::join!(looks.for_each(looked), looks_at_nodes.for_each(looked), of_cluster);
 }
 
 /// A watch of all objects of a kind.

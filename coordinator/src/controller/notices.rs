@@ -16,6 +16,7 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use super::AGAIN;
+use crate::cluster::Node;
 use crate::kubernetes::Notice;
 use crate::pods::Watched;
 use crate::store::time;
@@ -78,7 +79,7 @@ impl Answering {
     }
 
     async fn look(&self, answered: &mut BTreeSet<Given>) -> Result<(), kube::Error> {
-        let now = given(&self.watched.tainted(), &self.wanted);
+        let now = given(&self.watched.nodes(), &self.wanted);
         let over: Vec<_> = answered.iter().filter(|one| !now.contains_key(*one)).cloned().collect();
         for one in over {
             self.forget(&one).await?;
@@ -118,16 +119,15 @@ impl Answering {
 }
 
 /// The notices that are given now, each with its node.
-fn given<'n>(
-    tainted: &[(String, NodeName, Vec<String>)],
-    wanted: &'n [Notice],
-) -> BTreeMap<Given, (NodeName, &'n Notice)> {
-    let of_node = |(uid, node, taints): &(String, NodeName, Vec<String>)| {
-        let found: Vec<_> = wanted.iter().filter(|notice| taints.contains(&notice.taint)).collect();
-        let (uid, node) = (uid.clone(), node.clone());
-        found.into_iter().map(move |notice| ((uid.clone(), notice.taint.clone()), (node.clone(), notice)))
-    };
-    tainted.iter().flat_map(of_node).collect()
+fn given<'n>(nodes: &[(String, Node)], wanted: &'n [Notice]) -> BTreeMap<Given, (NodeName, &'n Notice)> {
+    let mut given = BTreeMap::new();
+    for (uid, node) in nodes {
+        let has = |notice: &&Notice| node.traits.taints.iter().any(|taint| taint.key == notice.taint);
+        for notice in wanted.iter().filter(has) {
+            given.insert((uid.clone(), notice.taint.clone()), (node.name.clone(), notice));
+        }
+    }
+    given
 }
 
 /// The notice that an evacuation answers.
@@ -158,16 +158,19 @@ fn object_of(uid: &str, node: &NodeName, notice: &Notice) -> NodeEvacuation {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::placement::{Effect, NodeTraits, Taint};
 
     #[test]
     fn a_notice_is_of_one_node_and_one_taint_and_its_evacuation_says_which() {
         let notice = |taint: &str| Notice { taint: taint.to_owned(), deadline_s: 110, accept_loss: true };
         let wanted = [notice("spot"), notice("scale-in")];
+        let taint = |key: &&str| Taint { key: (*key).to_owned(), value: String::new(), effect: Effect::NoSchedule };
         let node = |uid: &str, name: &str, taints: &[&str]| {
-            (uid.to_owned(), name.parse().unwrap(), taints.iter().map(|taint| (*taint).to_owned()).collect())
+            let traits = NodeTraits { taints: taints.iter().map(taint).collect(), ..NodeTraits::default() };
+            (uid.to_owned(), Node { name: name.parse().unwrap(), address: String::new(), traits })
         };
-        let tainted = [node("u1", "n1", &["spot", "other"]), node("u2", "n2", &["other"]), node("u3", "n3", &[])];
-        let found = given(&tainted, &wanted);
+        let nodes = [node("u1", "n1", &["spot", "other"]), node("u2", "n2", &["other"]), node("u3", "n3", &[])];
+        let found = given(&nodes, &wanted);
         let given: Vec<_> = found.keys().cloned().collect();
         assert_eq!(given, [("u1".to_owned(), "spot".to_owned())]);
         let object = object_of("u1", &"n1".parse().unwrap(), &wanted[0]);

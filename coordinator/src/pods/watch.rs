@@ -145,12 +145,9 @@ impl Watched {
         self.changed.subscribe()
     }
 
-    /// All nodes that take part: uid, name, and the keys of their taints. None before all have been read.
-    pub(crate) fn tainted(&self) -> Vec<(String, NodeName, Vec<String>)> {
-        let seen = self.lock();
-        let keys = |node: &Node| node.traits.taints.iter().map(|taint| taint.key.clone()).collect();
-        let nodes = seen.nodes.there.iter().filter(|_| seen.nodes.whole);
-        nodes.map(|(uid, node)| (uid.clone(), node.name.clone(), keys(node))).collect()
+    /// All nodes that take part, each with its uid.
+    pub(crate) fn nodes(&self) -> Vec<(String, Node)> {
+        self.lock().nodes.there.iter().map(|(uid, node)| (uid.clone(), node.clone())).collect()
     }
 
     /// Waits until nodes and pods have been read once.

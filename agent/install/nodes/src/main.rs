@@ -2,6 +2,7 @@
 //!
 //! The chart runs it behind `helm uninstall`, when the agents are gone, to take podferry off the nodes.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,8 +13,9 @@ use clap::Parser;
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
-use kube::api::{DeleteParams, ListParams, LogParams, PostParams};
+use kube::api::{DeleteParams, ListParams, LogParams, Patch, PatchParams, PostParams};
 use kube::{Api, Client, ResourceExt};
+use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tokio::time::{Instant, sleep, timeout};
 
@@ -43,6 +45,9 @@ struct Arguments {
     /// Its uid.
     #[arg(long, requires = "own_name")]
     own_uid: Option<String>,
+    /// Labels whose names begin so are taken off each node where it went well.
+    #[arg(long)]
+    remove_labels: Option<String>,
 }
 
 impl Arguments {
@@ -103,7 +108,8 @@ async fn main() -> ExitCode {
 async fn run(arguments: &Arguments) -> Result<bool, Error> {
     let pod = owned(read(&arguments.pod)?, arguments.own());
     let client = Client::try_default().await.map_err(api("reach the API server"))?;
-    on_all(&client, &arguments.label, &pod, Instant::now() + Duration::from_secs(arguments.timeout)).await
+    let end = Instant::now() + Duration::from_secs(arguments.timeout);
+    on_all(&client, arguments, &pod, end).await
 }
 
 fn read(path: &Path) -> Result<Pod, Error> {
@@ -118,14 +124,33 @@ fn owned(mut pod: Pod, own: Option<OwnerReference>) -> Pod {
 }
 
 /// Whether it went well on all nodes.
-async fn on_all(client: &Client, label: &str, pod: &Pod, end: Instant) -> Result<bool, Error> {
-    let nodes: Api<Node> = Api::all(client.clone());
-    let nodes = nodes.list(&ListParams::default().labels(label)).await.map_err(api("list the nodes"))?;
-    let names: Vec<String> = nodes.items.iter().map(ResourceExt::name_any).collect();
-    let work = names.into_iter().map(|node| async move { report(&node, on_one(client, pod, &node, end).await) });
+async fn on_all(client: &Client, arguments: &Arguments, pod: &Pod, end: Instant) -> Result<bool, Error> {
+    let api_of_nodes: Api<Node> = Api::all(client.clone());
+    let with_label = ListParams::default().labels(&arguments.label);
+    let nodes = api_of_nodes.list_metadata(&with_label).await.map_err(api("list the nodes"))?.items;
+    let work = nodes.iter().map(|node| {
+        let (name, labels) = (node.name_any(), own_labels(node.labels(), arguments.remove_labels.as_deref()));
+        let nodes = &api_of_nodes;
+        async move {
+            let mut went = on_one(client, pod, &name, end).await;
+            if let (Ok(Went::Well(_)), Some(labels)) = (&went, labels)
+                && let Err(error) = nodes.patch_metadata(&name, &PatchParams::default(), &labels).await
+            {
+                went = Err(api("take labels off a node")(error));
+            }
+            report(&name, went)
+        }
+    });
     let went: Vec<bool> = futures::stream::iter(work).buffer_unordered(AT_A_TIME).collect().await;
     println!("{} of {} nodes done", went.iter().filter(|well| **well).count(), went.len());
     Ok(went.iter().all(|well| *well))
+}
+
+/// What takes the labels off that begin so; none when there are none.
+fn own_labels(labels: &BTreeMap<String, String>, prefix: Option<&str>) -> Option<Patch<Value>> {
+    let names = labels.keys().filter(|name| prefix.is_some_and(|prefix| name.starts_with(prefix)));
+    let gone: Map<String, Value> = names.map(|name| (name.clone(), Value::Null)).collect();
+    (!gone.is_empty()).then(|| Patch::Merge(json!({ "metadata": { "labels": gone } })))
 }
 
 fn report(node: &str, went: Result<Went, Error>) -> bool {
@@ -194,6 +219,16 @@ async fn wait(pods: &Api<Pod>, name: &str, end: Instant) -> Result<Option<String
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_labels_that_begin_so_are_taken_off() {
+        let labels = [("podferry.dev/strategy-warm", "true"), ("podferry.dev/enabled", "true")];
+        let labels = labels.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        let off = own_labels(&labels, Some("podferry.dev/strategy-"));
+        let gone = json!({ "metadata": { "labels": { "podferry.dev/strategy-warm": null } } });
+        assert_eq!(off, Some(Patch::Merge(gone)));
+        assert!(own_labels(&labels, None).is_none() && own_labels(&labels, Some("other")).is_none());
+    }
 
     #[test]
     fn what_runs_on_a_node_goes_with_the_pod_that_made_it() {
