@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use podferry_common::{Failure, FailureCode, MigrationId, WorkloadName, chain};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::evacuator::{Evacuator, Wish, put_off};
 use super::machine::{Ending, Event};
@@ -290,7 +290,11 @@ impl Driver {
     async fn cordon(&mut self) -> Result<(), StoreError> {
         let wanted = self.evacuation.terms.cordon && !self.evacuation.cordoned && !self.evacuation.has_ended();
         let Some(pods) = self.evacuator.runner().pods().filter(|_| wanted) else { return Ok(()) };
-        match pods.cordon(&self.evacuation.node).await {
+        // What is to move must not wait for an API server that does not answer.
+        let cordoned = timeout(REST, pods.cordon(&self.evacuation.node)).await.unwrap_or_else(|_| {
+            Err(Failure::new(FailureCode::DeadlineExceeded, "the API server does not mark the node unschedulable"))
+        });
+        match cordoned {
             Ok(()) => self.take(Event::Cordoned, true).await,
             Err(failure) => {
                 put_off(self.evacuation.id, &failure);

@@ -42,6 +42,9 @@ pub(crate) fn refused(what: &str, error: &kube::Error) -> Failure {
         }
         kube::Error::Api(status) if status.code == 404 => (FailureCode::NotFound, "see `kubectl get pods`"),
         kube::Error::Api(status) if status.code == 409 => (FailureCode::Aborted, "try again"),
+        kube::Error::Api(status) if status.code == 429 || status.code >= 500 => {
+            (FailureCode::Unavailable, "try again; see the API server's log when it stays so")
+        }
         kube::Error::Api(_) => (FailureCode::FailedPrecondition, "see what the API server says"),
         _ => (FailureCode::Unavailable, "see that the coordinator can reach the API server"),
     };
