@@ -38,6 +38,10 @@
 //! stays so when none can work; `strategy_reason` says why that one, and why not the others. A request without a strategy
 //! is one of a client that knows no `AUTO`, and moves warm.
 //!
+//! Where the workload is a pod, the policies of its namespace count (`MigrationPolicy`): what a request leaves out, and `AUTO` is left out, is as
+//! they say, and what they forbid is refused with `FAILED_PRECONDITION`. What an evacuation asks for gives way to them instead, but for a pod
+//! that must not be moved.
+//!
 //! `Migrate` answers as soon as the migration is recorded; it is refused at once (nothing recorded) when the workload or
 //! node is unknown, target equals source, the strategy is not offered, the agent of either node is too old for what is asked,
 //! the downtime or the bandwidth make no sense, or the workload is part of another migration.

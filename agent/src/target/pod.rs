@@ -125,7 +125,11 @@ fn within<T: Send + 'static>(
     done.join().unwrap_or(Err(Errno::FAULT))
 }
 
-fn spec(context: &Context, bundle: &Path) -> Result<Spec, Failure> {
+/// The configuration of a pod's container; blocks.
+///
+/// # Errors
+/// When it cannot be read.
+pub(super) fn spec(context: &Context, bundle: &Path) -> Result<Spec, Failure> {
     let what = "the configuration of a pod's container cannot be read";
     Spec::load(bundle.join("config.json"))
         .map_err(|error| context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("restore"))

@@ -14,7 +14,6 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use oci_spec::runtime::Spec;
 use podferry_common::failure::{Failure, FailureCode};
 use podferry_part::Standing;
 use tokio::sync::MutexGuard;
@@ -117,15 +116,13 @@ fn look(
     volumes: &[Volume],
     visitor: &Visitor,
 ) -> Result<(PodArrival, Vec<Volume>), Failure> {
-    let failed = |what: &str, error: &(dyn std::error::Error + 'static)| {
-        context.failure(FailureCode::Internal, what, error).in_phase("resume")
-    };
     let bundle = Bundle::of_pod(visitor.hello.bundle.clone())
         .map_err(|failure| failure.on(context.config.node.as_str()).in_phase("resume"))?;
-    let spec = Spec::load(bundle.dir.join("config.json"))
-        .map_err(|error| failed("the new container's config.json cannot be read", &error))?;
-    let look = Look::at(&context.config, &spec, &bundle.dir)
-        .map_err(|error| failed("the new container's volumes cannot be looked at", &error))?;
+    let spec = pod::spec(context, &bundle.dir)?;
+    let look = Look::at(&context.config, &spec, &bundle.dir).map_err(|error| {
+        let what = "the new container's volumes cannot be looked at";
+        context.failure(FailureCode::Internal, what, &error).in_phase("resume")
+    })?;
     let counterpart = |volume: &Volume| {
         let found = look.moving.iter().find(|new| new.destination == volume.destination).cloned();
         found.ok_or_else(|| {

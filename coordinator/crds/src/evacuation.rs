@@ -11,6 +11,9 @@ use crate::migration::{Problem, Writer};
 use crate::schema::{any_object, unchanged};
 use crate::wishes::Wishes;
 
+/// The most pods that an object can ask to be moved at a time.
+pub const MAX_CONCURRENT: i32 = 100;
+
 /// Moves everything that can be moved off one node.
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[kube(
@@ -52,7 +55,7 @@ pub struct NodeEvacuationSpec {
     pub cordon: bool,
     /// How many pods are moved at a time, at most; the coordinator's limits count as well.
     #[serde(default = "max_concurrent")]
-    #[schemars(range(min = 1, max = 100))]
+    #[schemars(range(min = 1, max = MAX_CONCURRENT))]
     pub max_concurrent: i32,
     /// Which pods come first, by the value of their `PriorityClass`.
     #[serde(default)]

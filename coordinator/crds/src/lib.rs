@@ -13,7 +13,7 @@ mod policy;
 mod schema;
 mod wishes;
 
-pub use evacuation::{EvacuatedPod, NodeEvacuation, NodeEvacuationSpec, NodeEvacuationStatus, Order};
+pub use evacuation::{EvacuatedPod, MAX_CONCURRENT, NodeEvacuation, NodeEvacuationSpec, NodeEvacuationStatus, Order};
 pub use migration::{
     HistoryEntry, Migration, MigrationSpec, MigrationStatus, Problem, Progress, Round, Timings, Writer,
 };

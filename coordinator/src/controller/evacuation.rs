@@ -1,25 +1,28 @@
 //! What a `NodeEvacuation` asks for now.
 
+use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use jiff::Timestamp;
 use kube::runtime::controller::Action;
 use kube::runtime::reflector::ObjectRef;
 use kube::{Api, ResourceExt as _};
-use podferry_common::{Failure, FailureCode};
+use podferry_common::Failure;
 use podferry_crds::{
     EVACUATION_FINALIZER, EVACUATION_ID_ANNOTATION, NodeEvacuation, NodeEvacuationSpec, NodeEvacuationStatus, Order,
     Strategy as Wanted,
 };
-use serde_json::json;
 
-use super::reconcile::{LATER, PENDING, REFUSED, change, delete_when_due, failed, problem};
+use super::objects::{
+    LATER, PENDING, REFUSED, after_the_end, cancelled_early, judge_refused, judge_waiting, keep, never_recorded,
+    problem,
+};
 use super::{Controller, ControllerError};
 use crate::access::{Action as Asked, Verb};
 use crate::api::may_pass;
 use crate::evacuation::{self, Evacuation, EvacuationId, Manner, Phase, Terms, Wish};
 use crate::pods::policy::wire;
-use crate::store::{ACCEPTED, Evacuations, FINISHED, Judgement, deadline_of, judge, reason_of, time};
+use crate::store::{Evacuations, deadline_of, time};
 use crate::strategy::{Asked as Way, Strategy};
 
 impl Controller {
@@ -72,40 +75,14 @@ impl Controller {
             Ok(core) => core.cancel_evacuation(&id, &self.peer).await,
             Err(failure) => Err(failure),
         };
-        match cancelled {
-            Ok(_) => Ok(()),
-            // It has ended meanwhile.
-            Err(failure) if failure.code == FailureCode::FailedPrecondition => Ok(()),
-            // The access policy forbids it, and goes on to.
-            Err(failure) if failure.code == FailureCode::PermissionDenied => {
-                self.events.refused(object, "NotCancelled", &failure).await;
-                Ok(())
-            }
-            Err(failure) => Err(ControllerError::NotCancelled(failure)),
-        }
+        self.cancelled(object, cancelled).await
     }
 
     /// An object that nobody needs any more stays only as long as it is to.
     async fn after_an_evacuation(&self, object: &NodeEvacuation) -> Result<Action, ControllerError> {
-        if has_finalizer(object) {
-            return self.let_evacuation_go(object).await;
-        }
         let ended = object.status.as_ref().and_then(|status| status.completed_at.as_ref());
-        delete_when_due(&self.node_evacuations(), object, object.spec.ttl_seconds_after_finished, ended).await
-    }
-
-    /// Takes the finalizer away.
-    async fn let_evacuation_go(&self, object: &NodeEvacuation) -> Result<Action, ControllerError> {
-        if has_finalizer(object) {
-            let others: Vec<_> =
-                object.finalizers().iter().filter(|finalizer| *finalizer != EVACUATION_FINALIZER).collect();
-            match change(&self.node_evacuations(), object, json!({ "finalizers": others })).await {
-                Ok(_) => {}
-                Err(kube::Error::Api(status)) if status.is_not_found() => {}
-                Err(error) => return Err(failed("let a NodeEvacuation go")(error)),
-            }
-        }
-        Ok(Action::await_change())
+        let ttl = object.spec.ttl_seconds_after_finished;
+        after_the_end(&self.node_evacuations(), object, EVACUATION_FINALIZER, ttl, ended).await
     }
 
     /// A request.
@@ -114,15 +91,9 @@ impl Controller {
             return self.is_no_request_to_evacuate(object, id).await;
         }
         if object.spec.cancel {
-            let failure = Failure::new(FailureCode::Aborted, "it was cancelled before it began");
-            return self.refuse_evacuation(object, &failure).await;
+            return self.refuse_evacuation(object, &cancelled_early()).await;
         }
-        let mut kept = object.clone();
-        if !has_finalizer(object) {
-            let all: Vec<_> = object.finalizers().iter().map(String::as_str).chain([EVACUATION_FINALIZER]).collect();
-            let changed = change(&self.node_evacuations(), object, json!({ "finalizers": all })).await;
-            kept = changed.map_err(failed("keep a NodeEvacuation until its end"))?;
-        }
+        let kept = keep(&self.node_evacuations(), object, EVACUATION_FINALIZER).await?;
         let seen = |name: &str| self.seen_evacuations.get(&ObjectRef::new(name)).is_some();
         self.evacuations.forget_all_but(seen);
         match self.evacuate(kept.clone()).await {
@@ -153,19 +124,13 @@ impl Controller {
         if id.parse().is_ok_and(|id| self.evacuations.is_known(id)) {
             return Ok(Action::requeue(LATER));
         }
-        let message = "the coordinator was stopped before the evacuation was recorded";
-        let failure = Failure::new(FailureCode::Aborted, message).remedy("ask for it again");
-        self.refuse_evacuation(object, &failure).await
+        self.refuse_evacuation(object, &never_recorded()).await
     }
 
     /// Says that it will never begin.
     async fn refuse_evacuation(&self, object: &NodeEvacuation, failure: &Failure) -> Result<Action, ControllerError> {
         let mut status = said(object, REFUSED, failure);
-        let (generation, message) = (object.metadata.generation, failure.to_string());
-        for (kind, holds, reason) in [(ACCEPTED, false, reason_of(failure)), (FINISHED, true, "Refused".to_owned())] {
-            let found = Judgement { kind, holds: Some(holds), reason, message: message.clone() };
-            judge(&mut status.conditions, generation, found);
-        }
+        judge_refused(&mut status.conditions, object.metadata.generation, failure, None);
         status.completed_at = Some(time(Timestamp::now()));
         let object = self.evacuations.mark(object.clone(), status).await?;
         self.events.refused(&object, "Refused", failure).await;
@@ -177,8 +142,7 @@ impl Controller {
         let told = object.status.as_ref();
         if told.is_none_or(|status| status.phase != PENDING || status.reason != failure.to_string()) {
             let mut status = said(object, PENDING, failure);
-            let (kind, reason, message) = (ACCEPTED, reason_of(failure), failure.to_string());
-            judge(&mut status.conditions, object.metadata.generation, Judgement { kind, holds: None, reason, message });
+            judge_waiting(&mut status.conditions, object.metadata.generation, failure);
             let object = self.evacuations.mark(object.clone(), status).await?;
             self.events.refused(&object, "Waiting", failure).await;
         }
@@ -202,7 +166,7 @@ impl Controller {
         });
     }
 
-    fn awaited(&self) -> MutexGuard<'_, std::collections::HashSet<EvacuationId>> {
+    fn awaited(&self) -> MutexGuard<'_, HashSet<EvacuationId>> {
         self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -227,7 +191,7 @@ fn terms_of(spec: &NodeEvacuationSpec) -> Result<Terms, Failure> {
         accept_loss: said(wishes.accept_loss),
         allow_restart: said(wishes.allow_restart),
         deadline_at: spec.deadline.as_ref().and_then(deadline_of),
-        priorities: std::collections::BTreeMap::new(),
+        priorities: BTreeMap::new(),
         concurrency: usize::try_from(spec.max_concurrent).ok().filter(|count| *count > 0),
         bandwidth_limit: wishes.bandwidth_limit.and_then(|limit| u64::try_from(limit).ok()).unwrap_or_default(),
         manner: Manner {
@@ -256,10 +220,6 @@ fn phase(object: &NodeEvacuation) -> &str {
 
 fn has_record(object: &NodeEvacuation) -> bool {
     object.status.as_ref().is_some_and(|status| status.record.is_some())
-}
-
-fn has_finalizer(object: &NodeEvacuation) -> bool {
-    object.finalizers().iter().any(|finalizer| finalizer == EVACUATION_FINALIZER)
 }
 
 /// The status of an object that has no evacuation, with the reason why.

@@ -13,6 +13,7 @@ mod events;
 mod follow;
 mod labels;
 mod notices;
+mod objects;
 mod reconcile;
 
 use std::collections::HashSet;

@@ -10,7 +10,7 @@ use jiff::{SignedDuration, Timestamp};
 use kube::api::{ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, Client, ResourceExt as _};
 use podferry_common::NodeName;
-use podferry_crds::{NodeEvacuation, NodeEvacuationSpec, Wishes};
+use podferry_crds::{MAX_CONCURRENT, NodeEvacuation, NodeEvacuationSpec, Wishes};
 use serde_json::json;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -29,8 +29,6 @@ const TAINT_ANNOTATION: &str = "podferry.dev/notice-taint";
 const REST: Duration = Duration::from_millis(250);
 /// Seconds that the object of an evacuation that has ended stays.
 const KEPT_S: i32 = 86_400;
-/// The most migrations at a time that an object can ask for: the limits of nodes count as well.
-const MAX_CONCURRENT: i32 = 100;
 
 /// A taint that says that a node goes: the node's uid, and the taint's key.
 type Given = (String, String);
@@ -141,6 +139,7 @@ fn object_of(uid: &str, node: &NodeName, notice: &Notice) -> NodeEvacuation {
     let spec = NodeEvacuationSpec {
         node_name: node.to_string(),
         deadline: (!deadline.is_zero()).then(|| time(Timestamp::now() + deadline)),
+        // The limits of nodes count as well.
         max_concurrent: MAX_CONCURRENT,
         wishes,
         ttl_seconds_after_finished: Some(KEPT_S),

@@ -22,7 +22,6 @@ use crate::strategy::{Asked, Strategy};
 impl Core {
     /// Accepts an evacuation that `who` asks for, or refuses it and records nothing.
     pub async fn evacuate(&self, request: &v1::EvacuateRequest, who: &Peer) -> Result<Evacuation, Failure> {
-        self.known_node(&request.node)?;
         let terms = self.terms(request)?;
         self.evacuate_on(EvacuationId::new(), &request.node, terms, who).await
     }

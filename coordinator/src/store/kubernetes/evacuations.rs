@@ -6,10 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use kube::api::{DeleteParams, Preconditions};
 use kube::{Client, ResourceExt as _};
 use podferry_crds::{
-    EVACUATION_FINALIZER, EVACUATION_ID_ANNOTATION, EvacuatedPod, NodeEvacuation, NodeEvacuationSpec,
+    EVACUATION_FINALIZER, EVACUATION_ID_ANNOTATION, EvacuatedPod, MAX_CONCURRENT, NodeEvacuation, NodeEvacuationSpec,
     NodeEvacuationStatus, Order, Strategy as Wanted, Wishes,
 };
 use podferry_proto::json;
@@ -17,8 +16,8 @@ use tokio::runtime::Handle;
 
 use super::status::{ACCEPTED, FINISHED, Judgement, camel_case, judge, problem, saturated, time};
 use super::write::{self, Pen, Unwritten};
-use super::{LAZINESS, all, home_of, names, wanted};
-use crate::evacuation::{self, Entry, Evacuation, EvacuationId, Phase, Standing, Terms};
+use super::{LAZINESS, all, home_of, names, wanted, whole};
+use crate::evacuation::{self, Entry, Evacuation, EvacuationId, Phase, Standing};
 use crate::store::evacuations::KEPT;
 use crate::store::{EvacuationConflict, StoreError};
 
@@ -26,8 +25,6 @@ use crate::store::{EvacuationConflict, StoreError};
 const MAX_PODS: usize = 512;
 /// How long ago an evacuation has ended at least that is long over, in seconds: everybody who watches its object knows of its end.
 const LONG_S: i64 = 60;
-/// The most migrations at a time that an object can ask for.
-const MAX_CONCURRENT: i32 = 100;
 
 /// The evacuations in the API server. Clones share them.
 #[derive(Clone)]
@@ -160,8 +157,7 @@ impl Evacuations {
     }
 
     async fn write(&self, object: &mut NodeEvacuation, evacuation: &Evacuation) -> Result<(), Unwritten> {
-        let broken = |source| Unwritten::Store(StoreError::Broken { id: evacuation.id.to_string(), source });
-        let status = status_of(object, evacuation).map_err(broken)?;
+        let status = status(object, evacuation).map_err(Unwritten::Store)?;
         self.shared.pen.write(object, status).await
     }
 
@@ -173,18 +169,11 @@ impl Evacuations {
         let id = evacuation.id;
         let object = self.object(id).ok_or_else(|| StoreError::Unknown { id: id.to_string() })?;
         let mut object = object.lock().await;
-        let mut written = self.write(&mut object, evacuation).await;
-        if matches!(written, Err(Unwritten::Gone)) {
-            // Somebody has taken its finalizer away. The record must not be lost with it.
-            tracing::error!(evacuation = %id, object = write::title(&*object), "the object was deleted: making another");
-            written = match self.shared.pen.make(&object_of(evacuation)).await {
-                Ok(made) => {
-                    *object = made;
-                    self.write(&mut object, evacuation).await
-                }
-                Err(unwritten) => Err(unwritten),
-            };
-        }
+        let written = self
+            .shared
+            .pen
+            .write_surely(&mut *object, |object| status(object, evacuation), || object_of(evacuation))
+            .await;
         written.map_err(|unwritten| unwritten.fatal("update an evacuation", &*object))?;
         if let Some(known) = self.known().get_mut(&id) {
             known.evacuation.clone_from(evacuation);
@@ -239,13 +228,8 @@ impl Evacuations {
             ended.map(|known| (known.evacuation.id, known.name.clone(), known.uid.clone())).collect()
         };
         for (id, name, uid) in &ended[..ended.len().saturating_sub(KEPT)] {
-            let preconditions = Some(Preconditions { uid: Some(uid.clone()), resource_version: None });
-            let parameters = DeleteParams { preconditions, ..DeleteParams::default() };
-            match self.shared.pen.api::<NodeEvacuation>("").delete(name, &parameters).await {
-                Ok(_) => drop(self.known().remove(id)),
-                // It is gone, or another has its name.
-                Err(kube::Error::Api(status)) if [404, 409].contains(&status.code) => drop(self.known().remove(id)),
-                Err(error) => tracing::warn!(evacuation = %id, %error, "an old NodeEvacuation is not deleted yet"),
+            if self.shared.pen.delete::<NodeEvacuation>("", name, uid.clone()).await {
+                self.known().remove(id);
             }
         }
     }
@@ -317,11 +301,11 @@ fn object_of(evacuation: &Evacuation) -> NodeEvacuation {
 
 /// What somebody has asked for otherwise than by an object, as an object says it.
 fn spec_of(evacuation: &Evacuation) -> NodeEvacuationSpec {
-    let Terms { manner, .. } = &evacuation.terms;
     let terms = &evacuation.terms;
+    let manner = &terms.manner;
     let wishes = Wishes {
         strategy: Some(terms.strategy.map_or(Wanted::Auto, wanted)),
-        downtime_budget_ms: format!("{:.0}", manner.downtime_budget_ms).parse().ok().filter(|ms| *ms > 0),
+        downtime_budget_ms: whole(manner.downtime_budget_ms),
         bandwidth_limit: i64::try_from(terms.bandwidth_limit).ok().filter(|limit| *limit > 0),
         verify: manner.verify.then_some(true),
         throttle: manner.throttle.then_some(true),
@@ -346,6 +330,11 @@ fn spec_of(evacuation: &Evacuation) -> NodeEvacuationSpec {
         cancel: false,
         ttl_seconds_after_finished: None,
     }
+}
+
+fn status(object: &NodeEvacuation, evacuation: &Evacuation) -> Result<NodeEvacuationStatus, StoreError> {
+    let broken = |source| StoreError::Broken { id: evacuation.id.to_string(), source };
+    status_of(object, evacuation).map_err(broken)
 }
 
 /// The status of an object with that evacuation in it, but for who writes it. `object` is how it was seen last.
@@ -434,7 +423,7 @@ mod tests {
     use podferry_common::{Failure, FailureCode};
 
     use super::*;
-    use crate::evacuation::{Event, Found};
+    use crate::evacuation::{Event, Found, Terms};
 
     fn evacuation() -> Evacuation {
         let mut evacuation = Evacuation::new("n1".parse().unwrap(), Terms::default(), Peer::client("ada").unwrap());

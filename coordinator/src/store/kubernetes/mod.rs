@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use kube::api::{DeleteParams, ListParams, Preconditions};
+use kube::api::ListParams;
 use kube::{Api, Client, ResourceExt as _};
 use podferry_common::{MigrationId, NodeName, WorkloadName};
 use podferry_crds::{FINALIZER, ID_ANNOTATION, Migration, MigrationSpec, MigrationStatus, Strategy as Wanted, Wishes};
@@ -223,18 +223,8 @@ impl Objects {
         let object = self.object(record.id).ok_or_else(|| StoreError::Unknown { id: record.id.to_string() })?;
         let mut object = object.lock().await;
         let history = self.history_with(record.id, what);
-        let mut written = self.write(&mut object, record, &history).await;
-        if matches!(written, Err(Unwritten::Gone)) {
-            // Somebody has taken its finalizer away. The record must not be lost with it.
-            tracing::error!(migration = %record.id, object = write::title(&*object), "the object was deleted: making another");
-            written = match self.shared.pen.make(&self.object_of(record)).await {
-                Ok(made) => {
-                    *object = made;
-                    self.write(&mut object, record, &history).await
-                }
-                Err(unwritten) => Err(unwritten),
-            };
-        }
+        let status = |object: &Migration| status_of(object, record, &history);
+        let written = self.shared.pen.write_surely(&mut *object, status, || self.object_of(record)).await;
         written.map_err(|unwritten| unwritten.fatal("update a migration", &*object))?;
         if let Some(entry) = self.entries().get_mut(&record.id) {
             entry.record = record.clone();
@@ -294,13 +284,8 @@ impl Objects {
         let surplus = past::surplus(self.entries().values().map(|entry| (&entry.record, entry.owner.made_here)));
         for id in surplus {
             let Some(owner) = self.owner(id) else { continue };
-            let preconditions = Some(Preconditions { uid: Some(owner.uid), resource_version: None });
-            let parameters = DeleteParams { preconditions, ..DeleteParams::default() };
-            match self.shared.pen.api::<Migration>(&owner.namespace).delete(&owner.name, &parameters).await {
-                Ok(_) => self.forget(id),
-                // It is gone, or another has its name.
-                Err(kube::Error::Api(status)) if [404, 409].contains(&status.code) => self.forget(id),
-                Err(error) => tracing::warn!(migration = %id, %error, "an old Migration is not deleted yet"),
+            if self.shared.pen.delete::<Migration>(&owner.namespace, &owner.name, owner.uid).await {
+                self.forget(id);
             }
         }
     }
@@ -436,7 +421,7 @@ fn spec_of(record: &Record, pod: &str) -> MigrationSpec {
     let loss = auto.map_or(record.strategy.path().post_copy, |auto| auto.accept_loss);
     let wishes = Wishes {
         strategy: Some(auto.map_or_else(|| wanted(record.strategy), |_| Wanted::Auto)),
-        downtime_budget_ms: format!("{:.0}", record.downtime_budget_ms).parse().ok().filter(|ms| *ms > 0),
+        downtime_budget_ms: whole(record.downtime_budget_ms),
         bandwidth_limit: i64::try_from(record.bandwidth_limit).ok().filter(|limit| *limit > 0),
         verify: record.verify.then_some(true),
         throttle: record.throttle.then_some(true),
@@ -449,7 +434,12 @@ fn spec_of(record: &Record, pod: &str) -> MigrationSpec {
     MigrationSpec { pod_name, target_node, wishes, ..MigrationSpec::default() }
 }
 
-pub(super) fn wanted(strategy: Strategy) -> Wanted {
+/// A downtime in whole milliseconds; none for none.
+fn whole(ms: f64) -> Option<i32> {
+    format!("{ms:.0}").parse().ok().filter(|ms| *ms > 0)
+}
+
+fn wanted(strategy: Strategy) -> Wanted {
     match strategy {
         Strategy::Cold => Wanted::Cold,
         Strategy::Warm => Wanted::Warm,

@@ -10,7 +10,7 @@ use std::fmt::Debug;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use kube::api::PostParams;
+use kube::api::{DeleteParams, PostParams, Preconditions};
 use kube::{Api, Client, Error, Resource, ResourceExt as _};
 use podferry_crds::{
     EVACUATION_ID_ANNOTATION, ID_ANNOTATION, Migration, MigrationStatus, NodeEvacuation, NodeEvacuationStatus, Writer,
@@ -58,7 +58,7 @@ impl Kept for Migration {
 
     fn with(&self, status: MigrationStatus, writer: Writer) -> Self {
         let status = MigrationStatus { written_by: Some(writer), ..status };
-        Self { status: Some(status), ..self.clone() }
+        Self { metadata: self.metadata.clone(), spec: self.spec.clone(), status: Some(status) }
     }
 }
 
@@ -76,7 +76,7 @@ impl Kept for NodeEvacuation {
 
     fn with(&self, status: NodeEvacuationStatus, writer: Writer) -> Self {
         let status = NodeEvacuationStatus { written_by: Some(writer), ..status };
-        Self { status: Some(status), ..self.clone() }
+        Self { metadata: self.metadata.clone(), spec: self.spec.clone(), status: Some(status) }
     }
 }
 
@@ -199,6 +199,38 @@ impl Pen {
                 Ok(_) => return Err(Unwritten::Gone),
                 Err(error) if is_for_good(&error) => return Err(Unwritten::Refused(Box::new(error))),
                 Err(error) => patience.after(error).await?,
+            }
+        }
+    }
+
+    /// Writes the status that an object is to have. Where somebody has torn it away the record must not be lost with it: another one is made.
+    pub(super) async fn write_surely<K: Kept>(
+        &self,
+        object: &mut K,
+        status: impl Fn(&K) -> Result<K::Status, StoreError>,
+        another: impl FnOnce() -> K,
+    ) -> Result<(), Unwritten> {
+        let wanted = status(object).map_err(Unwritten::Store)?;
+        match self.write(object, wanted).await {
+            Err(Unwritten::Gone) => {}
+            written => return written,
+        }
+        tracing::error!(object = title(object), "the object was deleted: making another");
+        *object = self.make(&another()).await?;
+        let wanted = status(object).map_err(Unwritten::Store)?;
+        self.write(object, wanted).await
+    }
+
+    /// Deletes an object that is not needed any more. Whether it is gone, or another has its name.
+    pub(super) async fn delete<K: Kept>(&self, namespace: &str, name: &str, uid: String) -> bool {
+        let preconditions = Some(Preconditions { uid: Some(uid), resource_version: None });
+        let parameters = DeleteParams { preconditions, ..DeleteParams::default() };
+        match self.api::<K>(namespace).delete(name, &parameters).await {
+            Ok(_) => true,
+            Err(Error::Api(status)) if [404, 409].contains(&status.code) => true,
+            Err(error) => {
+                tracing::warn!(kind = %K::kind(&()), name, %error, "an old object is not deleted yet");
+                false
             }
         }
     }
