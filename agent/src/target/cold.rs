@@ -11,7 +11,7 @@ use podferry_runtime::{Container, CreateRequest};
 use tokio::sync::MutexGuard;
 
 use super::restore::Restoring;
-use super::{TargetPart, make_network, remove_network, restore_mtu};
+use super::{TargetPart, network};
 use crate::context::blocking;
 use crate::journal::PartRecord;
 
@@ -104,9 +104,9 @@ impl TargetPart {
         self.end_instance(record).await?;
         self.clean_restore(Duration::ZERO).await?;
         self.note(record, |record| record.going = false)?;
-        remove_network(&self.context, record).await?;
-        make_network(&self.context, record).await?;
-        restore_mtu(record);
+        network::remove(&self.context, record).await?;
+        network::make(&self.context, record).await?;
+        network::restore_mtu(record);
         self.create().await
     }
 

@@ -21,6 +21,8 @@ pub mod fill;
 pub mod hook;
 pub mod inbox;
 mod memory;
+mod network;
+mod place;
 mod pod;
 mod rebind;
 mod restore;
@@ -29,13 +31,13 @@ mod seeds;
 #[cfg(test)]
 mod tests;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use podferry_common::MigrationId;
-use podferry_common::failure::{Failure, FailureCode, chain};
+use podferry_common::failure::{Failure, FailureCode};
 use podferry_common::identity::Peer;
 use podferry_criu::CriuLog;
 use podferry_memory::shared::laying;
@@ -52,14 +54,15 @@ use crate::pager::messages::PagerState;
 use crate::parts::Authority;
 use crate::pods::Visitor;
 use crate::source::VERIFY;
-use crate::volumes::{self, LAYER, Volume};
+use crate::volumes::Volume;
 use application::TakeOver;
 use bundle::Bundle;
 use doorstep::Doorstep;
 use early::Started;
 use hook::{Hold, HookKeeper};
 use inbox::{Arrival, Inbox};
-use seeds::ArrivingTree;
+
+pub use network::INTERFACE;
 
 /// How often a restore is looked at while it works.
 const LOOK: Duration = Duration::from_millis(2);
@@ -69,8 +72,6 @@ const HOOK_TIMEOUT: Duration = Duration::from_secs(5);
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long runc gets to notice that its CRIU is dead.
 const GONE_TIMEOUT: Duration = Duration::from_millis(200);
-/// The interface of a container, as every runtime and CNI calls it.
-pub const INTERFACE: &str = "eth0";
 
 /// What the coordinator wants of a target.
 #[derive(Debug)]
@@ -122,7 +123,7 @@ pub struct TargetPart {
     /// The restore that this agent started; a sealed one may be an earlier agent's.
     restore: Arc<Mutex<Option<Started>>>,
     /// Bringing the files to the disk, which goes on while the container is restored.
-    syncing: Mutex<Option<JoinHandle<Result<(), SyncError>>>>,
+    syncing: Mutex<Option<JoinHandle<Result<(), place::SyncError>>>>,
     restoring: AtomicBool,
     /// Kubernetes: what it becomes.
     pod: Option<PodArrival>,
@@ -147,11 +148,11 @@ impl TargetPart {
     pub async fn prepare(context: &Context, order: PrepareOrder) -> Result<Self, Failure> {
         let (with, visitor, workload) = (context.clone(), order.visitor.clone(), order.workload.clone());
         let wanted = order.volumes.clone();
-        let (bundle, pod) = blocking(move || place(&with, visitor.as_deref(), &workload, &wanted)).await?;
+        let (bundle, pod) = blocking(move || place::place(&with, visitor.as_deref(), &workload, &wanted)).await?;
         let volumes = order.volumes.clone();
         let dirs = PartDirs::of(&context.config, order.migration);
         let netns = order.link.as_ref().and(bundle.netns.clone());
-        let host_interface = host_interface(order.migration);
+        let host_interface = network::host_interface(order.migration);
         let link = netns.as_ref().map(|_| LinkHandle::new(&host_interface));
         let mut record = PartRecord {
             migration: order.migration,
@@ -178,12 +179,12 @@ impl TargetPart {
             let (with, bundle, volumes) = (context.clone(), bundle.clone(), volumes.clone());
             blocking(move || {
                 bundle.make_room().map_err(|error| io_failed(&with, &error))?;
-                volumes.iter().try_for_each(Volume::make_room).map_err(|error| not_ready(&with, &error))
+                volumes.iter().try_for_each(Volume::make_room).map_err(|error| place::not_ready(&with, &error))
             })
             .await?;
-            make_network(context, &record).await?;
+            network::make(context, &record).await?;
             if order.cold {
-                restore_mtu(&record);
+                network::restore_mtu(&record);
             }
             HookKeeper::listen(&dirs.hook_socket(), order.migration.to_string())
                 .map_err(|error| io_failed(context, &error))
@@ -191,7 +192,7 @@ impl TargetPart {
         let hook = match made.await {
             Ok(hook) => hook,
             Err(failure) => {
-                remove(context, &record, &bundle, &dirs).await?;
+                place::remove(context, &record, &bundle, &dirs).await?;
                 // An agent that is started later must not undo it again: the workload may be here by then.
                 record.standing = Standing::Aborted;
                 record.store(&dirs).map_err(|error| io_failed(context, &error))?;
@@ -200,7 +201,7 @@ impl TargetPart {
         };
         let source = order.source.clone();
         let post_copy = order.fetch_from.is_some();
-        let trees = trees(&bundle, &volumes);
+        let trees = place::trees(&bundle, &volumes);
         let inbox = Inbox::new(order.source, dirs.images.clone(), trees, post_copy);
         context.admissions.expect(order.migration, Arc::clone(&inbox));
         let fetch_from = fetch::Source::of(&record.role);
@@ -302,7 +303,7 @@ impl TargetPart {
                 return Ok(begun.elapsed().as_secs_f64() * 1e3);
             }
             let (layer, volumes, inbox) = (self.bundle.upper(), self.volumes.clone(), self.inbox.clone());
-            *self.syncing.lock().await = Some(spawn_blocking(move || sync(&layer, &volumes, inbox.as_deref())));
+            *self.syncing.lock().await = Some(spawn_blocking(move || place::sync(&layer, &volumes, inbox.as_deref())));
             if self.cold {
                 self.create().await?;
                 self.created.store(true, Ordering::Relaxed);
@@ -485,7 +486,7 @@ impl TargetPart {
         self.clean_restore(patience).await?;
         self.stop_pager().await?;
         self.context.visitors.dismiss(self.migration).await;
-        remove(&self.context, &record, &self.bundle, &self.dirs).await?;
+        place::remove(&self.context, &record, &self.bundle, &self.dirs).await?;
         self.note(&mut record, |record| record.standing = Standing::Aborted)
     }
 
@@ -573,125 +574,6 @@ impl TargetPart {
         let message = format!("cannot {what} a target that is {standing:?}");
         self.context.refusal(FailureCode::FailedPrecondition, message)
     }
-}
-
-/// Where the container is going to be, whose volumes are ready to be filled then; blocks.
-fn place(
-    context: &Context,
-    visitor: Option<&Visitor>,
-    workload: &str,
-    volumes: &[Volume],
-) -> Result<(Bundle, Option<PodArrival>), Failure> {
-    let bundle = match visitor {
-        Some(visitor) => Bundle::of_pod(visitor.hello.bundle.clone()),
-        None => Bundle::read(&context.config.runtime.bundles_dir, workload),
-    };
-    let bundle = bundle.map_err(|failure| failure.on(context.config.node.as_str()))?;
-    let pod = visitor.map(|visitor| pod::arrival(context, visitor, &bundle)).transpose()?;
-    let ready = match visitor {
-        // They were made for this pod, and what is there comes from the image.
-        Some(_) => Volume::clear,
-        None => Volume::check_empty,
-    };
-    volumes.iter().try_for_each(ready).map_err(|error| not_ready(context, &error))?;
-    Ok((bundle, pod))
-}
-
-fn not_ready(context: &Context, error: &std::io::Error) -> Failure {
-    let what = format!("a volume cannot be made ready: {error}");
-    context.refusal(FailureCode::FailedPrecondition, what).in_phase("prepare")
-}
-
-/// Where the container's files go, by their names in the transfer.
-fn trees(bundle: &Bundle, volumes: &[Volume]) -> Vec<(String, ArrivingTree)> {
-    let layer = ArrivingTree::new(bundle.upper(), bundle.seeds());
-    let volumes = volumes.iter().enumerate();
-    let volumes =
-        volumes.map(|(index, volume)| (volumes::name(index), ArrivingTree::new(volume.dir.clone(), volume.seeds())));
-    std::iter::once((LAYER.to_owned(), layer)).chain(volumes).collect()
-}
-
-/// Why files are not on the disk.
-#[derive(Debug, thiserror::Error)]
-enum SyncError {
-    /// They cannot be synced.
-    #[error(transparent)]
-    Layer(#[from] podferry_filesystem::Error),
-    /// What came before it could not be written.
-    #[error("what came of them before the freeze could not be written")]
-    Early(#[from] std::io::Error),
-}
-
-fn sync(layer: &Path, volumes: &[Volume], inbox: Option<&Inbox>) -> Result<(), SyncError> {
-    podferry_filesystem::sync(layer)?;
-    volumes.iter().try_for_each(|volume| podferry_filesystem::sync(&volume.dir))?;
-    Ok(inbox.map_or(Ok(()), Inbox::written_back)?)
-}
-
-/// Removes what a target part made apart from the restore itself. Idempotent.
-async fn remove(context: &Context, record: &PartRecord, bundle: &Bundle, dirs: &PartDirs) -> Result<(), Failure> {
-    let runc = context.runc(context.config.runc_root());
-    if runc.container(&record.workload).is_ok_and(|container| container.is_alive()) {
-        let message = format!("a container named {} runs, which this migration did not restore", record.workload);
-        return Err(context.refusal(FailureCode::FailedPrecondition, message).in_phase("rollback"));
-    }
-    let (with, bundle, volumes) = (context.clone(), bundle.clone(), record.volumes().to_vec());
-    blocking(move || remove_files(&with, &bundle, &volumes)).await?;
-    remove_network(context, record).await?;
-    dirs.wipe_volatile();
-    Ok(())
-}
-
-fn remove_files(context: &Context, bundle: &Bundle, volumes: &[Volume]) -> Result<(), Failure> {
-    let failed =
-        |what: &str, error: &std::io::Error| context.failure(FailureCode::Internal, what, error).in_phase("rollback");
-    bundle.dismantle().map_err(|error| failed("the writable layer cannot be removed", &error))?;
-    let cleared = volumes.iter().try_for_each(Volume::clear);
-    cleared.map_err(|error| failed("what came into a volume cannot be removed", &error))
-}
-
-/// Makes the network namespace and link of an arriving container, when it brings its own.
-async fn make_network(context: &Context, record: &PartRecord) -> Result<(), Failure> {
-    let Role::Target { netns: Some(netns), link: Some(link), plan: Some(container), .. } = &record.role else {
-        return Ok(());
-    };
-    let plan = container.plan(&context.config.network.bridge, &link.host_interface);
-    podferry_network::create(netns, &plan).await.map_err(|error| {
-        let what = "the container's network namespace cannot be made";
-        context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("prepare")
-    })?;
-    set_mtu(netns, container.mtu_during_restore());
-    Ok(())
-}
-
-async fn remove_network(context: &Context, record: &PartRecord) -> Result<(), Failure> {
-    let Role::Target { netns: Some(netns), link: Some(link), .. } = &record.role else { return Ok(()) };
-    podferry_network::destroy(netns, &link.host_interface).await.map_err(|error| {
-        let what = "the container's network namespace cannot be removed";
-        context.failure(FailureCode::Internal, what, &error).in_phase("rollback")
-    })
-}
-
-/// CRIU restores sockets with a maximum segment size of 524 bytes, and idle ones keep it until their route's MTU changes:
-/// so it is another one during the restore and as it was from the resume on.
-fn restore_mtu(record: &PartRecord) {
-    if let Role::Target { netns: Some(netns), plan: Some(plan), .. } = &record.role {
-        set_mtu(netns, plan.mtu);
-    }
-}
-
-/// A wrong MTU makes connections slow and breaks none, so it is no reason to fail.
-fn set_mtu(netns: &Path, mtu: u32) {
-    let set = Netns::open(netns).and_then(|netns| podferry_network::set_mtu(&netns, INTERFACE, mtu));
-    if let Err(error) = set {
-        tracing::warn!(error = chain(&error), netns = %netns.display(), mtu, "the container's MTU cannot be set");
-    }
-}
-
-/// The host's end of an arriving container's link: at most 15 bytes, and the random end of the id makes it unique.
-fn host_interface(migration: MigrationId) -> String {
-    let id = migration.to_string().replace('-', "");
-    format!("pf{}", &id[id.len().saturating_sub(12)..])
 }
 
 fn io_failed(context: &Context, error: &std::io::Error) -> Failure {

@@ -9,9 +9,7 @@ use podferry_part::{May, Side, Step, may};
 use tokio::sync::MutexGuard;
 
 use super::hook::Hold;
-use super::{
-    END_TIMEOUT, HOOK_TIMEOUT, INTERFACE, TargetPart, fill, io_failed, make_network, remove_network, restore_mtu,
-};
+use super::{END_TIMEOUT, HOOK_TIMEOUT, TargetPart, fill, io_failed, network};
 use crate::journal::{PartRecord, Role, Standing};
 use crate::pager;
 use crate::pager::messages::PagerState;
@@ -51,7 +49,7 @@ impl TargetPart {
             self.let_go(&mut record).await?;
         }
         tracing::debug!(migration = %self.migration, "runc is done with the restore");
-        restore_mtu(&record);
+        network::restore_mtu(&record);
         self.note(&mut record, |record| record.standing = Standing::Resumed)?;
         self.context.admissions.forget(self.migration);
         if fill::is_under_way(&self.dirs) {
@@ -164,8 +162,8 @@ impl TargetPart {
     async fn restore_again(&self, record: &mut MutexGuard<'_, PartRecord>) -> Result<(), Failure> {
         self.collect(record).await?;
         // Sockets of the dead copy may linger in its network namespace, and the next one needs their addresses.
-        remove_network(&self.context, record).await?;
-        make_network(&self.context, record).await?;
+        network::remove(&self.context, record).await?;
+        network::make(&self.context, record).await?;
         self.start_restore().await?;
         let held = tokio::time::timeout(HELD_TIMEOUT, self.until_held()).await;
         held.map_err(|error| {
@@ -259,7 +257,7 @@ impl TargetPart {
     pub(super) fn announce(record: &PartRecord) {
         let Role::Target { netns: Some(netns), .. } = &record.role else { return };
         let announced = Netns::open(netns).and_then(|netns| {
-            let announcer = Announcer::open(&netns, INTERFACE)?;
+            let announcer = Announcer::open(&netns, network::INTERFACE)?;
             announcer.send().map(|()| announcer)
         });
         match announced {

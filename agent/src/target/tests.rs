@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::Ipv4Addr;
+use std::path::Path;
 
 use oci_spec::runtime::Spec;
 use podferry_common::NodeName;
