@@ -226,9 +226,13 @@ freeze = 0.5
         let alone = GOOD.replace("inventory = \"/etc/podferry/inventory.toml\"\n", "");
         assert!(load(&alone).unwrap_err().contains("an inventory or, in Kubernetes, [kubernetes]"));
         let kubernetes = load(&format!("{alone}\n[kubernetes]\n")).unwrap().kubernetes.unwrap();
-        let KubernetesConfig { namespace, lease, kubeconfig, agent_port, evacuate_on } = kubernetes;
+        let KubernetesConfig { namespace, lease, kubeconfig, agent_port, evacuate_on, eviction } = kubernetes;
         assert_eq!((namespace.as_str(), lease.as_str(), kubeconfig), ("podferry", "podferry-coordinator", None));
-        assert_eq!((agent_port, evacuate_on), (7443, Vec::new()));
+        assert_eq!((agent_port, evacuate_on, eviction), (7443, Vec::new(), None));
+        let with_evictions = load(&format!("{alone}\n[kubernetes.eviction]\n")).unwrap().kubernetes.unwrap();
+        let eviction = with_evictions.eviction.unwrap();
+        assert_eq!((eviction.listen.to_string().as_str(), eviction.patience_s), ("0.0.0.0:7446", 600));
+        assert_eq!(eviction.webhook, "podferry-eviction");
         let notices = "[kubernetes]\nevacuate_on = [{ taint = \"spot\", deadline_s = 110 }]\n";
         let kubernetes = load(&format!("{alone}\n{notices}")).unwrap().kubernetes.unwrap();
         let spot = crate::kubernetes::Notice { taint: "spot".to_owned(), deadline_s: 110, accept_loss: false };

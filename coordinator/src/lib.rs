@@ -4,6 +4,7 @@
 //! - [`strategy`]: which phases, in which order,
 //! - [`placement`]: which target, and why not the others,
 //! - [`evacuation`]: emptying a node,
+//! - [`eviction`]: evictions that become migrations,
 //! - [`cluster`]: where nodes and workloads come from,
 //! - [`store`]: where migrations are recorded,
 //! - [`runner`]: the I/O shell that takes migrations through their phases,
@@ -23,6 +24,7 @@ pub mod cluster;
 pub mod config;
 pub mod controller;
 pub mod evacuation;
+pub mod eviction;
 mod follow;
 pub mod kubernetes;
 pub mod metrics;

@@ -18,6 +18,7 @@ use podferry_coordinator::audit::AuditLog;
 use podferry_coordinator::cluster::{Agents, Inventory};
 use podferry_coordinator::config::Config;
 use podferry_coordinator::evacuation::Evacuator;
+use podferry_coordinator::eviction::{self, Parts};
 use podferry_coordinator::kubernetes::{KubernetesConfig, Leading};
 use podferry_coordinator::metrics::Metrics;
 use podferry_coordinator::pods::{Pods, Watched};
@@ -124,6 +125,10 @@ async fn run(arguments: &Arguments) -> Result<(), Box<dyn Error>> {
     }
     if let Some(address) = config.metrics_listen {
         export(address, &metrics, &runner, current.clone()).await?;
+    }
+    if let (Some(client), Some(settings)) = (leading.client(), config.kubernetes.and_then(|cluster| cluster.eviction)) {
+        let (current, store, metrics) = (current.clone(), store.clone(), metrics.clone());
+        eviction::begin(Parts { client, current, store, metrics, settings }, &stop).await?;
     }
     tokio::spawn(stop_on_signal(signals, evacuator.clone(), runner.clone()));
     leading.work(&current, &evacuator, &runner, watched, &stop);

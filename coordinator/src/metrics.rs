@@ -60,6 +60,13 @@ struct Asked {
     result: &'static str,
 }
 
+/// Labels of an eviction.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Evicted {
+    answer: &'static str,
+    reason: &'static str,
+}
+
 /// Label of a node.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfNode {
@@ -91,6 +98,7 @@ struct Figures {
     round_cpu_limit: Histograms,
     rollbacks: Family<Broken, Counter>,
     requests: Family<Asked, Counter>,
+    evictions: Family<Evicted, Counter>,
     unwritten: Counter,
     reachable: Family<OfNode, Gauge>,
     /// The nodes that `reachable` has.
@@ -117,6 +125,7 @@ impl Default for Figures {
             round_cpu_limit: Family::new_with_constructor(cpus),
             rollbacks: Family::default(),
             requests: Family::default(),
+            evictions: Family::default(),
             unwritten: Counter::default(),
             reachable: Family::default(),
             nodes: Mutex::default(),
@@ -173,6 +182,8 @@ impl Metrics {
         let help = "Migrations that were undone, by the code and the phase of what stopped them";
         registry.register("rollbacks", help, of.rollbacks.clone());
         registry.register("requests", "Requests by action, allowed or denied", of.requests.clone());
+        let help = "Evictions that were denied because the pod is moved, or allowed, by the reason";
+        registry.register("evictions", help, of.evictions.clone());
         let help = "Times that entries of the audit log could not be written";
         registry.register("audit_write_failures", help, of.unwritten.clone());
         let help = "Whether the agent of a node of the inventory answered when it was asked last";
@@ -201,6 +212,12 @@ impl Metrics {
     pub(crate) fn asked(&self, verb: Verb, allowed: bool) {
         let result = if allowed { "allowed" } else { "denied" };
         self.0.requests.get_or_create(&Asked { action: verb.as_str(), result }).inc();
+    }
+
+    /// Counts an answer to who wants to evict a pod.
+    pub(crate) fn evicted(&self, allowed: bool, reason: &'static str) {
+        let answer = if allowed { "allowed" } else { "denied" };
+        self.0.evictions.get_or_create(&Evicted { answer, reason }).inc();
     }
 
     /// Counts entries of the audit log that could not be written.
@@ -339,6 +356,7 @@ mod tests {
         let metrics = Metrics::default();
         metrics.ended(What::RolledBack, &full());
         metrics.asked(Verb::Migrate, false);
+        metrics.evicted(true, "cannot_move");
         metrics.agents(&HashMap::from([("a".parse().unwrap(), true)]));
         let text = read(&metrics);
         let lines: Vec<_> = text.lines().filter(|line| !line.contains("_bucket{")).collect();
@@ -398,6 +416,9 @@ mod tests {
         # HELP podferry_requests_total Requests by action, allowed or denied.
         # TYPE podferry_requests_total counter
         podferry_requests_total{action="migrate",result="denied"} 1
+        # HELP podferry_evictions_total Evictions that were denied because the pod is moved, or allowed, by the reason.
+        # TYPE podferry_evictions_total counter
+        podferry_evictions_total{answer="allowed",reason="cannot_move"} 1
         # HELP podferry_audit_write_failures_total Times that entries of the audit log could not be written.
         # TYPE podferry_audit_write_failures_total counter
         podferry_audit_write_failures_total 0

@@ -114,7 +114,27 @@ key = "key.pem"
 [kubernetes]
 kubeconfig = "kubeconfig"
 evacuate_on = [{ taint = "aws-node-termination-handler/spot-itn", deadline_s = 110 }]
+
+[kubernetes.eviction]
+listen = "127.0.0.1:7446"
 TOML
+}
+
+# As the chart makes it, but that coordinator and API server are on one machine.
+webhook() {
+    cat <<YAML
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingWebhookConfiguration
+metadata: {name: podferry-eviction}
+webhooks:
+- name: eviction.podferry.dev
+  rules: [{apiGroups: [""], apiVersions: [v1], resources: [pods/eviction], operations: [CREATE]}]
+  clientConfig: {url: "https://127.0.0.1:7446/"}
+  admissionReviewVersions: [v1]
+  sideEffects: NoneOnDryRun
+  failurePolicy: Ignore
+  timeoutSeconds: 5
+YAML
 }
 
 start_agent() { # start_agent NODE
@@ -148,6 +168,7 @@ begin_cluster() {
     kube create namespace podferry
     kube apply -f "$PODFERRY_ROOT/deploy/crds"
     kube wait --for=condition=Established --timeout=20s crd/migrations.podferry.dev
+    webhook | kube apply -f -
     for node in node-a:10.77.0.11 node-b:10.77.0.12; do
         agent_config "${node%:*}" "${node#*:}" >"$work/etc/${node%:*}/agent.toml"
         kube label node "${node%:*}" podferry.dev/enabled=true

@@ -31,6 +31,7 @@ readonly CASES=(
     an_object_empties_a_node_but_for_what_a_policy_keeps
     a_node_that_is_marked_to_go_is_emptied
     a_node_is_drained
+    kubectl_drain_moves_what_can_move_and_ends_the_rest
     it_leaves_nothing
 )
 
@@ -533,6 +534,43 @@ a_node_is_drained() {
 }
 
 is_on() { [[ $(node_of "$1") == "$2" ]] && is_ready "$1"; }
+
+# Whose evictions become migrations.
+kubectl_drain_moves_what_can_move_and_ends_the_rest() {
+    local from one
+    settings
+    start kept
+    from=$(node_of kept)
+    bare alone "nodeName: $from" | kube apply -f -
+    bare fixed "nodeName: $from"$'\nhostIPC: true' | kube apply -f -
+    for one in alone fixed; do until_true is_ready "$one"; until_true lists "default/$one"; done
+    for one in kept alone; do in_pod "$one" redis-cli set memory of-old; done
+    until_true is_asked_about alone
+    [[ $(evicted_migrations | jq length) == 0 ]]
+    kube drain "$from" --ignore-daemonsets --delete-emptydir-data --force --timeout 170s >"$work/drained" 2>&1 || { cat "$work/drained"; return 1; }
+    cat "$work/drained"
+    for one in kept alone; do
+        until_true is_on "$one" "$(other "$from")"
+        [[ $(in_pod "$one" redis-cli get memory) == of-old ]]
+        grep -q "moves the pod default/$one.* instead (Migration evicted-" "$work/drained"
+    done
+    # What cannot move is evicted, and it is said why.
+    not kube get pod fixed
+    grep -q 'Warning: podferry does not move this pod.*hostIPC' "$work/drained"
+    until_true evicted_have_succeeded
+    kube uncordon "$from"
+    kube delete migrations -l podferry.dev/evicted-pod
+    kube delete deployment kept
+    kube delete pod "$(pod_of alone)" --wait=false
+}
+
+evicted_migrations() { kube get migrations -l podferry.dev/evicted-pod -o json | jq '.items'; }
+evicted_have_succeeded() { evicted_migrations | jq -e 'length >= 2 and all(.[]; .status.phase == "succeeded")'; }
+# The API server learns by a watch whom it may trust.
+is_asked_about() {
+    printf '{"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": "%s"}, "deleteOptions": {"dryRun": ["All"]}}' "$1" |
+        kube create --raw "/api/v1/namespaces/default/pods/$1/eviction" -f - 2>&1 | grep -q 'would move this pod'
+}
 
 it_leaves_nothing() {
     local node

@@ -33,6 +33,12 @@ pub const ID_ANNOTATION: &str = "podferry.dev/migration-id";
 /// Keeps a deleted [`Migration`] until it is undone or has come to its end.
 pub const FINALIZER: &str = "podferry.dev/migration";
 
+/// On a [`Migration`] that an eviction has asked for: the uid of the pod that was to be evicted.
+pub const EVICTED_LABEL: &str = "podferry.dev/evicted-pod";
+
+/// On such a [`Migration`]: who wanted to evict it, as the API server knows them.
+pub const EVICTED_BY_ANNOTATION: &str = "podferry.dev/evicted-by";
+
 /// On a [`NodeEvacuation`] that the coordinator made itself: the evacuation's id. Such an object is a record and no request.
 pub const EVACUATION_ID_ANNOTATION: &str = "podferry.dev/evacuation-id";
 

@@ -100,6 +100,11 @@ impl Core {
         views.iter().map(|view| self.node(view)).collect()
     }
 
+    /// Whether a node of that name takes part.
+    pub(super) fn has_node(&self, name: &str) -> bool {
+        self.inventory.node(name).is_some()
+    }
+
     /// Which nodes' agents answer now.
     pub(super) async fn answering(&self) -> HashMap<NodeName, bool> {
         let views = self.survey(self.inventory.nodes()).await;

@@ -81,6 +81,11 @@ impl Current {
         self.now().nodes().await
     }
 
+    /// Whether a node of that name takes part.
+    pub(crate) fn has_node(&self, name: &str) -> bool {
+        self.now().has_node(name)
+    }
+
     /// Takes down again and again which agents answer, until it is dropped.
     pub async fn watch_agents(&self, metrics: &Metrics) {
         loop {

@@ -1,5 +1,6 @@
 //! The section `[kubernetes]` of `coordinator.toml`.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use kube::config::{KubeConfigOptions, Kubeconfig};
@@ -25,6 +26,35 @@ pub struct KubernetesConfig {
     /// Taints that say that a node will be gone: it is evacuated then.
     #[serde(default)]
     pub evacuate_on: Vec<Notice>,
+    /// Evictions become migrations; they do not unless this is given.
+    pub eviction: Option<EvictionConfig>,
+}
+
+/// How evictions become migrations.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EvictionConfig {
+    /// Where the API server asks.
+    #[serde(default = "eviction_listen")]
+    pub listen: SocketAddr,
+    /// The `ValidatingWebhookConfiguration` by which it asks. The coordinator writes into it whom to trust.
+    #[serde(default = "eviction_webhook")]
+    pub webhook: String,
+    /// Seconds that evictions of a pod are put off, from the first one on. Then the pod is evicted.
+    #[serde(default = "eviction_patience_s")]
+    pub patience_s: u32,
+}
+
+fn eviction_listen() -> SocketAddr {
+    SocketAddr::from(([0, 0, 0, 0], 7446))
+}
+
+fn eviction_webhook() -> String {
+    "podferry-eviction".to_owned()
+}
+
+const fn eviction_patience_s() -> u32 {
+    600
 }
 
 /// A taint that says that a node will be gone.

@@ -4,6 +4,6 @@ mod config;
 mod leader;
 mod leading;
 
-pub use config::{ConnectError, KubernetesConfig, Notice, connect};
+pub use config::{ConnectError, EvictionConfig, KubernetesConfig, Notice, connect};
 pub use leader::{Leader, LeaderError};
 pub use leading::{Leading, LeadingError, POD_VARIABLE};

@@ -28,6 +28,7 @@ mod watch;
 use podferry_common::{Failure, FailureCode, chain};
 
 pub use plan::target_name;
+pub(crate) use plan::{check_movable, comes_by, is_of_class, phase};
 pub use steps::Pods;
 pub use watch::Watched;
 

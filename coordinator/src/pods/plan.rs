@@ -68,10 +68,10 @@ pub fn target_name(base: &str, id: MigrationId) -> String {
 ///
 /// # Errors
 /// `FAILED_PRECONDITION`, with what to do.
-pub(super) fn check_movable(pod: &Pod, strategy: Strategy) -> Result<(), Failure> {
+pub(crate) fn check_movable(pod: &Pod, strategy: Strategy) -> Result<(), Failure> {
     let mut why: Vec<(String, &str)> = Vec::new();
     let spec = pod.spec.clone().unwrap_or_default();
-    if spec.runtime_class_name.as_deref() != Some(RUNTIME_CLASS) {
+    if !is_of_class(pod) {
         why.push((
             format!("its runtime class is {:?}", spec.runtime_class_name.as_deref().unwrap_or("the default")),
             "set runtimeClassName: podferry in its template, and let it be made anew once",
@@ -101,10 +101,20 @@ pub(super) fn check_movable(pod: &Pod, strategy: Strategy) -> Result<(), Failure
 
 /// Refuses a pod that has not taken its predecessor's place yet: its migration would go on with a pod that moves away.
 fn has_arrived(pod: &Pod) -> Result<(), Failure> {
-    let Some(id) = annotation(pod, MIGRATION) else { return Ok(()) };
+    let Some(id) = comes_by(pod) else { return Ok(()) };
     let name = pod.metadata.name.as_deref().unwrap_or_default();
     let message = format!("pod {name} is still taking its predecessor's place in migration {id}");
     Err(Failure::new(FailureCode::AlreadyExists, message).in_phase("preflight").remedy("try again when it has"))
+}
+
+/// Whether a pod is of podferry's runtime class.
+pub(crate) fn is_of_class(pod: &Pod) -> bool {
+    pod.spec.as_ref().is_some_and(|spec| spec.runtime_class_name.as_deref() == Some(RUNTIME_CLASS))
+}
+
+/// The migration by which a pod comes that has not taken its predecessor's place yet.
+pub(crate) fn comes_by(pod: &Pod) -> Option<&str> {
+    annotation(pod, MIGRATION)
 }
 
 fn annotation<'a>(pod: &'a Pod, name: &str) -> Option<&'a str> {
@@ -248,7 +258,7 @@ fn condition<'a>(pod: &'a Pod, kind: &str) -> Option<&'a str> {
 }
 
 /// The phase that the kubelet says.
-pub(super) fn phase(pod: &Pod) -> &str {
+pub(crate) fn phase(pod: &Pod) -> &str {
     pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or_default()
 }
 

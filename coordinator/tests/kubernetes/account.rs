@@ -12,6 +12,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+/// The one object of its kind that it may change.
+pub(crate) const WEBHOOK: &str = "podferry-eviction-test";
+
 const NAME: &str = "podferry-coordinator-test";
 
 /// In all namespaces.
@@ -21,6 +24,7 @@ fn cluster_rules() -> Value {
         {"apiGroups": ["podferry.dev"], "resources": ["migrations/status", "nodeevacuations/status"], "verbs": ["update"]},
         {"apiGroups": ["podferry.dev"], "resources": ["migrationpolicies"], "verbs": ["list"]},
         {"apiGroups": [""], "resources": ["pods"], "verbs": ["get"]},
+        {"apiGroups": ["admissionregistration.k8s.io"], "resources": ["validatingwebhookconfigurations"], "resourceNames": [WEBHOOK], "verbs": ["get", "patch"]},
         {"apiGroups": ["events.k8s.io"], "resources": ["events"], "verbs": ["create", "patch"]},
     ])
 }

@@ -102,6 +102,10 @@ impl Cluster {
         format!("{}/{pod}", self.namespace)
     }
 
+    pub(crate) fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
     /// As an administrator.
     pub(crate) fn kube(&self) -> Client {
         self.client.clone()

@@ -6,6 +6,7 @@
 mod account;
 mod cluster;
 mod evacuations;
+mod evictions;
 #[path = "../world/mod.rs"]
 mod world;
 
