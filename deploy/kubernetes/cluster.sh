@@ -116,20 +116,32 @@ kubeconfig = "kubeconfig"
 evacuate_on = [{ taint = "aws-node-termination-handler/spot-itn", deadline_s = 110 }]
 
 [kubernetes.eviction]
-listen = "127.0.0.1:7446"
+listen = "10.77.0.1:7446"
 TOML
 }
 
-# As the chart makes it, but that coordinator and API server are on one machine.
+# As the chart makes it, but that the coordinator is no pod, so its Service is told where it is.
 webhook() {
     cat <<YAML
+apiVersion: v1
+kind: Service
+metadata: {name: podferry-coordinator, namespace: podferry}
+spec: {ports: [{name: eviction, port: 7446}]}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: podferry-coordinator, namespace: podferry, labels: {kubernetes.io/service-name: podferry-coordinator}}
+addressType: IPv4
+ports: [{name: eviction, port: 7446}]
+endpoints: [{addresses: [10.77.0.1], conditions: {ready: true}}]
+---
 apiVersion: admissionregistration.k8s.io/v1
 kind: ValidatingWebhookConfiguration
 metadata: {name: podferry-eviction}
 webhooks:
 - name: eviction.podferry.dev
   rules: [{apiGroups: [""], apiVersions: [v1], resources: [pods/eviction], operations: [CREATE]}]
-  clientConfig: {url: "https://127.0.0.1:7446/"}
+  clientConfig: {service: {name: podferry-coordinator, namespace: podferry, port: 7446}}
   admissionReviewVersions: [v1]
   sideEffects: NoneOnDryRun
   failurePolicy: Ignore

@@ -11,9 +11,9 @@ TESTCLUSTER=$PODFERRY_ROOT/.podferry/testcluster/bin/testcluster
 [[ -x $TESTCLUSTER ]] || die "no $TESTCLUSTER: run make testcluster"
 cd "$PODFERRY_ROOT"
 cargo test --workspace --test kubernetes --no-run
-trap '"$TESTCLUSTER" --name $NAME down' EXIT
-"$TESTCLUSTER" --name $NAME up
-KUBECONFIG=$("$TESTCLUSTER" --name $NAME kubeconfig)
+trap '"$TESTCLUSTER" --name "$NAME" down' EXIT
+"$TESTCLUSTER" --name "$NAME" up
+KUBECONFIG=$("$TESTCLUSTER" --name "$NAME" kubeconfig)
 PODFERRY_TESTCLUSTER="$TESTCLUSTER --name $NAME"
 export KUBECONFIG PODFERRY_TESTCLUSTER
 cargo test --workspace --test kubernetes -- --ignored --test-threads=1 "$@"
