@@ -148,7 +148,8 @@ impl Evictions {
             Outcome::Allowed(why) => {
                 self.0.metrics.evicted(true, why.word());
                 let warning = why.warning();
-                if let Some(warning) = &warning {
+                // Nothing has come of a dry run.
+                if let Some(warning) = warning.as_ref().filter(|_| *why != Why::DryRun) {
                     tracing::warn!(pod, evictor, "{warning}");
                 }
                 Answer::allow(&request.uid, warning.as_deref())
