@@ -106,7 +106,7 @@ pub(super) fn secret() -> Result<String, CertificateError> {
     let mut bytes = [0; 16];
     let filled = ring::default_provider().secure_random.fill(&mut bytes);
     filled.map_err(|_| CertificateError::Tls { source: rustls::Error::FailedToGetRandomBytes })?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(format!("{:032x}", u128::from_be_bytes(bytes)))
 }
 
 #[cfg(test)]

@@ -186,13 +186,12 @@ impl Why {
             Self::Gone | Self::NotOurs | Self::Ending => return None,
             Self::NotRunning => "it does not run yet, so there is nothing to move".to_owned(),
             Self::Node => "its node does not take part: it has no label podferry.dev/enabled=true".to_owned(),
-            Self::Policy(why) | Self::CannotMove(why) => why.clone(),
+            Self::Policy(why) | Self::CannotMove(why) | Self::Unknown(why) => why.clone(),
             Self::HasFailed { migration, reason } => format!("{migration} was tried already: {reason}"),
             Self::OutOfPatience { migration, patience_s } => {
                 format!("{migration} has not moved it in {patience_s} s, and it is put off no longer")
             }
             Self::DryRun => return Some("podferry would move this pod instead of letting it be evicted".to_owned()),
-            Self::Unknown(why) => why.clone(),
         };
         Some(format!("podferry does not move this pod, and it is evicted: {said}"))
     }

@@ -132,7 +132,7 @@ fn is_there(config: &WebhookClientConfig, wanted: &Value) -> bool {
 mod tests {
     use super::*;
 
-    fn object(config: Value) -> ValidatingWebhookConfiguration {
+    fn object(config: &Value) -> ValidatingWebhookConfiguration {
         let webhook = json!({
             "name": "eviction.podferry.dev", "clientConfig": config, "sideEffects": "NoneOnDryRun", "admissionReviewVersions": ["v1"],
         });
@@ -142,30 +142,30 @@ mod tests {
     #[test]
     fn it_answers_to_what_the_api_server_calls_it() {
         let service = json!({ "service": { "name": "podferry-coordinator", "namespace": "podferry", "port": 7446 } });
-        assert_eq!(names(&object(service)), ["podferry-coordinator.podferry.svc"]);
-        assert_eq!(names(&object(json!({ "url": "https://127.0.0.1:4711/x" }))), ["127.0.0.1"]);
-        assert_eq!(names(&object(json!({ "url": "https://[fd00::1]:4711" }))), ["fd00::1"]);
+        assert_eq!(names(&object(&service)), ["podferry-coordinator.podferry.svc"]);
+        assert_eq!(names(&object(&json!({ "url": "https://127.0.0.1:4711/x" }))), ["127.0.0.1"]);
+        assert_eq!(names(&object(&json!({ "url": "https://[fd00::1]:4711" }))), ["fd00::1"]);
     }
 
     #[test]
     fn only_what_is_another_is_changed() {
         let service = json!({ "name": "podferry-coordinator", "namespace": "podferry", "port": 7446 });
-        let fresh = object(json!({ "service": service }));
+        let fresh = object(&json!({ "service": service }));
         let wanted = change(&fresh, "/evict/s", "PEM").unwrap();
         let config = json!({ "service": { "path": "/evict/s" }, "caBundle": "UEVN" });
         assert_eq!(wanted, json!({ "webhooks": [{ "name": "eviction.podferry.dev", "clientConfig": config }] }));
         let mut told = json!({ "service": service, "caBundle": "UEVN" });
         told["service"]["path"] = "/evict/s".into();
-        assert_eq!(change(&object(told.clone()), "/evict/s", "PEM"), None);
-        assert!(change(&object(told.clone()), "/evict/other", "PEM").is_some());
-        assert!(change(&object(told), "/evict/s", "ANOTHER").is_some());
+        assert_eq!(change(&object(&told), "/evict/s", "PEM"), None);
+        assert!(change(&object(&told), "/evict/other", "PEM").is_some());
+        assert!(change(&object(&told), "/evict/s", "ANOTHER").is_some());
     }
 
     #[test]
     fn a_url_keeps_its_host_and_gets_the_path() {
-        let wanted = change(&object(json!({ "url": "https://127.0.0.1:4711/old" })), "/evict/s", "PEM").unwrap();
+        let wanted = change(&object(&json!({ "url": "https://127.0.0.1:4711/old" })), "/evict/s", "PEM").unwrap();
         assert_eq!(wanted["webhooks"][0]["clientConfig"]["url"], "https://127.0.0.1:4711/evict/s");
-        let told = object(json!({ "url": "https://127.0.0.1:4711/evict/s", "caBundle": "UEVN" }));
+        let told = object(&json!({ "url": "https://127.0.0.1:4711/evict/s", "caBundle": "UEVN" }));
         assert_eq!(change(&told, "/evict/s", "PEM"), None);
     }
 }

@@ -139,7 +139,7 @@ fn one_line(text: &str) -> String {
 mod tests {
     use super::*;
 
-    fn question(eviction: serde_json::Value, dry_run: bool) -> Question {
+    fn question(eviction: &serde_json::Value, dry_run: bool) -> Question {
         serde_json::from_value(serde_json::json!({
             "apiVersion": "admission.k8s.io/v1",
             "kind": "AdmissionReview",
@@ -163,16 +163,17 @@ mod tests {
 
     #[test]
     fn a_dry_run_is_one_wherever_it_says_so() {
-        let of = |eviction, dry_run| question(eviction, dry_run).of_eviction().unwrap().is_dry_run();
+        let of =
+            |eviction: &serde_json::Value, dry_run| question(eviction, dry_run).of_eviction().unwrap().is_dry_run();
         let plain = serde_json::json!({ "metadata": { "name": "web-1" } });
         let body = serde_json::json!({ "deleteOptions": { "dryRun": ["All"] } });
-        assert!(!of(plain.clone(), false) && of(plain, true) && of(body, false));
+        assert!(!of(&plain, false) && of(&plain, true) && of(&body, false));
     }
 
     #[test]
     fn what_is_asked_is_read_and_another_question_is_not_taken_for_one() {
         let eviction = serde_json::json!({ "deleteOptions": { "preconditions": { "uid": "u-1" } } });
-        let mut asked = question(eviction, false);
+        let mut asked = question(&eviction, false);
         let request = asked.of_eviction().unwrap();
         assert_eq!((request.namespace.as_str(), request.name.as_str()), ("shop", "web-1"));
         assert_eq!((request.wanted_uid(), request.user_info.username.as_str()), (Some("u-1"), "ada"));
