@@ -193,19 +193,19 @@ impl Evictions {
         let Some(ours) = pod.filter(|pod| is_of_class(pod)) else { return Ok(known) };
         let node = ours.spec.as_ref().and_then(|spec| spec.node_name.as_deref());
         known.node_takes_part = node.is_some_and(|node| self.0.current.has_node(node));
-        known.under_way = self.under_way(request).await?;
+        known.under_way = self.under_way(request, uid_of(pod)).await?;
         known.before = self.before(request, &uid_of(pod), known.now).await?;
         known.strategy = self.strategy(request).await?;
         Ok(known)
     }
 
-    /// The migration of the pod that is under way, whoever has asked for it.
-    async fn under_way(&self, request: &Request) -> Result<Option<Attempt>, Unknown> {
+    /// The migration of the pod that is under way, or by which it has left and is about to be deleted, whoever has asked for it.
+    async fn under_way(&self, request: &Request, uid: String) -> Result<Option<Attempt>, Unknown> {
         let Ok(workload) = workload_of(&request.namespace, &request.name).parse() else { return Ok(None) };
         let store = self.0.store.clone();
         let record = blocking(move || match store.busy_with(&workload)? {
             Some(id) => store.get(id),
-            None => Ok(None),
+            None => Ok(store.list()?.into_iter().find(|record| has_left(record, &uid))),
         });
         let attempt = |record: Record| Attempt {
             title: format!("migration {}", record.id),
@@ -257,10 +257,39 @@ fn not_now(pod: &str, migration: &str) -> String {
     )
 }
 
+/// Whether that very pod has left its node by that migration: what runs is another one.
+fn has_left(record: &Record, uid: &str) -> bool {
+    record.pod.as_ref().is_some_and(|pod| pod.uid == uid) && record.place() == &record.target
+}
+
 fn uid_of(pod: Option<&Pod>) -> String {
     pod.and_then(|pod| pod.metadata.uid.clone()).unwrap_or_default()
 }
 
 fn api(action: &'static str) -> impl Fn(kube::Error) -> Unknown {
     move |source| Unknown::Api { action, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migration::State;
+    use crate::store::PodMove;
+    use crate::testing;
+
+    #[test]
+    fn a_pod_has_left_when_its_migration_is_committed_and_no_other_one_of_its_name_has() {
+        let mut record = testing::record("shop/web-1", "a", "b");
+        let moved = PodMove {
+            namespace: "shop".to_owned(),
+            name: "web-1".to_owned(),
+            uid: "u-1".to_owned(),
+            container: "web".to_owned(),
+            target_name: "web-2".to_owned(),
+        };
+        record.pod = Some(moved);
+        assert!(!has_left(&record, "u-1"), "it is still undecided");
+        record.state = State::Completed;
+        assert!(has_left(&record, "u-1") && !has_left(&record, "u-2"));
+    }
 }
