@@ -164,20 +164,25 @@ fn make_pair(container: &Netns, plan: &NetworkPlan) -> Result<()> {
     })
 }
 
-/// Brings the node's end up, without the IPv6 address that the kernel would give it: the node has no business on this
-/// link. The kernel takes that wish for an existing interface only, and obeys it only before it is up.
+/// Brings the node's end up, without the IPv6 address that the kernel would give it: the node has no business on this link.
 fn set_up_host(interface: &str) -> Result<()> {
     let mut netlink = open_for(interface)?;
+    give_no_address_by_itself(&mut netlink, interface)?;
+    set_up(&mut netlink, interface)
+}
+
+/// Keeps the kernel from giving an interface an IPv6 address. It takes that wish for an existing interface only, and obeys it
+/// only before the interface is up.
+pub(crate) fn give_no_address_by_itself(netlink: &mut Netlink, interface: &str) -> Result<()> {
     let mut message = LinkMessage::default();
     message.header.index = netlink.link(interface)?.index();
     let no_address = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
     message.attributes.push(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![no_address])]));
     match netlink.ask(RouteNetlinkMessage::SetLink(message), 0) {
         // No IPv6 on this kernel, or none on a link with so small an MTU.
-        Err(error) if error.raw_os_error() == Some(Errno::EAFNOSUPPORT as i32) => {}
-        set => drop(set.map_err(link_error("switch off IPv6 on", interface))?),
+        Err(error) if error.raw_os_error() == Some(Errno::EAFNOSUPPORT as i32) => Ok(()),
+        set => set.map(drop).map_err(link_error("switch off IPv6 on", interface)),
     }
-    set_up(&mut netlink, interface)
 }
 
 fn end(name: &str, mac: MacAddress, mtu: u32) -> LinkMessage {
@@ -209,7 +214,7 @@ fn configure(plan: &NetworkPlan) -> Result<()> {
     Ok(())
 }
 
-fn set_up(netlink: &mut Netlink, interface: &str) -> Result<()> {
+pub(crate) fn set_up(netlink: &mut Netlink, interface: &str) -> Result<()> {
     let mut message = LinkMessage::default();
     message.header.index = netlink.link(interface)?.index();
     message.header.flags = LinkFlags::Up;
@@ -217,7 +222,7 @@ fn set_up(netlink: &mut Netlink, interface: &str) -> Result<()> {
     netlink.ask(RouteNetlinkMessage::SetLink(message), 0).map(drop).map_err(link_error("bring up", interface))
 }
 
-fn address_message(address: IpNet, index: u32) -> AddressMessage {
+pub(crate) fn address_message(address: IpNet, index: u32) -> AddressMessage {
     let mut message = AddressMessage::default();
     message.header.family = family(address.addr());
     message.header.prefix_len = address.prefix_len();
@@ -253,7 +258,7 @@ fn route_message(route: &Route, plan: &NetworkPlan, index: u32) -> RouteMessage 
     message
 }
 
-fn family(address: IpAddr) -> AddressFamily {
+pub(crate) fn family(address: IpAddr) -> AddressFamily {
     if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 }
 }
 

@@ -18,7 +18,7 @@ use nix::libc::sock_filter;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result, link_error};
-use crate::netlink::{Link, Netlink, open_for};
+use crate::netlink::{Link, Netlink, errno, ignore, open_for};
 
 /// The link to cut.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -327,19 +327,6 @@ fn unless_gone<T>(result: io::Result<T>) -> io::Result<bool> {
         Err(error) if matches!(errno(&error), Errno::ENOENT | Errno::EINVAL) => Ok(false),
         result => result.map(|_| true),
     }
-}
-
-/// True when the kernel did it, false when it answered with the error that means it is done already.
-fn ignore<T>(result: io::Result<T>, done: Errno) -> io::Result<bool> {
-    match result {
-        Ok(_) => Ok(true),
-        Err(error) if errno(&error) == done => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-fn errno(error: &io::Error) -> Errno {
-    Errno::from_raw(error.raw_os_error().unwrap_or(0))
 }
 
 /// The kernel's indexes are positive numbers of an `int`.

@@ -120,6 +120,50 @@ pub enum Error {
         /// The system's answer. `ENOBUFS` is that of a link that is cut.
         source: io::Error,
     },
+    /// The device that packets are relayed by could not be opened, read or written.
+    #[error(
+        "cannot {doing} the relay's device {device}: it needs /dev/net/tun (load the module tun), and one process has it at a time"
+    )]
+    Relay {
+        /// The operation.
+        doing: &'static str,
+        /// The device's name.
+        device: &'static str,
+        /// The system's answer. `EBUSY`: another process has it.
+        source: io::Error,
+    },
+    /// A relayed packet was not taken by the namespace that it was for. The relay goes on.
+    #[error("a relayed packet was not taken")]
+    RelayedPacket {
+        /// The system's answer. `EINVAL` is that to a malformed one.
+        source: io::Error,
+    },
+    /// A namespace is not such that packets can be relayed from or to it.
+    #[error("cannot relay the packets of {interface}: {why}")]
+    NotRelayable {
+        /// The interface that has the addresses.
+        interface: String,
+        /// The reason, and what to do.
+        why: String,
+    },
+    /// A setting of the kernel was not read or changed.
+    #[error("cannot {doing} the setting /proc/sys/net/{name} (is /proc/sys writable here?)")]
+    Setting {
+        /// The operation.
+        doing: &'static str,
+        /// The setting's path.
+        name: String,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// The kernel did not say which connections a namespace has.
+    #[error("cannot list the TCP connections of the network namespace {}", .netns.display())]
+    Connections {
+        /// The namespace's path.
+        netns: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
 }
 
 /// Turns the kernel's answer about an interface into the error that names it.

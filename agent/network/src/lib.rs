@@ -10,6 +10,9 @@
 //! [`Capture`] on the source keeps what arrives for the container from before the cut on, and once the container runs and
 //! its link is whole, a [`Replayer`] hands it over: on the target after [`attach`], or on the source after [`uncut`].
 //!
+//! Where the address cannot move along, because another node has other addresses, the [`relay`] carries the packets of the old
+//! one to the new node.
+//!
 //! [`cut`], [`uncut`], [`is_cut`] and [`attach`] are plain blocking calls of well under a millisecond, free of an async
 //! runtime, because they stand in the gap that clients see; the small processes that CRIU runs as hooks call them too.
 //! They act in the network namespace of the calling thread; [`Netns::run`] gives them another one.
@@ -26,6 +29,7 @@ mod mtu;
 mod netlink;
 mod netns;
 mod probe;
+pub mod relay;
 mod replay;
 mod segment;
 mod unmoved;

@@ -9,6 +9,7 @@ use netlink_packet_route::link::{
     BridgeStpState, InfoBridge, InfoBridgePort, InfoData, InfoKind, InfoPortData, LinkAttribute, LinkInfo, LinkMessage,
 };
 use netlink_sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+use nix::errno::Errno;
 
 use crate::error::{Result, link_error};
 use crate::link::MacAddress;
@@ -109,13 +110,26 @@ impl Netlink {
     fn find(&mut self, message: LinkMessage) -> io::Result<Link> {
         let answers = self.ask(RouteNetlinkMessage::GetLink(message), 0)?;
         let link = answers.into_iter().find_map(Link::read);
-        link.ok_or_else(|| io::Error::from(nix::errno::Errno::ENODEV))
+        link.ok_or_else(|| io::Error::from(Errno::ENODEV))
     }
 }
 
 /// Opens a socket for work on one interface.
 pub(crate) fn open_for(interface: &str) -> Result<Netlink> {
     Netlink::open().map_err(link_error("open a netlink socket for", interface))
+}
+
+/// True when the kernel did it, false when it answered with the error that means it is done already.
+pub(crate) fn ignore<T>(result: io::Result<T>, done: Errno) -> io::Result<bool> {
+    match result {
+        Ok(_) => Ok(true),
+        Err(error) if errno(&error) == done => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+pub(crate) fn errno(error: &io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(0))
 }
 
 /// What the kernel says of an interface.
@@ -154,6 +168,14 @@ impl Link {
     pub(crate) fn mtu(&self) -> Option<u32> {
         self.find(|attribute| match attribute {
             LinkAttribute::Mtu(mtu) => Some(*mtu),
+            _ => None,
+        })
+    }
+
+    /// The text that was left with it (`IFLA_IFALIAS`).
+    pub(crate) fn alias(&self) -> Option<&str> {
+        self.find(|attribute| match attribute {
+            LinkAttribute::IfAlias(text) => Some(text.as_str()),
             _ => None,
         })
     }

@@ -27,6 +27,7 @@ const FIN: u8 = 0x01;
 const SYN: u8 = 0x02;
 const RST: u8 = 0x04;
 const PSH: u8 = 0x08;
+const ACK: u8 = 0x10;
 const URG: u8 = 0x20;
 const CWR: u8 = 0x80;
 
@@ -53,6 +54,14 @@ pub(crate) fn continues_connection(packet: &[u8]) -> bool {
     Ip::read(packet).is_some_and(|ip| {
         let flags = ip.packet.get(ip.header + TCP_FLAGS);
         ip.protocol == Some(TCP) && flags.is_some_and(|flags| flags & SYN == 0)
+    })
+}
+
+/// Whether a packet would open a TCP connection.
+pub(crate) fn opens_connection(packet: &[u8]) -> bool {
+    Ip::read(packet).is_some_and(|ip| {
+        let flags = ip.packet.get(ip.header + TCP_FLAGS);
+        ip.protocol == Some(TCP) && flags.is_some_and(|flags| flags & (SYN | ACK) == SYN)
     })
 }
 

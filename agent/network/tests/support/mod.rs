@@ -107,3 +107,27 @@ pub(crate) fn eventually(what: &str, condition: impl Fn() -> bool) {
         thread::sleep(Duration::from_millis(10));
     }
 }
+
+/// All that a relay may change of a namespace.
+pub(crate) fn facts(netns: &Netns) -> String {
+    eventually("the addresses are tried", || !sh(netns, "ip -6 addr").contains("tentative"));
+    let found = sh(
+        netns,
+        "ip -d rule; ip -d -6 rule; ip -d route show table all; ip -d -6 route show table all; ip -o link; ip -o addr
+         ip neigh show proxy; ip -6 neigh show proxy
+         sysctl -a -r '^net\\.(ipv4|ipv6)\\.(conf|ip_early|tcp_early|ip_forward)' 2>/dev/null",
+    );
+    let mut lines: Vec<&str> =
+        found.lines().map(str::trim_end).filter(|line| !line.contains("stable_secret")).collect();
+    lines.sort_unstable();
+    lines.join("\n")
+}
+
+/// Shows what differs only.
+pub(crate) fn assert_same(before: &str, after: &str) {
+    let without = |one: &str, other: &str| {
+        let lines = one.lines().filter(|line| !other.lines().any(|found| found == *line));
+        lines.collect::<Vec<_>>().join("\n")
+    };
+    assert!(before == after, "gone:\n{}\ncome:\n{}", without(before, after), without(after, before));
+}

@@ -1,0 +1,164 @@
+//! Which connections of a namespace still need their old address (`sock_diag(7)`).
+
+use std::io;
+use std::net::IpAddr;
+
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_sock_diag::SockDiagMessage;
+use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP};
+use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
+use netlink_sys::protocols::NETLINK_SOCK_DIAG;
+use netlink_sys::{Socket, SocketAddr};
+use nix::errno::Errno;
+
+use crate::error::{Error, Result};
+use crate::netlink::errno;
+use crate::netns::Netns;
+
+const ALIGNMENT: usize = 4;
+/// `SOCK_DESTROY` (`include/uapi/linux/sock_diag.h`): takes what asks about a socket, and ends it.
+const SOCK_DESTROY: u16 = 21;
+
+/// How many TCP sockets of a namespace have one of these local addresses and can still carry something: all but those that
+/// listen, are closed, or wait for what may be late (`TIME-WAIT`).
+pub fn connections_of(netns: &Netns, addresses: &[IpAddr]) -> Result<usize> {
+    let failed = |source| Error::Connections { netns: netns.path().to_owned(), source };
+    netns.run(|| all(addresses).map(|found| found.len()))?.map_err(failed)
+}
+
+/// How many connections of a namespace are being opened, or are open and wait for a program to take them.
+pub fn not_accepted(netns: &Netns) -> Result<usize> {
+    let failed = |source| Error::Connections { netns: netns.path().to_owned(), source };
+    let count = || {
+        let mut count = 0;
+        for (family, id) in FAMILIES {
+            // A socket that listens says how many wait in the place of how much.
+            let listening = of_family(family, id(), StateFlags::LISTEN)?;
+            count += listening.iter().map(|socket| socket.receive_queue as usize).sum::<usize>();
+            count += of_family(family, id(), StateFlags::SYN_RECV)?.len();
+        }
+        Ok(count)
+    };
+    netns.run(count)?.map_err(failed)
+}
+
+/// Ends all of them: each tells its peer by a reset, and its program by an error (ss(8), `--kill`). Gives how many there were.
+///
+/// # Errors
+/// When one cannot be ended: a kernel without `CONFIG_INET_DIAG_DESTROY` ends none.
+pub fn end_connections(netns: &Netns, addresses: &[IpAddr]) -> Result<usize> {
+    let failed = |source| Error::Connections { netns: netns.path().to_owned(), source };
+    let end_all = || {
+        let found = all(addresses)?;
+        found.iter().try_for_each(|(family, id)| end(*family, id.clone()))?;
+        Ok(found.len())
+    };
+    netns.run(end_all)?.map_err(failed)
+}
+
+/// Whether one of them may be sent from one interface alone (`SO_BINDTODEVICE`); runs in the namespace.
+pub(super) fn has_bound(addresses: &[IpAddr]) -> io::Result<bool> {
+    Ok(all(addresses)?.iter().any(|(_, id)| id.interface_id != 0))
+}
+
+const FAMILIES: [(u8, fn() -> SocketId); 2] = [(AF_INET, SocketId::new_v4), (AF_INET6, SocketId::new_v6)];
+
+/// Those that can still carry something, each with its family.
+fn all(addresses: &[IpAddr]) -> io::Result<Vec<(u8, SocketId)>> {
+    // Sockets of IPv6 serve IPv4 as well, with addresses that say so.
+    let of = |id: &SocketId| addresses.contains(&id.source_address.to_canonical());
+    let over = StateFlags::LISTEN | StateFlags::CLOSE | StateFlags::TIME_WAIT;
+    let mut all = Vec::new();
+    for (family, id) in FAMILIES {
+        let found = of_family(family, id(), StateFlags::all() - over.clone())?;
+        all.extend(found.into_iter().map(|socket| socket.id).filter(of).map(|id| (family, id)));
+    }
+    Ok(all)
+}
+
+/// What is asked of a socket here.
+struct Found {
+    id: SocketId,
+    receive_queue: u32,
+}
+
+fn of_family(family: u8, id: SocketId, states: StateFlags) -> io::Result<Vec<Found>> {
+    match sockets(family, id, states) {
+        // A kernel without IPv6.
+        Err(error) if errno(&error) == Errno::ENOENT && family == AF_INET6 => Ok(Vec::new()),
+        found => found,
+    }
+}
+
+fn open() -> io::Result<Socket> {
+    let mut netlink = Socket::new(NETLINK_SOCK_DIAG)?;
+    netlink.bind_auto()?;
+    netlink.connect(&SocketAddr::new(0, 0))?;
+    Ok(netlink)
+}
+
+/// Ends one. It may have ended meanwhile.
+fn end(family: u8, socket_id: SocketId) -> io::Result<()> {
+    let netlink = open()?;
+    let request = InetRequest {
+        family,
+        protocol: IPPROTO_TCP,
+        extensions: ExtensionFlags::empty(),
+        states: StateFlags::all(),
+        socket_id,
+    };
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | NLM_F_ACK;
+    let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+    message.finalize();
+    message.header.message_type = SOCK_DESTROY;
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    netlink.send(&bytes, 0)?;
+    let (datagram, _) = netlink.recv_from_full()?;
+    match read(&datagram, &mut Vec::new()) {
+        Err(error) if errno(&error) == Errno::ENOENT => Ok(()),
+        done => done.map(drop),
+    }
+}
+
+fn sockets(family: u8, socket_id: SocketId, states: StateFlags) -> io::Result<Vec<Found>> {
+    let netlink = open()?;
+    let request = InetRequest { family, protocol: IPPROTO_TCP, extensions: ExtensionFlags::empty(), states, socket_id };
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+    message.finalize();
+    let mut bytes = vec![0; message.buffer_len()];
+    message.serialize(&mut bytes);
+    netlink.send(&bytes, 0)?;
+    let mut found = Vec::new();
+    loop {
+        let (datagram, _) = netlink.recv_from_full()?;
+        if read(&datagram, &mut found)? {
+            return Ok(found);
+        }
+    }
+}
+
+/// Reads one datagram; true when it holds the end of the answers.
+fn read(mut datagram: &[u8], found: &mut Vec<Found>) -> io::Result<bool> {
+    while !datagram.is_empty() {
+        let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+        let message = NetlinkMessage::<SockDiagMessage>::deserialize(datagram).map_err(invalid)?;
+        let length = (message.header.length as usize).next_multiple_of(ALIGNMENT);
+        datagram = datagram.get(length..).unwrap_or_default();
+        match message.payload {
+            NetlinkPayload::Error(error) => {
+                return error.code.map_or(Ok(true), |code| Err(io::Error::from_raw_os_error(code.get().abs())));
+            }
+            NetlinkPayload::Done(_) => return Ok(true),
+            NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(socket)) => {
+                let header = socket.header;
+                found.push(Found { id: header.socket_id, receive_queue: header.recv_queue });
+            }
+            _ => {}
+        }
+    }
+    Ok(false)
+}
