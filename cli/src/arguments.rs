@@ -160,6 +160,7 @@ pub(crate) struct Migrate {
 }
 
 /// Flags of `drain`.
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 #[derive(Debug, Args)]
 pub(crate) struct Drain {
     /// The node
@@ -186,6 +187,30 @@ pub(crate) struct Drain {
     /// The most bytes per second that each migration sends, at least 64K; K, M and G are powers of 1024
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub(crate) bandwidth_limit: Option<u64>,
+    /// Kubernetes: mark the node unschedulable, too; it stays so
+    #[arg(long)]
+    pub(crate) cordon: bool,
+    /// Move those of the lowest priority first, and not those of the highest
+    #[arg(long)]
+    pub(crate) lowest_first: bool,
+    /// Only workloads with such labels: app=shop,tier in (front, back),!canary
+    #[arg(long, short = 'l', value_name = "LABELS", default_value = "")]
+    pub(crate) selector: String,
+    /// As of `migrate`
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(1..=60_000))]
+    pub(crate) downtime_budget: Option<u32>,
+    /// As of `migrate`
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// As of `migrate`
+    #[arg(long)]
+    pub(crate) throttle: bool,
+    /// As of `migrate`
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(0..=3600))]
+    pub(crate) grace_period: Option<u32>,
+    /// Never compress what is sent
+    #[arg(long)]
+    pub(crate) no_compression: bool,
     /// Do not follow it: print the evacuation that has begun
     #[arg(long)]
     pub(crate) no_wait: bool,

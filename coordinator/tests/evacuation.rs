@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use podferry_common::{Failure, FailureCode};
 use podferry_proto::v1::{
-    self, CancelEvacuationRequest, EvacuateRequest, EvacuatedState, EvacuatedWorkload, Evacuation, EvacuationPhase,
-    GetEvacuationRequest, ListEvacuationsRequest, Phase, Strategy, WatchEvacuationRequest,
+    self, CancelEvacuationRequest, EvacuateRequest, EvacuatedState, EvacuatedWorkload, Evacuation, EvacuationOrder,
+    EvacuationPhase, GetEvacuationRequest, ListEvacuationsRequest, Phase, Strategy, WatchEvacuationRequest,
 };
 use rustix::process::Signal;
 use tokio::time::timeout;
@@ -112,6 +112,37 @@ async fn a_node_is_emptied_by_priority_and_what_cannot_move_is_named_with_the_re
     let listed = client.list_evacuations(ListEvacuationsRequest::default()).await.unwrap().into_inner().evacuations;
     assert_eq!(listed.iter().map(|one| one.id.as_str()).collect::<Vec<_>>(), [&again.id, &accepted.id]);
     assert!(listed[0].workloads.is_empty());
+}
+
+#[tokio::test]
+async fn only_what_is_selected_leaves_and_in_the_order_that_is_asked_for() {
+    let world = World::new().await;
+    crowd(
+        &world,
+        &[
+            ("first", "priority = 5\nlabels = { tier = \"front\" }"),
+            ("last", "priority = -5\nlabels = { tier = \"front\" }"),
+            ("stays", "labels = { tier = \"back\" }"),
+        ],
+    );
+    let (_coordinator, mut client) = world.coordinator().await;
+    let wanted = EvacuateRequest {
+        concurrency: 1,
+        selector: "tier in (front, middle)".to_owned(),
+        order: EvacuationOrder::LowestFirst.into(),
+        ..of("a")
+    };
+    let accepted = evacuate(&mut client, wanted.clone()).await.unwrap();
+    let ended = end(&mut client, &accepted.id).await;
+    assert_eq!((ended.phase(), ended.moved, ended.workloads.len()), (EvacuationPhase::Complete, 2, 2));
+    assert_eq!(begun(&mut client).await, ["last", "first"]);
+    assert!(world.node("a", |node| node.containers.contains_key("stays")));
+
+    let refused = evacuate(&mut client, EvacuateRequest { selector: "tier in".to_owned(), ..wanted.clone() }).await;
+    let refused = refused.unwrap_err();
+    assert!(refused.code == FailureCode::InvalidArgument && refused.message.contains("\"tier in\""), "{refused}");
+    let refused = evacuate(&mut client, EvacuateRequest { cordon: true, ..wanted }).await.unwrap_err();
+    assert!(refused.code == FailureCode::FailedPrecondition && refused.message.contains("Kubernetes"), "{refused}");
 }
 
 #[tokio::test]

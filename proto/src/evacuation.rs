@@ -10,7 +10,8 @@
 //!                └─▶ CANCELLING ─▶ CANCELLED
 //! ```
 //!
-//! While it runs, no migration goes to the node, whoever asks (`FAILED_PRECONDITION`).
+//! While it runs, no migration goes to the node, whoever asks (`FAILED_PRECONDITION`). With `cordon` the node is marked unschedulable in
+//! Kubernetes, too, and stays so; without Kubernetes that is refused. With `selector` the others stay where they are, and are no matter of the evacuation.
 //!
 //! Each workload goes through a migration like any other, on behalf of whoever asked for the evacuation: what that client may not
 //! migrate is left behind with `PERMISSION_DENIED`. What is under way already, from the node or to it, is followed; what has arrived,
@@ -24,7 +25,7 @@
 //! memory faster than it is sent: it moves warm then (`hurried_strategy`). A workload that its target refuses in preflight is tried on another
 //! node, up to three in all.
 //!
-//! The order is that of the priorities, higher ones first. Among equal ones the largest comes first: they move side by side, and a large
+//! The order is that of the priorities, higher ones first unless `order` says the opposite. Among equal ones the largest comes first: they move side by side, and a large
 //! one that begins last is what everybody waits for. With a deadline the smallest comes first: as many as possible are away then.
 //!
 //! With `deadline_s`, and as long as there is time, a workload moves as was asked for when that costs no other one its time. What could

@@ -30,6 +30,14 @@ pub(super) async fn drain(global: &Global, flags: arguments::Drain) -> Result<Ex
         priorities: flags.priority.into_iter().collect::<HashMap<_, _>>(),
         concurrency: flags.concurrency.unwrap_or_default(),
         bandwidth_limit: flags.bandwidth_limit.unwrap_or_default(),
+        cordon: flags.cordon,
+        order: order(flags.lowest_first).into(),
+        selector: flags.selector,
+        downtime_budget_ms: flags.downtime_budget.map_or(0.0, f64::from),
+        verify: flags.verify,
+        throttle: flags.throttle,
+        grace_period_s: flags.grace_period,
+        no_compression: flags.no_compression,
     };
     let begun = answer(coordinator.evacuate(request)).await.map_err(told_apart)?.evacuation;
     let begun = begun.ok_or_else(nothing)?;
@@ -38,6 +46,10 @@ pub(super) async fn drain(global: &Global, flags: arguments::Drain) -> Result<Ex
         return Ok(Exit::Done);
     }
     to_the_end(coordinator, global.output, &begun.id).await
+}
+
+fn order(lowest_first: bool) -> v1::EvacuationOrder {
+    if lowest_first { v1::EvacuationOrder::LowestFirst } else { v1::EvacuationOrder::HighestFirst }
 }
 
 /// Follows an evacuation to its end.

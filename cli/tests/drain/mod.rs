@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use podferry_common::{Failure, FailureCode};
 use podferry_proto::v1::{
-    EvacuatedState, EvacuatedWorkload, Evacuation, EvacuationPhase, Migration, Problem, Strategy,
+    EvacuatedState, EvacuatedWorkload, Evacuation, EvacuationOrder, EvacuationPhase, Migration, Problem, Strategy,
 };
 
 use super::support::{Cluster, Script, ran};
@@ -86,7 +86,8 @@ async fn what_is_asked_for_is_what_the_flags_say() {
     let cluster = Cluster::start(script(vec![at(EvacuationPhase::Complete, Vec::new())], &[])).await;
     cluster.run(&["drain", "n1"]).await.exits(0);
     let flags = "drain n1 --strategy live --accept-loss --allow-restart --deadline 2m --priority redis=5 --priority cart=-1 \
-                 --concurrency 3 --bandwidth-limit 10M";
+                 --concurrency 3 --bandwidth-limit 10M --cordon --lowest-first -l app=shop --downtime-budget 50 --verify --throttle \
+                 --grace-period 7 --no-compression";
     cluster.run(&flags.split_whitespace().collect::<Vec<_>>()).await.exits(0);
     let asked = std::mem::take(&mut cluster.script.lock().unwrap().evacuated);
     assert_eq!((asked[0].strategy(), asked[0].deadline_s, asked[0].concurrency), (Strategy::Auto, 0, 0));
@@ -95,6 +96,11 @@ async fn what_is_asked_for_is_what_the_flags_say() {
     assert!(asked[1].accept_loss && asked[1].allow_restart);
     assert_eq!(asked[1].priorities, [("redis".to_owned(), 5), ("cart".to_owned(), -1)].into());
     assert_eq!(asked[1].bandwidth_limit, 10 << 20);
+    assert!(!asked[0].cordon && asked[0].order() == EvacuationOrder::HighestFirst && asked[0].selector.is_empty());
+    assert!(asked[1].cordon && asked[1].verify && asked[1].throttle && asked[1].no_compression);
+    assert_eq!((asked[1].order(), asked[1].selector.as_str()), (EvacuationOrder::LowestFirst, "app=shop"));
+    assert_eq!((asked[0].grace_period_s, asked[1].grace_period_s), (None, Some(7)));
+    assert!((asked[1].downtime_budget_ms - 50.0).abs() < 1e-9);
     for wrong in [["--deadline", "soon"], ["--priority", "redis"], ["--concurrency", "0"]] {
         cluster.run(&["drain", "n1", wrong[0], wrong[1]]).await.exits(2);
     }

@@ -2,6 +2,8 @@
 
 #![allow(unreachable_pub, reason = "the derived schema repeats the type inside a function")]
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, LabelSelector, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
@@ -36,7 +38,7 @@ pub const MAX_CONCURRENT: i32 = 100;
     validation = Rule::new("self.spec.nodeName == oldSelf.spec.nodeName")
         .message("an evacuation is of one node: make a new NodeEvacuation for another"),
     validation = Rule::new(unchanged(&[
-        "cordon", "maxConcurrent", "order", "podSelector", "strategy", "downtimeBudgetMs", "bandwidthLimit", "verify", "throttle",
+        "cordon", "maxConcurrent", "order", "podSelector", "podPriorities", "strategy", "downtimeBudgetMs", "bandwidthLimit", "verify", "throttle",
         "acceptLoss", "allowRestart", "gracePeriodSeconds", "compress",
     ])).message("how a node is emptied cannot be changed on the way: cancel this NodeEvacuation and make a new one"),
     validation = Rule::new("!oldSelf.spec.cancel || self.spec.cancel")
@@ -63,6 +65,10 @@ pub struct NodeEvacuationSpec {
     /// Only these pods, of all namespaces; all pods when there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod_selector: Option<LabelSelector>,
+    /// By `NAMESPACE/POD`: counts instead of the value of its `PriorityClass`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 512))]
+    pub pod_priorities: BTreeMap<String, i32>,
     /// How they are moved. With a strategy the wishes that it knows count; what is moved in a faster one, because the deadline is near, keeps
     /// `acceptLoss` and `bandwidthLimit`.
     #[serde(flatten)]

@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use kube::runtime::controller::Action;
 use kube::runtime::reflector::ObjectRef;
 use kube::{Api, ResourceExt as _};
-use podferry_common::Failure;
+use podferry_common::{Failure, FailureCode, WorkloadName};
 use podferry_crds::{
     EVACUATION_FINALIZER, EVACUATION_ID_ANNOTATION, NodeEvacuation, NodeEvacuationSpec, NodeEvacuationStatus, Order,
     Strategy as Wanted,
@@ -191,7 +191,7 @@ fn terms_of(spec: &NodeEvacuationSpec) -> Result<Terms, Failure> {
         accept_loss: said(wishes.accept_loss),
         allow_restart: said(wishes.allow_restart),
         deadline_at: spec.deadline.as_ref().and_then(deadline_of),
-        priorities: BTreeMap::new(),
+        priorities: priorities_of(spec)?,
         concurrency: usize::try_from(spec.max_concurrent).ok().filter(|count| *count > 0),
         bandwidth_limit: wishes.bandwidth_limit.and_then(|limit| u64::try_from(limit).ok()).unwrap_or_default(),
         manner: Manner {
@@ -208,6 +208,12 @@ fn terms_of(spec: &NodeEvacuationSpec) -> Result<Terms, Failure> {
         selector: spec.pod_selector.clone(),
         cordon: spec.cordon,
     })
+}
+
+/// Pods may not be there yet, or any more.
+fn priorities_of(spec: &NodeEvacuationSpec) -> Result<BTreeMap<WorkloadName, i32>, Failure> {
+    let name = |name: &String| name.parse().map_err(|error| Failure::from_error(FailureCode::InvalidArgument, &error));
+    spec.pod_priorities.iter().map(|(pod, priority)| Ok((name(pod)?, *priority))).collect()
 }
 
 fn is_deleted(object: &NodeEvacuation) -> bool {

@@ -18,6 +18,7 @@ mod plan;
 #[cfg(test)]
 mod properties;
 mod record;
+pub(crate) mod selector;
 
 pub use evacuator::{Cordons, Evacuator, Wish};
 pub use id::{EvacuationId, InvalidEvacuationId};

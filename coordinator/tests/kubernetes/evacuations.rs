@@ -8,8 +8,8 @@ use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::runtime::wait::{await_condition, conditions};
 use kube::{Api, ResourceExt as _};
 use podferry_crds::{
-    EVACUATION_FINALIZER, EVACUATION_ID_ANNOTATION, NodeEvacuation, NodeEvacuationSpec, NodeEvacuationStatus, Strategy,
-    Wishes,
+    EVACUATION_FINALIZER, EVACUATION_ID_ANNOTATION, NodeEvacuation, NodeEvacuationSpec, NodeEvacuationStatus, Order,
+    Strategy, Wishes,
 };
 use podferry_proto::v1;
 use serde_json::json;
@@ -209,6 +209,8 @@ async fn an_evacuation_that_was_asked_for_over_grpc_is_an_object_and_outlives_it
         strategy: v1::Strategy::Warm.into(),
         deadline_s: 3600,
         concurrency: 3,
+        order: v1::EvacuationOrder::LowestFirst.into(),
+        selector: "app!=none".to_owned(),
         ..v1::EvacuateRequest::default()
     };
     let begun = client.evacuate(wanted.clone()).await.unwrap().into_inner().evacuation.unwrap();
@@ -217,6 +219,7 @@ async fn an_evacuation_that_was_asked_for_over_grpc_is_an_object_and_outlives_it
     let asked = &object.spec;
     assert_eq!((asked.node_name.as_str(), asked.max_concurrent, asked.cordon), ("a", 3, false));
     assert_eq!((asked.wishes.strategy, asked.deadline.is_some()), (Some(Strategy::Warm), true));
+    assert_eq!((asked.order, asked.pod_selector.is_some()), (Order::LowestPriorityFirst, true));
     let name = object.name_any();
     evacuations.make("second", spec("a")).await;
     let waits = evacuations.phase("second", "pending").await;

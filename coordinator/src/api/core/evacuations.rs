@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use super::{Bounds, Core, internal, wishes};
 use crate::access::{Action, Verb};
 use crate::cluster::Seen;
-use crate::evacuation::{Evacuation, EvacuationId, Event, Found, Manner, Phase, Terms, Wish};
+use crate::evacuation::{self, Evacuation, EvacuationId, Event, Found, Manner, Order, Phase, Terms, Wish};
 use crate::runner::blocking;
 use crate::store::Record;
 use crate::strategy::{Asked, Strategy};
@@ -56,6 +56,14 @@ impl Core {
             priorities.insert(self.known_workload(name)?.name.clone(), *priority);
         }
         let deadline = Duration::from_secs(request.deadline_s.into());
+        if request.cordon && self.runner.pods().is_none() {
+            let message = "there is no Kubernetes here whose node could be marked unschedulable";
+            let failure = Failure::new(FailureCode::FailedPrecondition, message);
+            return Err(
+                failure.remedy("ask without it: no migration goes to a node that is being emptied, in any case")
+            );
+        }
+        let selector = evacuation::selector::parse(&request.selector);
         Ok(Terms {
             strategy,
             accept_loss: request.accept_loss,
@@ -64,7 +72,19 @@ impl Core {
             priorities,
             concurrency: usize::try_from(request.concurrency).ok().filter(|count| *count > 0),
             bandwidth_limit: request.bandwidth_limit,
-            ..Terms::default()
+            manner: Manner {
+                downtime_budget_ms: request.downtime_budget_ms,
+                verify: request.verify,
+                throttle: request.throttle,
+                grace_period_s: request.grace_period_s,
+                no_compression: request.no_compression,
+            },
+            order: match request.order() {
+                v1::EvacuationOrder::LowestFirst => Order::LowestFirst,
+                v1::EvacuationOrder::HighestFirst | v1::EvacuationOrder::Unspecified => Order::HighestFirst,
+            },
+            selector: selector.map_err(|error| Failure::from_error(FailureCode::InvalidArgument, &error))?,
+            cordon: request.cordon,
         })
     }
 

@@ -255,6 +255,7 @@ impl From<&v1::Problem> for MigrationProblem {
 }
 
 /// The node that is to be emptied, and how.
+#[expect(clippy::struct_excessive_bools, reason = "each is a key of its own")]
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct EvacuateRequest {
@@ -281,6 +282,30 @@ pub(super) struct EvacuateRequest {
     /// The most that each migration sends, in bytes per second, at least 65536; as much as it can when none is given.
     #[serde(default)]
     bandwidth_limit: Option<u64>,
+    /// Kubernetes: mark the node unschedulable. It stays so.
+    #[serde(default)]
+    cordon: bool,
+    /// Those of the lowest priority leave first, and not those of the highest.
+    #[serde(default)]
+    lowest_first: bool,
+    /// Only workloads with such labels, as `kubectl get -l` has it.
+    #[serde(default)]
+    selector: String,
+    /// As in a migration, for those that move in the way that is asked for.
+    #[serde(default)]
+    downtime_budget_ms: Option<f64>,
+    /// As in a migration.
+    #[serde(default)]
+    verify: bool,
+    /// As in a migration.
+    #[serde(default)]
+    throttle: bool,
+    /// As in a migration.
+    #[serde(default)]
+    grace_period_s: Option<u32>,
+    /// As in a migration.
+    #[serde(default)]
+    no_compression: bool,
 }
 
 impl From<EvacuateRequest> for v1::EvacuateRequest {
@@ -294,8 +319,20 @@ impl From<EvacuateRequest> for v1::EvacuateRequest {
             priorities: wanted.priorities,
             concurrency: wanted.concurrency.unwrap_or_default(),
             bandwidth_limit: wanted.bandwidth_limit.unwrap_or_default(),
+            cordon: wanted.cordon,
+            order: order(wanted.lowest_first).into(),
+            selector: wanted.selector,
+            downtime_budget_ms: wanted.downtime_budget_ms.unwrap_or_default(),
+            verify: wanted.verify,
+            throttle: wanted.throttle,
+            grace_period_s: wanted.grace_period_s,
+            no_compression: wanted.no_compression,
         }
     }
+}
+
+fn order(lowest_first: bool) -> v1::EvacuationOrder {
+    if lowest_first { v1::EvacuationOrder::LowestFirst } else { v1::EvacuationOrder::HighestFirst }
 }
 
 /// Which evacuations are asked for.

@@ -326,6 +326,7 @@ fn spec_of(evacuation: &Evacuation) -> NodeEvacuationSpec {
             evacuation::Order::LowestFirst => Order::LowestPriorityFirst,
         },
         pod_selector: terms.selector.clone(),
+        pod_priorities: terms.priorities.iter().map(|(name, priority)| (name.to_string(), *priority)).collect(),
         wishes,
         cancel: false,
         ttl_seconds_after_finished: None,
