@@ -13,7 +13,7 @@ RELEASE := $(TARGET)/release
 
 .PHONY: help setup build demo test chaos soak local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-layers bench-loads \
 	bench-slowdown bench-total bench-engine bench-scale e2e-vm e2e-versions e2e-page \
-	testcluster testcluster-up testcluster-down e2e-testcluster test-kubernetes e2e-kubernetes image helm e2e-install lint
+	testcluster testcluster-up testcluster-down e2e-testcluster test-kubernetes e2e-kubernetes bench-pods image helm e2e-install lint
 
 help:
 	@echo 'make demo          the main job, start to end: two nodes, real workloads under load, migrations there and back'
@@ -28,6 +28,7 @@ help:
 	@echo 'make testcluster-up, testcluster-down  a Kubernetes cluster of two nodes on this machine (builds Kubernetes once; needs Go)'
 	@echo 'make e2e-testcluster  that cluster tested by itself'
 	@echo 'make e2e-kubernetes  pods moved between the nodes of such a cluster, by every strategy, with everything killed on the way'
+	@echo 'make bench-pods    how long pods of 250 and 1000 MiB stand still when they move between such nodes, and what their clients see'
 	@echo 'make image         the image for Kubernetes, without Docker: target/image/podferry.tar (NAME=registry/podferry:tag)'
 	@echo 'make helm          the chart and the kustomizations, checked without a cluster'
 	@echo 'make e2e-install   the chart on a test cluster: install, a pod of the class, leave, uninstall; nothing must be left'
@@ -137,6 +138,9 @@ test-kubernetes: setup testcluster
 e2e-kubernetes: setup testcluster
 	@$(RUN) cargo build --workspace --lib --bins
 	@$(RUN) deploy/kubernetes/e2e.sh
+
+bench-pods: build testcluster
+	@$(RUN) env PODFERRY_BINARIES=$(abspath $(RELEASE)) deploy/kubernetes/speed.sh $(ARGS)
 
 image: setup
 	@$(RUN) deploy/image/build.sh $(NAME)
