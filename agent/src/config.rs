@@ -104,6 +104,8 @@ pub struct Kubernetes {
     pub layers_dir: PathBuf,
     /// For so many seconds a pod's container is waited for on its target: its image may have to be pulled.
     pub arrive_within_s: u64,
+    /// For so many seconds connections to a pod's old address live on at most, when it has moved; 0: they are closed when it moves.
+    pub relay_s: u64,
 }
 
 impl Default for Kubernetes {
@@ -114,6 +116,7 @@ impl Default for Kubernetes {
             kubelet_dir: "/var/lib/kubelet".into(),
             layers_dir: "/var/lib/containerd".into(),
             arrive_within_s: 120,
+            relay_s: 600,
         }
     }
 }
@@ -122,6 +125,11 @@ impl Kubernetes {
     /// For how long a pod's container is waited for on its target.
     pub fn arrive_within(&self) -> Duration {
         Duration::from_secs(self.arrive_within_s)
+    }
+
+    /// For how long connections to a pod's old address live on at most.
+    pub fn relay(&self) -> Duration {
+        Duration::from_secs(self.relay_s)
     }
 
     /// Whether what is mounted there moves with its pod: an `emptyDir`, the shared memory of its sandbox, and what containerd makes of

@@ -14,6 +14,7 @@ use podferry_transfer::Shares;
 use crate::config::Config;
 use crate::metrics::Metrics;
 use crate::pods::Visitors;
+use crate::relay::Aways;
 use crate::target::inbox::Admissions;
 
 /// Shared by everything that runs in one agent.
@@ -32,6 +33,8 @@ pub struct Shared {
     pub metrics: Metrics,
     /// Kubernetes: pods' containers that wait for their restore.
     pub visitors: Visitors,
+    /// Kubernetes: connections that have come to this node without their address.
+    pub aways: Aways,
     /// What all that leaves this node shares, if it has a limit of its own.
     pub shares: Option<Shares>,
 }
@@ -43,7 +46,8 @@ impl Context {
         let admissions = Admissions::new(metrics.clone());
         let visitors = Visitors::default();
         let shares = config.transfer.bandwidth_limit.map(|limit| Shares::new(limit.get()));
-        Self(Arc::new(Shared { config, identity, admissions, metrics, visitors, shares }))
+        let aways = Aways::default();
+        Self(Arc::new(Shared { config, identity, admissions, metrics, visitors, aways, shares }))
     }
 
     /// runc with this root folder.

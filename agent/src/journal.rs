@@ -461,6 +461,7 @@ pub fn decide(config: &Config, migration: MigrationId, word: OperatorsWord) -> R
 /// A part's record in memory, never ahead of the disk.
 #[derive(Debug)]
 pub struct Ledger {
+    migration: MigrationId,
     record: Mutex<PartRecord>,
     dirs: PartDirs,
     /// For those who must not wait for a step that is being taken.
@@ -471,7 +472,12 @@ impl Ledger {
     /// Of a part whose record is on the disk as it is here.
     pub fn new(record: PartRecord, dirs: PartDirs) -> Self {
         let (standing, _) = watch::channel(record.standing);
-        Self { record: Mutex::new(record), dirs, standing }
+        Self { migration: record.migration, record: Mutex::new(record), dirs, standing }
+    }
+
+    /// Of which migration it is.
+    pub fn migration(&self) -> MigrationId {
+        self.migration
     }
 
     /// Waits for the step that is being taken, and takes the next.

@@ -7,7 +7,7 @@
 //! - [`worker`] is the process that keeps CRIU and the frozen tasks,
 //! - [`metrics`]: what Prometheus can read,
 //! - [`pager`] is the process that lays memory in behind restored processes,
-//! - [`pods`]: containers that are pods', which others start and stop,
+//! - [`pods`]: containers that are pods', which others start and stop, and [`relay`]: their connections, which outlive their address,
 //! - [`parts`] knows which parts there are, [`journal`] remembers them, [`recovery`] takes them up after a restart.
 
 pub mod application;
@@ -19,6 +19,7 @@ pub mod pager;
 pub mod parts;
 pub mod pods;
 pub mod recovery;
+pub mod relay;
 pub mod server;
 pub mod service;
 pub mod source;

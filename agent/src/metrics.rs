@@ -5,13 +5,16 @@
 //! migration's id or a container's: see `podferry_coordinator::metrics`.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use podferry_common::failure::Failure;
 use podferry_common::metrics::{PREFIX, in_seconds, page_rates, seconds};
+use podferry_network::relay::End;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
@@ -83,6 +86,21 @@ struct Figures {
     criu_failures: Family<InStage, Counter>,
     filled_pages: Counter,
     connections: Counter,
+    relays: Family<AtEnd, Gauge>,
+    relayed_connections: Gauge,
+    relayed_bytes: Family<Towards, Counter>,
+}
+
+/// Labels of a relay.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct AtEnd {
+    end: &'static str,
+}
+
+/// Labels of what a relay carries.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Towards {
+    to: &'static str,
 }
 
 impl Default for Figures {
@@ -102,6 +120,9 @@ impl Default for Figures {
             criu_failures: Family::default(),
             filled_pages: Counter::default(),
             connections: Counter::default(),
+            relays: Family::default(),
+            relayed_connections: Gauge::default(),
+            relayed_bytes: Family::default(),
         }
     }
 }
@@ -137,6 +158,13 @@ impl Metrics {
         to.register("agent_filled_pages", help, of.filled_pages.clone());
         let help = "Connections accepted on the agent's port, whose handshake succeeded";
         to.register("agent_connections", help, of.connections.clone());
+        let help =
+            "Relays between the old address of a pod that has moved and the pod, by which of the two is on this node";
+        to.register("agent_relays", help, of.relays.clone());
+        let help = "Connections of pods on this node to addresses that they had elsewhere";
+        to.register("agent_relayed_connections", help, of.relayed_connections.clone());
+        let help = "Bytes of packets that this node has sent through relays, to the pod or to its old address";
+        to.register("agent_relayed_bytes", help, of.relayed_bytes.clone());
         registry
     }
 
@@ -170,9 +198,50 @@ impl Metrics {
         self.0.filled_pages.inc_by(pages);
     }
 
+    /// There is one relay more that has this end here, until what this gives is dropped.
+    pub fn relay(&self, end: End) -> Relaying {
+        let end = match end {
+            End::Home => "home",
+            End::Away => "away",
+        };
+        self.0.relays.get_or_create(&AtEnd { end }).inc();
+        Relaying { metrics: self.clone(), end, connections: AtomicI64::new(0) }
+    }
+
     /// Somebody has connected.
     pub fn connected(&self) {
         self.0.connections.inc();
+    }
+}
+
+/// Counts what one relay does.
+#[derive(Debug)]
+pub struct Relaying {
+    metrics: Metrics,
+    end: &'static str,
+    /// What was counted of this relay.
+    connections: AtomicI64,
+}
+
+impl Relaying {
+    /// So many connections live on.
+    pub fn lives(&self, connections: usize) {
+        let now = i64::try_from(connections).unwrap_or(i64::MAX);
+        let before = self.connections.swap(now, Ordering::Relaxed);
+        self.metrics.0.relayed_connections.inc_by(now - before);
+    }
+
+    /// So many bytes were sent to the other end.
+    pub fn sent(&self, bytes: usize) {
+        let to = if self.end == "home" { "pod" } else { "address" };
+        self.metrics.0.relayed_bytes.get_or_create(&Towards { to }).inc_by(bytes as u64);
+    }
+}
+
+impl Drop for Relaying {
+    fn drop(&mut self) {
+        self.lives(0);
+        self.metrics.0.relays.get_or_create(&AtEnd { end: self.end }).dec();
     }
 }
 
@@ -306,6 +375,15 @@ podferry_agent_filled_pages_total 0
 # HELP podferry_agent_connections_total Connections accepted on the agent's port, whose handshake succeeded.
 # TYPE podferry_agent_connections_total counter
 podferry_agent_connections_total 1
+# HELP podferry_agent_relays Relays between the old address of a pod that has moved and the pod, by which of the two is on this node.
+# TYPE podferry_agent_relays gauge
+podferry_agent_relays{end="away"} 1
+# HELP podferry_agent_relayed_connections Connections of pods on this node to addresses that they had elsewhere.
+# TYPE podferry_agent_relayed_connections gauge
+podferry_agent_relayed_connections 3
+# HELP podferry_agent_relayed_bytes_total Bytes of packets that this node has sent through relays, to the pod or to its old address.
+# TYPE podferry_agent_relayed_bytes_total counter
+podferry_agent_relayed_bytes_total{to="address"} 100
 "#;
 
     fn lines(metrics: &Metrics) -> String {
@@ -379,6 +457,14 @@ podferry_agent_connections_total 1
         metrics.failed(Stage::Restore, &failure.clone().criu_line("Error"));
         metrics.failed(Stage::Restore, &failure);
         metrics.connected();
+        let relay = metrics.relay(End::Away);
+        relay.lives(5);
+        relay.lives(3);
+        relay.sent(100);
         assert_eq!(lines(&metrics), NAMES);
+        drop(relay);
+        assert!(
+            value(&metrics, "relays{end=\"away\"}").abs() < 1e-9 && value(&metrics, "relayed_connections").abs() < 1e-9
+        );
     }
 }

@@ -22,6 +22,7 @@ use crate::context::Context;
 use crate::journal::{self, OperatorsWord, PartDirs, PartRecord, Role, Standing};
 use crate::parts::{Authority, Entry, Part, Parts};
 use crate::pods::Fence;
+use crate::relay;
 use crate::source::SourcePart;
 use crate::target::{TargetPart, fetch, fill};
 use crate::worker::client::Worker;
@@ -46,6 +47,7 @@ pub async fn recover(context: &Context, parts: &Parts) {
         parts.broken(migration, "");
     }
     journal::prune(&context.config, &records);
+    relay::recover(context, &records).await;
     prune_fences(context, &records);
     for record in records {
         if record.standing == Standing::Released && !record.tidied {

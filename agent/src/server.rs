@@ -15,6 +15,7 @@ use podferry_proto::v1::agent_service_server::AgentServiceServer;
 use podferry_proto::v1::application_service_server::ApplicationServiceServer;
 use podferry_proto::v1::delivery_service_server::DeliveryServiceServer;
 use podferry_proto::v1::fetch_service_server::FetchServiceServer;
+use podferry_proto::v1::relay_service_server::RelayServiceServer;
 use podferry_transfer::TransferServer;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -22,7 +23,7 @@ use crate::config::Config;
 use crate::context::Context;
 use crate::parts::Parts;
 use crate::recovery;
-use crate::service::{Agent, Application, Delivery, Fetch};
+use crate::service::{Agent, Application, Delivery, Fetch, Relay};
 
 /// How often the certificate's files are looked at.
 const IDENTITY_INTERVAL: Duration = Duration::from_secs(10);
@@ -51,6 +52,7 @@ pub async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
         export(address, &context).await?;
     }
     let delivery = Delivery::new(context.clone(), parts.clone());
+    let relay = Relay::new(context.clone());
     let fetch = Fetch::new(context.clone(), parts.clone());
     let application = Application::new(context.clone(), parts.clone());
     let agent = Agent::new(context.clone(), parts).await;
@@ -68,6 +70,7 @@ pub async fn serve(config: Config) -> Result<(), Box<dyn std::error::Error>> {
         .add_service(AgentServiceServer::new(agent))
         .add_service(ApplicationServiceServer::new(application))
         .add_service(DeliveryServiceServer::new(delivery))
+        .add_service(RelayServiceServer::new(relay))
         .add_service(FetchServiceServer::new(fetch))
         .add_service(TransferServer::new(std::sync::Arc::new(context.admissions.clone())))
         .add_service(health_service)

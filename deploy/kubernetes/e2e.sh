@@ -9,13 +9,17 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../setup/lib.sh"
 # shellcheck source=deploy/kubernetes/cluster.sh
 . "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
+# shellcheck source=deploy/kubernetes/pods.sh
+. "$(dirname "${BASH_SOURCE[0]}")/pods.sh"
 
 readonly CASES=(
     nodes_are_fit_and_pods_are_workloads
     a_bare_pod_moves_live_with_all_it_has
     what_a_pod_is_given_is_the_new_pods
     a_deployment_moves_by_every_strategy_and_its_replica_set_makes_no_third_pod
-    a_service_has_its_pod_again_and_loses_no_write
+    connections_live_on_through_a_service_over_many_moves
+    connections_outlive_the_agents_that_carry_them
+    connections_outlive_a_freeze_that_is_undone
     a_container_that_came_and_ends_is_started_anew
     a_pod_that_stands_still_for_long_is_not_killed_by_its_probes
     what_cannot_move_is_refused_with_the_reason
@@ -35,83 +39,7 @@ readonly CASES=(
     it_leaves_nothing
 )
 
-# A Deployment of Redis, with a Service: redis NAME [EXTRA], EXTRA being further fields of the pod's spec.
-redis() {
-    cat <<YAML
-apiVersion: apps/v1
-kind: Deployment
-metadata: {name: $1}
-spec:
-  selector: {matchLabels: {app: $1}}
-  template:
-    metadata: {labels: {app: $1}}
-    spec:
-$(redis_spec "${2:-}" | sed 's/^/      /')
----
-apiVersion: v1
-kind: Service
-metadata: {name: $1}
-spec: {selector: {app: $1}, ports: [{port: 6379}]}
-YAML
-}
-
-redis_spec() {
-    cat <<YAML
-runtimeClassName: podferry
-terminationGracePeriodSeconds: 1
-$1
-initContainers:
-- {name: set-up, image: "podferry.test/redis:1", imagePullPolicy: Never, command: [sh, -c, 'echo once >>/cache/set-up'], volumeMounts: [{name: cache, mountPath: /cache}]}
-containers:
-- name: redis
-  image: podferry.test/redis:1
-  imagePullPolicy: Never
-  command: [redis-server, --bind, 0.0.0.0, --protected-mode, "no", --enable-debug-command, "yes", --save, "", --dir, /cache]
-  ports: [{containerPort: 6379}]
-  resources: {requests: {cpu: 10m, memory: 16Mi}, limits: {memory: 512Mi}}
-  volumeMounts: [{name: cache, mountPath: /cache}, {name: fast, mountPath: /fast}, {name: settings, mountPath: /settings}]
-  env: [{name: POD, valueFrom: {fieldRef: {fieldPath: metadata.name}}}]
-volumes:
-- {name: cache, emptyDir: {}}
-- {name: fast, emptyDir: {medium: Memory}}
-- {name: settings, configMap: {name: settings}}
-YAML
-}
-
-bare() {
-    printf 'apiVersion: v1\nkind: Pod\nmetadata: {name: %s, labels: {app: %s}}\nspec:\n' "$1" "$1"
-    redis_spec "${2:-}" | sed 's/^/  /'
-}
-
-settings() { kube create configmap settings --from-literal=colour=blue --dry-run=client -o yaml | kube apply -f -; }
-
-# The one pod of an app that runs; its name.
-pod_of() { kube get pods -l "app=$1" -o json | jq -re '[.items[] | select(.metadata.deletionTimestamp | not)] | if length == 1 then .[0].metadata.name else error("there are \(length) pods") end'; }
-is_ready() { [[ $(kube get pod "$(pod_of "$1")" -o 'jsonpath={.status.conditions[?(@.type=="Ready")].status}') == True ]]; }
-field() { kube get pod "$1" -o "jsonpath={$2}"; }
-node_of() { field "$(pod_of "$1")" .spec.nodeName; }
-other() { if [[ $1 == node-a ]]; then printf node-b; else printf node-a; fi; }
-in_pod() { local app=$1; shift; kube exec "$(pod_of "$app")" -c redis -- "$@"; }
-address_of() { field "$(pod_of "$1")" .status.podIP; }
-service_of() { kube get service "$1" -o 'jsonpath={.spec.clusterIP}'; }
-start() { redis "$@" | kube apply -f - && until_true is_ready "$1"; }
-
-# move APP STRATEGY [OPTION...]: to the other node; the migration as JSON goes to $work/migration.
-move() {
-    local app=$1 strategy=$2 name from
-    shift 2
-    name=$(pod_of "$app") from=$(node_of "$app")
-    ferry migrate "default/$name" --to "$(other "$from")" --strategy "$strategy" "$@" --wait --output json </dev/null >"$work/migration" 2>"$work/watched"
-    freezes+=("$(jq -r .downtime_ms "$work/migration")")
-    until_true has_left "$app" "$name"
-    [[ $(node_of "$app") == "$(other "$from")" ]]
-}
-
-has_left() { ! kube get pod "$2" && is_ready "$1"; }
-digest() { on node-a podferry-bench redis-digest --target "$(address_of "$1"):6379" | jq -re .digest; }
-fill() { on node-a podferry-bench redis-fill --target "$(address_of "$1"):6379" --mib "$2"; }
-
-can() { [[ $(kube get node "$1" -o json | jq -r --arg name "podferry.dev/strategy-$2" '.metadata.labels[$name]') == true ]]; }
+has_one_pod() { [[ $(kube get pods -l "app=$1" -o name | wc -l) == 1 ]]; }
 
 nodes_are_fit_and_pods_are_workloads() {
     until_true all_fit
@@ -195,26 +123,46 @@ a_deployment_moves_by_every_strategy_and_its_replica_set_makes_no_third_pod() {
 
 is_marked() { kube get pod "$1" -o json | jq -e '.metadata | (.labels + .annotations) | has("podferry.dev/migration")'; }
 
-# The clients' connections end with the old pod's address; they come again, by the Service.
-a_service_has_its_pod_again_and_loses_no_write() {
-    local number
+# The same two connections from the first move to the last, each of which gives the pod another address.
+connections_live_on_through_a_service_over_many_moves() {
+    local number load
     start busy
     fill busy 32
-    rm -f "$work/moved"
-    on_with_input node-a podferry-bench load --target "$(service_of busy):6379" --kind redis --clients 2 --until-stdin-closes \
-        >"$work/load" < <(sleep 1; for ((number = 0; number < 400; number++)); do [[ -e $work/moved ]] && break; sleep 0.2; done) &
-    local load=$!
-    until_true grep -q . "$work/load"
+    load busy
     for number in 1 2 3 4; do move busy live; done
-    touch "$work/moved"
-    # It fails by the connections that ended.
-    wait "$load" || true
-    tail -1 "$work/load" | jq -c '[.clients[] | {requests, failed_requests, connection_resets, lost_items, gap_ms_max, problems}]'
-    lost=$((lost + $(tail -1 "$work/load" | jq '[.clients[].lost_items] | add')))
-    failed_requests=$((failed_requests + $(tail -1 "$work/load" | jq '[.clients[].failed_requests] | add')))
+    unload
     # The longest pauses, one for each move.
     mapfile -t -O "${#gaps[@]}" gaps < <(tail -1 "$work/load" | jq '[.clients[0].gaps[].gap_ms] | sort | reverse | .[:4][]')
-    [[ $lost == 0 && $(tail -1 "$work/load" | jq '[.clients[].requests] | add') -gt 1000 ]]
+    # With the connections the old sandboxes go, and with them their addresses.
+    until_true has_one_pod busy
+}
+
+# Once for every agent: that at home, that of a pod which has moved on, and that where it is now.
+connections_outlive_the_agents_that_carry_them() {
+    local number load
+    load busy
+    for number in 1 2; do
+        move busy live
+        kill_agent node-a
+        kill_agent node-b
+        until_true all_fit
+    done
+    unload
+    until_true has_one_pod busy
+}
+
+connections_outlive_a_freeze_that_is_undone() {
+    local id load
+    load busy
+    # So that the container stands still for seconds.
+    id=$(ferry migrate "default/$(pod_of busy)" --to "$(other "$(node_of busy)")" --strategy warm --bandwidth-limit 16M --output json </dev/null | jq -r .id)
+    until_true phase_is "$id" freeze
+    sleep 1
+    ferry cancel "$id"
+    until_true phase_is "$id" cancelled
+    unload
+    tail -1 "$work/load" | jq -e '.clients[0].gap_ms_max > 900'
+    until_true no_target_left
 }
 
 a_container_that_came_and_ends_is_started_anew() {
@@ -590,10 +538,6 @@ it_leaves_nothing() {
 }
 
 no_pods() { [[ $(kube get pods -o name) == '' ]]; }
-
-median() { # of the numbers that are given
-    printf '%s\n' "$@" | jq -s 'sort | if length == 0 then null else .[(length - 1) / 2 | floor] end'
-}
 
 summary() {
     printf '{"cases": %d, "passed": %d, "skipped": 0, "lost_items": %d, "failed_requests": %d, "freeze_ms_median": %s, "service_gap_ms_median": %s}\n' \

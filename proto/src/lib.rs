@@ -5,6 +5,7 @@
 //! - [`evacuation`]: and how they have a node emptied,
 //! - [`transfer`]: what one agent says to another,
 //! - [`delivery`]: and what it hands on of the container's network,
+//! - [`relay`]: and what it carries for connections whose address stays behind,
 //! - [`fetch`]: and which pages it fetches from the other when the container runs already,
 //! - [`application`]: and how a new instance takes the place of an old one.
 //!
@@ -19,6 +20,7 @@ pub mod evacuation;
 pub mod fetch;
 #[cfg(feature = "json")]
 pub mod json;
+pub mod relay;
 pub mod strategies;
 pub mod transfer;
 mod version;

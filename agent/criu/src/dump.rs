@@ -46,6 +46,9 @@ pub struct DumpRequest {
     pub externals: Vec<String>,
     /// Dump established TCP connections; otherwise they are closed.
     pub tcp_established: bool,
+    /// Leave out connections that no process has taken yet, instead of refusing to dump: who opened them is told by a reset.
+    #[serde(default)]
+    pub skip_in_flight: bool,
     /// The freezer cgroup of the tasks, when there is one: without it CRIU stops them one by one.
     pub freeze_cgroup: Option<PathBuf>,
     /// What to do about cgroups.
@@ -77,6 +80,7 @@ impl DumpRequest {
         options.network_lock = Some(EnumOrUnknown::new(rpc::Criu_network_lock_method::SKIP));
         options.set_tcp_established(self.tcp_established);
         options.set_tcp_close(!self.tcp_established);
+        options.set_tcp_skip_in_flight(self.skip_in_flight);
         options.set_manage_cgroups(true);
         options.manage_cgroups_mode = Some(EnumOrUnknown::new(self.cgroups.into()));
         options.set_timeout(self.freeze_timeout_s);

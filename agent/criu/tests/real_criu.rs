@@ -114,6 +114,7 @@ impl Victim {
             external_mounts: Vec::new(),
             externals: Vec::new(),
             tcp_established: true,
+            skip_in_flight: false,
             freeze_cgroup: None,
             cgroups: CgroupsMode::Ignore,
             freeze_timeout_s: 10,

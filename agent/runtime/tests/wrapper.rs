@@ -290,6 +290,31 @@ fn what_stands_still_to_be_moved_is_not_killed() {
 }
 
 #[test]
+fn a_sandbox_whose_address_is_needed_is_noted_and_not_killed() {
+    let node = Node::new(1);
+    fs::create_dir_all(node.path("runc/s1")).unwrap();
+    let state = serde_json::json!({ "id": "s1", "config": { "rootfs": "/", "labels": [format!("bundle={}", node.path("task/s1").display())] } });
+    fs::write(node.path("runc/s1/state.json"), state.to_string()).unwrap();
+    let annotations =
+        serde_json::json!({ "io.kubernetes.cri.container-type": "sandbox", "io.kubernetes.cri.sandbox-uid": "u-1" });
+    let config = serde_json::json!({ "ociVersion": "1.2.1", "annotations": annotations });
+    fs::write(node.path("task/s1/config.json"), config.to_string()).unwrap();
+    let kill = || end(node.command(&["kill", "s1", "9"]).spawn().unwrap()).status.success();
+    let fence = node.path("fenced/u-1");
+    fs::write(&fence, wrapper::STAY).unwrap();
+    assert!(kill() && kill());
+    assert!(node.calls().is_empty(), "{:?}", node.calls());
+    let noted: wrapper::SandboxEnd = serde_json::from_slice(&fs::read(wrapper::asked(&fence)).unwrap()).unwrap();
+    assert_eq!(noted, wrapper::SandboxEnd { root: node.path("runc"), id: "s1".to_owned() });
+    // A frozen container is another matter: what it needs of its sandbox the agent keeps.
+    for word in ["", wrapper::KEEP] {
+        fs::write(&fence, word).unwrap();
+        assert!(kill());
+    }
+    assert_eq!(node.calls().len(), 2);
+}
+
+#[test]
 fn nothing_is_started_in_a_pod_that_has_moved() {
     for migration in [None, Some(MIGRATION)] {
         let node = Node::new(1);

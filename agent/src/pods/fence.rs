@@ -7,14 +7,18 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use podferry_runtime::Container;
-use podferry_runtime::wrapper::{KEEP, PodContainer, fence_of};
+use podferry_runtime::wrapper::{KEEP, PodContainer, STAY, SandboxEnd, asked, fence_of};
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 
-use crate::worker::record::at;
+use crate::context::Context;
+use crate::worker::record::{self, at};
 
 /// How often it is said again that a container must not be killed: [`podferry_runtime::wrapper`] believes it for minutes.
 const SAID_EVERY: Duration = Duration::from_secs(60);
+
+/// How long a wrapper takes at most from the word that it reads to its note.
+const NOTING: Duration = Duration::from_millis(200);
 
 /// The fence around one pod. [`podferry_runtime::wrapper`] starts nothing behind it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,9 +43,12 @@ impl Fence {
         // One that is not there, or not yet, says nothing of any pod.
         fs::read_dir(&pods).map_err(|error| at(&pods, &error))?;
         for entry in entries {
-            let fence = Self(entry?.path());
-            if !needed.contains(&&fence) && !pods.join(fence.0.file_name().unwrap_or_default()).try_exists()? {
-                fence.take_away()?;
+            let note = Self(entry?.path());
+            // What stands beside one has its name, too.
+            let pod = note.0.file_stem().unwrap_or_default();
+            let needed = needed.iter().any(|fence| fence.0.file_name() == Some(pod));
+            if !needed && !pods.join(pod).try_exists()? {
+                note.take_away()?;
             }
         }
         Ok(())
@@ -72,16 +79,42 @@ impl Fence {
     /// # Errors
     /// When it cannot be written down the first time.
     pub fn go_on_keeping(&self) -> io::Result<Keeping> {
-        self.keep()?;
+        self.go_on_saying(KEEP)
+    }
+
+    /// The pod has moved: keeps its sandbox from being killed, until that is ended.
+    ///
+    /// # Errors
+    /// When it cannot be written down the first time.
+    pub fn go_on_staying(&self) -> io::Result<Keeping> {
+        self.go_on_saying(STAY)
+    }
+
+    fn go_on_saying(&self, word: &'static str) -> io::Result<Keeping> {
+        self.say(word)?;
         let fence = self.clone();
         Ok(Keeping(tokio::spawn(async move {
             loop {
                 tokio::time::sleep(SAID_EVERY).await;
-                if let Err(error) = fence.keep() {
-                    tracing::warn!(%error, "it cannot be said that a frozen pod must not be killed");
+                if let Err(error) = fence.say(word) {
+                    tracing::warn!(%error, word, "it cannot be said that a pod must not be killed");
                 }
             }
         })))
+    }
+
+    /// Nobody needs the sandbox any more: it ends if it was to, by the hand of the agent. Blocks.
+    ///
+    /// # Errors
+    /// When it is not told, or does not end; the kubelet asks for it again, in two minutes.
+    pub fn end_sandbox(&self, context: &Context) -> io::Result<()> {
+        self.let_die()?;
+        // Who has read the old word notes it by then.
+        std::thread::sleep(NOTING);
+        let note = asked(&self.0);
+        let Some(SandboxEnd { root, id }) = record::load(&note)? else { return Ok(()) };
+        context.runc(&root).kill(&id, "KILL").map_err(io::Error::other)?;
+        fs::remove_file(note)
     }
 
     /// Lets it be killed again, and no more than that.

@@ -1,6 +1,7 @@
 //! Between the protocol's messages and the agent's own types. What comes in is checked here.
 
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 use std::time::{Duration, SystemTime};
 
 use podferry_common::NodeName;
@@ -10,11 +11,13 @@ use podferry_proto::v1::{self, PartState, freeze_event};
 
 use crate::journal::Standing;
 use crate::source::{FreezeEvent, PreCopyOrder, Round, SourcePart, Verified};
-use crate::target::TargetPart;
+use crate::target::{Relayed, TargetPart};
 
 /// The most addresses and routes of a link.
 const MOST_ADDRESSES: usize = 16;
 const MOST_ROUTES: usize = 64;
+/// What IPv6 asks for, or with IPv4 alone a link can do with, and what the length of a packet can say.
+const MTU: RangeInclusive<u32> = 576..=65_535;
 /// The most rounds of a pre-copy.
 const MOST_ROUNDS: u32 = 100;
 /// The downtime that is aimed at when what was asked for makes no sense.
@@ -59,6 +62,18 @@ pub(crate) fn link_message(link: &ContainerLink) -> v1::Link {
         addresses: link.addresses.iter().map(address).collect(),
         routes: link.routes.iter().map(route).collect(),
     }
+}
+
+/// Addresses whose connections a relay carries.
+pub(crate) fn relayed_of(message: &v1::Relayed) -> Result<Relayed, Failure> {
+    if message.addresses.is_empty() || message.addresses.len() > MOST_ADDRESSES {
+        return Err(invalid("a relay has no addresses, or more than are taken"));
+    }
+    if !MTU.contains(&message.mtu) {
+        return Err(invalid(format!("{} is no MTU", message.mtu)));
+    }
+    let address = |text: &String| text.parse().map_err(|_| invalid(format!("{text:?} is no address")));
+    Ok(Relayed { addresses: message.addresses.iter().map(address).collect::<Result<_, _>>()?, mtu: message.mtu })
 }
 
 fn address_of(message: &v1::Address) -> Result<IpNet, Failure> {

@@ -7,6 +7,7 @@ mod describe;
 mod fetch;
 mod network;
 mod preflight;
+mod relay;
 mod tracking;
 mod volumes;
 
@@ -33,7 +34,7 @@ use crate::metrics::{Sending, Stage};
 use crate::parts::{Authority, Entry, Part, Parts};
 use crate::pods::{Door, Visitor};
 use crate::recovery;
-use crate::source::{FreezeOrder, SourcePart};
+use crate::source::{Connections, FreezeOrder, SourcePart};
 use crate::target::application::TakeOver;
 use crate::target::{PrepareOrder, TargetPart, fill};
 use crate::volumes::{MovedFiles, Volume};
@@ -41,6 +42,7 @@ use crate::volumes::{MovedFiles, Volume};
 pub use application::Application;
 pub use delivery::Delivery;
 pub use fetch::Fetch;
+pub use relay::Relay;
 
 /// The shortest and the longest deadline that is taken.
 const DEADLINES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(24 * 3600));
@@ -144,7 +146,8 @@ impl Agent {
         });
     }
 
-    async fn begin_prepare(&self, request: v1::PrepareRequest) -> Result<(), Failure> {
+    /// Whether its connections are taken through a relay.
+    async fn begin_prepare(&self, request: v1::PrepareRequest) -> Result<bool, Failure> {
         let migration = migration_of(&request.migration_id)?;
         let source = Peer::Agent(convert::node_name(&request.source_node)?);
         let visitor = match &request.pod {
@@ -183,14 +186,16 @@ impl Agent {
             take_over,
             volumes,
             visitor,
+            relayed: request.relayed.as_ref().map(convert::relayed_of).transpose()?,
         };
         // Until this one is known as well.
         let _one_at_a_time = self.preparing.lock().await;
         self.parts.check_volumes(&order.volumes)?;
         let part = Arc::new(TargetPart::prepare(&self.context, order).await?);
+        let relays = part.relays();
         reservation.fill(Part::Target(part));
         self.watch_deadline(migration, deadline_of(request.deadline_ms));
-        Ok(())
+        Ok(relays)
     }
 
     /// What waits on this node to become that pod's container.
@@ -252,7 +257,11 @@ impl Agent {
             link: link.map(|found| found.link),
             target,
             target_address: request.target_address,
-            keep_connections: request.keep_connections,
+            connections: match (request.keep_connections, request.relay) {
+                (_, true) => Connections::Relay,
+                (true, false) => Connections::Keep,
+                (false, false) => Connections::Close,
+            },
             compress: request.compress,
             bandwidth_limit: Some(request.bandwidth_limit).filter(|limit| *limit > 0),
             pre_copy: request
@@ -438,8 +447,8 @@ impl AgentService for Agent {
     async fn prepare(&self, request: Request<v1::PrepareRequest>) -> Result<Response<v1::PrepareResponse>, Status> {
         self.only_coordinator(&request)?;
         let agent = self.clone();
-        to_its_end(async move { agent.begin_prepare(request.into_inner()).await }).await?;
-        Ok(Response::new(v1::PrepareResponse {}))
+        let relays = to_its_end(async move { agent.begin_prepare(request.into_inner()).await }).await?;
+        Ok(Response::new(v1::PrepareResponse { relays }))
     }
 
     async fn freeze(&self, request: Request<v1::FreezeRequest>) -> Result<Response<Events>, Status> {

@@ -224,6 +224,7 @@ pub(crate) async fn source(
         tcp_connections: u32::try_from(report.facts.tcp_connections).unwrap_or(u32::MAX),
         processes: u32::try_from(report.facts.processes).unwrap_or(u32::MAX),
         volumes,
+        relayed: if way == Way::Carried { crate::relay::relayed(context, &container) } else { None },
         tracking: None,
     })
 }

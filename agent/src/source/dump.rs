@@ -14,14 +14,14 @@ use tokio::net::UnixListener;
 use tokio::sync::{OwnedMutexGuard, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use super::order::{FreezeEvent, FreezeOrder, Verified};
+use super::order::{Connections, FreezeEvent, FreezeOrder, Verified};
 use super::precopy::{Converged, Followers, Rest, Round, SendError};
 use super::{SourcePart, VERIFY, io_failed, ms, not_running, pages, patience, tell_progress};
 use crate::context::{Context, blocking};
 use crate::journal::PartDirs;
 use crate::throttle::ThrottleRecord;
 use crate::worker::client::{View, Worker};
-use crate::worker::messages::{DumpJob, Stage};
+use crate::worker::messages::{Diverted, DumpJob, Stage};
 
 /// How long CRIU may take to stop all tasks.
 const FREEZE_TIMEOUT_S: u32 = 5;
@@ -81,13 +81,14 @@ impl SourcePart {
         let (context, dirs, order) = (self.context.clone(), self.dirs.clone(), order.clone());
         let (worker, cancelled) = (Arc::clone(&self.worker), self.cancelled.clone());
         let sent_before = sender.stats();
+        let diverted = self.home.get().map(|home| home.note().diverted());
         let starting = tokio::spawn(async move {
             if cancelled.is_cancelled() {
                 return Err(context.refusal(FailureCode::Aborted, "the migration was aborted").in_phase("freeze"));
             }
             let hidden = converged.is_some().then(|| hide(&context, &dirs, &mut followers)).transpose()?;
             let at = Instant::now();
-            let (started, pages) = start_worker(&context, &dirs, &order, externals, hidden).await?;
+            let (started, pages) = start_worker(&context, &dirs, &order, externals, hidden, diverted).await?;
             let _never_set_before = worker.set(started);
             drop(followers);
             Ok(Dump { pages, at, sent_before, converged })
@@ -117,6 +118,9 @@ impl SourcePart {
             } else {
                 SystemTime::now()
             });
+        }
+        if let Some(home) = self.home.get() {
+            home.frozen();
         }
         let frozen_at = Instant::now();
         tracing::debug!(migration = %order.migration, "the tasks stand still");
@@ -296,6 +300,7 @@ async fn start_worker(
     order: &FreezeOrder,
     externals: Externals,
     hidden: Option<PathBuf>,
+    diverted: Option<Diverted>,
 ) -> Result<(Worker, UnixListener), Failure> {
     let init = order.container.init.ok_or_else(|| not_running(context, &order.container.id))?;
     let pages = UnixListener::bind(dirs.page_socket()).map_err(|error| io_failed(context, &error))?;
@@ -316,7 +321,9 @@ async fn start_worker(
             root: order.container.rootfs.clone(),
             external_mounts: externals.mounts,
             externals: externals.namespaces,
-            tcp_established: order.keep_connections,
+            tcp_established: order.connections != Connections::Close,
+            // The others are given the time to be taken.
+            skip_in_flight: order.connections != Connections::Keep,
             freeze_cgroup: None,
             cgroups: CgroupsMode::Ignore,
             freeze_timeout_s: FREEZE_TIMEOUT_S,
@@ -327,6 +334,7 @@ async fn start_worker(
         mappings: hidden.as_ref().filter(|_| throttled.is_none()).map(|_| dirs.run.join("mappings")),
         hidden,
         link: order.link_handle(),
+        diverted,
         throttled,
         deadline: SystemTime::now() + order.patience,
         control: dirs.control_socket(),

@@ -22,12 +22,13 @@ mod dump;
 mod fetched;
 mod order;
 mod pages;
+mod pod;
 mod precopy;
 mod sweep;
 mod undo;
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use podferry_common::failure::{Failure, FailureCode, chain};
@@ -41,13 +42,15 @@ use tokio_util::sync::CancellationToken;
 use crate::context::{Context, blocking};
 use crate::journal::{FetchedBy, Ledger, PartDirs, PartRecord, Role, Standing};
 use crate::pods::{Fence, Keeping};
+use crate::relay::{self, Home};
 use crate::worker::client::{View, Worker};
 use crate::worker::messages::{Order, Stage};
 use arrivals::Arrivals;
+use pod::fence_of;
 use precopy::{Converged, Followers, Way};
 
 pub use fetched::PageReader;
-pub use order::{FreezeEvent, FreezeOrder, Verified};
+pub use order::{Connections, FreezeEvent, FreezeOrder, Verified};
 pub use precopy::{PreCopyOrder, Round};
 
 /// How long the worker gets to seal: freezing a cgroup of stopped tasks.
@@ -81,6 +84,8 @@ pub struct SourcePart {
     replaced_on: Option<Peer>,
     /// What comes for the container while its link is cut; none before, and in a restarted agent.
     arrivals: OnceLock<Arrivals>,
+    /// Kubernetes: its address, which stays here. None before the freeze.
+    home: OnceLock<Home>,
     pre_copying: AtomicBool,
     /// Cold: it has ended, and its layer is with the target. Application-level: the new instance has all that this one had.
     stopped: AtomicBool,
@@ -166,6 +171,7 @@ impl SourcePart {
             fetched_by,
             replaced_on: None,
             arrivals: OnceLock::new(),
+            home: OnceLock::new(),
             pre_copying: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
             cancelled: CancellationToken::new(),
@@ -187,6 +193,14 @@ impl SourcePart {
         let part = Self::of(context, dirs, container, record);
         if let Some(worker) = worker {
             let _never_set_before = part.worker.set(worker);
+        }
+        if matches!(part.standing(), Standing::Open | Standing::Sealed)
+            && let Some(home) = Home::resumed(context, part.ledger.migration())
+        {
+            if part.standing() == Standing::Sealed {
+                home.frozen();
+            }
+            let _never_set_before = part.home.set(home);
         }
         if part.standing() == Standing::Sealed
             && let Err(failure) = part.keep_from_being_killed()
@@ -226,6 +240,7 @@ impl SourcePart {
             self.pre_copying.store(false, Ordering::Relaxed);
             self.keep_from_being_killed()?;
             self.watch_arrivals(order);
+            self.stay_home(order).await?;
             let externals = self.describe(order, &sender).await?;
             sender.hurry();
             let dump = self.start_dump(order, externals, &sender, converged, followers).await?;
@@ -295,24 +310,11 @@ impl SourcePart {
         }
     }
 
-    /// Kubernetes: its probes fail while it stands still.
-    fn keep_from_being_killed(&self) -> Result<(), Failure> {
-        let Some(fence) = &self.fence else { return Ok(()) };
-        let keeping = fence.go_on_keeping().map_err(|error| io_failed(&self.context, &error))?;
-        *self.keeping.lock().unwrap_or_else(PoisonError::into_inner) = Some(keeping);
-        Ok(())
-    }
-
-    async fn stop_keeping(&self) {
-        let keeping = self.keeping.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(keeping) = keeping {
-            keeping.end().await;
-        }
-    }
-
     /// Before the freeze, so that nothing is missed. A migration goes on without: its clients wait a little longer then.
     fn watch_arrivals(&self, order: &FreezeOrder) {
-        let Some(link) = order.link.as_ref().filter(|_| order.keep_connections || order.take_over.is_some()) else {
+        let Some(link) =
+            order.link.as_ref().filter(|_| order.connections == Connections::Keep || order.take_over.is_some())
+        else {
             return;
         };
         match Arrivals::watch(&self.context, order, link) {
@@ -411,6 +413,11 @@ impl SourcePart {
         if let Some(arrivals) = self.arrivals.get() {
             arrivals.end_soon();
         }
+        if let Some(home) = self.home.get() {
+            // What it says of the pod is to be the last word.
+            self.stop_keeping().await;
+            home.commit();
+        }
         self.ledger
             .change(&mut record, |record| record.standing = Standing::Released)
             .map_err(|error| io_failed(&self.context, &error))
@@ -437,7 +444,8 @@ impl SourcePart {
             tracing::error!(%failure, "a released container's processes do not end");
         }
         self.stop_keeping().await;
-        if let Some(Err(error)) = self.fence.as_ref().map(Fence::let_die) {
+        let fence = self.fence.as_ref().filter(|_| !relay::stays(&self.context, record.migration));
+        if let Some(Err(error)) = fence.map(Fence::let_die) {
             tracing::warn!(%error, "the fence around a pod that has moved keeps what is dead");
         }
         sweep::remove_container(&self.context, &record, self.container.as_ref()).await;
@@ -545,12 +553,6 @@ impl SourcePart {
         let message = format!("cannot {what} a source that is {standing:?}");
         self.context.refusal(FailureCode::FailedPrecondition, message)
     }
-}
-
-/// Kubernetes: what keeps the kubelet from starting the container again here.
-fn fence_of(context: &Context, container: &Container) -> Option<Fence> {
-    let kubernetes = context.config.kubernetes.as_ref()?;
-    Fence::of(&kubernetes.fence_dir, container)
 }
 
 /// Whether the container's init is the one that was found, and not gone.

@@ -11,6 +11,17 @@ use super::precopy::{PreCopyOrder, Round};
 use crate::journal::{FetchedBy, StopNote, TakeOverNote};
 use crate::volumes::{MovedFiles, Volume};
 
+/// What becomes of a container's established connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connections {
+    /// They are closed.
+    Close,
+    /// They move along with their address.
+    Keep,
+    /// Kubernetes: they live on through a relay.
+    Relay,
+}
+
 /// What the coordinator wants of a freeze.
 #[derive(Clone, Debug)]
 pub struct FreezeOrder {
@@ -24,8 +35,8 @@ pub struct FreezeOrder {
     pub target: Peer,
     /// host:port of the target's agent.
     pub target_address: String,
-    /// Whether connections are kept.
-    pub keep_connections: bool,
+    /// What becomes of its connections.
+    pub connections: Connections,
     /// Whether pages may be compressed.
     pub compress: bool,
     /// The most bytes per second on the link; none for as many as it takes.

@@ -63,6 +63,9 @@ impl SourcePart {
         if let Some(arrivals) = self.arrivals.get() {
             arrivals.give_back();
         }
+        if let Some(home) = self.home.get() {
+            home.give_back().await;
+        }
         // Before another migration of the container may begin: two cannot follow it.
         end_following(std::mem::take(&mut *followers)).await?;
         unthrottled?;

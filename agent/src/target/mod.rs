@@ -29,8 +29,9 @@ mod restore;
 mod resume;
 mod seeds;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -53,6 +54,7 @@ use crate::pager;
 use crate::pager::messages::PagerState;
 use crate::parts::Authority;
 use crate::pods::Visitor;
+use crate::relay::Away;
 use crate::source::VERIFY;
 use crate::volumes::Volume;
 use application::TakeOver;
@@ -98,6 +100,17 @@ pub struct PrepareOrder {
     pub volumes: Vec<Volume>,
     /// Kubernetes: what waits to become the container.
     pub visitor: Option<Arc<Visitor>>,
+    /// Kubernetes: what connections live on through a relay.
+    pub relayed: Option<Relayed>,
+}
+
+/// Addresses that stay on the source, and whose connections come all the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Relayed {
+    /// The addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Bytes of the largest packet there.
+    pub mtu: u32,
 }
 
 /// The part.
@@ -125,8 +138,10 @@ pub struct TargetPart {
     /// Bringing the files to the disk, which goes on while the container is restored.
     syncing: Mutex<Option<JoinHandle<Result<(), place::SyncError>>>>,
     restoring: AtomicBool,
-    /// Kubernetes: what it becomes.
+    /// Kubernetes: what it becomes,
     pod: Option<PodArrival>,
+    /// and its connections to the address that it had.
+    away: Option<Arc<Away>>,
     /// The container is created, not restored,
     cold: bool,
     /// and that has been done. Application-level: the instance has everything.
@@ -216,6 +231,7 @@ impl TargetPart {
             workload: order.workload,
             migration: order.migration,
             keep_connections: order.keep_connections,
+            away: pod::expect_relay(context, order.migration, &source, record_pod.as_ref(), order.relayed).await,
             pod: record_pod,
             cold: order.cold,
             created: AtomicBool::new(false),
@@ -265,6 +281,7 @@ impl TargetPart {
             workload,
             migration,
             keep_connections,
+            away: context.aways.get(migration),
             pod,
             cold,
             created,
@@ -485,6 +502,9 @@ impl TargetPart {
         self.end_instance(&record).await?;
         self.clean_restore(patience).await?;
         self.stop_pager().await?;
+        if let Some(away) = &self.away {
+            away.end();
+        }
         self.context.visitors.dismiss(self.migration).await;
         place::remove(&self.context, &record, &self.bundle, &self.dirs).await?;
         self.note(&mut record, |record| record.standing = Standing::Aborted)
@@ -513,6 +533,11 @@ impl TargetPart {
     /// Where packets for it wait.
     pub fn doorstep(&self) -> &Arc<Doorstep> {
         &self.doorstep
+    }
+
+    /// Whether connections to the address that it had are taken.
+    pub fn relays(&self) -> bool {
+        self.away.is_some()
     }
 
     /// What comes with the container.

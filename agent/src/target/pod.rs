@@ -8,16 +8,19 @@ use std::time::Duration;
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use podferry_common::MigrationId;
 use podferry_common::failure::{Failure, FailureCode};
+use podferry_common::identity::Peer;
 use podferry_filesystem::Overlay;
 use podferry_runtime::Launcher;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
+use super::Relayed;
 use super::bundle::Bundle;
 use crate::context::{Context, blocking};
 use crate::journal::PodArrival;
 use crate::pods::{Door, Visitor};
+use crate::relay::Away;
 
 /// How long a wrapper gets to find an agent that was restarted.
 const RETURN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -49,6 +52,36 @@ pub(super) fn arrival(context: &Context, visitor: &Visitor, bundle: &Bundle) -> 
         cgroup: spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone()),
         left: Vec::new(),
     })
+}
+
+/// Gives the pod's namespace the addresses whose connections come with it. Where that cannot be they are closed, which is no reason
+/// for it to stay.
+pub(super) async fn expect_relay(
+    context: &Context,
+    migration: MigrationId,
+    source: &Peer,
+    pod: Option<&PodArrival>,
+    relayed: Option<Relayed>,
+) -> Option<Arc<Away>> {
+    let (Relayed { addresses, mtu }, pod) = (relayed?, pod?);
+    let (context, bundle, source) = (context.clone(), pod.bundle.clone(), source.clone());
+    let prepared = tokio::task::spawn_blocking(move || {
+        let spec = Spec::load(bundle.join("config.json"))?;
+        let netns =
+            namespace_of(&spec, LinuxNamespaceType::Network).ok_or("the pod has no network namespace of its own")?;
+        Away::prepare(&context, migration, source, netns, addresses, mtu)
+    });
+    match prepared.await {
+        Ok(Ok(away)) => Some(away),
+        Ok(Err(error)) => {
+            tracing::warn!(%error, %migration, "connections are closed: nothing can carry them");
+            None
+        }
+        Err(error) => {
+            tracing::error!(%error, %migration, "connections are closed: the task that prepares a relay ended");
+            None
+        }
+    }
 }
 
 /// Its bundle.
@@ -135,8 +168,12 @@ pub(super) fn spec(context: &Context, bundle: &Path) -> Result<Spec, Failure> {
         .map_err(|error| context.failure(FailureCode::FailedPrecondition, what, &error).in_phase("restore"))
 }
 
-/// The namespace that the configuration gives by path.
 fn uts_namespace(spec: &Spec) -> Option<PathBuf> {
+    namespace_of(spec, LinuxNamespaceType::Uts)
+}
+
+/// The namespace of that kind that the configuration gives by path.
+fn namespace_of(spec: &Spec, kind: LinuxNamespaceType) -> Option<PathBuf> {
     let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
-    namespaces.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Uts)?.path().clone()
+    namespaces.iter().find(|namespace| namespace.typ() == kind)?.path().clone()
 }

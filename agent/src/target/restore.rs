@@ -68,7 +68,7 @@ impl TargetPart {
             dirs: self.dirs.clone(),
             workload: self.workload.clone(),
             migration: self.migration,
-            keep_connections: self.keep_connections,
+            keep_connections: self.keep_connections || self.away.is_some(),
             pod: self.pod.clone(),
             cold: self.cold,
         }

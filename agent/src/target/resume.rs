@@ -50,6 +50,9 @@ impl TargetPart {
         }
         tracing::debug!(migration = %self.migration, "runc is done with the restore");
         network::restore_mtu(&record);
+        if let Some(away) = &self.away {
+            away.settle();
+        }
         self.note(&mut record, |record| record.standing = Standing::Resumed)?;
         self.context.admissions.forget(self.migration);
         if fill::is_under_way(&self.dirs) {
@@ -82,6 +85,9 @@ impl TargetPart {
             tracing::error!(migration = %self.migration, failure = %died, "a committed restore died; restoring again");
             self.part_link(record)?;
             self.doorstep.close();
+            if let Some(away) = &self.away {
+                away.close();
+            }
             self.clean_restore(self.patience()).await?;
             if self.has_given_pages_up(record.going).await? {
                 tracing::error!(migration = %self.migration, "it had run: its memory is lost");
@@ -242,6 +248,9 @@ impl TargetPart {
 
     /// Hands the container what came for it where it was. Its sockets have to be whole.
     pub(super) fn open_door(&self, record: &PartRecord) {
+        if let Some(away) = &self.away {
+            away.open();
+        }
         let Role::Target { link: Some(link), plan: Some(plan), .. } = &record.role else { return };
         if self.doorstep.is_open() {
             return;

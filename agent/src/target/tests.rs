@@ -17,7 +17,7 @@ use crate::parts::{Part, Parts};
 const WORKLOAD: &str = "w";
 
 /// An agent's context with folders of its own, and a bundle; its programs are nowhere.
-fn context(folder: &Path) -> Context {
+pub(crate) fn context(folder: &Path) -> Context {
     let node: NodeName = "n1".parse().unwrap();
     let files = IdentityFiles::in_folder(folder.join("identity"));
     let authority = LocalCa::create(&folder.join("authority")).unwrap();
@@ -115,6 +115,7 @@ fn order(volumes: Vec<Volume>) -> PrepareOrder {
         cold: false,
         volumes,
         visitor: None,
+        relayed: None,
     }
 }
 

@@ -34,6 +34,9 @@ pub struct DumpJob {
     pub mappings: Option<PathBuf>,
     /// The link to cut when the tasks are frozen; none for a container without one.
     pub link: Option<LinkHandle>,
+    /// Kubernetes: whose packets go to a relay from the freeze on; none when its connections are closed.
+    #[serde(default)]
+    pub diverted: Option<Diverted>,
     /// What to release as soon as the tasks are stopped; none when they are not throttled.
     #[serde(default)]
     pub throttled: Option<ThrottleRecord>,
@@ -43,6 +46,15 @@ pub struct DumpJob {
     pub control: PathBuf,
     /// Where it keeps [`WorkerRecord`].
     pub record: PathBuf,
+}
+
+/// Addresses whose packets go to a relay instead of to the container.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Diverted {
+    /// The pod's network namespace.
+    pub netns: PathBuf,
+    /// What is ready there.
+    pub home: podferry_network::relay::Home,
 }
 
 /// What has to be known when the worker itself is gone: written before what it says is done.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime};
 use command_fds::FdMapping;
 use podferry_common::failure::chain;
 use podferry_criu::{CriuError, CriuLog, Notification, Session, Verdict};
-use podferry_network::LinkState;
+use podferry_network::{LinkState, Netns, relay};
 use podferry_part::{Next, Reason};
 use podferry_runtime::{Container, Freezer, has_stopped_for_good};
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
@@ -27,6 +27,10 @@ const PAGE_FD: i32 = 4;
 const TICK: Duration = Duration::from_millis(20);
 /// How long the cgroup freezer gets. The tasks are stopped already, so it is a matter of microseconds.
 const FENCE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a program gets to take connections that have been begun, before it is frozen.
+const ACCEPT_TIMEOUT: Duration = Duration::from_millis(100);
+/// How often it is looked whether it has.
+const ACCEPT_LOOK: Duration = Duration::from_micros(500);
 /// How long killed tasks get to die before it is said that they do not.
 const DEATH_WARNING: Duration = Duration::from_secs(5);
 
@@ -112,6 +116,7 @@ impl Dump {
         match notification.name.as_str() {
             "pre-dump" => {
                 self.mappings.tell();
+                self.let_connections_be_taken();
                 self.unless_aborted()
             }
             "network-lock" => self.on_frozen(),
@@ -130,6 +135,9 @@ impl Dump {
         let cut_at = SystemTime::now();
         if let Err(error) = self.cut_link() {
             return self.give_up(format!("the container's link cannot be cut: {}", chain(&error)));
+        }
+        if let Err(error) = self.divert() {
+            return self.give_up(format!("what comes for the container cannot be held back: {}", chain(&error)));
         }
         self.release_throttle();
         self.mappings.check();
@@ -293,7 +301,41 @@ impl Dump {
         Ok(())
     }
 
+    /// Just before the tasks are stopped: no further connections come, and those that have been begun are taken by the program, if it takes
+    /// them at once. CRIU cannot dump what nobody has taken.
+    fn let_connections_be_taken(&self) {
+        let Some(diverted) = &self.job.diverted else { return };
+        let taken = Netns::open(&diverted.netns).and_then(|netns| {
+            relay::intercept(&netns, &diverted.home)?;
+            let begun = Instant::now();
+            while relay::not_accepted(&netns)? > 0 && begun.elapsed() < ACCEPT_TIMEOUT {
+                thread::sleep(ACCEPT_LOOK);
+            }
+            relay::not_accepted(&netns)
+        });
+        match taken {
+            Ok(0) => {}
+            Ok(left) => tracing::warn!(left, "connections that the program does not take are reset"),
+            Err(error) => tracing::warn!(error = chain(&error), "new connections are not held back before the freeze"),
+        }
+    }
+
+    fn divert(&self) -> podferry_network::Result<()> {
+        let Some(diverted) = &self.job.diverted else { return Ok(()) };
+        relay::divert(&Netns::open(&diverted.netns)?, &diverted.home)
+    }
+
+    /// Idempotent. The agent does it once more when it hands over what has come meanwhile.
+    fn undivert(&self) {
+        let Some(diverted) = &self.job.diverted else { return };
+        let undone = Netns::open(&diverted.netns).and_then(|netns| relay::undivert(&netns, &diverted.home));
+        if let Err(error) = undone {
+            tracing::error!(error = chain(&error), "what comes for the container does not reach it");
+        }
+    }
+
     fn join_link(&mut self) {
+        self.undivert();
         let Some(link) = &self.link_cut else { return };
         match podferry_network::uncut(link) {
             Ok(()) => self.link_cut = None,

@@ -265,6 +265,7 @@ fn freeze_and_restore<'a>(
         external_mounts: Vec::new(),
         externals: Vec::new(),
         tcp_established: true,
+        skip_in_flight: false,
         freeze_cgroup: None,
         cgroups: CgroupsMode::Ignore,
         freeze_timeout_s: 10,

@@ -157,7 +157,7 @@ impl AgentService for Agent {
 
     async fn prepare(&self, _: Request<PrepareRequest>) -> Result<Response<PrepareResponse>, Status> {
         self.count();
-        Ok(Response::new(PrepareResponse {}))
+        Ok(Response::new(PrepareResponse::default()))
     }
 
     async fn freeze(&self, request: Request<FreezeRequest>) -> Result<Response<Self::FreezeStream>, Status> {

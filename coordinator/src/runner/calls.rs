@@ -56,6 +56,8 @@ pub(super) enum Answer {
     Target(Vec<Finding>),
     /// The target can take it in this way, and this is what the source is then.
     Chosen { choice: Choice, facts: Arc<v1::PreflightSourceResponse>, findings: Vec<Finding> },
+    /// The target is ready; whether connections to the pod's old address live on there.
+    Prepared { relays: bool },
     /// Everything has been sent.
     Transferred(v1::Transferred),
     /// Held; milliseconds that the restore took.
@@ -65,6 +67,7 @@ pub(super) enum Answer {
 }
 
 /// One call and all it needs.
+#[expect(clippy::struct_excessive_bools, reason = "each is a wish of its own")]
 pub(super) struct Job {
     pub(super) call: Call,
     pub(super) id: MigrationId,
@@ -87,6 +90,8 @@ pub(super) struct Job {
     pub(super) address: String,
     pub(super) facts: Arc<v1::PreflightSourceResponse>,
     pub(super) survey: Arc<Survey>,
+    /// The target takes connections to the pod's old address.
+    pub(super) relays: bool,
     /// For an abort: why.
     pub(super) reason: String,
     pub(super) deadlines: Deadlines,
@@ -122,6 +127,7 @@ impl Job {
             address: address.clone(),
             facts: with.facts,
             survey: with.survey,
+            relays: with.relays,
             reason: record.state.failure().map(ToString::to_string).unwrap_or_default(),
             deadlines: with.deadlines,
             agents: with.agents,
@@ -329,6 +335,7 @@ impl Job {
             stop: self.stop(),
             take_over: self.take_over(),
             volumes: moving_volumes(&self.facts),
+            relay: self.relays,
         };
         let mut events = client.freeze(request).await.map_err(|status| self.placed(&status))?.into_inner();
         let (mut rounds, mut complete) = (0, false);
@@ -429,7 +436,7 @@ impl Job {
     async fn prepare(&self, mut client: AgentClient) -> Result<Answer, Failure> {
         let Some((pods, moved)) = &self.pod else {
             let prepared = client.prepare(self.prepare_request(None)).await;
-            return prepared.map(|_| Answer::Done).map_err(|status| self.placed(&status));
+            return prepared.map(is_prepared).map_err(|status| self.placed(&status));
         };
         let place = v1::PodPlace {
             namespace: moved.namespace.clone(),
@@ -439,7 +446,7 @@ impl Job {
         };
         tokio::select! {
             prepared = client.prepare(self.prepare_request(Some(place))) => {
-                prepared.map(|_| Answer::Done).map_err(|status| self.placed(&status))
+                prepared.map(is_prepared).map_err(|status| self.placed(&status))
             }
             failure = pods.target_fails(moved) => Err(failure),
         }
@@ -462,6 +469,7 @@ impl Job {
             application: self.strategy == Strategy::Application,
             pod,
             volumes: moving_volumes(&self.facts),
+            relayed: self.facts.relayed.clone().filter(|_| !self.strategy.starts_anew()),
         }
     }
 
@@ -474,6 +482,7 @@ impl Job {
 pub(super) struct Surroundings {
     pub(super) facts: Arc<v1::PreflightSourceResponse>,
     pub(super) survey: Arc<Survey>,
+    pub(super) relays: bool,
     pub(super) deadlines: Deadlines,
     pub(super) agents: Agents,
     pub(super) pods: Option<Pods>,
@@ -483,6 +492,10 @@ pub(super) struct Surroundings {
 /// Connections live on where the address moves along, and those who have them.
 pub(super) fn keeps_connections(strategy: Strategy, facts: &v1::PreflightSourceResponse) -> bool {
     facts.network() == NetworkKind::Path && !strategy.starts_anew()
+}
+
+fn is_prepared(answer: tonic::Response<v1::PrepareResponse>) -> Answer {
+    Answer::Prepared { relays: answer.into_inner().relays }
 }
 
 /// Both sides are told the same, in the same order.

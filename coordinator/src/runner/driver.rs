@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use podferry_common::{Failure, FailureCode};
-use podferry_proto::v1::{self, PreflightSourceResponse};
+use podferry_proto::v1::{self, NetworkKind, PreflightSourceResponse};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
@@ -37,6 +37,8 @@ pub(super) struct Driver {
     facts: Arc<PreflightSourceResponse>,
     /// What the source said, while the strategy is still to be chosen.
     survey: Arc<Survey>,
+    /// Whether the target takes connections to the pod's old address.
+    relays: bool,
     meter: Meter,
     inputs: mpsc::UnboundedSender<Input>,
     queue: mpsc::UnboundedReceiver<Input>,
@@ -60,7 +62,21 @@ impl Driver {
         let deadlines = shared.deadlines.with_grace(Duration::from_secs(record.grace_period_s.into()));
         let deadline = deadlines.of_phase(record.state.phase()).map(|limit| Instant::now() + limit);
         let (facts, survey, calls, attempts) = (Arc::default(), Arc::default(), JoinSet::new(), HashMap::new());
-        Self { shared, record, facts, survey, meter, inputs, queue, view, calls, attempts, deadlines, deadline }
+        Self {
+            shared,
+            record,
+            facts,
+            survey,
+            relays: false,
+            meter,
+            inputs,
+            queue,
+            view,
+            calls,
+            attempts,
+            deadlines,
+            deadline,
+        }
     }
 
     /// Runs until the migration is final or the coordinator stops.
@@ -153,6 +169,7 @@ impl Driver {
                     self.record.report.note(describe(finding));
                 }
             }
+            Answer::Prepared { relays } => self.note_prepared(relays),
             Answer::Transferred(sent) => Meter::transferred(&mut self.record, &sent),
             Answer::Restored(restore_ms) => report.timings.restore = told(restore_ms),
             Answer::Filled(filled) => Meter::filled(&mut self.record, filled),
@@ -183,18 +200,37 @@ impl Driver {
                 _ => "the workload is stopped, and started anew",
             };
             report.note(format!("{} established TCP connections are closed: {why}", facts.tcp_connections));
-        } else if !report.keeps_connections && facts.tcp_connections > 0 {
-            report.note(format!(
-                "{} established TCP connections are closed: the container's address cannot move along, because its network \
-                 namespace is not one given by path",
-                facts.tcp_connections
-            ));
+        } else if !report.keeps_connections && facts.tcp_connections > 0 && facts.relayed.is_none() {
+            let why = match facts.network() {
+                NetworkKind::Pod => "the pod gets another address, and its node has nothing that carries them there",
+                _ => {
+                    "the container's address cannot move along, because its network namespace is not one given by path"
+                }
+            };
+            report.note(format!("{} established TCP connections are closed: {why}", facts.tcp_connections));
         }
         facts.findings.iter().for_each(|finding| report.note(describe(finding)));
         let anew = self.record.strategy.starts_anew();
         let files = facts.volumes.iter().fold(facts.layer_bytes, |all, volume| all.saturating_add(volume.bytes));
         report.progress.expected_bytes = if anew { files } else { facts.memory_bytes.saturating_add(files) };
         self.facts = facts;
+    }
+
+    /// Takes down whether connections live on though the pod gets another address.
+    fn note_prepared(&mut self, relays: bool) {
+        self.relays = relays;
+        let Some(relayed) = &self.facts.relayed else { return };
+        let report = &mut self.record.report;
+        report.keeps_connections |= relays;
+        if relays {
+            let addresses = relayed.addresses.join(", ");
+            report.note(format!("connections to {addresses} live on through a relay between the nodes"));
+        } else if self.facts.tcp_connections > 0 && !self.record.strategy.starts_anew() {
+            let count = self.facts.tcp_connections;
+            report.note(format!(
+                "{count} established TCP connections are closed: the target has nothing that carries them"
+            ));
+        }
     }
 
     /// Shows what keeps a committed migration from its end, without a write: the next attempt says it again.
@@ -296,6 +332,7 @@ impl Driver {
             let with = Surroundings {
                 facts: Arc::clone(&self.facts),
                 survey: Arc::clone(&self.survey),
+                relays: self.relays,
                 deadlines: self.deadlines,
                 agents: self.shared.agents.clone(),
                 pods: self.shared.pods.clone(),

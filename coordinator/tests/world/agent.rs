@@ -280,7 +280,7 @@ impl AgentService for Agent {
             return Err(refused("the container is there"));
         }
         self.set(&migration_id, &workload, Part::Prepared, None);
-        after.answer(PrepareResponse {})
+        after.answer(PrepareResponse::default())
     }
 
     type FreezeStream = ReceiverStream<Result<FreezeEvent, Status>>;

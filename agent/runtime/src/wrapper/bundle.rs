@@ -58,6 +58,19 @@ impl PodContainer {
     }
 }
 
+/// The pod's uid when these annotations are its sandbox's.
+pub(super) fn uid_of_sandbox(annotations: &BTreeMap<String, String>) -> Option<String> {
+    let of = |name: &str| annotations.get(name).cloned();
+    let is = |name: &str| of(name).is_some_and(|kind| kind == "sandbox");
+    if is("io.kubernetes.cri.container-type") {
+        return of("io.kubernetes.cri.sandbox-uid");
+    }
+    is("io.kubernetes.cri-o.ContainerType").then(|| of("io.kubernetes.cri-o.Labels")).flatten().and_then(|labels| {
+        let labels: BTreeMap<String, String> = serde_json::from_str(&labels).ok()?;
+        labels.get("io.kubernetes.pod.uid").cloned()
+    })
+}
+
 fn containerd(annotations: &BTreeMap<String, String>) -> Option<PodContainer> {
     let of = |name: &str| annotations.get(&format!("{}{name}", CRI[0])).cloned();
     of("container-type").filter(|kind| kind == "container")?;

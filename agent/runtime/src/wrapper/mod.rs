@@ -1,6 +1,6 @@
 //! podferry in the place of runc: what containerd's shim calls for the pods of the runtime class `podferry`.
 //!
-//! `podferry-runtime` becomes the node's own runc for all it is asked, but for five things:
+//! `podferry-runtime` becomes the node's own runc for all it is asked, but for six things:
 //!
 //! | asked | what it does |
 //! |---|---|
@@ -8,6 +8,7 @@
 //! | `start` of such a container | nothing: it runs already |
 //! | `create` in a pod that moves away, or has | refuses: its container runs elsewhere, and the kubelet would start a second one |
 //! | `kill` of a container that stands still to be moved | nothing, as long as the agent says so, and for a quarter of an hour at most when it is gone: its probes fail, and its memory is needed |
+//! | `kill` of a sandbox whose pod has moved, and some of whose connections live on | notes that it was asked to, as long as the agent says so: with the sandbox its address would go. The agent ends it when they have ended |
 //! | `delete` of a container | first unmounts what a restore that did not come to its end has mounted in runc's folder of it: runc would empty that |
 //!
 //! A container that came is restored once. When it ends and the kubelet starts it again, it is created as any other: a mark beside the
@@ -29,7 +30,7 @@ mod settings;
 
 pub use arguments::{Invoked, WrongArguments};
 pub use bundle::{ARRIVED_MARK, MIGRATION, Mark, PodContainer};
-pub use fence::{KEEP, fence_of};
+pub use fence::{KEEP, STAY, SandboxEnd, asked, fence_of};
 pub use messages::{Hello, Order, Report, VERSION, WrongMessage, read, write};
 pub use run::run;
 pub use settings::{Settings, WrongSettings};

@@ -13,8 +13,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::arguments::Invoked;
-use super::bundle::{Mark, PodContainer};
-use super::fence;
+use super::bundle::{Mark, PodContainer, uid_of_sandbox};
+use super::fence::{self, KEEP, STAY, SandboxEnd};
 use super::messages::{self, Hello, Order, Report, VERSION};
 use super::settings::Settings;
 use crate::container::Container;
@@ -74,7 +74,7 @@ impl Wrapper<'_> {
         match self.invoked.command.as_str() {
             "create" => self.create(),
             "start" if self.was_restored() => Ok(()),
-            "kill" if self.is_kept() => Ok(()),
+            "kill" if self.is_kept() || self.stays() => Ok(()),
             "delete" => self.delete(),
             _ => self.become_runc(),
         }
@@ -100,7 +100,20 @@ impl Wrapper<'_> {
             let pod = PodContainer::of(&container.annotations)?;
             fence::of_pod(&self.settings.fence_dir, &pod.uid)
         };
-        kept().is_some_and(|fence| fence::keeps(&fence))
+        kept().is_some_and(|fence| fence::says(&fence, KEEP))
+    }
+
+    /// Whether it is a sandbox that somebody still needs, and it is noted that it was to end. One that cannot be noted ends.
+    fn stays(&self) -> bool {
+        let noted = || {
+            let root = self.invoked.root.clone()?;
+            let id = self.killed()?;
+            let sandbox = Container::read(&root, &id).ok()?;
+            let fence = fence::of_pod(&self.settings.fence_dir, &uid_of_sandbox(&sandbox.annotations)?)?;
+            fence::says(&fence, STAY).then_some(())?;
+            fence::ask(&fence, &SandboxEnd { root, id }).ok()
+        };
+        noted().is_some()
     }
 
     /// The container of `kill [--all] ID [SIGNAL]`.

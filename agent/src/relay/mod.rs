@@ -1,0 +1,109 @@
+//! Connections live on though their pod has another address now: see [`podferry_proto::relay`] and [`podferry_network::relay`].
+//!
+//! ```text
+//!  peer ──▶ old address ──▶ A, the old sandbox: Home ══ agents' stream ══▶ Away: B, the new sandbox ──▶ restored socket
+//!  peer ◀── old address ◀── A                       ◀══════════════════ B ◀── its answer
+//! ```
+//!
+//! [`Home`] belongs to the source's part until the commit, and to itself afterwards; [`Away`] to the target's until the resume. What they are is
+//! written down below `<runtime_dir>/relays`, so that an agent that was restarted takes them up: their devices outlive it, and while nobody
+//! reads them no packet comes to a socket that is not its own. Nothing of it outlives the node.
+
+mod away;
+mod home;
+mod kept;
+mod note;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use podferry_common::MigrationId;
+use podferry_common::failure::chain;
+use podferry_network::Netns;
+use podferry_proto::v1::Relayed;
+use podferry_runtime::{Container, NamespaceKind};
+
+use crate::config::Kubernetes;
+use crate::context::Context;
+use crate::journal::{PartRecord, Standing};
+use crate::target::INTERFACE;
+
+pub use away::{Away, Aways, Leaves};
+pub(crate) use home::stays;
+pub use home::{Home, HomeNote};
+
+/// How long one lives at most.
+fn lifetime(context: &Context) -> Duration {
+    context.config.kubernetes.as_ref().map(Kubernetes::relay).unwrap_or_default()
+}
+
+/// Where notes of relays are.
+fn notes(context: &Context) -> PathBuf {
+    context.config.runtime_dir.join("relays")
+}
+
+/// What of a pod's connections a relay could carry; none when there is nothing to carry them with.
+pub fn relayed(context: &Context, container: &Container) -> Option<Relayed> {
+    let kubernetes = context.config.kubernetes.as_ref()?;
+    if kubernetes.relay_s == 0 || !podferry_network::relay::is_possible() {
+        return None;
+    }
+    let path = container.namespace_paths.get(&NamespaceKind::Network)?;
+    let found = Netns::open(path).and_then(|netns| {
+        let found = podferry_network::relay::addresses_of(&netns, INTERFACE)?;
+        podferry_network::relay::check_home(&netns, INTERFACE, &found.0)?;
+        Ok(found)
+    });
+    match found {
+        Ok((addresses, _)) if addresses.is_empty() => None,
+        Ok((mut addresses, mut mtu)) => {
+            // It came by a relay, too.
+            if let Some(before) = context.aways.of_pod(path) {
+                addresses.extend(before.addresses());
+                mtu = mtu.min(before.mtu());
+            }
+            Some(Relayed { addresses: addresses.iter().map(ToString::to_string).collect(), mtu })
+        }
+        Err(error) => {
+            tracing::warn!(error = chain(&error), id = container.id, "a pod's connections are closed when it moves");
+            None
+        }
+    }
+}
+
+/// Takes up what an agent before has left. Those of parts that have not ended are for the parts.
+pub async fn recover(context: &Context, records: &[PartRecord]) {
+    let found = match note::all(&notes(context)) {
+        Ok(found) => found,
+        Err(error) => return tracing::error!(%error, "relays of earlier migrations are not taken up"),
+    };
+    let standing_of =
+        |migration| records.iter().find(|record| record.migration == migration).map(|record| record.standing);
+    let of = |wanted| found.iter().filter(move |(_, side)| *side == wanted).map(|(migration, _)| *migration);
+    // They may be carried on by a home.
+    of(note::Side::Away).for_each(|migration| away::recover(context, migration, standing_of(migration)));
+    for migration in of(note::Side::Home) {
+        home::recover(context, migration, standing_of(migration)).await;
+    }
+}
+
+/// Whether the part that a relay belonged to has ended well.
+fn has_moved(standing: Option<Standing>) -> bool {
+    matches!(standing, Some(Standing::Released | Standing::Resumed))
+}
+
+/// Where the note of one side is.
+fn note_of(context: &Context, side: note::Side, migration: MigrationId) -> PathBuf {
+    note::path(&notes(context), side, migration)
+}
+
+fn removed(file: &Path, result: io::Result<()>) {
+    if let Err(error) = result
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(%error, file = %file.display(), "the note of a relay that has ended stays");
+    }
+}

@@ -1,0 +1,120 @@
+//! A relay's end away, in a namespace of its own. Needs root and /dev/net/tun.
+
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use podferry_common::MigrationId;
+use podferry_common::identity::Peer;
+use podferry_network::Netns;
+
+use super::Away;
+use crate::context::Context;
+use crate::target::tests::context;
+
+const OLD: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);
+const OWN: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 3);
+const PORT: u16 = 7;
+
+/// A pod's namespace that has an address of its own, kept by a name.
+struct Pod {
+    netns: Netns,
+    name: String,
+}
+
+impl Pod {
+    fn new() -> Self {
+        let name = format!("pf-relay-{}", MigrationId::new());
+        let made = Command::new("ip").args(["netns", "add", &name]).status().unwrap();
+        assert!(made.success());
+        let netns = Netns::open(format!("/run/netns/{name}").as_ref()).unwrap();
+        let pod = Self { netns, name };
+        pod.sh(&format!("ip link set lo up; ip addr add {OWN}/32 dev lo"));
+        pod
+    }
+
+    fn sh(&self, script: &str) -> String {
+        let output = self.netns.run(|| Command::new("sh").args(["-ec", script]).output()).unwrap().unwrap();
+        assert!(output.status.success(), "{script}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn away(&self, context: &Context) -> Arc<Away> {
+        let home = Peer::Agent("n2".parse().unwrap());
+        let addresses: Vec<IpAddr> = vec![OLD.into()];
+        Away::prepare(context, MigrationId::new(), home, self.netns.path().to_owned(), addresses, 1500).unwrap()
+    }
+
+    fn listens(&self, address: Ipv4Addr) -> UdpSocket {
+        let socket = self.netns.run(|| UdpSocket::bind((address, PORT))).unwrap().unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        socket
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        let _gone_already = Command::new("ip").args(["netns", "delete", &self.name]).status();
+    }
+}
+
+/// A datagram with one byte, as a device gives it.
+fn datagram(to: Ipv4Addr, word: u8) -> Vec<u8> {
+    let mut ip = vec![0x45, 0, 0, 29, 0, 0, 0, 0, 64, 17, 0, 0, 10, 1, 0, 9];
+    ip.extend(to.octets());
+    let sum: u32 = ip.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    let folded = !u16::try_from((sum & 0xffff) + (sum >> 16)).unwrap();
+    ip[10..12].copy_from_slice(&folded.to_be_bytes());
+    [&[0; 10][..], &ip, &PORT.to_be_bytes(), &PORT.to_be_bytes(), &[0, 9, 0, 0, word]].concat()
+}
+
+fn heard(socket: &UdpSocket) -> Vec<u8> {
+    let mut byte = [0; 8];
+    std::iter::from_fn(|| socket.recv(&mut byte).is_ok().then_some(byte[0])).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_comes_waits_for_the_container_and_reaches_its_old_addresses_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let (context, pod) = (context(folder.path()), Pod::new());
+    let away = pod.away(&context);
+    let (old, own) = (pod.listens(OLD), pod.listens(OWN));
+    away.put(datagram(OLD, 1));
+    away.put(datagram(OWN, 2));
+    assert_eq!(heard(&old), Vec::<u8>::new(), "it does not run yet");
+    away.open();
+    away.put(datagram(OLD, 3));
+    away.put(datagram(OWN, 4));
+    away.put(vec![0; 64]);
+    assert_eq!((heard(&old), heard(&own)), (vec![1, 3], Vec::<u8>::new()));
+    // The container there was has died, and another is restored.
+    away.close();
+    away.put(datagram(OLD, 5));
+    assert_eq!(heard(&old), Vec::<u8>::new());
+    away.open();
+    assert_eq!(heard(&old), [5]);
+    away.end();
+    away.put(datagram(OLD, 6));
+    assert_eq!(heard(&old), Vec::<u8>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_who_was_named_may_send_and_what_has_ended_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let (context, pod) = (context(folder.path()), Pod::new());
+    let before = pod.sh("ip -o addr; ip rule");
+    let away = pod.away(&context);
+    let peer = |name: &str| Peer::Agent(name.parse().unwrap());
+    assert!(away.is_of(Some(&peer("n2"))) && !away.is_of(Some(&peer("n3"))) && !away.is_of(Some(&Peer::Coordinator)));
+    assert!(!away.is_of(None));
+    assert!(context.aways.of_pod(pod.netns.path()).is_some());
+    assert!(pod.sh("ip -o addr").contains("10.9.0.2/32"));
+    assert_eq!(std::fs::read_dir(super::notes(&context)).unwrap().count(), 1);
+    for _ in 0..2 {
+        away.end();
+        assert!(context.aways.of_pod(pod.netns.path()).is_none());
+        assert_eq!(pod.sh("ip -o addr; ip rule"), before);
+        assert_eq!(std::fs::read_dir(super::notes(&context)).unwrap().count(), 0);
+    }
+}
