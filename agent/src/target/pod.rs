@@ -63,6 +63,8 @@ pub(super) async fn expect_relay(
     pod: Option<&PodArrival>,
     relayed: Option<Relayed>,
 ) -> Option<Arc<Away>> {
+    // What would end at once is not begun.
+    context.config.kubernetes.as_ref().filter(|kubernetes| kubernetes.relay_s > 0)?;
     let (Relayed { addresses, mtu }, pod) = (relayed?, pod?);
     let (context, bundle, source) = (context.clone(), pod.bundle.clone(), source.clone());
     let prepared = tokio::task::spawn_blocking(move || {
