@@ -116,9 +116,44 @@ opt_out() {
     passed 'it may come back'
 }
 
+phase_is() { [[ $(kubectl get migration --namespace default "$1" --output 'jsonpath={.status.phase}') == "$2" ]]; }
+no_pods() { [[ $(kubectl get pods --namespace default --output name) == '' ]]; }
+asked() { cluster exec node-b -- test -e /tmp/asked; }
+
+# A client asks half a question, and the rest of it when the pod runs elsewhere under another name and address.
+move_pod() {
+    local address nonce asking
+    restart_containerd
+    PATIENCE=120 until_true has_labels node-a
+    start_pod
+    address=$(kubectl get pod --namespace default mover --output 'jsonpath={.status.podIP}')
+    nonce=$(cluster exec node-b -- curl -s "http://$address:8080/" | jq -r .nonce)
+    cluster exec node-b -- bash -c "exec 3<>/dev/tcp/$address/8080; printf 'GET / HTTP/1.1\r\nHost: mover\r\n' >&3; touch /tmp/asked
+        until [[ -e /tmp/moved ]]; do sleep 0.1; done; printf '\r\n' >&3; cat <&3" >"$work/answer" </dev/null &
+    asking=$!
+    until_true asked
+    kubectl apply -f - >&2 <<MIGRATION
+apiVersion: podferry.dev/v1alpha1
+kind: Migration
+metadata: {name: move, namespace: default}
+spec: {podName: mover, targetNode: node-b}
+MIGRATION
+    PATIENCE=90 until_true phase_is move succeeded
+    passed 'a pod moves because of an object'
+    cluster exec node-b -- touch /tmp/moved
+    wait "$asking"
+    grep -q "\"nonce\":\"$nonce\"" "$work/answer" || { cat "$work/answer" >&2; die 'the client has no answer'; }
+    passed 'and a connection that a client had lives on'
+    kubectl delete migration,pod --namespace default --all --wait=false >&2
+    until_true no_pods
+}
+
 uninstall_chart() {
     local node
-    helm uninstall podferry --namespace podferry --cascade foreground --wait --timeout 8m >&2
+    helm uninstall podferry --namespace podferry --cascade foreground --wait --timeout 8m >&2 || {
+        kubectl logs --namespace podferry job/podferry-uninstall >&2
+        die 'it is not uninstalled'
+    }
     for node in node-a node-b; do
         files_of "$node" >"$work/$node.after"
         diff "$work/$node.before" "$work/$node.after" >&2 || die "$node is not as it was"
@@ -140,6 +175,7 @@ main() {
     prepare
     install_chart
     opt_out
+    move_pod
     uninstall_chart
     printf '{"cases": %d, "passed": %d}\n' "$cases" "$cases"
 }

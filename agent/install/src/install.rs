@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::agent_config::{self, Settings};
 use crate::block;
 use crate::bundle::{self, Bundle, WrapperConfig};
+use crate::busy;
 use crate::error::{At, Error, Result};
 use crate::host::Host;
 use crate::journal::{Change, Journal, mode_of, remove_tree, write_as_owned};
@@ -116,7 +117,10 @@ pub(crate) fn refuse_while_busy(host: &Host, force: bool) -> Result<()> {
     let path = Path::new(agent_config::STATE).join("parts");
     let is_here = |pod: &String| host.has(Path::new("/var/lib/kubelet/pods").join(pod));
     let fenced = host.names(agent_config::FENCES)?.iter().filter(|pod| is_here(pod)).count();
-    let count = host.names(&path)?.len() + fenced;
+    let mut count = fenced;
+    for part in host.names(&path)? {
+        count += usize::from(busy::is_under_way(host, &path.join(part))?);
+    }
     if count > 0 && !force { Err(Error::Busy { count, path }) } else { Ok(()) }
 }
 

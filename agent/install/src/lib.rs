@@ -14,6 +14,7 @@
 mod agent_config;
 mod block;
 mod bundle;
+mod busy;
 mod check;
 mod enter;
 mod error;
