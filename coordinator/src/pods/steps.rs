@@ -157,7 +157,8 @@ impl Pods {
         self.delete(moved, &moved.target_name, &target.metadata.uid.unwrap_or_default()).await
     }
 
-    /// Lets Services send new connections to the target, and no more to the source.
+    /// Lets Services send new connections to the target, as soon as it is ready. To the source they go until its kubelet says that it is not: a
+    /// Service without any pod would refuse them, and what comes for the source's address reaches the target.
     ///
     /// # Errors
     /// When the API server does not; to be called again.
@@ -168,18 +169,6 @@ impl Pods {
             let uid = target.metadata.uid.unwrap_or_default();
             let patch = serde_json::json!({ "metadata": { "uid": uid, "labels": labels } });
             self.patch(moved, &uid, &patch).await?;
-        }
-        let unready = serde_json::json!({
-            "metadata": { "uid": moved.uid },
-            "status": { "conditions": [
-                { "type": "Ready", "status": "False", "reason": "Migrated", "message": format!("it runs as {}", moved.target_name) },
-            ] },
-        });
-        let api = self.api(&moved.namespace);
-        let patched = api.patch_status(&moved.name, &PatchParams::apply(MANAGER), &Patch::Strategic(&unready)).await;
-        // The kubelet says the same within a second.
-        if let Err(error) = self.unless_gone(moved, &moved.name, &moved.uid, patched.map(drop)).await {
-            tracing::warn!(%error, pod = moved.name, "a source pod cannot be marked as not ready");
         }
         Ok(())
     }
