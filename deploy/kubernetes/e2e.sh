@@ -20,6 +20,7 @@ readonly CASES=(
     connections_live_on_through_a_service_over_many_moves
     connections_outlive_the_agents_that_carry_them
     connections_outlive_a_freeze_that_is_undone
+    a_connection_that_a_pod_has_opened_itself_lives_on
     a_container_that_came_and_ends_is_started_anew
     a_pod_that_stands_still_for_long_is_not_killed_by_its_probes
     what_cannot_move_is_refused_with_the_reason
@@ -164,6 +165,25 @@ connections_outlive_a_freeze_that_is_undone() {
     tail -1 "$work/load" | jq -e '.clients[0].gap_ms_max > 900'
     until_true no_target_left
 }
+
+# A replica that moves: were its connection another, it would have to be synchronized again.
+a_connection_that_a_pod_has_opened_itself_lives_on() {
+    local before
+    start replica
+    in_pod replica redis-cli replicaof "$(address_of busy)" 6379
+    until_true is_replica
+    before=$(syncs)
+    move replica live
+    in_pod busy redis-cli set replicated "$before"
+    until_true has_replicated "$before"
+    [[ $(syncs) == "$before" ]]
+    is_replica
+    kube delete deployment replica
+}
+
+is_replica() { in_pod replica redis-cli info replication | grep -q master_link_status:up; }
+syncs() { in_pod busy redis-cli info stats | grep -E '^sync_(full|partial)' | tr -d '\r' | sort | tr '\n' ' '; }
+has_replicated() { [[ $(in_pod replica redis-cli get replicated) == "$1" ]]; }
 
 a_container_that_came_and_ends_is_started_anew() {
     in_pod shop redis-cli set gone soon
