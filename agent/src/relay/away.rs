@@ -16,6 +16,7 @@ use podferry_network::Netns;
 use podferry_network::relay::{self, End, Tun};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
+use tokio::task::spawn_blocking;
 
 use super::kept::Kept;
 use super::note::{self, Side};
@@ -172,16 +173,17 @@ impl Away {
     }
 
     /// Takes a packet from home. It reaches the container's old addresses alone.
-    pub fn put(&self, packet: Vec<u8>) {
-        if !relay::destination_of(&packet).is_some_and(|address| self.note.addresses.contains(&address)) {
+    pub fn put(&self, packet: &[u8]) {
+        if !relay::destination_of(packet).is_some_and(|address| self.note.addresses.contains(&address)) {
             return tracing::debug!(migration = %self.note.migration, "a packet for somebody else is dropped");
         }
         let mut door = self.lock();
         match &mut *door {
-            Door::Closed(kept) => kept.push(packet),
-            Door::Open(names_end) if relay::opens_connection(&packet) && SystemTime::now() > *names_end => {}
-            Door::Open(_) => self.hand_over(&packet),
-            Door::Onward(on) => drop(on.try_send(packet)),
+            // Copied: what waits must not keep the message that it came in.
+            Door::Closed(kept) => kept.push(packet.to_vec()),
+            Door::Open(names_end) if relay::opens_connection(packet) && SystemTime::now() > *names_end => {}
+            Door::Open(_) => self.hand_over(packet),
+            Door::Onward(on) => drop(on.try_send(packet.to_vec())),
             Door::Gone => {}
         }
     }
@@ -330,14 +332,14 @@ impl Away {
                 self.end_connections().await;
             }
             tracing::info!(migration = %self.note.migration, connections = left, age_s = age.as_secs(), "a relay has ended");
-            return self.end();
+            return self.end().await;
         }
     }
 
     /// Its time is over: both ends of each connection are told so, while there still is a way.
     async fn end_connections(&self) {
         let (netns, addresses) = (self.netns.clone(), self.note.addresses.clone());
-        let ended = tokio::task::spawn_blocking(move || relay::end_connections(&netns, &addresses)).await;
+        let ended = spawn_blocking(move || relay::end_connections(&netns, &addresses)).await;
         match ended {
             Ok(Ok(count)) => {
                 tracing::warn!(migration = %self.note.migration, connections = count, "the relay's time is over: connections to the pod's old address were reset");
@@ -357,7 +359,7 @@ impl Away {
 
     async fn connections(&self) -> usize {
         let (netns, addresses) = (self.netns.clone(), self.note.addresses.clone());
-        let counted = tokio::task::spawn_blocking(move || relay::connections_of(&netns, &addresses)).await;
+        let counted = spawn_blocking(move || relay::connections_of(&netns, &addresses)).await;
         match counted {
             Ok(Ok(count)) => count,
             // It lives until its end then.
@@ -369,12 +371,13 @@ impl Away {
         }
     }
 
-    /// Ends it: nothing of it is left in the namespace. Idempotent; blocks for less than a millisecond.
-    pub(crate) fn end(&self) {
+    /// Ends it: nothing of it is left in the namespace. Idempotent.
+    pub(crate) async fn end(&self) {
         *self.lock() = Door::Gone;
         self.leaves.send_replace(Leaves::Over);
         self.context.aways.lock().remove(&self.note.migration);
-        if let Err(error) = relay::dismantle_away(&self.netns, &self.note.addresses) {
+        let (netns, addresses) = (self.netns.clone(), self.note.addresses.clone());
+        if let Ok(Err(error)) = spawn_blocking(move || relay::dismantle_away(&netns, &addresses)).await {
             tracing::warn!(error = chain(&error), netns = %self.note.netns.display(), "old addresses stay in a pod's namespace");
         }
         removed(&self.file(), std::fs::remove_file(self.file()));
@@ -395,7 +398,7 @@ const fn while_restored(mtu: u32) -> u32 {
 }
 
 /// Takes up what an agent before has left.
-pub(super) fn recover(context: &Context, migration: MigrationId, standing: Option<Standing>) {
+pub(super) async fn recover(context: &Context, migration: MigrationId, standing: Option<Standing>) {
     let file = note_of(context, Side::Away, migration);
     let note: AwayNote = match record::load(&file) {
         Ok(Some(note)) => note,
@@ -416,6 +419,6 @@ pub(super) fn recover(context: &Context, migration: MigrationId, standing: Optio
         // The part opens it, or ends it.
         Some(Standing::Open | Standing::Sealed) => {}
         _ if runs && has_moved(standing) => away.open(),
-        _ => away.end(),
+        _ => away.end().await,
     }
 }

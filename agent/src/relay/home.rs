@@ -1,8 +1,10 @@
 //! Where the old address is: what comes for it is kept from the sockets that leave, and carried to where the container is.
 
+use std::future::{Future, ready};
 use std::net::IpAddr;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -16,11 +18,15 @@ use podferry_proto::v1::carry_response::Kind as Response;
 use podferry_proto::v1::relay_service_client::RelayServiceClient;
 use podferry_proto::v1::{CarryBegin, CarryPackets, CarryRequest, CarryResponse};
 use serde::{Deserialize, Serialize};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::mpsc::{self, OwnedPermit};
+use tokio::sync::{oneshot, watch};
+use tokio::task::spawn_blocking;
+use tokio::time::{Instant, sleep_until, timeout_at};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
 use super::away::Away;
+use super::batch::{QUEUE, batch, bytes_of, message};
 use super::kept::{Kept, Passed};
 use super::note::{self, Side};
 use super::{has_moved, note_of, notes, removed};
@@ -31,10 +37,6 @@ use crate::pods::{Fence, Keeping};
 use crate::worker::messages::Diverted;
 use crate::worker::record;
 
-/// Messages that wait for the connection.
-const QUEUE: usize = 64;
-/// The most bytes of packets in one message, apart from the last of them.
-const MESSAGE: usize = 256 << 10;
 /// Packets in one message that is sent again: of 64 KiB each they are as much as one may have.
 const AGAIN: usize = 32;
 /// The pauses before a stream that broke is begun again.
@@ -44,14 +46,14 @@ const HAND_ON: Duration = Duration::from_millis(5);
 
 /// What is written down of one; enough to undo it, too.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct HomeNote {
+struct HomeNote {
     migration: MigrationId,
     target: Peer,
     target_address: String,
     /// The old sandbox's network namespace.
-    pub netns: PathBuf,
+    netns: PathBuf,
     /// What was changed there.
-    pub home: relay::Home,
+    home: relay::Home,
     /// What keeps the old sandbox.
     fence: Option<Fence>,
     /// The migration by which the container came here, if connections to older addresses live on: they are carried on with it.
@@ -84,12 +86,14 @@ pub struct Home {
     over: std::sync::Mutex<Option<oneshot::Receiver<()>>>,
 }
 
+type Failed = Box<dyn std::error::Error + Send + Sync>;
+
 /// Why a stream has ended.
 enum Ended {
     /// Nothing is left to carry.
     Over,
     /// The link, or the other agent.
-    Broken(Box<dyn std::error::Error + Send + Sync>),
+    Broken(Failed),
     /// The migration was undone.
     Undone,
 }
@@ -111,13 +115,6 @@ struct Carrier {
     counts: Relaying,
 }
 
-impl HomeNote {
-    /// What the freeze diverts.
-    pub(crate) fn diverted(&self) -> Diverted {
-        Diverted { netns: self.netns.clone(), home: self.home.clone() }
-    }
-}
-
 impl Home {
     /// Makes the old sandbox ready, and the way to the target. What comes reaches the container as before until it is diverted; blocks.
     ///
@@ -129,7 +126,7 @@ impl Home {
         netns_path: PathBuf,
         (target, target_address): (Peer, String),
         fence: Option<Fence>,
-    ) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
+    ) -> Result<Self, Failed> {
         let netns = Netns::open(&netns_path)?;
         let (addresses, _): (Vec<IpAddr>, u32) = relay::addresses_of(&netns, crate::target::INTERFACE)?;
         let (home, tun) = relay::prepare_home(&netns, crate::target::INTERFACE, &addresses)?;
@@ -211,9 +208,9 @@ impl Home {
         Self { note, before, word, over: std::sync::Mutex::new(Some(over)) }
     }
 
-    /// What has to be diverted at the freeze.
-    pub(crate) fn note(&self) -> &HomeNote {
-        &self.note
+    /// What the freeze diverts.
+    pub(crate) fn diverted(&self) -> Diverted {
+        Diverted { netns: self.note.netns.clone(), home: self.note.home.clone() }
     }
 
     /// The migration is committed and the source has stopped for good: the old sandbox stays for its address alone.
@@ -227,6 +224,54 @@ impl Home {
         let over = self.over.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         if let Some(over) = over {
             let _ended = over.await;
+        }
+    }
+}
+
+/// A stream to the target that is being made, or used.
+struct Way {
+    opening: Pin<Box<dyn Future<Output = Result<Streaming<CarryResponse>, Failed>> + Send>>,
+    sender: mpsc::Sender<CarryRequest>,
+    /// None until it is open.
+    answers: Option<Streaming<CarryResponse>>,
+    /// The target expects what comes.
+    ready: bool,
+    /// For one message.
+    room: Option<OwnedPermit<CarryRequest>>,
+    /// Nobody will say anything more of the migration.
+    deaf: bool,
+}
+
+/// What a stream waits for.
+enum Happening {
+    /// Somebody says what becomes of the migration, or will say nothing more.
+    Heard,
+    /// Its time is over.
+    Late,
+    Opened(Result<Streaming<CarryResponse>, Failed>),
+    Answered(Result<Option<CarryResponse>, Status>),
+    /// There is room for a message; none when the stream has ended.
+    Room(Option<OwnedPermit<CarryRequest>>),
+    /// The container stands still, and may not have read what it was handed last.
+    Unread,
+    /// Something has come for the old address.
+    Came(Result<Vec<u8>, podferry_network::Error>),
+}
+
+impl Way {
+    fn new(carrier: &Carrier) -> Self {
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let note = &carrier.note;
+        let begin = Request::Begin(CarryBegin { migration_id: note.migration.to_string() });
+        let _never_full = sender.try_send(CarryRequest { kind: Some(begin) });
+        let opening = open(carrier.context.clone(), note.target_address.clone(), note.target.clone(), receiver);
+        Self { opening: Box::pin(opening), sender, answers: None, ready: false, room: None, deaf: false }
+    }
+
+    /// Sends packets, for which there is room.
+    fn send(&mut self, packets: Vec<Vec<u8>>) {
+        if let Some(room) = self.room.take() {
+            drop(room.send(request(packets)));
         }
     }
 }
@@ -245,85 +290,121 @@ impl Carrier {
                     tracing::warn!(%error, migration = %self.note.migration, "the relay's stream broke; it is begun again");
                 }
             }
-            if self.is_late() {
+            if self.left().is_zero() {
                 break;
             }
-            let undone = async { heard.wait_for(|word| matches!(word, Word::Undone)).await.map(drop) };
-            match tokio::time::timeout(pause, undone).await {
-                Ok(Ok(())) => {
-                    self.hand_back().await;
-                    break;
-                }
-                // Whoever had the other end will say nothing more.
-                Ok(Err(_)) => tokio::time::sleep(pause).await,
-                Err(_) => {}
+            if self.rest(&mut heard, pause).await.is_break() {
+                self.hand_back().await;
+                break;
             }
             pause = pause.saturating_mul(2).min(PAUSES.1);
         }
         self.end().await;
     }
 
+    /// Between two streams; what is said of the migration counts meanwhile.
+    async fn rest(&mut self, heard: &mut watch::Receiver<Word>, pause: Duration) -> ControlFlow<()> {
+        let end = Instant::now() + pause;
+        while let Ok(Ok(())) = timeout_at(end, heard.changed()).await {
+            let word = *heard.borrow_and_update();
+            self.hear(word, false)?;
+        }
+        sleep_until(end).await;
+        ControlFlow::Continue(())
+    }
+
     /// Until the stream ends, or the migration is undone.
     async fn carry(&mut self, heard: &mut watch::Receiver<Word>) -> Ended {
         heard.mark_changed();
-        let (sender, receiver) = mpsc::channel(QUEUE);
-        let begin = Request::Begin(CarryBegin { migration_id: self.note.migration.to_string() });
-        let _never_full = sender.try_send(CarryRequest { kind: Some(begin) });
-        let opening = open(self.context.clone(), self.note.target_address.clone(), self.note.target.clone(), receiver);
-        tokio::pin!(opening);
-        let mut answers: Option<Streaming<CarryResponse>> = None;
-        let (mut deaf, mut ready, mut room) = (false, false, None);
+        let mut way = Way::new(self);
         loop {
-            let lateness = self.left();
-            tokio::select! {
-                biased;
-                changed = heard.changed(), if !deaf => {
-                    deaf = changed.is_err();
+            let ended = match self.happening(&mut way, heard).await {
+                Happening::Heard => {
                     let word = *heard.borrow_and_update();
-                    if self.hear(word, deaf).is_break() {
-                        return Ended::Undone;
-                    }
+                    self.hear(word, way.deaf).is_break().then_some(Ended::Undone)
                 }
-                () = tokio::time::sleep(lateness) => return Ended::Over,
-                opened = &mut opening, if answers.is_none() => match opened {
-                    Ok(stream) => answers = Some(stream),
-                    Err(error) => return Ended::Broken(error),
-                },
-                answer = next(&mut answers) => match answer.map(|answer| answer.map(|answer| answer.kind)) {
-                    Ok(Some(Some(Response::Ready(_)))) => {
-                        ready = true;
-                        self.send_again(&sender);
-                    }
-                    Ok(Some(Some(Response::Packets(packets)))) => self.take(packets),
-                    Ok(Some(None)) => {}
-                    Ok(None) if self.note.committed.is_some() => return Ended::Over,
-                    Ok(None) => return Ended::Broken("the target has ended it before the commit".into()),
-                    Err(status) => return self.refused(status),
-                },
-                permit = sender.reserve(), if ready && room.is_none() => match permit {
-                    Ok(permit) => room = Some(permit),
-                    Err(_) => return Ended::Broken("the stream has ended".into()),
-                },
-                () = std::future::ready(()), if room.is_some() && self.frozen && !self.passed.is_empty() => {
-                    let unread = self.passed.take();
-                    if let Some(permit) = room.take_if(|_| !unread.is_empty()) {
-                        permit.send(packets(self.counted(unread)));
-                    }
+                Happening::Late => Some(Ended::Over),
+                Happening::Opened(Ok(answers)) => {
+                    way.answers = Some(answers);
+                    None
                 }
-                // Without a way to the target yet, the container has to get what comes all the same.
-                packet = came(&self.tun, &mut self.before), if room.is_some() || !(ready || self.frozen) => match packet.and_then(|first| self.gather(first)) {
-                    Ok(gathered) if gathered.is_empty() => {}
-                    Ok(gathered) => {
-                        if let Some(permit) = room.take() {
-                            permit.send(packets(gathered));
-                        }
-                    }
-                    // The device is gone, and with it the sandbox.
-                    Err(error) => {
-                        tracing::warn!(error = chain(&error), migration = %self.note.migration, "a relay has lost its home");
-                        return Ended::Over;
-                    }
-                },
+                Happening::Opened(Err(error)) => Some(Ended::Broken(error)),
+                Happening::Answered(answer) => self.answered(&mut way, answer),
+                Happening::Room(None) => Some(Ended::Broken("the stream has ended".into())),
+                Happening::Room(room) => {
+                    way.room = room;
+                    None
+                }
+                Happening::Unread => {
+                    self.send_unread(&mut way);
+                    None
+                }
+                Happening::Came(packet) => self.came(&mut way, packet),
+            };
+            if let Some(ended) = ended {
+                return ended;
+            }
+        }
+    }
+
+    async fn happening(&mut self, way: &mut Way, heard: &mut watch::Receiver<Word>) -> Happening {
+        let left = self.left();
+        let (has_room, opened) = (way.room.is_some(), way.answers.is_some());
+        // Without a way to the target yet, the container has to get what comes all the same.
+        let takes = has_room || !(way.ready || self.frozen);
+        tokio::select! {
+            biased;
+            said = heard.changed(), if !way.deaf => {
+                way.deaf = said.is_err();
+                Happening::Heard
+            }
+            () = tokio::time::sleep(left) => Happening::Late,
+            opened = &mut way.opening, if !opened => Happening::Opened(opened),
+            answer = next(&mut way.answers) => Happening::Answered(answer),
+            room = way.sender.clone().reserve_owned(), if way.ready && !has_room => Happening::Room(room.ok()),
+            () = ready(()), if has_room && self.frozen && !self.passed.is_empty() => Happening::Unread,
+            packet = came(&self.tun, &mut self.before), if takes => Happening::Came(packet),
+        }
+    }
+
+    fn answered(&mut self, way: &mut Way, answer: Result<Option<CarryResponse>, Status>) -> Option<Ended> {
+        match answer {
+            Ok(Some(CarryResponse { kind: Some(Response::Ready(_)) })) => {
+                way.ready = true;
+                self.send_again(&way.sender);
+                None
+            }
+            Ok(Some(CarryResponse { kind: Some(Response::Packets(packets)) })) => {
+                self.take(packets);
+                None
+            }
+            Ok(Some(CarryResponse { kind: None })) => None,
+            Ok(None) if self.note.committed.is_some() => Some(Ended::Over),
+            Ok(None) => Some(Ended::Broken("the target has ended it before the commit".into())),
+            Err(status) => Some(self.refused(status)),
+        }
+    }
+
+    /// What the container was handed before it stood still, and may not have read.
+    fn send_unread(&mut self, way: &mut Way) {
+        let unread = self.passed.take();
+        if !unread.is_empty() {
+            let packets = self.counted(unread);
+            way.send(packets);
+        }
+    }
+
+    fn came(&mut self, way: &mut Way, packet: Result<Vec<u8>, podferry_network::Error>) -> Option<Ended> {
+        match packet.and_then(|first| self.gather(first)) {
+            Ok(gathered) if gathered.is_empty() => None,
+            Ok(gathered) => {
+                way.send(gathered);
+                None
+            }
+            // The device is gone, and with it the sandbox.
+            Err(error) => {
+                tracing::warn!(error = chain(&error), migration = %self.note.migration, "a relay has lost its home");
+                Some(Ended::Over)
             }
         }
     }
@@ -332,7 +413,7 @@ impl Carrier {
     fn send_again(&self, sender: &mpsc::Sender<CarryRequest>) {
         let kept: Vec<_> = self.kept.iter().cloned().collect();
         for some in kept.chunks(AGAIN) {
-            let _lost_as_on_any_link = sender.try_send(packets(some.to_vec()));
+            let _lost_as_on_any_link = sender.try_send(request(some.to_vec()));
         }
     }
 
@@ -366,19 +447,13 @@ impl Carrier {
         if !self.frozen {
             return Ok(self.pass(first).into_iter().collect());
         }
-        let (mut bytes, mut gathered) = (first.len(), vec![first]);
-        while bytes < MESSAGE
-            && let Some(packet) = self.try_came()?
-        {
-            bytes += packet.len();
-            gathered.push(packet);
-        }
+        let gathered = batch(first, || self.try_came())?;
         Ok(self.counted(gathered))
     }
 
     /// What goes to the target, and is kept as long as it may have to be given back.
     fn counted(&mut self, packets: Vec<Vec<u8>>) -> Vec<Vec<u8>> {
-        self.counts.sent(packets.iter().map(Vec::len).sum());
+        self.counts.sent(bytes_of(&packets));
         if self.note.committed.is_none() {
             for packet in &packets {
                 self.kept.push(packet.clone());
@@ -412,7 +487,7 @@ impl Carrier {
         for packet in packets.packets {
             let source = relay::source_of(&packet);
             match self.before_of(source) {
-                Some(before) => before.answer(packet.into()),
+                Some(before) => before.answer(packet.to_vec()),
                 None if source.is_some_and(|source| self.note.home.addresses.contains(&source)) => {
                     self.hand_over(&packet);
                 }
@@ -461,10 +536,6 @@ impl Carrier {
         end.map_or(Duration::from_secs(24 * 3600), |end| end.duration_since(SystemTime::now()).unwrap_or_default())
     }
 
-    fn is_late(&self) -> bool {
-        self.left().is_zero()
-    }
-
     async fn hand_back(&mut self) {
         if let Err(error) = relay::undivert(&self.netns, &self.note.home) {
             tracing::error!(error = chain(&error), netns = %self.note.netns.display(), "what comes for a pod does not reach it");
@@ -477,7 +548,7 @@ impl Carrier {
         }
         for packet in self.kept.take() {
             match self.before_of(relay::destination_of(&packet)) {
-                Some(before) => before.put(packet),
+                Some(before) => before.put(&packet),
                 None => self.hand_over(&packet),
             }
         }
@@ -486,7 +557,8 @@ impl Carrier {
 
     /// Nothing of it is left, and the old sandbox may go.
     async fn end(mut self) {
-        if let Err(error) = relay::dismantle_home(&self.netns, &self.note.home) {
+        let (netns, home) = (self.netns.clone(), self.note.home.clone());
+        if let Ok(Err(error)) = spawn_blocking(move || relay::dismantle_home(&netns, &home)).await {
             tracing::error!(error = chain(&error), netns = %self.note.netns.display(), "something of a relay stays in a pod's namespace");
         }
         let file = note_of(&self.context, Side::Home, self.note.migration);
@@ -498,11 +570,11 @@ impl Carrier {
             return;
         }
         if let Some((before, _)) = &self.before {
-            before.end();
+            before.end().await;
         }
         if let Some(fence) = &self.note.fence {
             let (fence, context) = (fence.clone(), self.context.clone());
-            let ended = tokio::task::spawn_blocking(move || fence.end_sandbox(&context)).await;
+            let ended = spawn_blocking(move || fence.end_sandbox(&context)).await;
             if let Ok(Err(error)) = ended {
                 tracing::warn!(%error, "the kubelet ends the old sandbox when it tries again");
             }
@@ -523,9 +595,8 @@ async fn came(
     }
 }
 
-fn packets(packets: Vec<Vec<u8>>) -> CarryRequest {
-    let packets = CarryPackets { packets: packets.into_iter().map(Into::into).collect() };
-    CarryRequest { kind: Some(Request::Packets(packets)) }
+fn request(packets: Vec<Vec<u8>>) -> CarryRequest {
+    CarryRequest { kind: Some(Request::Packets(message(packets))) }
 }
 
 async fn next(answers: &mut Option<Streaming<CarryResponse>>) -> Result<Option<CarryResponse>, tonic::Status> {
@@ -540,7 +611,7 @@ async fn open(
     address: String,
     target: Peer,
     requests: mpsc::Receiver<CarryRequest>,
-) -> Result<Streaming<CarryResponse>, Box<dyn std::error::Error + Send + Sync>> {
+) -> Result<Streaming<CarryResponse>, Failed> {
     let channel = podferry_common::tls::connect(&address, &context.identity, &target).await?;
     Ok(RelayServiceClient::new(channel).carry(ReceiverStream::new(requests)).await?.into_inner())
 }

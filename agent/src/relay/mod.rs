@@ -10,6 +10,7 @@
 //! reads them no packet comes to a socket that is not its own. Nothing of it outlives the node.
 
 mod away;
+mod batch;
 mod home;
 mod kept;
 mod note;
@@ -32,8 +33,9 @@ use crate::journal::{PartRecord, Standing};
 use crate::target::INTERFACE;
 
 pub use away::{Away, Aways, Leaves};
+pub use batch::{QUEUE, batch, bytes_of, message};
+pub use home::Home;
 pub(crate) use home::stays;
-pub use home::{Home, HomeNote};
 
 /// How long one lives at most.
 fn lifetime(context: &Context) -> Duration {
@@ -45,7 +47,7 @@ fn notes(context: &Context) -> PathBuf {
     context.config.runtime_dir.join("relays")
 }
 
-/// What of a pod's connections a relay could carry; none when there is nothing to carry them with.
+/// What of a pod's connections a relay could carry; none when there is nothing to carry them with. Blocks.
 pub fn relayed(context: &Context, container: &Container) -> Option<Relayed> {
     let kubernetes = context.config.kubernetes.as_ref()?;
     if kubernetes.relay_s == 0 || !podferry_network::relay::is_possible() {
@@ -84,7 +86,9 @@ pub async fn recover(context: &Context, records: &[PartRecord]) {
         |migration| records.iter().find(|record| record.migration == migration).map(|record| record.standing);
     let of = |wanted| found.iter().filter(move |(_, side)| *side == wanted).map(|(migration, _)| *migration);
     // They may be carried on by a home.
-    of(note::Side::Away).for_each(|migration| away::recover(context, migration, standing_of(migration)));
+    for migration in of(note::Side::Away) {
+        away::recover(context, migration, standing_of(migration)).await;
+    }
     for migration in of(note::Side::Home) {
         home::recover(context, migration, standing_of(migration)).await;
     }

@@ -80,22 +80,22 @@ async fn what_comes_waits_for_the_container_and_reaches_its_old_addresses_alone(
     let (context, pod) = (context(folder.path()), Pod::new());
     let away = pod.away(&context);
     let (old, own) = (pod.listens(OLD), pod.listens(OWN));
-    away.put(datagram(OLD, 1));
-    away.put(datagram(OWN, 2));
+    away.put(&datagram(OLD, 1));
+    away.put(&datagram(OWN, 2));
     assert_eq!(heard(&old), Vec::<u8>::new(), "it does not run yet");
     away.open();
-    away.put(datagram(OLD, 3));
-    away.put(datagram(OWN, 4));
-    away.put(vec![0; 64]);
+    away.put(&datagram(OLD, 3));
+    away.put(&datagram(OWN, 4));
+    away.put(&[0; 64]);
     assert_eq!((heard(&old), heard(&own)), (vec![1, 3], Vec::<u8>::new()));
     // The container there was has died, and another is restored.
     away.close();
-    away.put(datagram(OLD, 5));
+    away.put(&datagram(OLD, 5));
     assert_eq!(heard(&old), Vec::<u8>::new());
     away.open();
     assert_eq!(heard(&old), [5]);
-    away.end();
-    away.put(datagram(OLD, 6));
+    away.end().await;
+    away.put(&datagram(OLD, 6));
     assert_eq!(heard(&old), Vec::<u8>::new());
 }
 
@@ -112,7 +112,7 @@ async fn only_who_was_named_may_send_and_what_has_ended_leaves_nothing() {
     assert!(pod.sh("ip -o addr").contains("10.9.0.2/32"));
     assert_eq!(std::fs::read_dir(super::notes(&context)).unwrap().count(), 1);
     for _ in 0..2 {
-        away.end();
+        away.end().await;
         assert!(context.aways.of_pod(pod.netns.path()).is_none());
         assert_eq!(pod.sh("ip -o addr; ip rule"), before);
         assert_eq!(std::fs::read_dir(super::notes(&context)).unwrap().count(), 0);

@@ -185,11 +185,12 @@ pub(crate) async fn source(
                 Way::Replaced => (Vec::new(), volumes::of_replaced(&context, &container)?),
                 Way::Carried | Way::StartedAnew => volumes::at_source(&context, &container)?,
             };
-            Ok((report, layer, volumes))
+            let relayed = if way == Way::Carried { crate::relay::relayed(&context, &container) } else { None };
+            Ok((report, layer, volumes, relayed))
         })
         .await?
     };
-    let (report, layer, (volumes, mut findings)) = looked;
+    let (report, layer, (volumes, mut findings), relayed) = looked;
     if way == Way::Carried {
         findings.extend(report.findings.iter().map(finding_of));
         let images_free = podferry_filesystem::free_bytes(&context.config.images_dir).unwrap_or(0);
@@ -224,7 +225,7 @@ pub(crate) async fn source(
         tcp_connections: u32::try_from(report.facts.tcp_connections).unwrap_or(u32::MAX),
         processes: u32::try_from(report.facts.processes).unwrap_or(u32::MAX),
         volumes,
-        relayed: if way == Way::Carried { crate::relay::relayed(context, &container) } else { None },
+        relayed,
         tracking: None,
     })
 }

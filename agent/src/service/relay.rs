@@ -9,19 +9,14 @@ use podferry_common::tls::PeerInfo;
 use podferry_proto::v1::carry_request::Kind;
 use podferry_proto::v1::carry_response::Kind as Answer;
 use podferry_proto::v1::relay_service_server::RelayService;
-use podferry_proto::v1::{CarryPackets, CarryReady, CarryRequest, CarryResponse};
+use podferry_proto::v1::{CarryReady, CarryRequest, CarryResponse};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::migration_of;
 use crate::context::Context;
-use crate::relay::{Away, Leaves};
-
-/// Answers that wait for a slow connection.
-const QUEUE: usize = 64;
-/// The most bytes of packets in one message, apart from the last of them.
-const MESSAGE: usize = 256 << 10;
+use crate::relay::{Away, Leaves, QUEUE, batch, bytes_of, message};
 
 /// The service.
 #[derive(Clone, Debug)]
@@ -95,7 +90,7 @@ async fn carry(
             }
             message = packets.message() => match message? {
                 Some(CarryRequest { kind: Some(Kind::Packets(packets)) }) => {
-                    packets.packets.into_iter().for_each(|packet| away.put(packet.into()));
+                    packets.packets.iter().for_each(|packet| away.put(packet));
                 }
                 Some(_) => return Err(Status::invalid_argument("only Packets may follow Begin")),
                 None => return Ok(()),
@@ -105,27 +100,15 @@ async fn carry(
                 Err(_) => return Ok(()),
             },
             packet = away.next(), if word != Leaves::NotYet && room.is_some() => {
-                let gathered = packet.and_then(|first| gather(away, first));
+                let gathered = packet.and_then(|first| batch(first, || away.try_next()));
                 let gathered = gathered.map_err(|error| Status::internal(chain(&error)))?;
+                away.sent(bytes_of(&gathered));
                 if let Some(permit) = room.take() {
-                    permit.send(Ok(answer(Answer::Packets(CarryPackets { packets: gathered }))));
+                    permit.send(Ok(answer(Answer::Packets(message(gathered)))));
                 }
             }
         }
     }
-}
-
-/// As much as there is at once.
-fn gather(away: &Away, first: Vec<u8>) -> Result<Vec<bytes::Bytes>, podferry_network::Error> {
-    let (mut bytes, mut gathered) = (first.len(), vec![first.into()]);
-    while bytes < MESSAGE
-        && let Some(packet) = away.try_next()?
-    {
-        bytes += packet.len();
-        gathered.push(packet.into());
-    }
-    away.sent(bytes);
-    Ok(gathered)
 }
 
 fn answer(kind: Answer) -> CarryResponse {

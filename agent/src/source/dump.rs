@@ -19,6 +19,7 @@ use super::precopy::{Converged, Followers, Rest, Round, SendError};
 use super::{SourcePart, VERIFY, io_failed, ms, not_running, pages, patience, tell_progress};
 use crate::context::{Context, blocking};
 use crate::journal::PartDirs;
+use crate::relay::Home;
 use crate::throttle::ThrottleRecord;
 use crate::worker::client::{View, Worker};
 use crate::worker::messages::{Diverted, DumpJob, Stage};
@@ -81,7 +82,7 @@ impl SourcePart {
         let (context, dirs, order) = (self.context.clone(), self.dirs.clone(), order.clone());
         let (worker, cancelled) = (Arc::clone(&self.worker), self.cancelled.clone());
         let sent_before = sender.stats();
-        let diverted = self.home.get().map(|home| home.note().diverted());
+        let diverted = self.home.get().map(Home::diverted);
         let starting = tokio::spawn(async move {
             if cancelled.is_cancelled() {
                 return Err(context.refusal(FailureCode::Aborted, "the migration was aborted").in_phase("freeze"));

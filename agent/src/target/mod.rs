@@ -503,7 +503,7 @@ impl TargetPart {
         self.clean_restore(patience).await?;
         self.stop_pager().await?;
         if let Some(away) = &self.away {
-            away.end();
+            away.end().await;
         }
         self.context.visitors.dismiss(self.migration).await;
         place::remove(&self.context, &record, &self.bundle, &self.dirs).await?;
