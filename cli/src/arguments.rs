@@ -118,21 +118,13 @@ pub(crate) enum Verb {
     },
 }
 
-/// Flags of `migrate`.
+/// What can be wished of a migration, of one or of each of many.
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 #[derive(Debug, Args)]
-pub(crate) struct Migrate {
-    /// The workload
-    pub(crate) workload: String,
-    /// The node to move it to; without it the coordinator chooses
-    #[arg(long, value_name = "NODE")]
-    pub(crate) to: Option<String>,
+pub(crate) struct Wishes {
     /// How to move it
     #[arg(long, value_enum, default_value_t = Strategy::Auto)]
     pub(crate) strategy: Strategy,
-    /// Follow it to its end; the exit code is its outcome
-    #[arg(long)]
-    pub(crate) wait: bool,
     /// With postcopy and hybrid, which need it, and auto: risk the workload until its last page is across
     #[arg(long)]
     pub(crate) accept_loss: bool,
@@ -145,7 +137,7 @@ pub(crate) struct Migrate {
     /// With auto, live and hybrid: the downtime to aim at, in milliseconds, at most 60000; the coordinator's default is 100
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(1..=60_000))]
     pub(crate) downtime_budget: Option<u32>,
-    /// The most bytes per second to send, at least 64K; K, M and G are powers of 1024
+    /// The most bytes per second that a migration sends, at least 64K; K, M and G are powers of 1024
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     pub(crate) bandwidth_limit: Option<u64>,
     /// With live, which auto chooses then: before the commit, compare all memory that was copied while it ran; costs downtime for each GiB
@@ -159,21 +151,26 @@ pub(crate) struct Migrate {
     pub(crate) grace_period: Option<u32>,
 }
 
+/// Flags of `migrate`.
+#[derive(Debug, Args)]
+pub(crate) struct Migrate {
+    /// The workload
+    pub(crate) workload: String,
+    /// The node to move it to; without it the coordinator chooses
+    #[arg(long, value_name = "NODE")]
+    pub(crate) to: Option<String>,
+    /// Follow it to its end; the exit code is its outcome
+    #[arg(long)]
+    pub(crate) wait: bool,
+    #[command(flatten)]
+    pub(crate) wishes: Wishes,
+}
+
 /// Flags of `drain`.
-#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 #[derive(Debug, Args)]
 pub(crate) struct Drain {
     /// The node
     pub(crate) node: String,
-    /// How to move them
-    #[arg(long, value_enum, default_value_t = Strategy::Auto)]
-    pub(crate) strategy: Strategy,
-    /// With postcopy and hybrid, which need it, and auto: risk each workload until its last page is across
-    #[arg(long)]
-    pub(crate) accept_loss: bool,
-    /// With auto: restart a workload that nothing else can move; its memory is lost, its connections are closed
-    #[arg(long)]
-    pub(crate) allow_restart: bool,
     /// How long there is, as after a notice that the node will be taken away: what copying beforehand would make too late moves warm (with
     /// --accept-loss post-copy), and nothing is begun after it; a number with s, m or h behind it
     #[arg(long, value_name = "DURATION", value_parser = duration)]
@@ -184,9 +181,6 @@ pub(crate) struct Drain {
     /// How many may move at a time; the coordinator's limits hold in any case
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) concurrency: Option<u32>,
-    /// The most bytes per second that each migration sends, at least 64K; K, M and G are powers of 1024
-    #[arg(long, value_name = "BYTES", value_parser = bytes)]
-    pub(crate) bandwidth_limit: Option<u64>,
     /// Kubernetes: mark the node unschedulable, too; it stays so
     #[arg(long)]
     pub(crate) cordon: bool,
@@ -196,24 +190,11 @@ pub(crate) struct Drain {
     /// Only workloads with such labels: app=shop,tier in (front, back),!canary
     #[arg(long, short = 'l', value_name = "LABELS", default_value = "")]
     pub(crate) selector: String,
-    /// As of `migrate`
-    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(1..=60_000))]
-    pub(crate) downtime_budget: Option<u32>,
-    /// As of `migrate`
-    #[arg(long)]
-    pub(crate) verify: bool,
-    /// As of `migrate`
-    #[arg(long)]
-    pub(crate) throttle: bool,
-    /// As of `migrate`
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(0..=3600))]
-    pub(crate) grace_period: Option<u32>,
-    /// Never compress what is sent
-    #[arg(long)]
-    pub(crate) no_compression: bool,
     /// Do not follow it: print the evacuation that has begun
     #[arg(long)]
     pub(crate) no_wait: bool,
+    #[command(flatten)]
+    pub(crate) wishes: Wishes,
 }
 
 /// A number of bytes, with a suffix or without.

@@ -14,6 +14,21 @@ fn open(role: Role) -> PartRecord {
     }
 }
 
+fn target() -> Role {
+    Role::Target {
+        source_node: "n1".to_owned(),
+        keep_connections: true,
+        link: None,
+        plan: None,
+        netns: None,
+        fetch_from: None,
+        takes_over: false,
+        cold: false,
+        volumes: Vec::new(),
+        pod: None,
+    }
+}
+
 #[test]
 fn a_source_of_an_older_agent_was_told_nothing_and_what_one_was_told_is_there_again() {
     let mut record = open(Role::Source {
@@ -47,18 +62,7 @@ fn a_source_of_an_older_agent_was_told_nothing_and_what_one_was_told_is_there_ag
 #[test]
 fn whether_a_part_has_ended_is_told_in_the_same_words_for_ever() {
     use crate::pager::messages::PagerState;
-    let mut record = open(Role::Target {
-        source_node: "n1".to_owned(),
-        keep_connections: true,
-        link: None,
-        plan: None,
-        netns: None,
-        fetch_from: None,
-        takes_over: false,
-        cold: false,
-        volumes: Vec::new(),
-        pod: None,
-    });
+    let mut record = open(target());
     for (standing, word) in [
         (Standing::Open, "open"),
         (Standing::Sealed, "sealed"),
@@ -82,18 +86,7 @@ fn no_folder_is_made_before_the_record_that_tells_of_it() {
     let dirs = PartDirs { state: path("state"), run: path("file/run"), images: path("images"), work: path("work") };
     // Where the agent would be killed, the first of the folders cannot be made.
     fs::write(path("file"), "").unwrap();
-    let mut record = open(Role::Target {
-        source_node: "n1".to_owned(),
-        keep_connections: true,
-        link: None,
-        plan: None,
-        netns: None,
-        fetch_from: None,
-        takes_over: false,
-        cold: false,
-        volumes: Vec::new(),
-        pod: None,
-    });
+    let mut record = open(target());
     let error = record.begin(&dirs).unwrap_err();
     assert!(error.to_string().contains(&dirs.run.display().to_string()), "{error}");
     let noted = record::load::<PartRecord>(&dirs.part_file()).unwrap().unwrap();

@@ -21,23 +21,24 @@ use crate::words;
 pub(super) async fn drain(global: &Global, flags: arguments::Drain) -> Result<Exit, Failure> {
     let mut coordinator = connect(global).await?;
     let deadline = flags.deadline.map_or(0, |deadline| deadline.as_secs());
+    let wishes = flags.wishes;
     let request = EvacuateRequest {
         node: flags.node,
-        strategy: v1::Strategy::from(flags.strategy).into(),
-        accept_loss: flags.accept_loss,
-        allow_restart: flags.allow_restart,
+        strategy: v1::Strategy::from(wishes.strategy).into(),
+        accept_loss: wishes.accept_loss,
+        allow_restart: wishes.allow_restart,
         deadline_s: u32::try_from(deadline).unwrap_or(u32::MAX),
         priorities: flags.priority.into_iter().collect::<HashMap<_, _>>(),
         concurrency: flags.concurrency.unwrap_or_default(),
-        bandwidth_limit: flags.bandwidth_limit.unwrap_or_default(),
+        bandwidth_limit: wishes.bandwidth_limit.unwrap_or_default(),
         cordon: flags.cordon,
         order: order(flags.lowest_first).into(),
         selector: flags.selector,
-        downtime_budget_ms: flags.downtime_budget.map_or(0.0, f64::from),
-        verify: flags.verify,
-        throttle: flags.throttle,
-        grace_period_s: flags.grace_period,
-        no_compression: flags.no_compression,
+        downtime_budget_ms: wishes.downtime_budget.map_or(0.0, f64::from),
+        verify: wishes.verify,
+        throttle: wishes.throttle,
+        grace_period_s: wishes.grace_period,
+        no_compression: wishes.no_compression,
     };
     let begun = answer(coordinator.evacuate(request)).await.map_err(told_apart)?.evacuation;
     let begun = begun.ok_or_else(nothing)?;

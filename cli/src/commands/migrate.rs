@@ -13,18 +13,19 @@ use crate::{render, words};
 /// Asks for a migration; with `--wait` follows it.
 pub(super) async fn migrate(global: &Global, flags: Migrate) -> Result<Exit, Failure> {
     let mut coordinator = connect(global).await?;
+    let wishes = flags.wishes;
     let request = MigrateRequest {
         workload: flags.workload,
         target: flags.to.unwrap_or_default(),
-        strategy: Strategy::from(flags.strategy).into(),
-        no_compression: flags.no_compression,
-        downtime_budget_ms: flags.downtime_budget.map_or(0.0, f64::from),
-        bandwidth_limit: flags.bandwidth_limit.unwrap_or_default(),
-        accept_loss: flags.accept_loss,
-        allow_restart: flags.allow_restart,
-        verify: flags.verify,
-        throttle: flags.throttle,
-        grace_period_s: flags.grace_period,
+        strategy: Strategy::from(wishes.strategy).into(),
+        no_compression: wishes.no_compression,
+        downtime_budget_ms: wishes.downtime_budget.map_or(0.0, f64::from),
+        bandwidth_limit: wishes.bandwidth_limit.unwrap_or_default(),
+        accept_loss: wishes.accept_loss,
+        allow_restart: wishes.allow_restart,
+        verify: wishes.verify,
+        throttle: wishes.throttle,
+        grace_period_s: wishes.grace_period,
     };
     let begun = present(answer(coordinator.migrate(request)).await?.migration)?;
     if !flags.wait {

@@ -198,5 +198,4 @@ impl Why {
 }
 
 #[cfg(test)]
-#[path = "decide_tests.rs"]
 mod tests;

@@ -205,7 +205,7 @@ impl Evictions {
         let store = self.0.store.clone();
         let record = blocking(move || match store.busy_with(&workload)? {
             Some(id) => store.get(id),
-            None => Ok(store.list()?.into_iter().find(|record| has_left(record, &uid))),
+            None => store.find(|record| has_left(record, &uid)),
         });
         let attempt = |record: Record| Attempt {
             title: format!("migration {}", record.id),

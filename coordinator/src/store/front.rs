@@ -108,6 +108,14 @@ impl Store {
         }
     }
 
+    /// Any record that is as wanted.
+    pub fn find(&self, wanted: impl Fn(&Record) -> bool) -> Result<Option<Record>, StoreError> {
+        match &self.place {
+            Place::Local(local) => Ok(local.list()?.into_iter().find(wanted)),
+            Place::Kubernetes(objects, _) => Ok(objects.find(wanted)),
+        }
+    }
+
     /// All records that are not final, oldest first: what a restarted coordinator has to go on with.
     pub fn open_migrations(&self) -> Result<Vec<Record>, StoreError> {
         match &self.place {

@@ -23,8 +23,10 @@ use podferry_common::{MigrationId, tls};
 use podferry_local::faults::links::Slow;
 use podferry_local::{BindMount, LocalCluster, Node, Output, Workload, workspace_root};
 use podferry_proto::Version;
-use podferry_proto::v1::FreezeRequest;
 use podferry_proto::v1::agent_service_client::AgentServiceClient;
+use podferry_proto::v1::carry_request::Kind;
+use podferry_proto::v1::relay_service_client::RelayServiceClient;
+use podferry_proto::v1::{CarryBegin, CarryPackets, CarryRequest, FreezeRequest};
 use podferry_transfer::{Introduction, Options, Sender};
 use serde_json::Value;
 
@@ -255,6 +257,7 @@ fn strangers_get_nowhere() {
     let mut stage = stage();
     a_client_of_another_authority(&stage);
     an_agent_that_plays_coordinator(&stage);
+    an_agent_that_relays_what_nobody_expects(&stage);
     noise_on_the_ports(&stage);
     assert_untouched(&stage, "after strangers");
     an_agent_that_sends_what_another_should(&mut stage);
@@ -301,6 +304,25 @@ fn an_agent_that_plays_coordinator(stage: &Stage) {
     });
     assert_eq!(refused.code(), tonic::Code::PermissionDenied, "{refused}");
     assert!(refused.message().contains("only the coordinator"), "{refused}");
+}
+
+fn an_agent_that_relays_what_nobody_expects(stage: &Stage) {
+    let source = stage.source();
+    let other = Peer::Agent(NODES[1].parse().unwrap());
+    let identity = stage.identity(&other, "relays");
+    let address = format!("{}:{}", source.address(), podferry_local::AGENT_PORT);
+    let expected = Peer::Agent(source.name().parse().unwrap());
+    let begin = Kind::Begin(CarryBegin { migration_id: MigrationId::new().to_string() });
+    for (first, code) in
+        [(begin, tonic::Code::NotFound), (Kind::Packets(CarryPackets::default()), tonic::Code::InvalidArgument)]
+    {
+        let refused = stage.run_inside(async {
+            let channel = tls::connect(&address, &identity, &expected).await.unwrap();
+            let messages = tokio_stream::once(CarryRequest { kind: Some(first) });
+            RelayServiceClient::new(channel).carry(messages).await.map(drop).unwrap_err()
+        });
+        assert_eq!(refused.code(), code, "{refused}");
+    }
 }
 
 fn noise_on_the_ports(stage: &Stage) {

@@ -180,6 +180,19 @@ mod tests {
         ];
         let crio = crio.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
         assert_eq!(PodContainer::of(&crio), Some(found_without(&annotations("container"))));
+        assert_eq!(uid_of_sandbox(&crio), None);
+    }
+
+    #[test]
+    fn a_sandbox_says_whose_it_is_with_either_runtime_and_a_container_is_none() {
+        assert_eq!(uid_of_sandbox(&annotations("sandbox")).as_deref(), Some("u-1"));
+        assert_eq!(uid_of_sandbox(&annotations("container")), None);
+        let crio = [
+            ("io.kubernetes.cri-o.ContainerType", "sandbox"),
+            ("io.kubernetes.cri-o.Labels", r#"{"io.kubernetes.pod.uid":"u-1","io.kubernetes.container.name":"POD"}"#),
+        ];
+        let crio = crio.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
+        assert_eq!(uid_of_sandbox(&crio).as_deref(), Some("u-1"));
     }
 
     fn found_without(words: &BTreeMap<String, String>) -> PodContainer {

@@ -329,6 +329,10 @@ impl Objects {
         past::newest(self.entries().values().map(|entry| &entry.record))
     }
 
+    pub(super) fn find(&self, wanted: impl Fn(&Record) -> bool) -> Option<Record> {
+        self.entries().values().map(|entry| &entry.record).find(|record| wanted(record)).cloned()
+    }
+
     pub(super) fn open_migrations(&self) -> Vec<Record> {
         let entries = self.entries();
         entries.values().map(|entry| &entry.record).filter(|record| !record.state.is_final()).cloned().collect()
