@@ -11,7 +11,9 @@
 //! source agent (home)                              target agent (away)
 //!   Begin {migration} ───────────────────────────▶ admits, or ends the call with a status
 //!                                    ◀──────────── Ready
-//!   (the container is frozen; what comes for it goes to the relay)
+//!   (new connections wait; the rest still reaches the container)
+//!   Packets: what opens a connection ────────────▶ keeps them
+//!   (the container is frozen; all that comes for it goes to the relay)
 //!   Packets · Packets · … as they come ──────────▶ keeps them
 //!   (the migration is committed)                   (the sockets are whole) hands over what it kept, and at once what comes
 //!                                    ◀──────────── Packets · Packets · …
@@ -24,8 +26,8 @@
 //! # When the stream breaks
 //!
 //! Packets are lost then, as on any link, and TCP repeats them. The source begins again, with growing pauses of at most a second, for
-//! as long as the relay may live. An agent that was restarted takes it up, on either side. `NOT_FOUND` and `PERMISSION_DENIED` end it: the
-//! target has no such relay any more.
+//! as long as the relay may live. An agent that was restarted takes it up, on either side. Behind the commit `NOT_FOUND`,
+//! `PERMISSION_DENIED` and `UNIMPLEMENTED` end it: the target has no such relay any more.
 //!
 //! # Limits
 //!
@@ -36,5 +38,6 @@
 //!
 //! # Who may
 //!
-//! Only the agent that the coordinator has named in `Prepare` as this migration's source. Anybody else gets `PERMISSION_DENIED`. What it
-//! sends reaches the pod's own namespace and nothing else of the node.
+//! Only the agent that the coordinator has named in `Prepare` as this migration's source. Anybody else gets `PERMISSION_DENIED`; of a migration that has no relay
+//! here, everybody gets `NOT_FOUND`. What is sent reaches the pod under its old addresses and nothing else of the node, and what comes back leaves home only
+//! when it is from one of these: both sides drop the rest.
