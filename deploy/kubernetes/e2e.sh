@@ -554,6 +554,10 @@ it_leaves_nothing() {
         [[ $(on "$node" sh -c 'ls /run/podferry-images /sys/fs/cgroup/*/kubepods 2>/dev/null | grep -c pod') == 0 ]] || on "$node" ls /run/podferry-images
         [[ $(on "$node" sh -c 'pgrep -c "podferry-(pager|dump|hook|stdio|runtime)|criu"') == 0 ]]
         [[ $(on "$node" ls /run/podferry-images) == '' ]]
+        [[ $(on "$node" ls /run/podferry/relays) == '' ]]
+        [[ $(on "$node" sh -c 'ls /var/lib/podferry/fenced/*.asked 2>/dev/null') == '' ]]
+        # Nobody keeps a namespace of a pod that is gone.
+        [[ $(on "$node" ls /var/run/netns) == '' ]]
     done
 }
 
