@@ -14,6 +14,7 @@ mod users;
 mod watches;
 
 use std::collections::BTreeSet;
+use std::iter;
 use std::path::PathBuf;
 use std::thread::sleep;
 use std::time::Duration;
@@ -233,7 +234,8 @@ fn look(container: &Container) -> Result<Report, Error> {
     let mut tree = BTreeSet::new();
     collect_descendants(init.pid, &mut tree);
     // What `runc exec` started is not dumped: whatever it has does not matter.
-    for &pid in &tree {
+    // The first process comes first: what several share is told of it.
+    for pid in iter::once(init.pid).chain(tree.iter().copied().filter(|&pid| pid != init.pid)) {
         let looked = (|| {
             threads += look_at_process(pid, &own, &mut findings)?;
             mappings::look(pid, &mut findings)?;
@@ -250,7 +252,7 @@ fn look(container: &Container) -> Result<Report, Error> {
     namespaces::look(container, init.pid, &pids, &tree, &mut findings)?;
     mounts::look(container, init.pid, &mut findings)?;
     let tcp_connections = sockets::look(&open.sockets, &mut findings)?;
-    findings.sort_by_key(|finding| (finding.kind, finding.pid, finding.fd));
+    findings.sort_by_key(|finding| (finding.kind, finding.pid != Some(init.pid), finding.pid, finding.fd));
     let facts = Facts {
         network: NetworkKind::of(container),
         tcp_connections,

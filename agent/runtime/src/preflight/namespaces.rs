@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
 
-use crate::container::{Container, Init, NamespaceKind};
+use crate::container::{Container, Init, NamespaceKind, collect_descendants};
 use crate::error::Error;
 
 use super::{Finding, FindingKind};
@@ -26,9 +26,7 @@ pub(super) fn look(
     tree: &BTreeSet<i32>,
     findings: &mut Vec<Finding>,
 ) -> Result<(), Error> {
-    let strangers = pids.iter().copied().filter(|pid| !tree.contains(pid));
-    // Those that ended between the two looks are no strangers.
-    findings.extend(strangers.filter(|&pid| Init::of_pid(pid).is_some_and(Init::is_alive)).map(outside));
+    findings.extend(strangers(init, pids, tree).into_iter().map(outside));
     for &pid in tree {
         for kind in NOT_NESTED {
             match (link(init, kind)?, link(pid, kind)?) {
@@ -39,6 +37,21 @@ pub(super) fn look(
     }
     look_for_shared(container, tree, findings);
     Ok(())
+}
+
+/// The processes of the cgroup that do not descend from the container's first. None that ended between the looks, or
+/// whose parent ended and left it to another while the tree was walked, or that began since with a number that was free
+/// again.
+fn strangers(init: i32, pids: &[i32], tree: &BTreeSet<i32>) -> Vec<i32> {
+    let mut strangers: Vec<i32> = pids.iter().copied().filter(|pid| !tree.contains(pid)).collect();
+    strangers.retain(|&pid| Init::of_pid(pid).is_some_and(Init::is_alive));
+    if strangers.is_empty() {
+        return strangers;
+    }
+    let mut later = BTreeSet::new();
+    collect_descendants(init, &mut later);
+    strangers.retain(|pid| !later.contains(pid));
+    strangers
 }
 
 /// Which namespace a process is in. None when it ended, is a zombie, or the kernel has no such kind.
