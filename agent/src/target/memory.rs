@@ -258,9 +258,10 @@ impl ArrivingMemory {
             }
         }
         self.existing.retain(|owner, _| matches!(owner, Owner::Process(_)));
-        let without = self.existing.keys().filter_map(|owner| match owner {
-            Owner::Process(process) => Some(process),
-            Owner::SharedMemory(_) => None,
+        // Who has nothing that could come before the freeze may be CRIU's alone.
+        let without = self.existing.iter().filter_map(|(owner, pages)| match owner {
+            Owner::Process(process) if !pages.is_empty() => Some(process),
+            Owner::Process(_) | Owner::SharedMemory(_) => None,
         });
         if let Some(process) = without.chain(self.later.keys()).next() {
             return Err(MemoryError::NoProcess { process: *process });

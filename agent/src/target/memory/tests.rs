@@ -140,6 +140,20 @@ fn pages_that_stay_with_the_source_are_taken_in_post_copy_only_and_only_of_a_pro
 }
 
 #[test]
+fn a_container_of_which_nothing_could_come_before_the_freeze_is_criu_s_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut memory = ArrivingMemory::new(folder.path().to_owned(), false);
+    memory.dumped(SEVEN, dumped(&folder, &[0, 1])).unwrap();
+    memory.take_list(ListOf::Existing(SEVEN), &[]).unwrap();
+    memory.complete().unwrap();
+    // But not one whose pages the source has kept from CRIU.
+    let mut memory = ArrivingMemory::new(folder.path().to_owned(), false);
+    memory.take_list(ListOf::Existing(SEVEN), &list(&[(0x1000, 0x2000)])).unwrap();
+    let without = memory.complete();
+    assert!(matches!(without, Err(MemoryError::NoProcess { process: 7 })), "{without:?}");
+}
+
+#[test]
 fn a_page_that_did_not_arrive_is_a_difference() {
     let folder = tempfile::tempdir().unwrap();
     let different = compared(&mut arriving(&folder, &[[1; PAGE]]), &[[1; PAGE], [0; PAGE], [0; PAGE]]).unwrap_err();
