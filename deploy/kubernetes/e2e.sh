@@ -22,6 +22,7 @@ readonly CASES=(
     connections_outlive_a_freeze_that_is_undone
     a_connection_that_a_pod_has_opened_itself_lives_on
     a_container_that_came_and_ends_is_started_anew
+    a_job_moves_and_counts_one_success
     a_pod_that_stands_still_for_long_is_not_killed_by_its_probes
     what_cannot_move_is_refused_with_the_reason
     a_cancel_while_memory_is_copied_costs_nothing
@@ -193,6 +194,49 @@ a_container_that_came_and_ends_is_started_anew() {
     until_true is_ready shop
     [[ $(in_pod shop redis-cli get gone) == '' ]]
 }
+
+# A Job that nothing may fail: each pod that is lost, and each that is made anew, would be one failure too many.
+job() {
+    cat <<YAML
+apiVersion: batch/v1
+kind: Job
+metadata: {name: $1}
+spec:
+  backoffLimit: 0
+  template:
+    metadata: {labels: {app: $1}}
+    spec:
+      restartPolicy: Never
+$(redis_spec '' | sed 's/^/      /; s/command: .redis-server.*/command: [sh, -c, "i=0; while ! [ -e \/cache\/end ]; do i=$((i+1)); echo $i >\/cache\/count; sleep 0.05; done"]/')
+YAML
+}
+
+a_job_moves_and_counts_one_success() {
+    local count strategy uid
+    job sum | kube apply -f -
+    until_true is_ready sum
+    for strategy in live warm postcopy; do
+        count=$(counted)
+        if [[ $strategy == postcopy ]]; then move sum "$strategy" --accept-loss; else move sum "$strategy"; fi
+        (($(counted) >= count))
+        [[ $(of_job '.status.active') == 1 && $(of_job '.status.failed') == '' ]]
+        [[ $(field "$(pod_of sum)" '.metadata.ownerReferences[0].name') == sum ]]
+    done
+    (($(counted) > 20))
+    in_pod sum sh -c ': >/cache/end'
+    until_true has_succeeded
+    uid=$(of_job .metadata.uid)
+    [[ $(of_job '.status.succeeded') == 1 && $(of_job '.status.failed') == '' ]]
+    [[ $(kube get events -o json | jq --arg uid "$uid" '[.items[] | select(.involvedObject.uid == $uid and .reason == "SuccessfulCreate")] | length') == 1 ]]
+    kube delete job sum
+    # Its finalizers went with what it counted.
+    until_true has_no_pod sum
+}
+
+counted() { in_pod sum cat /cache/count; }
+of_job() { kube get job sum -o "jsonpath={$1}"; }
+has_succeeded() { [[ $(of_job '.status.conditions[?(@.type=="Complete")].status') == True ]]; }
+has_no_pod() { [[ $(kube get pods -l "app=$1" -o name) == '' ]]; }
 
 # Its memory takes seconds to cross, in which its liveness probe fails: first while it stands still before the commit, then behind it,
 # when the target has only part of it.

@@ -29,6 +29,8 @@ pub(super) enum Due {
     Nothing,
     /// The target pod goes: the workload runs where it was.
     Discard,
+    /// Whoever counts pods that have ended counts the target: nothing can bring the workload back to the source.
+    HandOver,
     /// New connections go to the target pod; the source pod has to stay, for the target lacks memory that it has.
     Expose,
     /// The target pod takes the source pod's place.
@@ -42,15 +44,12 @@ impl Due {
             State::Aborted { .. } => Self::Discard,
             State::Filling if post_copy => Self::Expose,
             State::Filling | State::Completed | State::Lost { .. } => Self::Complete,
-            // Post-copy: behind the fill.
-            State::Releasing if post_copy => Self::Nothing,
+            State::Releasing | State::Resuming => Self::HandOver,
             State::Preflight { .. }
             | State::Preparing
             | State::PreCopying
             | State::Freezing(_)
             | State::Sealing { .. }
-            | State::Releasing
-            | State::Resuming
             | State::Losing { .. }
             | State::Aborting { .. }
             | State::RolledBack { .. } => Self::Nothing,
@@ -109,10 +108,11 @@ impl Pods {
         match due {
             Due::Nothing => Ok(()),
             Due::Discard => self.discard_target(id, moved).await,
+            Due::HandOver => self.hand_over(id, moved).await,
             Due::Expose => self.expose(id, moved).await,
             Due::Complete => {
                 self.expose(id, moved).await?;
-                self.complete(id, moved).await
+                Box::pin(self.complete(id, moved)).await
             }
         }
     }
@@ -161,7 +161,7 @@ mod tests {
                 assert_eq!(Due::of(&open, post_copy), Due::Nothing, "{open:?}");
             }
             for committed in [State::Releasing, State::Resuming] {
-                assert_eq!(Due::of(&committed, post_copy), Due::Nothing, "{committed:?}");
+                assert_eq!(Due::of(&committed, post_copy), Due::HandOver, "{committed:?}");
             }
             assert_eq!(Due::of(&State::Completed, post_copy), Due::Complete);
         }

@@ -7,6 +7,7 @@
 //! |---|---|---|
 //! | before the target's `Prepare` | the target pod is created on its node, without labels and owner | its sandbox, volumes and image are there before anything is copied; no Service and no ReplicaSet knows it |
 //! | behind the target's `Abort` | it is deleted | |
+//! | at the commit | of a Job: it lets go of the source and gets the target, with labels, owner and finalizer | the source's container ends from here on, which the Job must not count; what becomes of the target it must |
 //! | behind the target's `Resume` | it gets the labels that Services select by; the source counts as not ready | new connections go where the workload runs |
 //! | behind the last of `Release` and `Resume` | it is adopted: all labels, the owner; then the source is deleted | see below |
 //!
@@ -14,6 +15,10 @@
 //! too many, and deletes one by its rules, among those that count the one that is not ready, or costs least
 //! (`controller.kubernetes.io/pod-deletion-cost`). That is the source, which would be deleted just then anyhow. Were the source
 //! deleted first, a third pod would be made; were the target adopted before it is ready, it would be the one that is deleted.
+//!
+//! A Job counts what ends. Its controller acts a second after the first of many changes to its pods, and the two by which the target takes the
+//! source's place follow each other at once. Were the target counted first, the Job would have one too many and delete the younger. When the
+//! coordinator is killed between the two, the Job makes a pod more, and deletes that when it sees the target.
 //!
 //! All steps can be repeated. Those behind the commit are, until they succeed; the pods' uids make sure that
 //! no later pod of the same name is meant.

@@ -20,6 +20,10 @@ const NAME: &str = "podferry.dev/name";
 pub(super) const RUNTIME_CLASS: &str = "podferry";
 /// What a Deployment tells its ReplicaSets' pods apart by.
 const TEMPLATE_HASH: &str = "pod-template-hash";
+/// What a Job's controller selects its pods by; the second before Kubernetes 1.27, and still set.
+const JOB_UID: [&str; 2] = ["batch.kubernetes.io/controller-uid", "controller-uid"];
+/// The finalizer by which a Job's controller counts each of its pods once. It stays on a pod until that is counted.
+const JOB_TRACKING: &str = "batch.kubernetes.io/job-tracking";
 /// What a ReplicaSet looks at when it has to choose among pods.
 const DELETION_COST: &str = "controller.kubernetes.io/pod-deletion-cost";
 /// Bytes that are left of a pod's name for what comes behind it.
@@ -35,6 +39,9 @@ pub(super) struct Adoption {
     /// What a ReplicaSet looks at when it chooses, as the pod had it itself.
     #[serde(default)]
     pub(super) deletion_cost: Option<String>,
+    /// That of a Job.
+    #[serde(default)]
+    pub(super) finalizers: Vec<String>,
 }
 
 impl Adoption {
@@ -43,12 +50,21 @@ impl Adoption {
         serde_json::from_str(annotation(pod, ADOPT)?).ok()
     }
 
-    /// The labels by which Services find it and no ReplicaSet does; none when they cannot be told apart.
+    /// The labels by which Services find it and no controller does; none when they cannot be told apart.
     pub(super) fn exposed(&self) -> Option<BTreeMap<String, String>> {
         let mut labels = self.labels.clone();
-        let without_hash = labels.remove(TEMPLATE_HASH).is_some();
-        (self.owners.is_empty() || without_hash).then_some(labels)
+        labels.retain(|name, _| name != TEMPLATE_HASH && !JOB_UID.contains(&name.as_str()));
+        (self.owners.is_empty() || labels.len() < self.labels.len()).then_some(labels)
     }
+
+    /// Whether a Job counts the pod.
+    pub(super) fn is_of_job(&self) -> bool {
+        self.owners.iter().any(is_job)
+    }
+}
+
+fn is_job(owner: &OwnerReference) -> bool {
+    owner.controller == Some(true) && owner.kind == "Job" && owner.api_version.starts_with("batch/")
 }
 
 /// The first part of the names of a pod's successors.
@@ -148,12 +164,15 @@ fn shape(spec: &PodSpec) -> Vec<(String, &'static str)> {
 
 fn owner(pod: &Pod) -> Option<(String, &'static str)> {
     let owner = pod.metadata.owner_references.iter().flatten().find(|owner| owner.controller == Some(true))?;
+    let has_label = |name: &&str| pod.metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(*name));
     let remedy = match owner.kind.as_str() {
         "ReplicaSet" => return None,
+        "Job" if is_job(owner) && JOB_UID.iter().any(has_label) => return None,
+        "Job" => "pods of a Job that selects them by labels of its own (manualSelector) do not move",
         "DaemonSet" => "its DaemonSet has one on each node already",
         "StatefulSet" => "pods of StatefulSets keep their names, and do not move yet",
         "Node" => "static pods belong to their node",
-        _ => "only pods of Deployments and ReplicaSets, and those that nobody owns, move yet",
+        _ => "only pods of Deployments, ReplicaSets and Jobs, and those that nobody owns, move yet",
     };
     Some((format!("it belongs to {} {}", owner.kind, owner.name), remedy))
 }
@@ -207,6 +226,7 @@ pub(super) fn target_pod(pod: &Pod, moved: &PodMove, node: &str, id: MigrationId
         labels,
         owners: source.owner_references.clone().unwrap_or_default(),
         deletion_cost: annotations.get(DELETION_COST).cloned(),
+        finalizers: source.finalizers.iter().flatten().filter(|name| *name == JOB_TRACKING).cloned().collect(),
     };
     annotations.insert(MIGRATION.to_owned(), id.to_string());
     annotations.insert(ADOPT.to_owned(), serde_json::to_string(&adoption)?);
@@ -233,9 +253,27 @@ pub(super) fn target_pod(pod: &Pod, moved: &PodMove, node: &str, id: MigrationId
     })
 }
 
-/// What an adopted pod is patched with: a merge of JSON. It stays marked: somebody has to find it who goes on.
+/// What an adopted pod is patched with: a strategic merge. It stays marked: somebody has to find it who goes on.
 pub(super) fn adopted(adoption: &Adoption, uid: &str) -> serde_json::Value {
-    serde_json::json!({ "metadata": { "uid": uid, "labels": adoption.labels, "ownerReferences": adoption.owners } })
+    let Adoption { labels, owners, finalizers, .. } = adoption;
+    let metadata = serde_json::json!({ "uid": uid, "labels": labels, "ownerReferences": owners });
+    let mut patch = serde_json::json!({ "metadata": metadata });
+    if !finalizers.is_empty() {
+        patch["metadata"]["finalizers"] = serde_json::json!(finalizers);
+    }
+    patch
+}
+
+/// What is taken off a pod, so that its Job neither counts nor replaces it: a strategic merge. None when it has no Job any more.
+pub(super) fn let_go(pod: &Pod) -> Option<serde_json::Value> {
+    let job = pod.metadata.owner_references.iter().flatten().find(|owner| is_job(owner))?;
+    let labels: BTreeMap<&str, Option<&str>> = JOB_UID.into_iter().map(|name| (name, None)).collect();
+    Some(serde_json::json!({ "metadata": {
+        "uid": pod.metadata.uid,
+        "labels": labels,
+        "ownerReferences": [{ "$patch": "delete", "uid": job.uid }],
+        "$deleteFromPrimitiveList/finalizers": [JOB_TRACKING],
+    } }))
 }
 
 /// What is taken off a pod whose migration is over.
@@ -361,6 +399,7 @@ mod tests {
             let said = refusal(change);
             assert!(said.contains(words), "{said}");
         }
+        // The Job has no label of a Job's own: it selects by others.
         for kind in ["StatefulSet", "DaemonSet", "Job", "Node"] {
             let said = refusal(serde_json::json!({ "metadata": { "ownerReferences": [
                 { "apiVersion": "v1", "kind": kind, "name": "o", "uid": "x", "controller": true },
@@ -414,6 +453,46 @@ mod tests {
         for (kind, name) in [("labels", MIGRATION), ("annotations", MIGRATION), ("annotations", DELETION_COST)] {
             assert!(patch["metadata"][kind].get(name).unwrap().is_null(), "{kind} {name}");
         }
+    }
+
+    fn of_job() -> Pod {
+        pod(serde_json::json!({ "metadata": {
+            "labels": { "app": "web", "batch.kubernetes.io/controller-uid": "j-1", "controller-uid": "j-1", "job-name": "sum" },
+            "finalizers": ["batch.kubernetes.io/job-tracking", "somebody.else/own"],
+            "ownerReferences": [
+                { "apiVersion": "batch/v1", "kind": "Job", "name": "sum", "uid": "j-1", "controller": true },
+                { "apiVersion": "v1", "kind": "ConfigMap", "name": "c", "uid": "c-1" },
+            ],
+        } }))
+    }
+
+    #[test]
+    fn the_pod_of_a_job_is_let_go_whole_and_its_target_counted_in_its_place() {
+        let (moved, id) = moved();
+        let mut source = of_job();
+        source.metadata.labels.as_mut().unwrap().retain(|name, _| name != TEMPLATE_HASH);
+        check_movable(&source, Strategy::Live).unwrap();
+
+        let target = target_pod(&source, &moved, "b", id).unwrap();
+        assert_eq!(target.metadata.finalizers, None, "what is discarded must go at once");
+        let adoption = Adoption::of_target(&target).unwrap();
+        assert!(adoption.is_of_job());
+        assert_eq!(adoption.exposed().unwrap().keys().collect::<Vec<_>>(), ["app", "job-name"]);
+        let patch = adopted(&adoption, "u-2");
+        assert_eq!(
+            patch["metadata"]["finalizers"],
+            serde_json::json!([JOB_TRACKING]),
+            "what is somebody else's stays with the source"
+        );
+        assert_eq!(patch["metadata"]["labels"]["controller-uid"], "j-1");
+
+        let gone = let_go(&source).unwrap();
+        assert_eq!(gone["metadata"]["uid"], "u-1");
+        assert_eq!(gone["metadata"]["ownerReferences"], serde_json::json!([{ "$patch": "delete", "uid": "j-1" }]));
+        assert!(JOB_UID.iter().all(|name| gone["metadata"]["labels"].get(name).unwrap().is_null()));
+        assert_eq!(gone["metadata"]["$deleteFromPrimitiveList/finalizers"], serde_json::json!([JOB_TRACKING]));
+        source.metadata.owner_references.as_mut().unwrap().remove(0);
+        assert_eq!(let_go(&source), None, "a second time there is nothing to do");
     }
 
     #[test]

@@ -168,9 +168,29 @@ impl Pods {
         if let Some(labels) = exposed {
             let uid = target.metadata.uid.unwrap_or_default();
             let patch = serde_json::json!({ "metadata": { "uid": uid, "labels": labels } });
-            self.patch(moved, &uid, &patch).await?;
+            self.patch(moved, &moved.target_name, &uid, &patch).await?;
         }
         Ok(())
+    }
+
+    /// The Job that counts the source counts the target in its place; of pods of others nothing changes.
+    ///
+    /// # Errors
+    /// When the API server does not answer; to be called again.
+    pub async fn hand_over(&self, id: MigrationId, moved: &PodMove) -> Result<(), Failure> {
+        let Some(target) = self.target(id, moved).await? else { return Ok(()) };
+        match Adoption::of_target(&target).filter(Adoption::is_of_job) {
+            Some(adoption) => self.count_instead(moved, &adoption, &target.metadata.uid.unwrap_or_default()).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Nothing comes in between: its controller looks a second after the first of the two changes.
+    async fn count_instead(&self, moved: &PodMove, adoption: &Adoption, uid: &str) -> Result<(), Failure> {
+        if let Some(patch) = self.source(moved).await?.as_ref().and_then(plan::let_go) {
+            self.patch(moved, &moved.name, &moved.uid, &patch).await?;
+        }
+        self.patch(moved, &moved.target_name, uid, &plan::adopted(adoption, uid)).await
     }
 
     /// The target pod takes the source's place, and the source is deleted.
@@ -178,30 +198,40 @@ impl Pods {
     /// # Errors
     /// When the API server does not answer, or the target would be deleted by its ReplicaSet; to be called again.
     pub async fn complete(&self, id: MigrationId, moved: &PodMove) -> Result<(), Failure> {
-        let Some(mut target) = self.target(id, moved).await? else { return self.delete_source(moved).await };
+        let Some(target) = self.target(id, moved).await? else { return self.delete_source(moved).await };
         let adoption = Adoption::of_target(&target).unwrap_or_default();
         let uid = target.metadata.uid.clone().unwrap_or_default();
-        if !adoption.owners.is_empty() {
-            let ready =
-                |pod: Option<&Pod>| pod.is_none_or(|pod| plan::is_ready(pod) || plan::does_not_come(pod).is_some());
-            let waiting = await_condition(self.api(&moved.namespace), &moved.target_name, ready);
-            if let Ok(Ok(Some(seen))) = timeout(READY_TIMEOUT, waiting).await {
-                target = seen;
-            }
-            // The workload has ended there. Its ReplicaSet begins it anew when both are gone.
-            if let Some(why) = plan::does_not_come(&target) {
-                tracing::warn!(migration = %id, pod = moved.target_name, why, "a pod has ended before it was adopted");
+        if adoption.is_of_job() {
+            // It may have ended by now: then that is what its Job counts.
+            self.count_instead(moved, &adoption, &uid).await?;
+        } else {
+            if !adoption.owners.is_empty() && self.has_ended(id, moved, target).await? {
+                // Its ReplicaSet begins it anew when both are gone.
                 self.delete_source(moved).await?;
                 return self.delete(moved, &moved.target_name, &uid).await;
             }
-            let source = self.source(moved).await?;
-            if !plan::would_be_kept(&target, source.as_ref()) {
-                return Err(not_ready(moved));
-            }
+            self.patch(moved, &moved.target_name, &uid, &plan::adopted(&adoption, &uid)).await?;
         }
-        self.patch(moved, &uid, &plan::adopted(&adoption, &uid)).await?;
         self.delete_source(moved).await?;
-        self.patch(moved, &uid, &plan::unmarked(&adoption, &uid)).await
+        self.patch(moved, &moved.target_name, &uid, &plan::unmarked(&adoption, &uid)).await
+    }
+
+    /// Waits for the target to be ready. Whether its workload has ended there instead.
+    ///
+    /// # Errors
+    /// When it is neither, and would be deleted by its ReplicaSet.
+    async fn has_ended(&self, id: MigrationId, moved: &PodMove, mut target: Pod) -> Result<bool, Failure> {
+        let ready = |pod: Option<&Pod>| pod.is_none_or(|pod| plan::is_ready(pod) || plan::does_not_come(pod).is_some());
+        let waiting = await_condition(self.api(&moved.namespace), &moved.target_name, ready);
+        if let Ok(Ok(Some(seen))) = timeout(READY_TIMEOUT, waiting).await {
+            target = seen;
+        }
+        if let Some(why) = plan::does_not_come(&target) {
+            tracing::warn!(migration = %id, pod = moved.target_name, why, "a pod has ended before it was adopted");
+            return Ok(true);
+        }
+        let source = self.source(moved).await?;
+        if plan::would_be_kept(&target, source.as_ref()) { Ok(false) } else { Err(not_ready(moved)) }
     }
 
     /// The target pod, when it is this migration's.
@@ -233,11 +263,10 @@ impl Pods {
         deleted.map_err(|error| refused(&format!("pod {}/{name} cannot be deleted", moved.namespace), &error))
     }
 
-    /// Changes the target pod of that uid.
-    async fn patch(&self, moved: &PodMove, uid: &str, patch: &serde_json::Value) -> Result<(), Failure> {
-        let name = &moved.target_name;
+    /// Changes the pod of that name and uid by a strategic merge.
+    async fn patch(&self, moved: &PodMove, name: &str, uid: &str, patch: &serde_json::Value) -> Result<(), Failure> {
         let parameters = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
-        let patched = self.api(&moved.namespace).patch(name, &parameters, &Patch::Merge(patch)).await.map(drop);
+        let patched = self.api(&moved.namespace).patch(name, &parameters, &Patch::Strategic(patch)).await.map(drop);
         // Whoever deletes it now deletes the workload, as anybody may.
         let patched = self.unless_gone(moved, name, uid, patched).await;
         patched.map_err(|error| refused(&format!("pod {}/{name} cannot be changed", moved.namespace), &error))
