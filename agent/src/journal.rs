@@ -98,6 +98,9 @@ pub struct PodArrival {
     /// The host name that its containers share; none when they have the node's.
     #[serde(default)]
     pub host_name: Option<String>,
+    /// It stands in for the pod that is to be, whose name is still taken: nothing runs in it.
+    #[serde(default)]
+    pub stands_in: bool,
     /// The container's name in the pod.
     pub container: String,
     /// Its bundle,

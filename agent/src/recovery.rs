@@ -21,7 +21,7 @@ use podferry_proto::v1::{Decision, GetDecisionRequest};
 use crate::context::Context;
 use crate::journal::{self, OperatorsWord, PartDirs, PartRecord, Role, Standing};
 use crate::parts::{Authority, Entry, Part, Parts};
-use crate::pods::Fence;
+use crate::pods::{Door, Fence};
 use crate::relay;
 use crate::source::SourcePart;
 use crate::target::{TargetPart, fetch, fill};
@@ -145,7 +145,7 @@ async fn settle_sealed(context: &Context, parts: &Parts, migration: MigrationId)
                 }
                 Err(failure) => tracing::error!(%migration, %failure, "a committed source cannot be released"),
             },
-            (Settle::Resume, Part::Target(target)) => match resume(context, parts, target).await {
+            (Settle::Resume, Part::Target(target)) => match resume(context, parts, target, None).await {
                 Ok(_) => return,
                 Err(failure) => tracing::error!(%migration, %failure, "a target cannot be let go"),
             },
@@ -191,11 +191,16 @@ pub fn fill_behind(context: &Context, parts: &Parts, migration: MigrationId, wor
 }
 
 /// Lets a container run, and watches over it until its memory is whole; where the kubelet has begun it anew meanwhile, what came is given to
-/// the new one. Gives its init.
+/// the new one, and to that at `door` where the part has one that stands in for it. Gives its init.
 ///
 /// # Errors
 /// When it does not come to run; to be called again, for the part that is in the registry then.
-pub async fn resume(context: &Context, parts: &Parts, target: &TargetPart) -> Result<i32, Failure> {
+pub async fn resume(
+    context: &Context,
+    parts: &Parts,
+    target: &TargetPart,
+    door: Option<&Door>,
+) -> Result<i32, Failure> {
     let migration = target.migration();
     let failure = match target.resume().await {
         Ok(pid) => {
@@ -204,9 +209,9 @@ pub async fn resume(context: &Context, parts: &Parts, target: &TargetPart) -> Re
         }
         Err(failure) => failure,
     };
-    let Some(rebound) = target.rebound().await? else { return Err(failure) };
+    let Some(rebound) = target.rebound(door).await? else { return Err(failure) };
     let rebound = Arc::new(rebound);
-    tracing::warn!(%migration, %failure, container = rebound.workload(), "a container was begun anew; it gets what came");
+    tracing::info!(%migration, why = %failure, container = rebound.workload(), "another container gets what came");
     parts.rebind(migration, rebound.workload(), Part::Target(Arc::clone(&rebound)));
     let pid = rebound.resume().await?;
     fill_behind(context, parts, migration, rebound.workload());

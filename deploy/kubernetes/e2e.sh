@@ -23,6 +23,7 @@ readonly CASES=(
     a_connection_that_a_pod_has_opened_itself_lives_on
     a_container_that_came_and_ends_is_started_anew
     a_job_moves_and_counts_one_success
+    a_pod_of_a_stateful_set_moves_and_keeps_its_name
     a_pod_that_stands_still_for_long_is_not_killed_by_its_probes
     what_cannot_move_is_refused_with_the_reason
     a_cancel_while_memory_is_copied_costs_nothing
@@ -233,6 +234,43 @@ a_job_moves_and_counts_one_success() {
     until_true has_no_pod sum
 }
 
+stateful() { redis "$1" | sed 's/^kind: Deployment/kind: StatefulSet/; s/^spec:$/spec:\n  serviceName: '"$1"/ | kube apply -f - && until_true is_ready "$1"; }
+
+a_pod_of_a_stateful_set_moves_and_keeps_its_name() {
+    local before strategy uid
+    stateful set
+    fill set 32
+    in_pod set sh -c 'echo kept >/cache/file; echo fast >/fast/file; echo layer >/layer; echo shared >/dev/shm/file'
+    before=$(digest set)
+    for strategy in live warm live; do
+        uid=$(field set-0 .metadata.uid)
+        move_named set "$strategy"
+        [[ $(field set-0 .metadata.uid) != "$uid" && $(digest set) == "$before" ]]
+        [[ $(in_pod set cat /cache/file /fast/file /layer /dev/shm/file) == $'kept\nfast\nlayer\nshared' ]]
+        [[ $(in_pod set cat /cache/set-up) == once && $(in_pod set cat /proc/sys/kernel/hostname) == set-0 ]]
+        [[ $(field set-0 '.status.containerStatuses[0].restartCount') == 0 ]]
+        [[ $(field set-0 '.metadata.ownerReferences[0].name') == set ]]
+        until_true no_target_left
+        has_one_pod set
+    done
+    # The set rules still.
+    kube delete pod set-0
+    until_true is_ready set
+    [[ $(in_pod set redis-cli dbsize) == 0 ]]
+    kube delete statefulset set
+}
+
+# move_named APP STRATEGY: as move, of a pod whose name stays.
+move_named() {
+    local from
+    from=$(node_of "$1")
+    ferry migrate "default/$1-0" --to "$(other "$from")" --strategy "$2" --wait --output json </dev/null >"$work/migration" 2>"$work/watched" ||
+        { cat "$work/watched"; return 1; }
+    jq -c '{downtime_ms, timings}' "$work/migration"
+    until_true is_ready "$1"
+    [[ $(node_of "$1") == "$(other "$from")" ]]
+}
+
 counted() { in_pod sum cat /cache/count; }
 of_job() { kube get job sum -o "jsonpath={$1}"; }
 has_succeeded() { [[ $(of_job '.status.conditions[?(@.type=="Complete")].status') == True ]]; }
@@ -276,10 +314,10 @@ what_cannot_move_is_refused_with_the_reason() {
     until_true is_ready at-home
     refused at-home hostPath emptyDir
     kube delete pod at-home
-    redis set | sed 's/^kind: Deployment/kind: StatefulSet/; s/^spec:$/spec:\n  serviceName: set/' | kube apply -f -
-    until_true is_ready set
-    refused set-0 StatefulSet
-    kube delete statefulset set
+    redis each | sed 's/^kind: Deployment/kind: DaemonSet/' | kube apply -f -
+    kube rollout status daemonset each --timeout=60s
+    refused "$(kube get pods -l app=each -o 'jsonpath={.items[0].metadata.name}')" DaemonSet
+    kube delete daemonset each
     bare two 'nodeName: node-a' >"$work/two"
     sed 's#^  containers:#  containers:\n  - {name: second, image: "podferry.test/redis:1", imagePullPolicy: Never, command: [sleep, "1000000"]}#' "$work/two" |
         kube apply -f -
@@ -339,6 +377,17 @@ a_node_that_does_not_take_the_pod_says_why() {
     kube delete pod large
     [[ $(in_pod rooted redis-cli ping) == PONG ]]
     kube delete pod rooted
+    # A pod that keeps its name needs room beside the one that stands in for it. That is known before anything is copied, too.
+    redis wide | sed 's/^kind: Deployment/kind: StatefulSet/; s/^spec:$/spec:\n  serviceName: wide/; s/cpu: 10m/cpu: 900m/' | kube apply -f -
+    until_true is_ready wide
+    bare large "nodeName: $(other "$(node_of wide)")" | sed 's/cpu: 10m/cpu: 400m/' | kube apply -f -
+    until_true is_ready large
+    until_true lists default/wide-0
+    not ferry migrate default/wide-0 --to "$(other "$(node_of wide)")" --strategy live --wait >"$work/refusal" 2>&1
+    grep -q 'stands in' "$work/refusal"
+    until_true no_target_left
+    kube delete statefulset wide
+    kube delete pod large
 }
 
 kill_target_agent() { kill_agent "$(ferry describe "$1" --output json | jq -r .target)"; }
@@ -357,7 +406,7 @@ kill_the_coordinator() {
 }
 
 a_coordinator_that_is_killed_on_the_way_goes_back_or_on() {
-    local name id
+    local name id before kill
     stays busy kill_the_coordinator
     # Behind the commit it goes on: killed at once when the source is being released, or soon after.
     name=$(pod_of shop)
@@ -369,6 +418,21 @@ a_coordinator_that_is_killed_on_the_way_goes_back_or_on() {
     until_true has_left shop "$name"
     [[ $(in_pod shop redis-cli get still) == here ]]
     until_true no_target_left
+    # The same with a pod that keeps its name: then the pod of that name is still to be made, or just has been.
+    stateful sole
+    fill sole 16
+    for kill in kill_the_coordinator kill_target_agent kill_source_agent; do
+        before=$(digest sole)
+        id=$(ferry migrate default/sole-0 --to "$(other "$(node_of sole)")" --strategy live --output json </dev/null | jq -r .id)
+        until_true is_committed "$id"
+        "$kill" "$id"
+        until_true phase_is "$id" succeeded
+        until_true is_ready sole
+        until_true no_target_left
+        [[ $(digest sole) == "$before" && $(field sole-0 '.status.containerStatuses[0].restartCount') == 0 ]]
+        until_true all_fit
+    done
+    kube delete statefulset sole
 }
 
 is_committed() { [[ $(ferry describe "$1" --output json | jq -r .phase) =~ ^(release|resume|fill|succeeded)$ ]]; }

@@ -115,6 +115,12 @@
 //! once. In all other calls `workload` is the container's id on the source. A source says `NETWORK_KIND_POD`: no link moves, and connections are
 //! not kept.
 //!
+//! A pod that keeps its name can be made only when the source's pod is gone, which must not be before the commit. Another one stands in for it
+//! until then (`stands_in`; agents that have `agent:names`): everything comes to that, and its container is restored and held, so that it is known
+//! that it can be. Behind the commit the coordinator deletes the source's pod and makes the one of its name, and `Resume` names that (`pod`). The
+//! target's agent gives up the copy that it holds, waits for the container of the new pod, moves the files over and restores once more, from
+//! what it has in memory. `Resume` without a pod is refused with `UNAVAILABLE`, also of an agent that only asks what was decided.
+//!
 //! # The order of an application-level migration
 //!
 //! Between agents that have `agent:application` among their `features`. The calls are a cold one's; `Prepare` says `cold` and

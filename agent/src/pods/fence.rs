@@ -27,7 +27,12 @@ pub struct Fence(PathBuf);
 impl Fence {
     /// That of a container's pod; none when it is no pod's.
     pub fn of(dir: &Path, container: &Container) -> Option<Self> {
-        fence_of(dir, &PodContainer::of(&container.annotations)?.uid).map(Self)
+        Self::around(dir, &PodContainer::of(&container.annotations)?.uid)
+    }
+
+    /// That of the pod with this uid; none when it is no uid.
+    pub fn around(dir: &Path, uid: &str) -> Option<Self> {
+        fence_of(dir, uid).map(Self)
     }
 
     /// Removes those of pods that are not on this node any more, which the kubelet's folder of theirs tells; not those that are `needed`.
@@ -63,6 +68,11 @@ impl Fence {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         fs::File::create(&self.0)?.sync_all()?;
         fs::File::open(dir)?.sync_all()
+    }
+
+    /// Whether it is up.
+    pub fn stands(&self) -> bool {
+        self.0.exists()
     }
 
     /// Keeps the container from being killed, too: it stands still, so that its probes fail, and its memory is needed. Its

@@ -18,7 +18,7 @@ mod visitor;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -81,6 +81,13 @@ impl Visitors {
         }
     }
 
+    /// Tells those that wait at that door for that migration why nothing comes there.
+    pub async fn send_away(&self, door: &Door, migration: MigrationId, why: &str) {
+        for visitor in self.of(migration).iter().filter(|visitor| visitor.door() == *door) {
+            visitor.fail(why).await;
+        }
+    }
+
     /// Those that are there. Who has begun anew may come before the one that was given up is seen to go.
     fn of(&self, migration: MigrationId) -> Vec<Arc<Visitor>> {
         let waiting = self.lock();
@@ -106,11 +113,14 @@ impl Visitors {
     /// When the socket cannot be made.
     pub fn serve(&self, settings: &Kubernetes, parts: Parts) -> io::Result<()> {
         let listener = bind(&settings.socket)?;
-        let visitors = self.clone();
+        let (visitors, fences) = (self.clone(), settings.fence_dir.clone());
         tokio::spawn(async move {
             loop {
                 match listener.accept().await {
-                    Ok((stream, _)) => drop(tokio::spawn(receive(visitors.clone(), parts.clone(), stream))),
+                    Ok((stream, _)) => {
+                        let receiving = receive(visitors.clone(), parts.clone(), fences.clone(), stream);
+                        drop(tokio::spawn(receiving));
+                    }
                     Err(error) => {
                         tracing::warn!(%error, "a wrapper cannot be accepted");
                         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -136,7 +146,7 @@ fn bind(socket: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-async fn receive(visitors: Visitors, parts: Parts, stream: UnixStream) {
+async fn receive(visitors: Visitors, parts: Parts, fences: PathBuf, stream: UnixStream) {
     let (read, write) = stream.into_split();
     let mut lines = BufReader::new(read);
     let mut line = Vec::new();
@@ -154,8 +164,8 @@ async fn receive(visitors: Visitors, parts: Parts, stream: UnixStream) {
     );
     let visitor = Arc::new(Visitor::new(hello, write));
     visitors.come(&visitor);
-    // Looked at behind that: whoever ends a migration dismisses those who have come.
-    if let Some(word) = word_at_once(&parts, &visitor.hello) {
+    // Looked at behind that: whoever ends a migration, or puts up a fence, dismisses those who have come.
+    if let Some(word) = word_at_once(&parts, &fences, &visitor.hello) {
         visitor.order(&word).await;
     }
     visitor.listen(lines).await;
@@ -166,9 +176,12 @@ fn undone(migration: MigrationId) -> String {
     format!("migration {migration} was undone: the pod that was to move stays where it is; delete this one")
 }
 
-/// What a wrapper is told whose migration is over.
-fn word_at_once(parts: &Parts, hello: &Hello) -> Option<Order> {
+/// What a wrapper is told whose migration is over, or in whose pod nothing is to run.
+fn word_at_once(parts: &Parts, fences: &Path, hello: &Hello) -> Option<Order> {
     let fail = |message: String| Some(Order::Fail { message });
+    if Fence::around(fences, &hello.uid).is_some_and(|fence| fence.stands()) {
+        return fail(format!("pod {} stood in for another, which has taken its place", hello.pod));
+    }
     if hello.version != VERSION {
         return fail(format!(
             "podferry-runtime speaks version {}, and the agent {VERSION}: install podferry again",

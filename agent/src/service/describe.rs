@@ -18,7 +18,7 @@ const AGENT_FEATURES: [&str; 2] = ["post_copy", "volumes"];
 /// And that this node lacks nothing for.
 const STARTED_ANEW: [&str; 2] = ["agent:application", "agent:cold"];
 /// What the agent of a node of Kubernetes says.
-const PODS: &str = "agent:pods";
+const PODS: [&str; 2] = ["agent:names", "agent:pods"];
 /// What of the kernel is needed for a restore alone.
 const OF_RESTORES: &str = "tcp_repair";
 
@@ -120,7 +120,7 @@ impl Capabilities {
         let facts = host_facts(context).await?;
         let mut complaints = self.complaints_now(context);
         let mut features = self.features(complaints.is_empty());
-        features.extend(context.config.kubernetes.iter().map(|_| PODS.to_owned()));
+        features.extend(context.config.kubernetes.iter().flat_map(|_| PODS.map(ToOwned::to_owned)));
         complaints.extend(self.criu_complaints.iter().cloned());
         let free = |dir: &Path| podferry_filesystem::free_bytes(dir).unwrap_or(0);
         Ok(v1::DescribeResponse {

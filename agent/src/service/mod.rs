@@ -154,6 +154,7 @@ impl Agent {
             Some(pod) => Some(self.visitor(migration, pod).await?),
             None => None,
         };
+        let stands_in = request.pod.as_ref().is_some_and(|pod| pod.stands_in);
         let request = match &visitor {
             // Here it has another id than there.
             Some(visitor) => v1::PrepareRequest { workload: visitor.hello.id.clone(), ..request },
@@ -186,6 +187,7 @@ impl Agent {
             take_over,
             volumes,
             visitor,
+            stands_in,
             relayed: request.relayed.as_ref().map(convert::relayed_of).transpose()?,
         };
         // Until this one is known as well.
@@ -205,7 +207,7 @@ impl Agent {
             let message = "a pod is to come, and this agent is none of Kubernetes".to_owned();
             return Err(refused(FailureCode::FailedPrecondition, message).remedy("write [kubernetes] into agent.toml"));
         };
-        let door = Door { uid: pod.uid.clone(), container: pod.container.clone() };
+        let door = door_of(pod);
         let until = Instant::now() + kubernetes.arrive_within();
         loop {
             if let Some(visitor) = self.context.visitors.wait(&door, migration, VISITOR_LOOK).await {
@@ -510,7 +512,8 @@ impl AgentService for Agent {
         let mut pid = 0;
         if self.ended(migration) != Some(Standing::Resumed) {
             let (target, parts, context) = (self.target(migration)?, self.parts.clone(), self.context.clone());
-            pid = to_its_end(async move { recovery::resume(&context, &parts, &target).await }).await?;
+            let door = request.get_ref().pod.as_ref().map(door_of);
+            pid = to_its_end(async move { recovery::resume(&context, &parts, &target, door.as_ref()).await }).await?;
             self.context.metrics.spent(Stage::Resume, milliseconds_since(begun));
         }
         let resume_ms = milliseconds_since(begun);
@@ -594,6 +597,10 @@ async fn to_its_end<T: Send + 'static>(
 
 fn milliseconds_since(begun: Instant) -> f64 {
     begun.elapsed().as_secs_f64() * 1e3
+}
+
+fn door_of(pod: &v1::PodPlace) -> Door {
+    Door { uid: pod.uid.clone(), container: pod.container.clone() }
 }
 
 fn migration_of(text: &str) -> Result<MigrationId, Failure> {

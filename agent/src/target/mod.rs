@@ -100,6 +100,8 @@ pub struct PrepareOrder {
     pub volumes: Vec<Volume>,
     /// Kubernetes: what waits to become the container.
     pub visitor: Option<Arc<Visitor>>,
+    /// That it only stands in for what the container becomes in the end.
+    pub stands_in: bool,
     /// Kubernetes: what connections live on through a relay.
     pub relayed: Option<Relayed>,
 }
@@ -186,7 +188,7 @@ impl TargetPart {
                 cold: order.cold,
                 takes_over: order.take_over.is_some(),
                 volumes: order.volumes,
-                pod: pod.map(Box::new),
+                pod: pod.map(|pod| Box::new(PodArrival { stands_in: order.stands_in, ..pod })),
             },
         };
         let made = async {

@@ -42,6 +42,7 @@ pub(super) fn arrival(context: &Context, visitor: &Visitor, bundle: &Bundle) -> 
     Ok(PodArrival {
         uid: hello.uid.clone(),
         name: hello.pod.clone(),
+        stands_in: false,
         host_name: host_name.transpose()?,
         container: hello.container.clone(),
         bundle: bundle.dir.clone(),

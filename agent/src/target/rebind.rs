@@ -4,6 +4,9 @@
 //! for longer, behind the commit. What came is whole then, in memory, in the writable layer of the container that was given up, and in its
 //! volumes. The part is [bound](TargetPart::rebound) to the new container, and its files are moved to that before it is restored.
 //!
+//! A pod that keeps its name is bound in the same way, on purpose: what came is for a pod that stands in for it until the source's pod is gone
+//! ([`PodArrival::stands_in`]). That is another pod, so its volumes are others, too, and some of them other file systems.
+//!
 //! Whoever does that may be killed anywhere in between, and the kubelet may give up the new one, too: where files are that have not been
 //! moved yet stands in the record ([`PodArrival::left`]).
 
@@ -15,6 +18,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use podferry_common::failure::{Failure, FailureCode};
+use podferry_filesystem::{Limits, WritableLayer};
 use podferry_part::Standing;
 use tokio::sync::MutexGuard;
 
@@ -22,20 +26,22 @@ use super::bundle::Bundle;
 use super::{TargetPart, io_failed, pod};
 use crate::context::{Context, blocking};
 use crate::journal::{Left, PartRecord, PodArrival, Role};
-use crate::pods::Visitor;
+use crate::pods::{Door, Fence, Visitor};
 use crate::volumes::{Look, Volume};
 use crate::worker::record::at;
 
 /// How long the kubelet's next try is waited for: it comes ten seconds after the last one, later with each.
 const NEXT_TRY: Duration = Duration::from_secs(20);
+/// Bytes that are read or written at once of what is copied.
+const COPY: usize = 1 << 20;
 
 impl TargetPart {
     /// The part with the container that the kubelet has begun in place of this part's; none when it has begun none, or this one is
-    /// not committed. This one refuses everything from then on.
+    /// not committed. This one refuses everything from then on. The one behind `door` is another pod's, for which this part's stands in.
     ///
     /// # Errors
     /// When the new container cannot take what came; to be called again.
-    pub async fn rebound(&self) -> Result<Option<Self>, Failure> {
+    pub async fn rebound(&self, door: Option<&Door>) -> Result<Option<Self>, Failure> {
         let mut record = self.ledger.lock().await;
         if record.standing != Standing::Sealed {
             return Ok(None);
@@ -44,7 +50,7 @@ impl TargetPart {
             return Err(self.has_another());
         }
         // Else it was bound already, and then no part could be made of it.
-        if record.workload == self.workload && !self.bind(&mut record).await? {
+        if record.workload == self.workload && !self.bind(&mut record, door).await? {
             return Ok(None);
         }
         let part = Self::resumed(&self.context, record.clone())?;
@@ -53,17 +59,46 @@ impl TargetPart {
     }
 
     /// Binds the part to the container that was begun in place of its own. Whether there is one.
-    async fn bind(&self, record: &mut MutexGuard<'_, PartRecord>) -> Result<bool, Failure> {
+    async fn bind(&self, record: &mut MutexGuard<'_, PartRecord>, door: Option<&Door>) -> Result<bool, Failure> {
         let Some(old) = record.pod().cloned() else { return Ok(false) };
-        let visitor = self.context.visitors.wait(&pod::door(&old), self.migration, NEXT_TRY).await;
+        let door = match (old.stands_in, door) {
+            (false, _) => pod::door(&old),
+            (true, Some(door)) => door.clone(),
+            (true, None) => return Ok(false),
+        };
+        if old.stands_in {
+            self.close_for_good(&old).await?;
+        }
+        let visitor = self.context.visitors.wait(&door, self.migration, NEXT_TRY).await;
         let Some(visitor) = visitor.filter(|visitor| visitor.hello.id != self.workload) else { return Ok(false) };
-        // A copy that is still held must never hear the word that is for the next one.
-        self.hook.abort().await;
-        self.clean_restore(self.patience()).await?;
+        self.give_up_copy().await?;
         let (context, volumes, seen) = (self.context.clone(), record.volumes().to_vec(), visitor.clone());
         let (arrival, volumes) = blocking(move || look(&context, &old, &volumes, &seen)).await?;
         self.note(record, |record| bind(record, &visitor.hello.id, arrival, volumes))?;
         Ok(true)
+    }
+
+    /// A copy that is still held must never hear the word that is for the next one.
+    async fn give_up_copy(&self) -> Result<(), Failure> {
+        self.hook.abort().await;
+        self.clean_restore(self.patience()).await
+    }
+
+    /// Ends what is held in a pod that stands in for another, and keeps the kubelet from beginning anything in it. What came for it stays
+    /// in its volumes: the pod is deleted behind the migration. Its wrapper is sent away, or will be when it finds an agent that was
+    /// restarted: the fence is there then.
+    async fn close_for_good(&self, pod: &PodArrival) -> Result<(), Failure> {
+        let fence = self.context.config.kubernetes.as_ref().and_then(|it| Fence::around(&it.fence_dir, &pod.uid));
+        let context = self.context.clone();
+        blocking(move || {
+            let put_up = fence.as_ref().map_or(Ok(()), Fence::put_up);
+            put_up.map_err(|error| io_failed(&context, &error))
+        })
+        .await?;
+        self.give_up_copy().await?;
+        let why = format!("pod {} stood in for another, which takes its place", pod.name);
+        self.context.visitors.send_away(&pod::door(pod), self.migration, &why).await;
+        Ok(())
     }
 
     /// Fails when the part has been bound to another container, and another value of it goes on.
@@ -89,7 +124,7 @@ impl TargetPart {
             blocking(move || {
                 // What is mounted must not be changed below.
                 podferry_filesystem::unmount(&rootfs).map_err(|error| not_unmounted(&context, &error))?;
-                move_content(&left.from, &left.to).map_err(|error| io_failed(&context, &error))
+                bring(&left).map_err(|error| io_failed(&context, &error))
             })
             .await?;
             self.note(record, PartRecord::note_moved)?;
@@ -135,12 +170,13 @@ fn look(
     let dirs = volumes.iter().zip(&moved).map(|(from, to)| (from.dir.clone(), to.dir.clone()));
     let dirs: Vec<_> = std::iter::once((old.upper.clone(), bundle.upper())).chain(dirs).collect();
     let left = left_for(&old.left, &dirs);
-    left.iter().try_for_each(can_move).map_err(|error| io_failed(context, &error))?;
+    left.iter().try_for_each(can_be_brought).map_err(|error| io_failed(context, &error))?;
     // Nobody runs in it any more.
     podferry_filesystem::unmount(&old.bundle.join("rootfs")).map_err(|error| not_unmounted(context, &error))?;
-    // The pod is the same. CRIU may have named its host otherwise by now.
-    let host_name = old.host_name.clone();
-    Ok((PodArrival { host_name, left, ..pod::arrival(context, visitor, &bundle)? }, moved))
+    let arrival = pod::arrival(context, visitor, &bundle)?;
+    // Where the pod is the same, CRIU may have named its host otherwise by now.
+    let host_name = if arrival.uid == old.uid { old.host_name.clone() } else { arrival.host_name.clone() };
+    Ok((PodArrival { host_name, left, ..arrival }, moved))
 }
 
 /// What has to be moved to a container whose directories come in place of those of the one before, from where to where; `left` had not
@@ -161,15 +197,50 @@ fn not_unmounted(context: &Context, error: &podferry_filesystem::Error) -> Failu
     context.failure(FailureCode::Internal, what, error).in_phase("resume")
 }
 
-/// # Errors
-/// When the directory is gone, with what came, or lies on another file system than where its content belongs.
-fn can_move(left: &Left) -> io::Result<()> {
+fn are_together(left: &Left) -> io::Result<bool> {
     let device = |dir: &Path| fs::metadata(dir).map(|metadata| metadata.dev()).map_err(|error| at(dir, &error));
-    if device(&left.from)? == device(&left.to)? {
+    Ok(device(&left.from)? == device(&left.to)?)
+}
+
+/// # Errors
+/// When one of the directories is gone, with what came, or there is no room for it where it belongs.
+fn can_be_brought(left: &Left) -> io::Result<()> {
+    if are_together(left)? {
         return Ok(());
     }
-    let message = format!("{} and {} are on different file systems", left.from.display(), left.to.display());
-    Err(io::Error::new(io::ErrorKind::CrossesDevices, message))
+    let stat = rustix::fs::statvfs(&left.from)?;
+    let (taken, free) = ((stat.f_blocks - stat.f_bfree) * stat.f_frsize, podferry_filesystem::free_bytes(&left.to));
+    match free.map_err(io::Error::other)? {
+        // The whole file system's: exact for a volume in memory, which is one.
+        free if taken <= free => Ok(()),
+        free => {
+            let message = format!("{} has {free} bytes free for up to {taken}", left.to.display());
+            Err(io::Error::new(io::ErrorKind::StorageFull, message))
+        }
+    }
+}
+
+/// Brings all that is in a directory to where it belongs: moves it, or copies it from one file system to the other. May be done again when it
+/// was not noted.
+fn bring(left: &Left) -> io::Result<()> {
+    if are_together(left)? {
+        return move_content(&left.from, &left.to);
+    }
+    podferry_filesystem::wipe(&left.to).map_err(io::Error::other)?;
+    let (reader, writer) = io::pipe()?;
+    let from = WritableLayer::Volume { dir: left.from.clone() };
+    std::thread::scope(|scope| {
+        let packing = scope.spawn(move || podferry_filesystem::pack(&from, io::BufWriter::with_capacity(COPY, writer)));
+        let unpacked =
+            podferry_filesystem::unpack(io::BufReader::with_capacity(COPY, reader), &left.to, &Limits::default());
+        let packed = packing.join().map_err(|_| io::Error::other("the thread that reads a volume panicked"))?;
+        match (packed, unpacked) {
+            (Ok(_), Ok(_)) => Ok(()),
+            (Ok(_), Err(error)) | (Err(error), Ok(_)) => Err(io::Error::other(error)),
+            // Either may be what has broken the other.
+            (Err(read), Err(written)) => Err(io::Error::other(format!("{written}; {read}"))),
+        }
+    })
 }
 
 /// Moves all that is in a directory, with the directory's own mode and owner, to one on the same file system. What is there by the same
@@ -227,7 +298,23 @@ mod tests {
         move_content(&from, &to).unwrap();
         assert!(to.join("late").exists() && to.join("dir/file").exists());
         let gone = Left { from: folder.path().join("gone"), to };
-        assert!(can_move(&gone).unwrap_err().to_string().contains("gone"));
+        assert!(can_be_brought(&gone).unwrap_err().to_string().contains("gone"));
+    }
+
+    #[test]
+    fn what_lies_on_another_file_system_is_copied_and_again_when_that_was_cut_off() {
+        let (disk, memory) = (tempfile::tempdir().unwrap(), tempfile::tempdir_in("/dev/shm").unwrap());
+        fs::create_dir(memory.path().join("dir")).unwrap();
+        fs::write(memory.path().join("dir/file"), "came").unwrap();
+        fs::set_permissions(memory.path(), fs::Permissions::from_mode(0o750)).unwrap();
+        let left = Left { from: memory.path().to_owned(), to: disk.path().to_owned() };
+        assert!(!are_together(&left).unwrap(), "/dev/shm is a file system of its own");
+        can_be_brought(&left).unwrap();
+        fs::write(disk.path().join("half"), "of a first try").unwrap();
+        bring(&left).unwrap();
+        assert_eq!(fs::read_to_string(disk.path().join("dir/file")).unwrap(), "came");
+        assert!(!disk.path().join("half").exists() && memory.path().join("dir/file").exists());
+        assert_eq!(fs::metadata(disk.path()).unwrap().mode() & 0o7777, 0o750);
     }
 
     #[test]

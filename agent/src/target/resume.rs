@@ -43,6 +43,11 @@ impl TargetPart {
             May::Take => {}
             May::Refuse => return Err(self.wrong_standing("resume", record.standing)),
         }
+        if let Some(pod) = record.pod().filter(|pod| pod.stands_in) {
+            let message = format!("pod {} stands in for another, which is still to come", pod.name);
+            let failure = self.refused(FailureCode::Unavailable, message, "resume");
+            return Err(failure.remedy("the coordinator makes that pod, and asks again"));
+        }
         if self.cold {
             self.start_created(&mut record).await?;
         } else {
@@ -82,7 +87,9 @@ impl TargetPart {
                 }
                 Gone::Died(failure) => failure,
             };
-            tracing::error!(migration = %self.migration, failure = %died, "a committed restore died; restoring again");
+            if record.left().is_empty() {
+                tracing::error!(migration = %self.migration, failure = %died, "a committed restore died; restoring again");
+            }
             self.part_link(record)?;
             self.doorstep.close();
             if let Some(away) = &self.away {

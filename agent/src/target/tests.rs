@@ -114,6 +114,7 @@ fn order(volumes: Vec<Volume>) -> PrepareOrder {
         take_over: None,
         cold: false,
         volumes,
+        stands_in: false,
         visitor: None,
         relayed: None,
     }

@@ -466,6 +466,7 @@ fn moved(pod: &PodRef, id: MigrationId) -> PodMove {
         uid: pod.uid.clone(),
         container: pod.container.clone(),
         target_name: target_name(&pod.base, id),
+        keeps_name: pod.keeps_name,
     }
 }
 

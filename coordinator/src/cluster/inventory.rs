@@ -57,6 +57,8 @@ pub struct PodRef {
     pub container: String,
     /// What the names of its successors begin with.
     pub base: String,
+    /// Its successor has to have its name.
+    pub keeps_name: bool,
 }
 
 /// Nodes and workloads, valid and without doubles.

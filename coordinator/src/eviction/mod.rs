@@ -286,6 +286,7 @@ mod tests {
             uid: "u-1".to_owned(),
             container: "web".to_owned(),
             target_name: "web-2".to_owned(),
+            keeps_name: false,
         };
         record.pod = Some(moved);
         assert!(!has_left(&record, "u-1"), "it is still undecided");

@@ -20,12 +20,19 @@
 //! source's place follow each other at once. Were the target counted first, the Job would have one too many and delete the younger. When the
 //! coordinator is killed between the two, the Job makes a pod more, and deletes that when it sees the target.
 //!
+//! The pod of a StatefulSet has to have the name of the one before, which is free only when that is gone. So the target pod only stands in for
+//! it: everything comes to that, and its container is restored and held. Behind the commit the source is deleted, without waiting for its node,
+//! and the one of its name made on the target in the same moment, for its controller makes one as well; the agent restores once more, into that.
+//! Then what stood in for it is deleted. It takes up what the pod requests beside it until then, so the node must have room for two
+//! ([`room`]): a kubelet that refused the second would do so behind the commit.
+//!
 //! All steps can be repeated. Those behind the commit are, until they succeed; the pods' uids make sure that
 //! no later pod of the same name is meant.
 
 mod follow;
 mod plan;
 pub(crate) mod policy;
+mod room;
 mod steps;
 mod traits;
 mod watch;

@@ -63,6 +63,15 @@ impl Adoption {
     }
 }
 
+fn is_stateful_set(owner: &OwnerReference) -> bool {
+    owner.controller == Some(true) && owner.kind == "StatefulSet" && owner.api_version.starts_with("apps/")
+}
+
+/// Whether only a pod of the same name can take a pod's place.
+pub(super) fn keeps_name(pod: &Pod) -> bool {
+    pod.metadata.owner_references.iter().flatten().any(is_stateful_set)
+}
+
 fn is_job(owner: &OwnerReference) -> bool {
     owner.controller == Some(true) && owner.kind == "Job" && owner.api_version.starts_with("batch/")
 }
@@ -97,7 +106,7 @@ pub(crate) fn check_movable(pod: &Pod, strategy: Strategy) -> Result<(), Failure
         why.push((format!("{strategy} does not move pods yet"), "use live, warm, postcopy or hybrid"));
     }
     why.extend(shape(&spec));
-    why.extend(owner(pod));
+    why.extend(owner(pod, strategy));
     why.extend(spec.volumes.iter().flatten().filter_map(volume));
     why.extend(spec.containers.iter().filter_map(|container| sub_path(&spec, container)));
     if pod.metadata.deletion_timestamp.is_some() {
@@ -162,7 +171,7 @@ fn shape(spec: &PodSpec) -> Vec<(String, &'static str)> {
     why
 }
 
-fn owner(pod: &Pod) -> Option<(String, &'static str)> {
+fn owner(pod: &Pod, strategy: Strategy) -> Option<(String, &'static str)> {
     let owner = pod.metadata.owner_references.iter().flatten().find(|owner| owner.controller == Some(true))?;
     let has_label = |name: &&str| pod.metadata.labels.as_ref().is_some_and(|labels| labels.contains_key(*name));
     let remedy = match owner.kind.as_str() {
@@ -170,9 +179,12 @@ fn owner(pod: &Pod) -> Option<(String, &'static str)> {
         "Job" if is_job(owner) && JOB_UID.iter().any(has_label) => return None,
         "Job" => "pods of a Job that selects them by labels of its own (manualSelector) do not move",
         "DaemonSet" => "its DaemonSet has one on each node already",
-        "StatefulSet" => "pods of StatefulSets keep their names, and do not move yet",
+        "StatefulSet" if is_stateful_set(owner) && !strategy.path().post_copy => return None,
+        "StatefulSet" => {
+            "use live or warm: its pod has to go before the next of its name runs, and with it memory that was not sent"
+        }
         "Node" => "static pods belong to their node",
-        _ => "only pods of Deployments, ReplicaSets and Jobs, and those that nobody owns, move yet",
+        _ => "only pods of Deployments, ReplicaSets, StatefulSets and Jobs, and those that nobody owns, move yet",
     };
     Some((format!("it belongs to {} {}", owner.kind, owner.name), remedy))
 }
@@ -251,6 +263,28 @@ pub(super) fn target_pod(pod: &Pod, moved: &PodMove, node: &str, id: MigrationId
         spec,
         status: None,
     })
+}
+
+/// The pod of the source's name that takes the place of both: the source and the one that stands in for it.
+pub(super) fn named_pod(stand_in: &Pod, moved: &PodMove, id: MigrationId) -> Pod {
+    let Adoption { mut labels, owners, deletion_cost, finalizers } = Adoption::of_target(stand_in).unwrap_or_default();
+    let mut annotations = stand_in.metadata.annotations.clone().unwrap_or_default();
+    annotations.retain(|name, _| name != NAME && name != DELETION_COST);
+    annotations.extend(deletion_cost.map(|cost| (DELETION_COST.to_owned(), cost)));
+    labels.insert(MIGRATION.to_owned(), id.to_string());
+    Pod {
+        metadata: ObjectMeta {
+            namespace: Some(moved.namespace.clone()),
+            name: Some(moved.name.clone()),
+            labels: Some(labels),
+            annotations: Some(annotations),
+            owner_references: Some(owners),
+            finalizers: Some(finalizers),
+            ..ObjectMeta::default()
+        },
+        spec: stand_in.spec.clone(),
+        status: None,
+    }
 }
 
 /// What an adopted pod is patched with: a strategic merge. It stays marked: somebody has to find it who goes on.
@@ -400,7 +434,7 @@ mod tests {
             assert!(said.contains(words), "{said}");
         }
         // The Job has no label of a Job's own: it selects by others.
-        for kind in ["StatefulSet", "DaemonSet", "Job", "Node"] {
+        for kind in ["DaemonSet", "Job", "Node"] {
             let said = refusal(serde_json::json!({ "metadata": { "ownerReferences": [
                 { "apiVersion": "v1", "kind": kind, "name": "o", "uid": "x", "controller": true },
             ] } }));
@@ -425,6 +459,7 @@ mod tests {
             uid: "u-1".into(),
             container: "web".into(),
             target_name: target_name("web-5f6d", id),
+            keeps_name: false,
         };
         (pod, id)
     }
@@ -453,6 +488,41 @@ mod tests {
         for (kind, name) in [("labels", MIGRATION), ("annotations", MIGRATION), ("annotations", DELETION_COST)] {
             assert!(patch["metadata"][kind].get(name).unwrap().is_null(), "{kind} {name}");
         }
+    }
+
+    #[test]
+    fn the_pod_of_a_stateful_set_moves_by_one_that_stands_in_for_the_next_of_its_name() {
+        let source = pod(serde_json::json!({ "metadata": {
+            "name": "web-0", "generateName": "web-",
+            "labels": { "app": "web", "apps.kubernetes.io/pod-index": "0" },
+            "ownerReferences": [{ "apiVersion": "apps/v1", "kind": "StatefulSet", "name": "web", "uid": "s-1", "controller": true }],
+        }, "spec": { "hostname": "web-0", "subdomain": "web" } }));
+        check_movable(&source, Strategy::Live).unwrap();
+        check_movable(&source, Strategy::Warm).unwrap();
+        for strategy in [Strategy::Postcopy, Strategy::Hybrid] {
+            let said = check_movable(&source, strategy).unwrap_err().to_string();
+            assert!(said.contains("StatefulSet web") && said.contains("use live or warm"), "{said}");
+        }
+        assert!(keeps_name(&source) && !keeps_name(&pod(serde_json::json!({}))));
+
+        let (moved, id) = moved();
+        let moved = PodMove { name: "web-0".into(), target_name: target_name("web", id), keeps_name: true, ..moved };
+        let stand_in = target_pod(&source, &moved, "b", id).unwrap();
+        assert_eq!(stand_in.metadata.labels.as_ref().unwrap().len(), 1, "nobody counts it, and no Service knows it");
+        let named = named_pod(&stand_in, &moved, id);
+        assert_eq!(named.metadata.name, source.metadata.name);
+        assert_eq!(named.metadata.owner_references, source.metadata.owner_references);
+        let (mut labels, spec) = (named.metadata.labels.clone().unwrap(), named.spec.as_ref().unwrap());
+        assert_eq!(labels.remove(MIGRATION), Some(id.to_string()));
+        assert_eq!(Some(labels), source.metadata.labels);
+        assert_eq!((spec.node_name.as_deref(), spec.hostname.as_deref()), (Some("b"), Some("web-0")));
+        assert!(is_marked(&named, id), "its container comes, too");
+        let annotations = named.metadata.annotations.unwrap();
+        assert!(
+            !annotations.contains_key(NAME)
+                && !annotations.contains_key(DELETION_COST)
+                && annotations["note"] == "kept"
+        );
     }
 
     fn of_job() -> Pod {

@@ -14,7 +14,7 @@ use tokio::time::{sleep, timeout};
 
 use super::follow::Due;
 use super::plan::{self, Adoption};
-use super::{policy, refused};
+use super::{policy, refused, room};
 use crate::store::PodMove;
 use crate::strategy::Strategy;
 
@@ -26,6 +26,10 @@ const READY_TIMEOUT: Duration = Duration::from_secs(20);
 const MANAGER: &str = "podferry";
 /// Seconds that a pod gets to end whose container has ended.
 const GRACE_S: u32 = 1;
+/// Between two tries to have a name that is about to be free. Its controller is as quick as the API server tells it.
+const NAME_PAUSE: Duration = Duration::from_millis(2);
+/// And how often that is tried.
+const NAME_TRIES: u32 = 100;
 
 /// What a migration does with the API server. Clones share the connection, and what is being done.
 #[derive(Clone)]
@@ -116,15 +120,40 @@ impl Pods {
         let target = plan::target_pod(&source, moved, node.as_str(), id);
         let target = target.map_err(|error| Failure::from_error(FailureCode::Internal, &error).in_phase("prepare"))?;
         let parameters = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
-        match api.create(&parameters, &target).await {
-            Ok(created) => Ok(created.metadata.uid.unwrap_or_default()),
+        let uid = match api.create(&parameters, &target).await {
+            Ok(created) => created.metadata.uid.unwrap_or_default(),
             Err(Error::Api(status)) if status.reason == "AlreadyExists" => {
                 let there = self.target(id, moved).await?;
                 let taken = || failed(&Error::Api(status.clone()));
-                there.and_then(|pod| pod.metadata.uid).ok_or_else(taken)
+                there.and_then(|pod| pod.metadata.uid).ok_or_else(taken)?
             }
-            Err(error) => Err(failed(&error)),
+            Err(error) => return Err(failed(&error)),
+        };
+        if moved.keeps_name {
+            // With the one that stands in for it there already: nobody is given its room meanwhile.
+            self.check_room(node, &target).await?;
         }
+        Ok(uid)
+    }
+
+    /// Whether a node has room for a pod more like this one.
+    async fn check_room(&self, node: &NodeName, pod: &Pod) -> Result<(), Failure> {
+        let failed =
+            |error: Error| refused(&format!("it cannot be seen what room node {node} has"), &error).in_phase("prepare");
+        let by_name = ListParams::default().fields(&format!("metadata.name={node}"));
+        let bound = ListParams::default().fields(&format!("spec.nodeName={node}"));
+        let nodes = Api::<Node>::all(self.client.clone()).list(&by_name).await.map_err(failed)?;
+        let there = Api::<Pod>::all(self.client.clone()).list(&bound).await.map_err(failed)?;
+        let lacks = nodes.items.first().map(|it| room::lacks(it, &there.items, pod)).unwrap_or_default();
+        if lacks.is_empty() {
+            return Ok(());
+        }
+        let message = format!(
+            "node {node} has no room for the pod and the one that stands in for it until its name is free: it lacks {}",
+            lacks.join(", ")
+        );
+        let failure = Failure::new(FailureCode::FailedPrecondition, message).on(node.as_str()).in_phase("prepare");
+        Err(failure.remedy("choose another target, or make room there"))
     }
 
     /// Waits until it is known that the target pod does not come. To be dropped when it has.
@@ -163,6 +192,9 @@ impl Pods {
     /// # Errors
     /// When the API server does not; to be called again.
     pub async fn expose(&self, id: MigrationId, moved: &PodMove) -> Result<(), Failure> {
+        if moved.keeps_name {
+            return Ok(());
+        }
         let Some(target) = self.target(id, moved).await? else { return Ok(()) };
         let exposed = Adoption::of_target(&target).and_then(|adoption| adoption.exposed());
         if let Some(labels) = exposed {
@@ -193,11 +225,68 @@ impl Pods {
         self.patch(moved, &moved.target_name, uid, &plan::adopted(adoption, uid)).await
     }
 
+    /// Makes the pod in which a workload runs in the end that keeps its pod's name: the source's goes, whose container has stopped for good, and
+    /// one of the same name is made on the target. Its uid.
+    ///
+    /// # Errors
+    /// When the API server does not answer, or the pod's controller was quicker; to be called again.
+    pub async fn take_name(&self, id: MigrationId, moved: &PodMove) -> Result<String, Failure> {
+        let there = self.get(moved, &moved.name).await?;
+        let uid = there.as_ref().and_then(|pod| pod.metadata.uid.clone()).unwrap_or_default();
+        if let Some(named) = there.as_ref().filter(|pod| plan::is_marked(pod, id)) {
+            let Some(why) = plan::does_not_come(named) else { return Ok(uid) };
+            self.delete(moved, &moved.name, &uid).await?;
+            return Err(not_taken(moved, &why));
+        }
+        let Some(stand_in) = self.target(id, moved).await? else {
+            let message = format!("pod {}/{} is not there any more", moved.namespace, moved.target_name);
+            let failure = Failure::new(FailureCode::FailedPrecondition, message).in_phase("resume");
+            return Err(failure.remedy(
+                "somebody has deleted it, and with it what had come: the workload is lost; abandon the migration",
+            ));
+        };
+        let named = plan::named_pod(&stand_in, moved, id);
+        if there.is_some() && uid != moved.uid {
+            tracing::warn!(migration = %id, pod = moved.name, "its controller was quicker: the pod that it has made goes again");
+            self.delete(moved, &moved.name, &uid).await?;
+        }
+        // As soon as the name is free, the pod's controller makes one, too.
+        let (gone, made) = tokio::join!(self.delete_at_once(moved), self.make_named(moved, &named));
+        gone?;
+        made
+    }
+
+    async fn make_named(&self, moved: &PodMove, named: &Pod) -> Result<String, Failure> {
+        let parameters = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            match self.api(&moved.namespace).create(&parameters, named).await {
+                Ok(created) => return Ok(created.metadata.uid.unwrap_or_default()),
+                Err(Error::Api(status)) if status.reason == "AlreadyExists" && tries < NAME_TRIES => {
+                    sleep(NAME_PAUSE).await;
+                }
+                Err(error) => {
+                    let what = format!("pod {}/{} cannot be created on the target", moved.namespace, moved.name);
+                    return Err(refused(&what, &error).in_phase("resume"));
+                }
+            }
+        }
+    }
+
+    /// Behind the commit: without waiting for the node, on which nothing of it can run again.
+    async fn delete_at_once(&self, moved: &PodMove) -> Result<(), Failure> {
+        self.delete_within(moved, &moved.name, &moved.uid, 0).await
+    }
+
     /// The target pod takes the source's place, and the source is deleted.
     ///
     /// # Errors
     /// When the API server does not answer, or the target would be deleted by its ReplicaSet; to be called again.
     pub async fn complete(&self, id: MigrationId, moved: &PodMove) -> Result<(), Failure> {
+        if moved.keeps_name {
+            return self.complete_named(id, moved).await;
+        }
         let Some(target) = self.target(id, moved).await? else { return self.delete_source(moved).await };
         let adoption = Adoption::of_target(&target).unwrap_or_default();
         let uid = target.metadata.uid.clone().unwrap_or_default();
@@ -214,6 +303,18 @@ impl Pods {
         }
         self.delete_source(moved).await?;
         self.patch(moved, &moved.target_name, &uid, &plan::unmarked(&adoption, &uid)).await
+    }
+
+    /// What stood in for it goes, and the source should the workload have been lost.
+    async fn complete_named(&self, id: MigrationId, moved: &PodMove) -> Result<(), Failure> {
+        self.delete_source(moved).await?;
+        self.discard_target(id, moved).await?;
+        let Some(named) = self.get(moved, &moved.name).await?.filter(|pod| plan::is_marked(pod, id)) else {
+            return Ok(());
+        };
+        let uid = named.metadata.uid.clone().unwrap_or_default();
+        let adoption = Adoption::of_target(&named).unwrap_or_default();
+        self.patch(moved, &moved.name, &uid, &plan::unmarked(&adoption, &uid)).await
     }
 
     /// Waits for the target to be ready. Whether its workload has ended there instead.
@@ -256,8 +357,12 @@ impl Pods {
     }
 
     async fn delete(&self, moved: &PodMove, name: &str, uid: &str) -> Result<(), Failure> {
+        self.delete_within(moved, name, uid, GRACE_S).await
+    }
+
+    async fn delete_within(&self, moved: &PodMove, name: &str, uid: &str, grace_s: u32) -> Result<(), Failure> {
         let preconditions = Some(Preconditions { uid: Some(uid.to_owned()), resource_version: None });
-        let parameters = DeleteParams { preconditions, grace_period_seconds: Some(GRACE_S), ..DeleteParams::default() };
+        let parameters = DeleteParams { preconditions, grace_period_seconds: Some(grace_s), ..DeleteParams::default() };
         let deleted = self.api(&moved.namespace).delete(name, &parameters).await.map(drop);
         let deleted = self.unless_gone(moved, name, uid, deleted).await;
         deleted.map_err(|error| refused(&format!("pod {}/{name} cannot be deleted", moved.namespace), &error))
@@ -290,6 +395,13 @@ impl Pods {
 fn gone(moved: &PodMove) -> Failure {
     let message = format!("pod {}/{} is not there any more", moved.namespace, moved.name);
     Failure::new(FailureCode::NotFound, message).remedy("see `kubectl get pods`")
+}
+
+fn not_taken(moved: &PodMove, why: &str) -> Failure {
+    let message =
+        format!("pod {}/{} does not come on the target: {why}; it is made again", moved.namespace, moved.name);
+    let failure = Failure::new(FailureCode::Unavailable, message).in_phase("resume");
+    failure.remedy("make room there; what has come is kept until it can run")
 }
 
 fn not_ready(moved: &PodMove) -> Failure {

@@ -13,7 +13,7 @@ use kube::runtime::watcher::{self, Event, watcher};
 use podferry_common::NodeName;
 use tokio::sync::watch;
 
-use super::plan::{RUNTIME_CLASS, base_name, phase};
+use super::plan::{RUNTIME_CLASS, base_name, keeps_name, phase};
 use super::{ENABLED, traits};
 use crate::cluster::{Inventory, Node, PodRef, Workload};
 use crate::store::workload_of;
@@ -87,7 +87,14 @@ fn read_pod(pod: &Pod) -> Option<Workload> {
         container: id.to_owned(),
         node: spec.node_name.as_ref().and_then(|node| node.parse().ok()),
         traits: traits::of_pod(pod),
-        pod: Some(PodRef { namespace, name, uid: metadata.uid.clone()?, container, base: base_name(pod) }),
+        pod: Some(PodRef {
+            namespace,
+            name,
+            uid: metadata.uid.clone()?,
+            container,
+            base: base_name(pod),
+            keeps_name: keeps_name(pod),
+        }),
     })
 }
 

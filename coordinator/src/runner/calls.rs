@@ -24,6 +24,8 @@ use crate::strategy::{Auto, Choice, Strategy, Wishes, budget_ms};
 const VOLUMES_WORD: &str = "agent:volumes";
 /// What an agent says that moves pods.
 const PODS_WORD: &str = "agent:pods";
+/// And one that also moves those that keep their names.
+const NAMES_WORD: &str = "agent:names";
 /// Rounds of pre-copy at most: memory that has not become less by then does not.
 const MAX_ROUNDS: u32 = 30;
 
@@ -252,17 +254,25 @@ impl Job {
     /// Whether that node can do its part. It may be another one than the one that was looked at before this migration was
     /// recorded: set up anew, or with an older agent.
     fn fit(&self, node: &v1::DescribeResponse) -> Result<(), Failure> {
-        if self.pod.is_some() && !node.features.iter().any(|word| word == PODS_WORD) {
-            let message = format!("the agent of node {} moves no pods", self.node);
-            let failure = self.failure(FailureCode::FailedPrecondition, message);
-            return Err(failure.remedy("write [kubernetes] into its agent.toml, or update it"));
-        }
+        self.moves_pod(node)?;
         if self.strategy.finds_fit(node) {
             speaks(&self.node, node, self.needed_version())?;
             return self.knows(node);
         }
         let message = format!("node {} is not fit for migrations: {}", self.node, node.complaints.join("; "));
         Err(self.failure(FailureCode::FailedPrecondition, message).remedy("run `podferry check` on the node"))
+    }
+
+    fn moves_pod(&self, node: &v1::DescribeResponse) -> Result<(), Failure> {
+        let Some((_, moved)) = &self.pod else { return Ok(()) };
+        let says = |wanted: &str| node.features.iter().any(|word| word == wanted);
+        let (what, remedy) = match (says(PODS_WORD), moved.keeps_name && !says(NAMES_WORD)) {
+            (true, false) => return Ok(()),
+            (true, true) => ("does not move pods that keep their names", "update it"),
+            (false, _) => ("moves no pods", "write [kubernetes] into its agent.toml, or update it"),
+        };
+        let message = format!("the agent of node {} {what}", self.node);
+        Err(self.failure(FailureCode::FailedPrecondition, message).remedy(remedy))
     }
 
     /// Agents of the same version may have learned it or not.
@@ -443,6 +453,7 @@ impl Job {
             name: moved.target_name.clone(),
             uid: pods.make_target(self.id, &self.target, moved).await?,
             container: moved.container.clone(),
+            stands_in: moved.keeps_name,
         };
         tokio::select! {
             prepared = client.prepare(self.prepare_request(Some(place))) => {
@@ -469,8 +480,13 @@ impl Job {
             application: self.strategy == Strategy::Application,
             pod,
             volumes: moving_volumes(&self.facts),
-            relayed: self.facts.relayed.clone().filter(|_| !self.strategy.starts_anew()),
+            relayed: self.facts.relayed.clone().filter(|_| self.can_be_relayed()),
         }
+    }
+
+    /// The old sandbox of a pod whose name is taken over does not stay: the pod is deleted at once.
+    fn can_be_relayed(&self) -> bool {
+        !self.strategy.starts_anew() && self.pod.as_ref().is_none_or(|(_, moved)| !moved.keeps_name)
     }
 
     fn keeps_connections(&self) -> bool {

@@ -38,7 +38,7 @@ impl Job {
     /// Lets the target go. One whose agent knows nothing of it does not count as running, whatever it lists: runc calls a
     /// held container running too, and a workload that was held for ever would be lost when it is moved on.
     pub(super) async fn resume(&self, mut client: AgentClient) -> Result<Answer, Failure> {
-        let request = v1::ResumeRequest { migration_id: self.id.to_string() };
+        let request = v1::ResumeRequest { migration_id: self.id.to_string(), pod: self.named_pod().await? };
         let Err(status) = client.resume(request).await else { return Ok(Answer::Done) };
         if !self.is_forgotten(&status) {
             return Err(self.placed(&status));
@@ -49,6 +49,14 @@ impl Job {
         };
         let message = format!("node {} knows nothing of this migration any more, and {has}", self.node);
         Err(self.failure(FailureCode::FailedPrecondition, message).remedy(REMEDY))
+    }
+
+    /// The pod in which the workload runs in the end, where that is another than the one that was prepared.
+    async fn named_pod(&self) -> Result<Option<v1::PodPlace>, Failure> {
+        let Some((pods, moved)) = self.pod.as_ref().filter(|(_, moved)| moved.keeps_name) else { return Ok(None) };
+        let uid = pods.take_name(self.id, moved).await?;
+        let (namespace, name, container) = (moved.namespace.clone(), moved.name.clone(), moved.container.clone());
+        Ok(Some(v1::PodPlace { namespace, name, uid, container, stands_in: false }))
     }
 
     /// Waits until the target has all of its memory. A copy whose agent knows nothing of it may lack some, and the target's

@@ -117,6 +117,9 @@ pub struct PodMove {
     pub container: String,
     /// The target pod's name.
     pub target_name: String,
+    /// The target pod only stands in for one of the source pod's name, which is made behind the commit.
+    #[serde(default)]
+    pub keeps_name: bool,
 }
 
 /// What a migration cost. All times in milliseconds.
