@@ -234,8 +234,6 @@ a_job_moves_and_counts_one_success() {
     until_true has_no_pod sum
 }
 
-stateful() { redis "$1" | sed 's/^kind: Deployment/kind: StatefulSet/; s/^spec:$/spec:\n  serviceName: '"$1"/ | kube apply -f - && until_true is_ready "$1"; }
-
 a_pod_of_a_stateful_set_moves_and_keeps_its_name() {
     local before strategy uid
     stateful set
@@ -258,17 +256,6 @@ a_pod_of_a_stateful_set_moves_and_keeps_its_name() {
     until_true is_ready set
     [[ $(in_pod set redis-cli dbsize) == 0 ]]
     kube delete statefulset set
-}
-
-# move_named APP STRATEGY: as move, of a pod whose name stays.
-move_named() {
-    local from
-    from=$(node_of "$1")
-    ferry migrate "default/$1-0" --to "$(other "$from")" --strategy "$2" --wait --output json </dev/null >"$work/migration" 2>"$work/watched" ||
-        { cat "$work/watched"; return 1; }
-    jq -c '{downtime_ms, timings}' "$work/migration"
-    until_true is_ready "$1"
-    [[ $(node_of "$1") == "$(other "$from")" ]]
 }
 
 counted() { in_pod sum cat /cache/count; }
@@ -378,8 +365,7 @@ a_node_that_does_not_take_the_pod_says_why() {
     [[ $(in_pod rooted redis-cli ping) == PONG ]]
     kube delete pod rooted
     # A pod that keeps its name needs room beside the one that stands in for it. That is known before anything is copied, too.
-    redis wide | sed 's/^kind: Deployment/kind: StatefulSet/; s/^spec:$/spec:\n  serviceName: wide/; s/cpu: 10m/cpu: 900m/' | kube apply -f -
-    until_true is_ready wide
+    stateful wide 's/cpu: 10m/cpu: 900m/'
     bare large "nodeName: $(other "$(node_of wide)")" | sed 's/cpu: 10m/cpu: 400m/' | kube apply -f -
     until_true is_ready large
     until_true lists default/wide-0

@@ -24,6 +24,9 @@ spec: {selector: {app: $1}, ports: [{port: 6379}]}
 YAML
 }
 
+# The same as a StatefulSet, with one pod: NAME-0.
+stateful() { redis "$1" | sed -E "s/^kind: Deployment/kind: StatefulSet/; s/^spec:\$/spec:\n  serviceName: $1/${2:+; $2}" | kube apply -f - && until_true is_ready "$1"; }
+
 redis_spec() {
     cat <<YAML
 runtimeClassName: podferry
@@ -75,6 +78,16 @@ move() {
     freezes+=("$(jq -r .downtime_ms "$work/migration")")
     until_true has_left "$app" "$name"
     [[ $(node_of "$app") == "$(other "$from")" ]]
+}
+
+# move_named APP STRATEGY: as move, of a pod of a StatefulSet.
+move_named() {
+    local from
+    from=$(node_of "$1")
+    ferry migrate "default/$1-0" --to "$(other "$from")" --strategy "$2" --wait --output json </dev/null >"$work/migration" 2>"$work/watched" ||
+        { cat "$work/watched"; return 1; }
+    until_true is_ready "$1"
+    [[ $(node_of "$1") == "$(other "$from")" ]]
 }
 
 # The old pod may be ending still: connections to its address live on.

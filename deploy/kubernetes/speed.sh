@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # How long a pod stands still when it moves live between two nodes of a real Kubernetes, the test cluster, and what its clients see of that: two that
-# keep their connections, and one that makes a new one for each request, all by the pod's Service. A table, then a line of JSON.
+# keep their connections, and one that makes a new one for each request, all by the pod's Service. Then the same of a StatefulSet's pod, whose
+# connections end. A table, then a line of JSON.
 #
 #   PODFERRY_BINARIES=FOLDER speed.sh [MIB...]    250 and 1000 MiB of data, unless sizes are given; programs of a release build
 #   MOVES=N                                       of each, 6 unless it is said
@@ -16,12 +17,17 @@ readonly MOVES=${MOVES:-6}
 # In the machine that asks.
 readonly ENOUGH=/tmp/podferry-enough
 
-# A request by a connection of its own each time, until $2 is there; milliseconds between an answer and the next, when they are many.
-newcomer() { # newcomer ADDRESS FILE
+# A request by a connection of its own each time, until $2 is there; milliseconds between an answer and the next, when they are many. One that comes
+# to nothing is told, or tried again where $3 says so.
+newcomer() { # newcomer ADDRESS FILE [again]
     local last now
     last=${EPOCHREALTIME/[.,]/}
     while [[ ! -e $2 ]]; do
-        ask "$1" "$2" || { cat "$2.why"; echo failed; }
+        if ! ask "$1" "$2"; then
+            [[ -z $3 ]] || continue
+            cat "$2.why"
+            echo failed
+        fi
         now=${EPOCHREALTIME/[.,]/}
         ((now - last < 30000)) || echo "$(((now - last) / 1000))"
         last=$now
@@ -48,17 +54,12 @@ measure() { # measure MIB
     until_true is_ready "speed-$mib"
     fill "speed-$mib" "$mib" >&2
     load "speed-$mib"
-    (
-        functions=$(declare -f newcomer ask)
-        on node-a bash -c "$functions; rm -f $ENOUGH; newcomer $(service_of "speed-$mib") $ENOUGH" >"$work/newcomer" 2>&1
-    ) &
-    newcomers=$!
+    begin_newcomers "speed-$mib" ''
     for ((number = 0; number < MOVES; number++)); do
         sleep 2
         move "speed-$mib" live >&2
     done
-    on node-a touch "$ENOUGH"
-    wait "$newcomers"
+    end_newcomers
     unload >&2
     mapfile -t kept < <(tail -1 "$work/load" | jq --argjson moves "$MOVES" '[.clients[0].gaps[].gap_ms] | sort | reverse | .[:$moves][]')
     if grep -q failed "$work/newcomer"; then grep -B1 failed "$work/newcomer" >&2; return 1; fi
@@ -69,6 +70,38 @@ measure() { # measure MIB
     kube delete deployment "speed-$mib" >&2
 }
 
+begin_newcomers() { # begin_newcomers SERVICE AGAIN; $newcomers is the process
+    (
+        functions=$(declare -f newcomer ask)
+        on node-a bash -c "$functions; rm -f $ENOUGH; newcomer $(service_of "$1") $ENOUGH '$2' 2>&1" >"$work/newcomer" 2>&1
+    ) &
+    newcomers=$!
+}
+
+end_newcomers() {
+    on node-a touch "$ENOUGH"
+    wait "$newcomers"
+}
+
+measure_named() { # measure_named MIB
+    local mib=$1 number newcomers
+    local -a freezes=() new=()
+    stateful "named-$mib" 's/memory: 512Mi/memory: 3Gi/' >&2
+    fill "named-$mib" "$mib" >&2
+    begin_newcomers "named-$mib" again
+    for ((number = 0; number < MOVES; number++)); do
+        sleep 2
+        move_named "named-$mib" live >&2
+        freezes+=("$(jq -r .downtime_ms "$work/migration")")
+    done
+    end_newcomers
+    mapfile -t new < <(grep -E '^[0-9]+$' "$work/newcomer" | sort -rn | head -n "$MOVES")
+    printf '| %s MiB, of a StatefulSet | %s | | %s |\n' "$mib" "$(spread "${freezes[@]}")" "$(spread "${new[@]}")" >>"$work/table"
+    jq -n -c --arg mib "$mib" --argjson freezes "[$(IFS=,; echo "${freezes[*]}")]" --argjson new "[$(IFS=,; echo "${new[*]}")]" \
+        '{mib: ($mib | tonumber), stateful_set: true, freeze_ms: $freezes, gap_new_ms: $new}' >>"$work/json"
+    kube delete statefulset "named-$mib" >&2
+}
+
 begin_cluster >&2
 until_true can node-a live
 until_true can node-b live
@@ -76,7 +109,7 @@ settings >&2
 rm -f "$work/table" "$work/json"
 for mib in "${@:-250 1000}"; do
     # shellcheck disable=SC2086 # the default is two words
-    for one in $mib; do measure "$one"; done
+    for one in $mib; do measure "$one"; measure_named "$one"; done
 done
 printf 'milliseconds, median (lowest-highest) of %s moves\n\n' "$MOVES"
 echo '| data | downtime | longest gap, kept connections | longest gap, a new connection each time |'

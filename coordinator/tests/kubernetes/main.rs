@@ -7,6 +7,7 @@ mod account;
 mod cluster;
 mod evacuations;
 mod evictions;
+mod names;
 #[path = "../world/mod.rs"]
 mod world;
 
