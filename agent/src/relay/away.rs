@@ -162,6 +162,27 @@ impl Away {
         away
     }
 
+    /// The container comes to run in another pod than the one that this was prepared for: the same is there then, with what has waited. The
+    /// stream from home breaks, and is begun again to that. Idempotent; blocks.
+    ///
+    /// # Errors
+    /// When the other pod's namespace does not take the addresses; this one stays then.
+    pub(crate) fn move_to(&self, netns: PathBuf) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        if self.note.netns == netns {
+            return Ok(());
+        }
+        let AwayNote { migration, home, addresses, mtu, .. } = self.note.clone();
+        let moved = Self::prepare(&self.context, migration, home, netns, addresses, mtu)?;
+        if let Door::Closed(kept) = std::mem::replace(&mut *self.lock(), Door::Gone) {
+            *moved.lock() = Door::Closed(kept);
+        }
+        let _ends_the_stream = self.take_over();
+        if let Err(error) = relay::dismantle_away(&self.netns, &self.note.addresses) {
+            tracing::info!(error = chain(&error), %migration, "old addresses go with the pod that stood in for another");
+        }
+        Ok(())
+    }
+
     /// By which migration it came.
     pub(super) fn migration(&self) -> MigrationId {
         self.note.migration

@@ -100,6 +100,30 @@ async fn what_comes_waits_for_the_container_and_reaches_its_old_addresses_alone(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_waits_for_a_pod_that_stands_in_comes_to_the_one_that_takes_its_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let (context, stands_in, named) = (context(folder.path()), Pod::new(), Pod::new());
+    let before = stands_in.sh("ip -o addr; ip rule");
+    let away = stands_in.away(&context);
+    let (_, mut newest) = away.take_over();
+    newest.mark_unchanged();
+    away.put(&datagram(OLD, 1));
+    away.move_to(named.netns.path().to_owned()).unwrap();
+    assert!(newest.has_changed().unwrap(), "the stream from home has to be begun again");
+    assert_eq!(stands_in.sh("ip -o addr; ip rule"), before);
+    let moved = context.aways.get(away.migration()).unwrap();
+    moved.move_to(named.netns.path().to_owned()).unwrap();
+    assert!(!Arc::ptr_eq(&away, &moved) && moved.is_of(Some(&Peer::Agent("n2".parse().unwrap()))));
+    let old = named.listens(OLD);
+    moved.put(&datagram(OLD, 2));
+    assert_eq!(heard(&old), Vec::<u8>::new(), "it does not run yet");
+    moved.open();
+    assert_eq!(heard(&old), [1, 2]);
+    moved.end().await;
+    assert_eq!(std::fs::read_dir(super::notes(&context)).unwrap().count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn only_who_was_named_may_send_and_what_has_ended_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let (context, pod) = (context(folder.path()), Pod::new());

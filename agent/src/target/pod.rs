@@ -87,6 +87,17 @@ pub(super) async fn expect_relay(
     }
 }
 
+/// Connections that come with a pod's container come to another pod's, with that bundle. Where that cannot be they end; blocks.
+pub(super) fn move_relay(context: &Context, away: &Away, bundle: &Path) {
+    let moved = Spec::load(bundle.join("config.json")).map_err(Into::into).and_then(|spec| {
+        let netns = namespace_of(&spec, LinuxNamespaceType::Network);
+        away.move_to(netns.ok_or("the pod has no network namespace of its own")?)
+    });
+    if let Err(error) = moved {
+        tracing::warn!(%error, node = %context.config.node, "connections end: nothing can carry them to the pod of their name");
+    }
+}
+
 /// Its bundle.
 pub(super) fn bundle(pod: &PodArrival) -> Bundle {
     let overlay = Overlay { lower: pod.lower.clone(), upper: pod.upper.clone(), work: pod.work.clone() };

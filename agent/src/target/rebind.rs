@@ -73,7 +73,15 @@ impl TargetPart {
         let Some(visitor) = visitor.filter(|visitor| visitor.hello.id != self.workload) else { return Ok(false) };
         self.give_up_copy().await?;
         let (context, volumes, seen) = (self.context.clone(), record.volumes().to_vec(), visitor.clone());
-        let (arrival, volumes) = blocking(move || look(&context, &old, &volumes, &seen)).await?;
+        let away = self.away.clone().filter(|_| old.stands_in);
+        let (arrival, volumes) = blocking(move || {
+            let found = look(&context, &old, &volumes, &seen)?;
+            if let Some(away) = away {
+                pod::move_relay(&context, &away, &found.0.bundle);
+            }
+            Ok(found)
+        })
+        .await?;
         self.note(record, |record| bind(record, &visitor.hello.id, arrival, volumes))?;
         Ok(true)
     }

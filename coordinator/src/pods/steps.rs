@@ -245,7 +245,7 @@ impl Pods {
             let message = format!("pod {}/{} is not there any more", moved.namespace, moved.target_name);
             let failure = Failure::new(FailureCode::FailedPrecondition, message).in_phase("resume");
             return Err(failure.remedy(
-                "somebody has deleted it, and with it what had come: the workload is lost; abandon the migration",
+                "somebody has deleted it, and with it what had come; see \"An agent has lost its part\" in docs/operations.md",
             ));
         };
         let named = plan::named_pod(&stand_in, moved, id);

@@ -480,13 +480,8 @@ impl Job {
             application: self.strategy == Strategy::Application,
             pod,
             volumes: moving_volumes(&self.facts),
-            relayed: self.facts.relayed.clone().filter(|_| self.can_be_relayed()),
+            relayed: self.facts.relayed.clone().filter(|_| !self.strategy.starts_anew()),
         }
-    }
-
-    /// The old sandbox of a pod whose name is taken over does not stay: the pod is deleted at once.
-    fn can_be_relayed(&self) -> bool {
-        !self.strategy.starts_anew() && self.pod.as_ref().is_none_or(|(_, moved)| !moved.keeps_name)
     }
 
     fn keeps_connections(&self) -> bool {

@@ -227,11 +227,9 @@ impl Driver {
             report.note(format!("connections to {addresses} live on through a relay between the nodes"));
         } else if self.facts.tcp_connections > 0 && !self.record.strategy.starts_anew() {
             let count = self.facts.tcp_connections;
-            let why = match &self.record.pod {
-                Some(moved) if moved.keeps_name => "the old pod has to be gone before the next of its name is there",
-                _ => "the target has nothing that carries them",
-            };
-            report.note(format!("{count} established TCP connections are closed: {why}"));
+            report.note(format!(
+                "{count} established TCP connections are closed: the target has nothing that carries them"
+            ));
         }
     }
 
