@@ -312,6 +312,7 @@ fn a_sandbox_whose_address_is_needed_is_noted_and_not_killed() {
         assert!(kill());
     }
     assert_eq!(node.calls().len(), 2);
+    assert!(!wrapper::asked(&fence).exists(), "it has ended, and nobody has to end it");
 }
 
 #[test]

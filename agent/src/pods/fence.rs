@@ -123,8 +123,15 @@ impl Fence {
         std::thread::sleep(NOTING);
         let note = asked(&self.0);
         let Some(SandboxEnd { root, id }) = record::load(&note)? else { return Ok(()) };
-        context.runc(&root).kill(&id, "KILL").map_err(io::Error::other)?;
-        fs::remove_file(note)
+        let runc = context.runc(&root);
+        match runc.kill(&id, "KILL") {
+            // The kubelet may ask once more in the moment in which it may be.
+            Err(error) if runc.container(&id).is_ok_and(|sandbox| sandbox.is_alive()) => Err(io::Error::other(error)),
+            _ => match fs::remove_file(note) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+                _ => Ok(()),
+            },
+        }
     }
 
     /// Lets it be killed again, and no more than that.
@@ -197,6 +204,21 @@ mod tests {
         Fence(fences.join("there")).take_away().unwrap();
         Fence(fences.join("there")).take_away().unwrap();
         assert!(!fences.join("there").exists());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_sandbox_that_has_ended_without_the_agent_leaves_no_note() {
+        let folder = tempfile::tempdir().unwrap();
+        let context = crate::target::tests::context(folder.path());
+        let fence = Fence(folder.path().join("pod"));
+        fence.put_up().unwrap();
+        let end = SandboxEnd { root: folder.path().join("runc"), id: "gone".to_owned() };
+        fs::write(asked(&fence.0), serde_json::to_vec(&end).unwrap()).unwrap();
+        for _ in 0..2 {
+            fence.end_sandbox(&context).unwrap();
+            assert!(!asked(&fence.0).exists());
+        }
+        assert_eq!(fs::read_to_string(&fence.0).unwrap(), "", "it stands");
     }
 
     #[tokio::test(start_paused = true)]

@@ -51,6 +51,11 @@ pub(super) fn ask(fence: &Path, end: &SandboxEnd) -> io::Result<()> {
     fs::rename(&new, asked(fence))
 }
 
+/// Takes that note back. One that stays is taken away with the note of its pod.
+pub(super) fn forget(fence: &Path) {
+    let _none_there = fs::remove_file(asked(fence));
+}
+
 /// Whether it says that word, and has said so lately.
 pub(super) fn says(fence: &Path, wanted: &str) -> bool {
     let kept = fs::read_to_string(fence).is_ok_and(|word| word == wanted);

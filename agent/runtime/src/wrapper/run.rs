@@ -110,7 +110,11 @@ impl Wrapper<'_> {
             let id = self.killed()?;
             let sandbox = Container::read(&root, &id).ok()?;
             let fence = fence::of_pod(&self.settings.fence_dir, &uid_of_sandbox(&sandbox.annotations)?)?;
-            fence::says(&fence, STAY).then_some(())?;
+            if !fence::says(&fence, STAY) {
+                // It ends now. The agent may not have come to see the note, or not in time.
+                fence::forget(&fence);
+                return None;
+            }
             fence::ask(&fence, &SandboxEnd { root, id }).ok()
         };
         noted().is_some()
