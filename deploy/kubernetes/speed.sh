@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # How long a pod stands still when it moves live between two nodes of a real Kubernetes, the test cluster, and what its clients see of that: two that
-# keep their connections, and one that makes a new one for each request, all by the pod's Service. Then the same of a StatefulSet's pod, whose
-# connections end. A table, then a line of JSON.
+# keep their connections, and one that makes a new one for each request, all by the pod's Service. Then a StatefulSet's pod, with the last of them
+# alone, which tries again what is refused. A table, then a line of JSON.
 #
 #   PODFERRY_BINARIES=FOLDER speed.sh [MIB...]    250 and 1000 MiB of data, unless sizes are given; programs of a release build
 #   MOVES=N                                       of each, 6 unless it is said
