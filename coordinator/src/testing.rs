@@ -69,3 +69,15 @@ pub(crate) fn record(workload: &str, source: &str, target: &str) -> Record {
         report: Report::default(),
     }
 }
+
+/// Changes an object as a JSON of it says: what it names is set, the rest stays.
+pub(crate) fn merge(into: &mut serde_json::Value, change: serde_json::Value) {
+    match (into, change) {
+        (serde_json::Value::Object(into), serde_json::Value::Object(change)) => {
+            for (name, value) in change {
+                merge(into.entry(name).or_insert(serde_json::Value::Null), value);
+            }
+        }
+        (into, change) => *into = change,
+    }
+}

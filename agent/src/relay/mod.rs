@@ -18,6 +18,7 @@ mod note;
 mod tests;
 
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -36,6 +37,9 @@ pub use away::{Away, Aways, Leaves};
 pub use batch::{QUEUE, batch, bytes_of, message};
 pub use home::Home;
 pub(crate) use home::stays;
+
+/// The most addresses of a relay: the pod's own, and those that it had before.
+pub const MOST_ADDRESSES: usize = 16;
 
 /// How long one lives at most.
 fn lifetime(context: &Context) -> Duration {
@@ -57,23 +61,40 @@ pub fn relayed(context: &Context, container: &Container) -> Option<Relayed> {
     let found = Netns::open(path).and_then(|netns| {
         let found = podferry_network::relay::addresses_of(&netns, INTERFACE)?;
         podferry_network::relay::check_home(&netns, INTERFACE, &found.0)?;
-        Ok(found)
+        let (mut addresses, mut mtu) = found;
+        // It came by a relay, too.
+        if let Some(before) = context.aways.of_pod(path) {
+            let has_connections = |address: &IpAddr| {
+                podferry_network::relay::connections_of(&netns, &[*address]).map_or(true, |count| count > 0)
+            };
+            addresses = with_older(addresses, before.addresses(), has_connections);
+            mtu = mtu.min(before.mtu());
+        }
+        Ok((addresses, mtu))
     });
     match found {
         Ok((addresses, _)) if addresses.is_empty() => None,
-        Ok((mut addresses, mut mtu)) => {
-            // It came by a relay, too.
-            if let Some(before) = context.aways.of_pod(path) {
-                addresses.extend(before.addresses());
-                mtu = mtu.min(before.mtu());
-            }
-            Some(Relayed { addresses: addresses.iter().map(ToString::to_string).collect(), mtu })
+        Ok((addresses, _)) if addresses.len() > MOST_ADDRESSES => {
+            tracing::warn!(
+                count = addresses.len(),
+                id = container.id,
+                "a pod's connections are closed when it moves: they are to too many addresses"
+            );
+            None
         }
+        Ok((addresses, mtu)) => Some(Relayed { addresses: addresses.iter().map(ToString::to_string).collect(), mtu }),
         Err(error) => {
             tracing::warn!(error = chain(&error), id = container.id, "a pod's connections are closed when it moves");
             None
         }
     }
+}
+
+/// A pod's own addresses and the older ones; of these, where they are many, only those that still have connections.
+fn with_older(mut own: Vec<IpAddr>, older: &[IpAddr], has_connections: impl Fn(&IpAddr) -> bool) -> Vec<IpAddr> {
+    let all_fit = own.len() + older.len() <= MOST_ADDRESSES;
+    own.extend(older.iter().filter(|address| all_fit || has_connections(address)));
+    own
 }
 
 /// Takes up what an agent before has left. Those of parts that have not ended are for the parts.

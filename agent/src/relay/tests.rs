@@ -123,6 +123,17 @@ async fn what_waits_for_a_pod_that_stands_in_comes_to_the_one_that_takes_its_pla
     assert_eq!(std::fs::read_dir(super::notes(&context)).unwrap().count(), 0);
 }
 
+#[test]
+fn of_many_older_addresses_those_with_connections_are_kept() {
+    let address = |last: u8| IpAddr::from([10, 0, 0, last]);
+    let older: Vec<IpAddr> = (1..=15).map(address).collect();
+    assert_eq!(super::with_older(vec![address(99)], &older, |_| false).len(), super::MOST_ADDRESSES);
+    let more: Vec<IpAddr> = (1..=16).map(address).collect();
+    let kept = super::with_older(vec![address(99)], &more, |older| *older == address(3));
+    assert_eq!(kept, [address(99), address(3)]);
+    assert!(super::with_older(vec![address(99)], &more, |_| true).len() > super::MOST_ADDRESSES);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn only_who_was_named_may_send_and_what_has_ended_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();

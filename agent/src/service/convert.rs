@@ -10,6 +10,7 @@ use podferry_network::{ContainerLink, IpNet, MacAddress, Route};
 use podferry_proto::v1::{self, PartState, freeze_event};
 
 use crate::journal::Standing;
+use crate::relay;
 use crate::source::{FreezeEvent, PreCopyOrder, Round, SourcePart, Verified};
 use crate::target::{Relayed, TargetPart};
 
@@ -66,7 +67,7 @@ pub(crate) fn link_message(link: &ContainerLink) -> v1::Link {
 
 /// Addresses whose connections a relay carries.
 pub(crate) fn relayed_of(message: &v1::Relayed) -> Result<Relayed, Failure> {
-    if message.addresses.is_empty() || message.addresses.len() > MOST_ADDRESSES {
+    if message.addresses.is_empty() || message.addresses.len() > relay::MOST_ADDRESSES {
         return Err(invalid("a relay has no addresses, or more than are taken"));
     }
     if !MTU.contains(&message.mtu) {

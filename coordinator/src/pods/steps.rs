@@ -1,20 +1,22 @@
 //! A migration's steps with the API server.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use futures::future::select_ok;
+use futures::StreamExt as _;
+use futures::stream::FuturesUnordered;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::wait::await_condition;
 use kube::{Client, Error};
 use podferry_common::{Failure, FailureCode, MigrationId, NodeName};
 use podferry_proto::v1;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::follow::Due;
-use super::plan::{self, Adoption};
+use super::plan::{self, Adoption, Holder};
 use super::{policy, refused, room};
 use crate::store::PodMove;
 use crate::strategy::Strategy;
@@ -29,10 +31,10 @@ const MANAGER: &str = "podferry";
 const GRACE_S: u32 = 1;
 /// Between two tries to have a name that is about to be free. Its controller is as quick as the API server tells it.
 const NAME_PAUSE: Duration = Duration::from_millis(2);
-/// How often that is tried,
-const NAME_TRIES: u32 = 100;
-/// by so many at a time: a try takes the API server some milliseconds.
+/// So many at a time: a try takes the API server some milliseconds.
 const NAME_RACERS: u32 = 4;
+/// How long it is tried until it is said that it takes so long.
+const NAME_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// What a migration does with the API server. Clones share the connection, and what is being done.
 #[derive(Clone)]
@@ -232,45 +234,96 @@ impl Pods {
     /// one of the same name is made on the target. Its uid.
     ///
     /// # Errors
-    /// When the API server does not answer, or the pod's controller was quicker; to be called again.
+    /// When the API server does not answer, or another pod of that name is still ending; to be called again.
     pub async fn take_name(&self, id: MigrationId, moved: &PodMove) -> Result<String, Failure> {
-        let there = self.get(moved, &moved.name).await?;
-        let uid = there.as_ref().and_then(|pod| pod.metadata.uid.clone()).unwrap_or_default();
-        if let Some(named) = there.as_ref().filter(|pod| plan::is_marked(pod, id)) {
-            let Some(why) = plan::does_not_come(named) else { return Ok(uid) };
-            self.delete(moved, &moved.name, &uid).await?;
-            return Err(not_taken(moved, &why));
+        let until = Instant::now() + NAME_TIMEOUT;
+        while Instant::now() < until {
+            let there = self.get(moved, &moved.name).await?;
+            let uid = there.as_ref().and_then(|pod| pod.metadata.uid.clone()).unwrap_or_default();
+            match plan::holder(there.as_ref(), moved, id) {
+                Holder::Named(None) => return Ok(uid),
+                Holder::Named(Some(why)) => {
+                    self.delete(moved, &moved.name, &uid).await?;
+                    return Err(not_taken(moved, &why));
+                }
+                Holder::Taken => {
+                    self.hold_name(moved, &uid).await?;
+                    sleep(LOOK).await;
+                }
+                free_soon => {
+                    if let Some(uid) = Box::pin(self.race(id, moved, there.as_ref(), free_soon)).await? {
+                        return Ok(uid);
+                    }
+                    tracing::info!(migration = %id, pod = moved.name, "its controller was quicker: the pod that it has made goes again");
+                }
+            }
         }
-        let Some(stand_in) = self.target(id, moved).await? else {
-            let message = format!("pod {}/{} is not there any more", moved.namespace, moved.target_name);
-            let failure = Failure::new(FailureCode::FailedPrecondition, message).in_phase("resume");
-            return Err(failure.remedy(
-                "somebody has deleted it, and with it what had come; see \"An agent has lost its part\" in docs/operations.md",
-            ));
-        };
-        let named = plan::named_pod(&stand_in, moved, id);
-        if there.is_some() && uid != moved.uid {
-            tracing::warn!(migration = %id, pod = moved.name, "its controller was quicker: the pod that it has made goes again");
-            self.delete(moved, &moved.name, &uid).await?;
-        }
-        // As soon as the name is free, the pod's controller makes one, too.
-        let racers = (0..NAME_RACERS).map(|place| Box::pin(self.make_named(moved, &named, NAME_PAUSE * place)));
-        let (gone, made) = tokio::join!(self.delete_at_once(moved), select_ok(racers));
-        gone?;
-        made.map(|(uid, _the_slower)| uid)
+        Err(not_free(moved))
     }
 
-    async fn make_named(&self, moved: &PodMove, named: &Pod, start: Duration) -> Result<String, Failure> {
+    /// Frees the name and makes the pod that is to have it, in the same moment: the pod's controller makes one, too. Its uid; none when the
+    /// controller was quicker.
+    async fn race(
+        &self,
+        id: MigrationId,
+        moved: &PodMove,
+        there: Option<&Pod>,
+        holder: Holder,
+    ) -> Result<Option<String>, Failure> {
+        let Some(stand_in) = self.target(id, moved).await? else { return Err(no_stand_in(moved)) };
+        let named = plan::named_pod(&stand_in, moved, id);
+        let is_free = AtomicBool::new(false);
+        let racer = |place| self.make_named(moved, &named, NAME_PAUSE * place, &is_free);
+        let mut racers: FuturesUnordered<_> = (0..NAME_RACERS).map(racer).collect();
+        let freed = async {
+            let freed = self.free_name(moved, there, holder).await;
+            is_free.store(true, Ordering::Relaxed);
+            freed
+        };
+        let raced = async {
+            while let Some(made) = racers.next().await {
+                if let Some(uid) = made? {
+                    return Ok(Some(uid));
+                }
+            }
+            Ok(None)
+        };
+        let (freed, made) = tokio::join!(freed, raced);
+        freed?;
+        made
+    }
+
+    /// The source goes at once: behind the commit, nothing of it can run again. So does what its controller has made since, unless a node
+    /// has taken it meanwhile, or as soon as the node has said that it has ended: there are never two of that name.
+    async fn free_name(&self, moved: &PodMove, there: Option<&Pod>, holder: Holder) -> Result<(), Failure> {
+        let Some(metadata) = there.map(|pod| &pod.metadata) else { return Ok(()) };
+        let uid = metadata.uid.clone();
+        let as_seen = Preconditions { uid: uid.clone(), resource_version: metadata.resource_version.clone() };
+        match holder {
+            Holder::Source => self.delete_if(moved, Preconditions { uid, resource_version: None }).await,
+            Holder::Nobodys => self.delete_if(moved, as_seen).await,
+            Holder::Ended => self.patch(moved, &moved.name, &uid.unwrap_or_default(), &plan::released(metadata)).await,
+            Holder::None | Holder::Taken | Holder::Named(_) => Ok(()),
+        }
+    }
+
+    /// Tries until it is made, which is when the name is free; none when somebody else has it behind that.
+    async fn make_named(
+        &self,
+        moved: &PodMove,
+        named: &Pod,
+        start: Duration,
+        is_free: &AtomicBool,
+    ) -> Result<Option<String>, Failure> {
         sleep(start).await;
         let parameters = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
-        let mut tries = 0;
         loop {
-            tries += 1;
+            // This try begins behind it.
+            let last = is_free.load(Ordering::Relaxed);
             match self.api(&moved.namespace).create(&parameters, named).await {
-                Ok(created) => return Ok(created.metadata.uid.unwrap_or_default()),
-                Err(Error::Api(status)) if status.reason == "AlreadyExists" && tries < NAME_TRIES => {
-                    sleep(NAME_PAUSE).await;
-                }
+                Ok(created) => return Ok(created.metadata.uid),
+                Err(Error::Api(status)) if status.reason == "AlreadyExists" && last => return Ok(None),
+                Err(Error::Api(status)) if status.reason == "AlreadyExists" => sleep(NAME_PAUSE).await,
                 Err(error) => {
                     let what = format!("pod {}/{} cannot be created on the target", moved.namespace, moved.name);
                     return Err(refused(&what, &error).in_phase("resume"));
@@ -279,9 +332,21 @@ impl Pods {
         }
     }
 
-    /// Behind the commit: without waiting for the node, on which nothing of it can run again.
-    async fn delete_at_once(&self, moved: &PodMove) -> Result<(), Failure> {
-        self.delete_within(moved, &moved.name, &moved.uid, 0).await
+    /// Ends a pod that a node has taken, and keeps its name until it is given away. Idempotent.
+    async fn hold_name(&self, moved: &PodMove, uid: &str) -> Result<(), Failure> {
+        self.patch(moved, &moved.name, uid, &plan::held(uid)).await?;
+        self.delete(moved, &moved.name, uid).await
+    }
+
+    /// Deletes whoever has the name, if it is as it was seen, without waiting for a node.
+    async fn delete_if(&self, moved: &PodMove, as_seen: Preconditions) -> Result<(), Failure> {
+        let parameters =
+            DeleteParams { grace_period_seconds: Some(0), ..DeleteParams::default().preconditions(as_seen) };
+        match self.api(&moved.namespace).delete(&moved.name, &parameters).await {
+            Ok(_) => Ok(()),
+            Err(Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
+            Err(error) => Err(refused(&format!("pod {}/{} cannot be deleted", moved.namespace, moved.name), &error)),
+        }
     }
 
     /// The target pod takes the source's place, and the source is deleted.
@@ -314,6 +379,10 @@ impl Pods {
     async fn complete_named(&self, id: MigrationId, moved: &PodMove) -> Result<(), Failure> {
         self.delete_source(moved).await?;
         self.discard_target(id, moved).await?;
+        if let Some(other) = self.get(moved, &moved.name).await?.filter(plan::is_held) {
+            let uid = other.metadata.uid.clone().unwrap_or_default();
+            self.patch(moved, &moved.name, &uid, &plan::released(&other.metadata)).await?;
+        }
         let Some(named) = self.get(moved, &moved.name).await?.filter(|pod| plan::is_marked(pod, id)) else {
             return Ok(());
         };
@@ -362,12 +431,11 @@ impl Pods {
     }
 
     async fn delete(&self, moved: &PodMove, name: &str, uid: &str) -> Result<(), Failure> {
-        self.delete_within(moved, name, uid, GRACE_S).await
-    }
-
-    async fn delete_within(&self, moved: &PodMove, name: &str, uid: &str, grace_s: u32) -> Result<(), Failure> {
-        let preconditions = Some(Preconditions { uid: Some(uid.to_owned()), resource_version: None });
-        let parameters = DeleteParams { preconditions, grace_period_seconds: Some(grace_s), ..DeleteParams::default() };
+        let preconditions = Preconditions { uid: Some(uid.to_owned()), resource_version: None };
+        let parameters = DeleteParams {
+            grace_period_seconds: Some(GRACE_S),
+            ..DeleteParams::default().preconditions(preconditions)
+        };
         let deleted = self.api(&moved.namespace).delete(name, &parameters).await.map(drop);
         let deleted = self.unless_gone(moved, name, uid, deleted).await;
         deleted.map_err(|error| refused(&format!("pod {}/{name} cannot be deleted", moved.namespace), &error))
@@ -402,11 +470,28 @@ fn gone(moved: &PodMove) -> Failure {
     Failure::new(FailureCode::NotFound, message).remedy("see `kubectl get pods`")
 }
 
+fn no_stand_in(moved: &PodMove) -> Failure {
+    let message = format!("pod {}/{} is not there any more", moved.namespace, moved.target_name);
+    let failure = Failure::new(FailureCode::FailedPrecondition, message).in_phase("resume");
+    failure.remedy(
+        "somebody has deleted it, and with it what had come; see \"An agent has lost its part\" in docs/operations.md",
+    )
+}
+
 fn not_taken(moved: &PodMove, why: &str) -> Failure {
     let message =
         format!("pod {}/{} does not come on the target: {why}; it is made again", moved.namespace, moved.name);
     let failure = Failure::new(FailureCode::Unavailable, message).in_phase("resume");
     failure.remedy("make room there; what has come is kept until it can run")
+}
+
+fn not_free(moved: &PodMove) -> Failure {
+    let message =
+        format!("the name of pod {}/{} is not free: another of that name is still ending", moved.namespace, moved.name);
+    let failure = Failure::new(FailureCode::Unavailable, message).in_phase("resume");
+    failure.remedy(
+        "see `kubectl get pod -o wide` for its node, and whether that answers; what has come is kept until it can run",
+    )
 }
 
 fn not_ready(moved: &PodMove) -> Failure {

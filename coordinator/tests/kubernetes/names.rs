@@ -102,15 +102,7 @@ async fn a_name_is_taken_over_in_the_moment_in_which_it_is_free_and_only_once() 
     let named = Named::new(&cluster).await;
     let before = named.api.get("cart-0").await.unwrap();
     assert_eq!(before.uid(), named.source.uid(), "before the commit nothing happens to the source");
-    let mut tries = 0;
-    let uid = loop {
-        tries += 1;
-        match named.pods.take_name(named.id, &named.moved).await {
-            Ok(uid) => break uid,
-            // The set's controller may be quicker now and then.
-            Err(failure) => assert!(tries < 20, "{failure}"),
-        }
-    };
+    let uid = named.pods.take_name(named.id, &named.moved).await.unwrap();
     named.taken(&uid).await;
     assert_eq!(named.pods.take_name(named.id, &named.moved).await.unwrap(), uid);
     named.ends(&uid).await;
@@ -124,16 +116,33 @@ async fn a_pod_that_the_sets_controller_has_made_meanwhile_goes_again() {
     let named = Named::new(&cluster).await;
     named.api.delete("cart-0", &DeleteParams::default().grace_period(0)).await.unwrap();
     let other = there(&named.api, "cart-0", |pod| pod.uid() != named.source.uid()).await;
-    let end = Instant::now() + PATIENCE;
-    let uid = loop {
-        match named.pods.take_name(named.id, &named.moved).await {
-            Ok(uid) => break uid,
-            Err(failure) => assert!(Instant::now() < end, "{failure}"),
-        }
-    };
+    let uid = named.pods.take_name(named.id, &named.moved).await.unwrap();
     assert_ne!(Some(&uid), other.uid().as_ref());
     named.taken(&uid).await;
     named.ends(&uid).await;
+}
+
+#[tokio::test]
+#[ignore = "needs an API server: make test-kubernetes"]
+async fn a_pod_that_a_node_has_taken_already_has_to_end_there_first() {
+    let cluster = Cluster::new().await;
+    let named = Named::new(&cluster).await;
+    named.api.delete("cart-0", &DeleteParams::default().grace_period(0)).await.unwrap();
+    let other = there(&named.api, "cart-0", |pod| pod.uid() != named.source.uid()).await;
+    let binding = json!({ "metadata": { "name": "cart-0" }, "target": { "kind": "Node", "name": "elsewhere" } });
+    let _status: serde_json::Value =
+        named.api.create_subresource("binding", "cart-0", &PostParams::default(), &binding).await.unwrap();
+    let (pods, id, moved) = (named.pods.clone(), named.id, named.moved.clone());
+    let taking = tokio::spawn(async move { pods.take_name(id, &moved).await });
+    there(&named.api, "cart-0", |pod| pod.metadata.deletion_timestamp.is_some()).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let ending = named.api.get("cart-0").await.unwrap();
+    assert_eq!(ending.uid(), other.uid(), "there would be two of that name");
+    assert!(!taking.is_finished());
+    // As its kubelet says that it has ended.
+    named.api.delete("cart-0", &DeleteParams::default().grace_period(0)).await.unwrap();
+    let uid = taking.await.unwrap().unwrap();
+    named.taken(&uid).await;
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@ use podferry_common::FailureCode;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::testing::merge;
 
 const NOW: i64 = 1_000_000;
 const PATIENCE: SignedDuration = SignedDuration::from_secs(600);
@@ -20,17 +21,6 @@ fn pod(change: Value) -> Pod {
     });
     merge(&mut pod, change);
     serde_json::from_value(pod).unwrap()
-}
-
-fn merge(into: &mut Value, change: Value) {
-    match (into, change) {
-        (Value::Object(into), Value::Object(change)) => {
-            for (name, value) in change {
-                merge(into.entry(name).or_insert(Value::Null), value);
-            }
-        }
-        (into, change) => *into = change,
-    }
 }
 
 fn known(pod: Option<&Pod>) -> Known<'_> {
