@@ -149,6 +149,40 @@ pub(crate) struct Wishes {
     /// Where the workload is stopped: how long it gets to end after its SIGTERM before it is killed, at most 3600; the coordinator's default is 30
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(0..=3600))]
     pub(crate) grace_period: Option<u32>,
+    /// What becomes of its established connections: keep refuses what cannot keep them, auto closes them then
+    #[arg(long, value_enum, default_value_t = Connections::Auto)]
+    pub(crate) connections: Connections,
+    /// With pods: how long connections to the old address live on, at most, as 90s, 30m or 12h; the nodes' default is ten minutes
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) connections_deadline: Option<Duration>,
+}
+
+/// What becomes of established connections.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Connections {
+    /// They live on where they can
+    Auto,
+    /// The workload moves only if they live on
+    Keep,
+    /// They are closed
+    Close,
+}
+
+impl From<Connections> for v1::Connections {
+    fn from(connections: Connections) -> Self {
+        match connections {
+            Connections::Auto => Self::Unspecified,
+            Connections::Keep => Self::Keep,
+            Connections::Close => Self::Close,
+        }
+    }
+}
+
+impl Wishes {
+    /// As a request says it; 0 for no wish.
+    pub(crate) fn connections_deadline_s(&self) -> u32 {
+        self.connections_deadline.map_or(0, |deadline| u32::try_from(deadline.as_secs()).unwrap_or(u32::MAX))
+    }
 }
 
 /// Flags of `migrate`.

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant, SystemTime};
 use podferry_common::identity::{Identity, IdentityFiles, LocalCa, Peer};
 use podferry_common::{Failure, FailureCode, tls};
 use podferry_proto::v1::{
-    Decision, Migration, Node, Phase, Problem, ProtocolVersion, Round, Strategy, Timings, TransferProgress, Workload,
+    Connections, Decision, Migration, Node, Phase, Problem, ProtocolVersion, Round, Strategy, Timings,
+    TransferProgress, Workload,
 };
 use support::{Answer, Cluster, Script, podferry, program, run};
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -202,7 +203,8 @@ async fn a_live_migration_tells_its_rounds() {
     let end = Migration { strategy: Strategy::Live.into(), rounds: copying(3).rounds, ..succeeded() };
     let cluster = Cluster::start(accepting(vec![begun(), copying(1), copying(2), end])).await;
     cluster.script.lock().unwrap().pace = Duration::from_millis(300);
-    let flags = ["--strategy", "live", "--downtime-budget", "40", "--bandwidth-limit", "100M", "--verify"];
+    let flags = "--strategy live --downtime-budget 40 --bandwidth-limit 100M --verify --connections keep --connections-deadline 2h";
+    let flags: Vec<_> = flags.split(' ').collect();
     let ran = cluster.run(&[&MOVE[..], &flags].concat()).await.exits(0);
     insta::assert_snapshot!("live_lines", ran.err);
     let described = cluster.run(&["describe", ID]).await.exits(0).out;
@@ -212,6 +214,7 @@ async fn a_live_migration_tells_its_rounds() {
     let request = cluster.seen()[0].request.clone();
     assert_eq!((request.strategy(), request.bandwidth_limit, request.verify), (Strategy::Live, 100 * MIB, true));
     assert!(!request.throttle && !request.accept_loss);
+    assert_eq!((request.connections(), request.connections_deadline_s), (Connections::Keep, 7200));
     assert_eq!(request.downtime_budget_ms.to_bits(), 40.0_f64.to_bits());
     for wrong in [["--downtime-budget", "0"], ["--downtime-budget", "60001"], ["--bandwidth-limit", "fast"]] {
         cluster.run(&[&["migrate", "redis"][..], &wrong].concat()).await.exits(2);

@@ -14,7 +14,7 @@ use crate::metrics::Metrics;
 use crate::migration::State;
 use crate::runner::{Deadlines, Limits, Runner};
 use crate::store::{Record, Report, Store};
-use crate::strategy::Strategy;
+use crate::strategy::{Connections, Strategy};
 
 /// A coordinator's identity of a new authority, and no agent that would know it.
 pub(crate) fn agents(folder: &Path) -> Agents {
@@ -62,6 +62,7 @@ pub(crate) fn record(workload: &str, source: &str, target: &str) -> Record {
         verify: false,
         throttle: false,
         grace_period_s: 0,
+        connections: Connections::default(),
         requested_by: None,
         created_at: Timestamp::now(),
         frozen_at: None,

@@ -88,6 +88,69 @@ async fn an_address_that_cannot_move_is_said() {
     assert!(!end.keeps_connections && end.notes[0].starts_with("3 established TCP connections are closed"), "{end:?}");
 }
 
+fn warm(target: &str) -> v1::MigrateRequest {
+    let (workload, target) = ("shop".to_owned(), target.to_owned());
+    v1::MigrateRequest { workload, target, ..v1::MigrateRequest::default() }
+}
+
+fn last_prepare(world: &World) -> v1::PrepareRequest {
+    world.shared.lock().prepares.last().expect("nothing was prepared").clone()
+}
+
+#[tokio::test]
+async fn connections_are_closed_where_that_is_asked_for_and_the_migration_says_so() {
+    let world = World::new().await;
+    let (_coordinator, mut client) = world.coordinator().await;
+    let closing = v1::MigrateRequest { connections: v1::Connections::Close.into(), ..warm("b") };
+    let accepted = world::request(&mut client, closing).await.unwrap();
+    let end = outcome(&mut client, &accepted.id).await;
+    assert_eq!((end.phase(), end.keeps_connections), (Phase::Succeeded, false));
+    assert_eq!(end.notes[0], "3 established TCP connections are closed: that was asked for");
+    let frozen = world.shared.lock().freezes[0].keep_connections;
+    let asked = (last_prepare(&world).keep_connections, frozen);
+    assert_eq!(asked, (false, false));
+}
+
+/// Neither on the source, whose namespace says so in preflight, nor for want of a relay on the target, which only its answer to Prepare says.
+#[tokio::test]
+async fn a_workload_whose_connections_are_to_be_kept_and_cannot_be_is_never_frozen() {
+    let world = World::new().await;
+    let (_coordinator, mut client) = world.coordinator().await;
+    let keeping = v1::MigrateRequest { connections: v1::Connections::Keep.into(), ..warm("b") };
+    let accepted = world::request(&mut client, keeping.clone()).await.unwrap();
+    assert_eq!(outcome(&mut client, &accepted.id).await.phase(), Phase::Succeeded, "they move along with the address");
+    let back = v1::MigrateRequest { target: "a".to_owned(), ..warm("b") };
+    let accepted = world::request(&mut client, back).await.unwrap();
+    outcome(&mut client, &accepted.id).await;
+
+    let mut said = Vec::new();
+    world.node("a", |node| node.network = v1::NetworkKind::Own);
+    let relayed = v1::Relayed { addresses: vec!["10.0.0.7".to_owned()], mtu: 1450, lifetime_s: 0 };
+    for relayed in [None, Some(relayed)] {
+        if relayed.is_some() {
+            world.node("a", |node| node.network = v1::NetworkKind::Pod);
+        }
+        world.node("a", |node| node.relayed.clone_from(&relayed));
+        let before = world.calls().len();
+        let accepted = world::request(&mut client, keeping.clone()).await.unwrap();
+        said.push(outcome(&mut client, &accepted.id).await.reason);
+        let calls = world.calls()[before..].join(", ");
+        assert!(!calls.contains("Freeze"), "{calls}");
+        assert_eq!((world.copy("a", "cart"), world.copy("b", "cart")), (Some(Copy::Running), None));
+    }
+    assert_eq!(last_prepare(&world).relayed.unwrap().lifetime_s, 0);
+    insta::assert_snapshot!(said.join("\n"), @r#"
+        its connections are to be kept, and cannot be (3 are established): the container's address cannot move along, because its network namespace is not one given by path (on a, in preflight); what to do: let them be closed (--connections close), or kept where they can be (auto)
+        its connections are to be kept, and the target has nothing that carries them (on b, in prepare); what to do: see the log of the target's agent; or let them be closed (--connections close or auto)
+        "#);
+
+    let patient = v1::MigrateRequest { connections_deadline_s: 7200, ..warm("b") };
+    let accepted = world::request(&mut client, patient).await.unwrap();
+    let end = outcome(&mut client, &accepted.id).await;
+    assert_eq!(end.phase(), Phase::Succeeded, "without that wish they are closed: {end:?}");
+    assert_eq!(last_prepare(&world).relayed.unwrap().lifetime_s, 7200);
+}
+
 /// Every call before the commit, by node.
 const BEFORE_COMMIT: [(&str, &str); 8] = [
     ("a", "PreflightSource"),

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use podferry_common::MigrationId;
 use podferry_coordinator::migration::{Decision, State};
 use podferry_coordinator::store::{Record, Report, Store};
-use podferry_coordinator::strategy::Strategy;
+use podferry_coordinator::strategy::{Connections, Strategy};
 
 const FOLDER: &str = "PODFERRY_TEST_STORE";
 const KILLS: usize = 25;
@@ -34,6 +34,7 @@ fn record(number: u64) -> Record {
         verify: false,
         throttle: false,
         grace_period_s: 0,
+        connections: Connections::default(),
         requested_by: None,
         created_at: Timestamp::now(),
         frozen_at: None,

@@ -24,6 +24,7 @@ use super::{has_moved, note_of, notes, removed};
 use crate::context::Context;
 use crate::journal::Standing;
 use crate::metrics::Relaying;
+use crate::target::Relayed;
 use crate::worker::record;
 
 /// How long whoever asks for the pod by name may still get its old address, after the container runs there: kube-proxy looks once a
@@ -48,6 +49,9 @@ pub(crate) struct AwayNote {
     netns: PathBuf,
     addresses: Vec<IpAddr>,
     mtu: u32,
+    /// For how many seconds it was asked; 0 for as long as the node is set to.
+    #[serde(default)]
+    lifetime_s: u32,
     /// When its container ran.
     #[serde(default)]
     resumed: Option<SystemTime>,
@@ -126,10 +130,10 @@ impl Away {
         migration: MigrationId,
         home: Peer,
         netns: PathBuf,
-        addresses: Vec<IpAddr>,
-        mtu: u32,
+        relayed: Relayed,
     ) -> Result<Arc<Self>, Box<dyn std::error::Error + Send + Sync>> {
-        let note = AwayNote { migration, home, netns, addresses, mtu, resumed: None };
+        let Relayed { addresses, mtu, lifetime_s } = relayed;
+        let note = AwayNote { migration, home, netns, addresses, mtu, lifetime_s, resumed: None };
         note::make_room(&notes(context))?;
         let file = note_of(context, Side::Away, migration);
         record::store(&file, &note)?;
@@ -171,8 +175,9 @@ impl Away {
         if self.note.netns == netns {
             return Ok(());
         }
-        let AwayNote { migration, home, addresses, mtu, .. } = self.note.clone();
-        let moved = Self::prepare(&self.context, migration, home, netns, addresses, mtu)?;
+        let AwayNote { migration, home, addresses, mtu, lifetime_s, .. } = self.note.clone();
+        let relayed = Relayed { addresses, mtu, lifetime_s };
+        let moved = Self::prepare(&self.context, migration, home, netns, relayed)?;
         if let Door::Closed(kept) = std::mem::replace(&mut *self.lock(), Door::Gone) {
             *moved.lock() = Door::Closed(kept);
         }
@@ -337,7 +342,7 @@ impl Away {
 
     /// Until no connection is left, or it is late.
     async fn live(self: Arc<Self>, since: SystemTime) {
-        let lifetime = super::lifetime(&self.context);
+        let lifetime = super::lifetime(&self.context, self.note.lifetime_s);
         loop {
             tokio::time::sleep(LOOK).await;
             if *self.leaves.borrow() != Leaves::Through || self.is_carried_on() {

@@ -62,6 +62,9 @@ struct HomeNote {
     /// When the migration was committed.
     #[serde(default)]
     committed: Option<SystemTime>,
+    /// For how many seconds it was asked; 0 for as long as the node is set to.
+    #[serde(default)]
+    lifetime_s: u32,
 }
 
 /// What becomes of the migration.
@@ -126,6 +129,7 @@ impl Home {
         netns_path: PathBuf,
         (target, target_address): (Peer, String),
         fence: Option<Fence>,
+        lifetime_s: u32,
     ) -> Result<Self, Failed> {
         let netns = Netns::open(&netns_path)?;
         let (addresses, _): (Vec<IpAddr>, u32) = relay::addresses_of(&netns, crate::target::INTERFACE)?;
@@ -140,6 +144,7 @@ impl Home {
             fence,
             before: before.as_ref().map(|before| before.migration()),
             committed: None,
+            lifetime_s,
         };
         let written = note::make_room(&notes(context))
             .and_then(|()| record::store(&note_of(context, Side::Home, migration), &note));
@@ -530,7 +535,7 @@ impl Carrier {
     }
 
     fn left(&self) -> Duration {
-        let lifetime = super::lifetime(&self.context);
+        let lifetime = super::lifetime(&self.context, self.note.lifetime_s);
         // The target counts from later on, and has the say; this is for one that says nothing any more.
         let end = self.note.committed.map(|at| at + lifetime + PAUSES.1 * 5);
         end.map_or(Duration::from_secs(24 * 3600), |end| end.duration_since(SystemTime::now()).unwrap_or_default())

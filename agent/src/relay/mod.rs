@@ -41,8 +41,11 @@ pub(crate) use home::stays;
 /// The most addresses of a relay: the pod's own, and those that it had before.
 pub const MOST_ADDRESSES: usize = 16;
 
-/// How long one lives at most.
-fn lifetime(context: &Context) -> Duration {
+/// How long one lives at most: so many seconds when somebody has asked for it, and else as this node is set.
+fn lifetime(context: &Context, asked_s: u32) -> Duration {
+    if asked_s > 0 {
+        return Duration::from_secs(asked_s.into());
+    }
     context.config.kubernetes.as_ref().map(Kubernetes::relay).unwrap_or_default()
 }
 
@@ -82,7 +85,9 @@ pub fn relayed(context: &Context, container: &Container) -> Option<Relayed> {
             );
             None
         }
-        Ok((addresses, mtu)) => Some(Relayed { addresses: addresses.iter().map(ToString::to_string).collect(), mtu }),
+        Ok((addresses, mtu)) => {
+            Some(Relayed { addresses: addresses.iter().map(ToString::to_string).collect(), mtu, lifetime_s: 0 })
+        }
         Err(error) => {
             tracing::warn!(error = chain(&error), id = container.id, "a pod's connections are closed when it moves");
             None

@@ -11,6 +11,7 @@ use podferry_network::Netns;
 
 use super::Away;
 use crate::context::Context;
+use crate::target::Relayed;
 use crate::target::tests::context;
 
 const OLD: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);
@@ -43,7 +44,8 @@ impl Pod {
     fn away(&self, context: &Context) -> Arc<Away> {
         let home = Peer::Agent("n2".parse().unwrap());
         let addresses: Vec<IpAddr> = vec![OLD.into()];
-        Away::prepare(context, MigrationId::new(), home, self.netns.path().to_owned(), addresses, 1500).unwrap()
+        let relayed = Relayed { addresses, mtu: 1500, lifetime_s: 0 };
+        Away::prepare(context, MigrationId::new(), home, self.netns.path().to_owned(), relayed).unwrap()
     }
 
     fn listens(&self, address: Ipv4Addr) -> UdpSocket {

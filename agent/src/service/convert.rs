@@ -74,7 +74,8 @@ pub(crate) fn relayed_of(message: &v1::Relayed) -> Result<Relayed, Failure> {
         return Err(invalid(format!("{} is no MTU", message.mtu)));
     }
     let address = |text: &String| text.parse().map_err(|_| invalid(format!("{text:?} is no address")));
-    Ok(Relayed { addresses: message.addresses.iter().map(address).collect::<Result<_, _>>()?, mtu: message.mtu })
+    let addresses = message.addresses.iter().map(address).collect::<Result<_, _>>()?;
+    Ok(Relayed { addresses, mtu: message.mtu, lifetime_s: message.lifetime_s })
 }
 
 fn address_of(message: &v1::Address) -> Result<IpNet, Failure> {

@@ -260,7 +260,7 @@ impl Agent {
             target,
             target_address: request.target_address,
             connections: match (request.keep_connections, request.relay) {
-                (_, true) => Connections::Relay,
+                (_, true) => Connections::Relay { lifetime_s: request.relay_lifetime_s },
                 (true, false) => Connections::Keep,
                 (false, false) => Connections::Close,
             },

@@ -19,7 +19,10 @@ pub enum Connections {
     /// They move along with their address.
     Keep,
     /// Kubernetes: they live on through a relay.
-    Relay,
+    Relay {
+        /// For so many seconds at most; 0 for as long as the node is set to.
+        lifetime_s: u32,
+    },
 }
 
 /// What the coordinator wants of a freeze.

@@ -29,11 +29,11 @@ impl SourcePart {
     /// Before the freeze. The target expects connections: it cannot go on without them now.
     pub(super) async fn stay_home(&self, order: &FreezeOrder) -> Result<(), Failure> {
         let netns = order.container.namespace_paths.get(&NamespaceKind::Network).cloned();
-        let Some(netns) = netns.filter(|_| order.connections == Connections::Relay) else { return Ok(()) };
+        let (Some(netns), Connections::Relay { lifetime_s }) = (netns, order.connections) else { return Ok(()) };
         let (context, migration, fence) = (self.context.clone(), order.migration, self.fence.clone());
         let target = (order.target.clone(), order.target_address.clone());
         let home = blocking(move || {
-            Home::prepare(&context, migration, netns, target, fence).map_err(|error| {
+            Home::prepare(&context, migration, netns, target, fence, lifetime_s).map_err(|error| {
                 let what = "nothing can carry the pod's connections to its new address";
                 let failure = context.failure(FailureCode::FailedPrecondition, what, error.as_ref()).in_phase("freeze");
                 failure.remedy("set kubernetes.relay_s = 0 in agent.toml to have connections closed when pods move")

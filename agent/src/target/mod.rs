@@ -113,6 +113,8 @@ pub struct Relayed {
     pub addresses: Vec<IpAddr>,
     /// Bytes of the largest packet there.
     pub mtu: u32,
+    /// For how many seconds at most; 0 for as long as the node is set to.
+    pub lifetime_s: u32,
 }
 
 /// The part.

@@ -66,13 +66,13 @@ pub(super) async fn expect_relay(
 ) -> Option<Arc<Away>> {
     // What would end at once is not begun.
     context.config.kubernetes.as_ref().filter(|kubernetes| kubernetes.relay_s > 0)?;
-    let (Relayed { addresses, mtu }, pod) = (relayed?, pod?);
+    let (relayed, pod) = (relayed?, pod?);
     let (context, bundle, source) = (context.clone(), pod.bundle.clone(), source.clone());
     let prepared = tokio::task::spawn_blocking(move || {
         let spec = Spec::load(bundle.join("config.json"))?;
         let netns =
             namespace_of(&spec, LinuxNamespaceType::Network).ok_or("the pod has no network namespace of its own")?;
-        Away::prepare(&context, migration, source, netns, addresses, mtu)
+        Away::prepare(&context, migration, source, netns, relayed)
     });
     match prepared.await {
         Ok(Ok(away)) => Some(away),

@@ -38,6 +38,8 @@ pub(super) async fn drain(global: &Global, flags: arguments::Drain) -> Result<Ex
         verify: wishes.verify,
         throttle: wishes.throttle,
         grace_period_s: wishes.grace_period,
+        connections: v1::Connections::from(wishes.connections).into(),
+        connections_deadline_s: wishes.connections_deadline_s(),
         no_compression: wishes.no_compression,
     };
     let begun = answer(coordinator.evacuate(request)).await.map_err(told_apart)?.evacuation;

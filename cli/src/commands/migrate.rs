@@ -1,7 +1,7 @@
 //! `migrate` and `watch`.
 
 use podferry_common::Failure;
-use podferry_proto::v1::{MigrateRequest, Migration, Strategy};
+use podferry_proto::v1::{self, MigrateRequest, Migration, Strategy};
 
 use crate::arguments::{Global, Migrate, Output};
 use crate::coordinator::{Coordinator, answer, connect, present};
@@ -26,6 +26,8 @@ pub(super) async fn migrate(global: &Global, flags: Migrate) -> Result<Exit, Fai
         verify: wishes.verify,
         throttle: wishes.throttle,
         grace_period_s: wishes.grace_period,
+        connections: v1::Connections::from(wishes.connections).into(),
+        connections_deadline_s: wishes.connections_deadline_s(),
     };
     let begun = present(answer(coordinator.migrate(request)).await?.migration)?;
     if !flags.wait {

@@ -4,7 +4,8 @@ use std::process::Stdio;
 
 use podferry_common::{Failure, FailureCode};
 use podferry_proto::v1::{
-    EvacuatedState, EvacuatedWorkload, Evacuation, EvacuationOrder, EvacuationPhase, Migration, Problem, Strategy,
+    Connections, EvacuatedState, EvacuatedWorkload, Evacuation, EvacuationOrder, EvacuationPhase, Migration, Problem,
+    Strategy,
 };
 
 use super::support::{Cluster, Script, ran};
@@ -87,13 +88,14 @@ async fn what_is_asked_for_is_what_the_flags_say() {
     cluster.run(&["drain", "n1"]).await.exits(0);
     let flags = "drain n1 --strategy live --accept-loss --allow-restart --deadline 2m --priority redis=5 --priority cart=-1 \
                  --concurrency 3 --bandwidth-limit 10M --cordon --lowest-first -l app=shop --downtime-budget 50 --verify --throttle \
-                 --grace-period 7 --no-compression";
+                 --grace-period 7 --no-compression --connections close";
     cluster.run(&flags.split_whitespace().collect::<Vec<_>>()).await.exits(0);
     let asked = std::mem::take(&mut cluster.script.lock().unwrap().evacuated);
     assert_eq!((asked[0].strategy(), asked[0].deadline_s, asked[0].concurrency), (Strategy::Auto, 0, 0));
     assert!(!asked[0].accept_loss && !asked[0].allow_restart && asked[0].priorities.is_empty());
     assert_eq!((asked[1].strategy(), asked[1].deadline_s, asked[1].concurrency), (Strategy::Live, 120, 3));
     assert!(asked[1].accept_loss && asked[1].allow_restart);
+    assert_eq!((asked[0].connections(), asked[1].connections()), (Connections::Unspecified, Connections::Close));
     assert_eq!(asked[1].priorities, [("redis".to_owned(), 5), ("cart".to_owned(), -1)].into());
     assert_eq!(asked[1].bandwidth_limit, 10 << 20);
     assert!(!asked[0].cordon && asked[0].order() == EvacuationOrder::HighestFirst && asked[0].selector.is_empty());

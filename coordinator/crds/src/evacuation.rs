@@ -39,7 +39,7 @@ pub const MAX_CONCURRENT: i32 = 100;
         .message("an evacuation is of one node: make a new NodeEvacuation for another"),
     validation = Rule::new(unchanged(&[
         "cordon", "maxConcurrent", "order", "podSelector", "podPriorities", "strategy", "downtimeBudgetMs", "bandwidthLimit", "verify", "throttle",
-        "acceptLoss", "allowRestart", "gracePeriodSeconds", "compress",
+        "acceptLoss", "allowRestart", "gracePeriodSeconds", "connections", "connectionsDeadlineSeconds", "compress",
     ])).message("how a node is emptied cannot be changed on the way: cancel this NodeEvacuation and make a new one"),
     validation = Rule::new("!oldSelf.spec.cancel || self.spec.cancel")
         .message("a cancel cannot be taken back: make a new NodeEvacuation"),

@@ -18,7 +18,7 @@ pub use migration::{
     HistoryEntry, Migration, MigrationSpec, MigrationStatus, Problem, Progress, Round, Timings, Writer,
 };
 pub use policy::{Limits, MigrationPolicy, MigrationPolicySpec};
-pub use wishes::{Strategy, Wishes};
+pub use wishes::{Connections, Strategy, Wishes};
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt as _;

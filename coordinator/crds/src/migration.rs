@@ -40,7 +40,8 @@ use crate::wishes::Wishes;
     validation = Rule::new(unchanged(&["podName", "targetNode", "policy"]))
         .message("a migration moves one pod once: make a new Migration for another pod, node or policy"),
     validation = Rule::new(unchanged(&[
-        "strategy", "downtimeBudgetMs", "bandwidthLimit", "verify", "throttle", "acceptLoss", "allowRestart", "gracePeriodSeconds", "compress",
+        "strategy", "downtimeBudgetMs", "bandwidthLimit", "verify", "throttle", "acceptLoss", "allowRestart", "gracePeriodSeconds",
+        "connections", "connectionsDeadlineSeconds", "compress",
     ])).message("how a pod is moved cannot be changed on the way: cancel this Migration and make a new one"),
     validation = Rule::new("!oldSelf.spec.cancel || self.spec.cancel")
         .message("a cancel cannot be taken back: make a new Migration"),
@@ -59,6 +60,11 @@ use crate::wishes::Wishes;
         .message("only Live has memory to verify: use Live or Auto, or leave verify away"),
     validation = Rule::new("self.?strategy.orValue('Auto') in ['Auto', 'Cold'] || !self.?allowRestart.orValue(false)")
         .message("only Auto and Cold restart a pod: use one of them, or leave allowRestart away"),
+    validation = Rule::new(
+        "self.?connections.orValue('Auto') != 'Keep' || !(self.?strategy.orValue('Auto') in ['Cold', 'Application'] || self.?allowRestart.orValue(false))"
+    ).message("Cold, Application and allowRestart close connections: use another strategy, or do not ask that they are kept"),
+    validation = Rule::new("!has(self.connectionsDeadlineSeconds) || self.?connections.orValue('Auto') != 'Close'")
+        .message("connections that are closed have no deadline: leave connectionsDeadlineSeconds away"),
 )]
 #[serde(rename_all = "camelCase")]
 pub struct MigrationSpec {

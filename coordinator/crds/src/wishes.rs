@@ -23,6 +23,18 @@ pub enum Strategy {
     Application,
 }
 
+/// What becomes of a pod's established connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum Connections {
+    /// They live on where they can, and are closed where they cannot, which the status says.
+    #[default]
+    Auto,
+    /// The pod moves only if they live on.
+    Keep,
+    /// They are closed.
+    Close,
+}
+
 /// How a pod is to be moved. What is left out is taken from a `MigrationPolicy`, or else is the default that stands with each.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
@@ -57,6 +69,14 @@ pub struct Wishes {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 3600))]
     pub grace_period_seconds: Option<i32>,
+    /// What becomes of its established connections; Auto when nobody says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connections: Option<Connections>,
+    /// Seconds that connections to the old address live on through a relay, at most; as long as the nodes are set to when nobody says, which is
+    /// ten minutes by default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 604_800))]
+    pub connections_deadline_seconds: Option<i32>,
     /// Whether pages may be compressed; yes when nobody says.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compress: Option<bool>,
@@ -75,6 +95,8 @@ impl Wishes {
             accept_loss: self.accept_loss.or(others.accept_loss),
             allow_restart: self.allow_restart.or(others.allow_restart),
             grace_period_seconds: self.grace_period_seconds.or(others.grace_period_seconds),
+            connections: self.connections.or(others.connections),
+            connections_deadline_seconds: self.connections_deadline_seconds.or(others.connections_deadline_seconds),
             compress: self.compress.or(others.compress),
         }
     }

@@ -24,7 +24,7 @@ use crate::placement::{Candidate, Choice, Demand, Facts, choose, inhabited, judg
 use crate::pods::target_name;
 use crate::runner::{Deadlines, Runner, blocking};
 use crate::store::{PodMove, Record, Report, Store, StoreError};
-use crate::strategy::{Strategy, Wishes};
+use crate::strategy::{Connections, Strategy, Wishes};
 use wishes::{grace_period_s_of, wishes};
 
 /// What a request does not say, but who asks knows.
@@ -292,6 +292,7 @@ impl Core {
             verify: request.verify,
             throttle: request.throttle,
             grace_period_s,
+            connections: Connections::of(request)?,
             requested_by: Some(who.clone()),
             created_at: Timestamp::now(),
             frozen_at: None,

@@ -21,9 +21,9 @@ use super::{Controller, ControllerError};
 use crate::access::{Action as Asked, Verb};
 use crate::api::may_pass;
 use crate::evacuation::{self, Evacuation, EvacuationId, Manner, Phase, Terms, Wish};
-use crate::pods::policy::wire;
+use crate::pods::policy::{fate, seconds, wire};
 use crate::store::{Evacuations, deadline_of, time};
-use crate::strategy::{Asked as Way, Strategy};
+use crate::strategy::{Asked as Way, Connections, Strategy};
 
 impl Controller {
     /// Does what an object asks for, as far as it is not done.
@@ -200,6 +200,10 @@ fn terms_of(spec: &NodeEvacuationSpec) -> Result<Terms, Failure> {
             throttle: said(wishes.throttle),
             grace_period_s: wishes.grace_period_seconds.and_then(|seconds| u32::try_from(seconds).ok()),
             no_compression: wishes.compress == Some(false),
+            connections: Connections {
+                fate: fate(wishes.connections).into(),
+                deadline_s: seconds(wishes.connections_deadline_seconds),
+            },
         },
         order: match spec.order {
             Order::HighestPriorityFirst => evacuation::Order::HighestFirst,

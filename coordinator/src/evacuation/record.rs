@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::EvacuationId;
 use super::machine::Outcome;
-use crate::strategy::Strategy;
+use crate::strategy::{Connections, Strategy};
 
 /// What whoever asked for an evacuation wants.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -70,6 +70,8 @@ pub struct Manner {
     pub grace_period_s: Option<u32>,
     /// Whether pages go as they are.
     pub no_compression: bool,
+    /// What becomes of connections.
+    pub connections: Connections,
 }
 
 /// Where an evacuation stands.

@@ -7,7 +7,7 @@ use kube::api::ListParams;
 use kube::core::{Selector, SelectorExt as _};
 use kube::{Api, Client, ResourceExt as _};
 use podferry_common::{Failure, FailureCode};
-use podferry_crds::{Limits, MigrationPolicy, MigrationSpec, Strategy, Wishes};
+use podferry_crds::{Connections, Limits, MigrationPolicy, MigrationSpec, Strategy, Wishes};
 use podferry_proto::v1;
 use thiserror::Error;
 
@@ -153,6 +153,12 @@ fn wishes_of(asked: &v1::MigrateRequest) -> Wishes {
         accept_loss: asked.accept_loss.then_some(true),
         allow_restart: asked.allow_restart.then_some(true),
         grace_period_seconds: asked.grace_period_s.and_then(|seconds| i32::try_from(seconds).ok()),
+        connections: match asked.connections() {
+            v1::Connections::Unspecified => None,
+            v1::Connections::Keep => Some(Connections::Keep),
+            v1::Connections::Close => Some(Connections::Close),
+        },
+        connections_deadline_seconds: i32::try_from(asked.connections_deadline_s).ok().filter(|seconds| *seconds > 0),
         compress: asked.no_compression.then_some(false),
     }
 }
@@ -212,6 +218,22 @@ fn leave_out_what_does_not_fit(wishes: &mut Wishes, asked: &Wishes) {
     if !may_stop {
         wishes.grace_period_seconds = asked.grace_period_seconds;
     }
+    leave_out_what_closes_or_keeps(wishes, asked);
+}
+
+/// A restart that is allowed and connections that are kept exclude each other: what is asked for goes before a default, and among
+/// defaults the one that loses nothing.
+fn leave_out_what_closes_or_keeps(wishes: &mut Wishes, asked: &Wishes) {
+    let anew = matches!(wishes.strategy, Some(Strategy::Cold | Strategy::Application));
+    let restarts = anew || asked.allow_restart == Some(true);
+    if wishes.connections == Some(Connections::Keep) && restarts {
+        wishes.connections = asked.connections;
+    } else if wishes.connections == Some(Connections::Keep) {
+        wishes.allow_restart = asked.allow_restart;
+    }
+    if anew || wishes.connections == Some(Connections::Close) {
+        wishes.connections_deadline_seconds = asked.connections_deadline_seconds;
+    }
 }
 
 /// Whether it copies memory while the pod runs, or may be another that does.
@@ -269,7 +291,21 @@ fn request(workload: String, spec: &MigrationSpec, wishes: &Wishes) -> v1::Migra
         throttle: said(wishes.throttle),
         grace_period_s: wishes.grace_period_seconds.and_then(|seconds| u32::try_from(seconds).ok()),
         allow_restart: said(wishes.allow_restart),
+        connections: fate(wishes.connections).into(),
+        connections_deadline_s: seconds(wishes.connections_deadline_seconds),
     }
+}
+
+pub(crate) fn fate(connections: Option<Connections>) -> v1::Connections {
+    match connections.unwrap_or_default() {
+        Connections::Auto => v1::Connections::Unspecified,
+        Connections::Keep => v1::Connections::Keep,
+        Connections::Close => v1::Connections::Close,
+    }
+}
+
+pub(crate) fn seconds(wish: Option<i32>) -> u32 {
+    wish.and_then(|seconds| u32::try_from(seconds).ok()).unwrap_or_default()
 }
 
 pub(crate) fn wire(strategy: Strategy) -> v1::Strategy {
@@ -371,6 +407,8 @@ mod tests {
             accept_loss: Some(true),
             allow_restart: Some(true),
             grace_period_seconds: Some(0),
+            connections: Some(Connections::Close),
+            connections_deadline_seconds: Some(60),
             compress: Some(false),
         };
         let all = MigrationSpec { target_node: Some("b".to_owned()), wishes, ..spec() };
@@ -386,6 +424,8 @@ mod tests {
             throttle: true,
             grace_period_s: Some(0),
             allow_restart: true,
+            connections: v1::Connections::Close.into(),
+            connections_deadline_s: 60,
         };
         assert_eq!(asks(&all, &[]), Ok(request));
     }
@@ -435,6 +475,32 @@ mod tests {
         let mut asked = spec();
         (asked.wishes.strategy, asked.wishes.verify) = (Some(Strategy::Warm), Some(true));
         assert!(asks(&asked, &[]).unwrap().verify, "what makes no sense is refused by the core, which says why");
+    }
+
+    #[test]
+    fn a_restart_that_is_asked_for_goes_before_connections_that_a_policy_keeps_and_not_before_those_that_are_asked_for()
+    {
+        let of = |restart: Option<bool>, connections: Option<Connections>| Wishes {
+            allow_restart: restart,
+            connections,
+            ..Wishes::default()
+        };
+        let of_both = |asked: Wishes, default: Wishes| {
+            let asked = MigrationSpec { wishes: asked, ..spec() };
+            let request = asks(&asked, &[policy("all", default, Limits::default())]).unwrap();
+            (request.allow_restart, request.connections())
+        };
+        let (keep, close) = (Some(Connections::Keep), Some(Connections::Close));
+        let (kept, closed) = (v1::Connections::Keep, v1::Connections::Close);
+        assert_eq!(of_both(of(None, None), of(None, keep)), (false, kept));
+        assert_eq!(of_both(of(Some(true), None), of(None, keep)), (true, v1::Connections::Unspecified));
+        assert_eq!(of_both(of(None, keep), of(Some(true), None)), (false, kept));
+        assert_eq!(of_both(of(None, None), of(Some(true), keep)), (false, kept));
+        assert_eq!(of_both(of(None, close), of(Some(true), keep)), (true, closed));
+        let torn = of_both(of(Some(true), keep), Wishes::default());
+        assert_eq!(torn, (true, kept), "what makes no sense is refused by the core, which says why");
+        let cold = Wishes { strategy: Some(Strategy::Cold), ..Wishes::default() };
+        assert_eq!(of_both(cold, of(None, keep)).1, v1::Connections::Unspecified);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures::FutureExt as _;
 use podferry_common::{Failure, FailureCode, MigrationId, NodeName};
 use podferry_proto::v1::freeze_event::Event as FreezeEvent;
-use podferry_proto::v1::{self, Finding, NetworkKind};
+use podferry_proto::v1::{self, Finding};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 use tonic::Status;
@@ -18,7 +18,7 @@ use crate::cluster::{AgentClient, Agents, placed, speaks};
 use crate::migration::{Call, Side};
 use crate::pods::Pods;
 use crate::store::{PodMove, Record};
-use crate::strategy::{Auto, Choice, Strategy, Wishes, budget_ms};
+use crate::strategy::{Auto, Choice, Connections, Fate, Strategy, Wishes, budget_ms};
 
 /// What an agent says in its features that takes volumes.
 const VOLUMES_WORD: &str = "agent:volumes";
@@ -83,6 +83,7 @@ pub(super) struct Job {
     pub(super) verify: bool,
     pub(super) throttle: bool,
     pub(super) grace_period_s: u32,
+    pub(super) connections: Connections,
     pub(super) source: NodeName,
     pub(super) source_address: String,
     pub(super) target: NodeName,
@@ -121,6 +122,7 @@ impl Job {
             verify: record.verify,
             throttle: record.throttle,
             grace_period_s: record.grace_period_s,
+            connections: record.connections,
             source: record.source.clone(),
             source_address: record.source_address.clone(),
             target: record.target.clone(),
@@ -224,7 +226,15 @@ impl Job {
         };
         let answer = client.preflight_source(request).await.map_err(|status| self.placed(&status))?.into_inner();
         let refusal = self.refusal(&answer.findings, "the workload cannot be taken from this node");
+        let refusal = refusal.or_else(|| self.losing_connections(strategy, &answer));
         Ok(refusal.map_or_else(|| Ok(Arc::new(answer)), Err))
+    }
+
+    /// Refuses a workload whose connections are to be kept and cannot be.
+    fn losing_connections(&self, strategy: Strategy, facts: &v1::PreflightSourceResponse) -> Option<Failure> {
+        let obstacle = self.connections.obstacle(strategy, facts)?;
+        let failure = self.failure(FailureCode::FailedPrecondition, obstacle);
+        Some(failure.remedy("let them be closed (--connections close), or kept where they can be (auto)"))
     }
 
     /// What the target says to such a workload in that way; the inner error is that it cannot take it so.
@@ -346,6 +356,7 @@ impl Job {
             take_over: self.take_over(),
             volumes: moving_volumes(&self.facts),
             relay: self.relays,
+            relay_lifetime_s: self.connections.deadline_s,
         };
         let mut events = client.freeze(request).await.map_err(|status| self.placed(&status))?.into_inner();
         let (mut rounds, mut complete) = (0, false);
@@ -446,7 +457,7 @@ impl Job {
     async fn prepare(&self, mut client: AgentClient) -> Result<Answer, Failure> {
         let Some((pods, moved)) = &self.pod else {
             let prepared = client.prepare(self.prepare_request(None)).await;
-            return prepared.map(is_prepared).map_err(|status| self.placed(&status));
+            return prepared.map_err(|status| self.placed(&status)).and_then(|answer| self.is_prepared(&answer));
         };
         let place = v1::PodPlace {
             namespace: moved.namespace.clone(),
@@ -457,10 +468,21 @@ impl Job {
         };
         tokio::select! {
             prepared = client.prepare(self.prepare_request(Some(place))) => {
-                prepared.map(is_prepared).map_err(|status| self.placed(&status))
+                prepared.map_err(|status| self.placed(&status)).and_then(|answer| self.is_prepared(&answer))
             }
             failure = pods.target_fails(moved) => Err(failure),
         }
+    }
+
+    /// The target may have nothing that carries connections.
+    fn is_prepared(&self, answer: &tonic::Response<v1::PrepareResponse>) -> Result<Answer, Failure> {
+        let relays = answer.get_ref().relays;
+        if relays || self.keeps_connections() || self.connections.fate != Fate::Keep {
+            return Ok(Answer::Prepared { relays });
+        }
+        let message = "its connections are to be kept, and the target has nothing that carries them";
+        let failure = self.failure(FailureCode::FailedPrecondition, message.to_owned());
+        Err(failure.remedy("see the log of the target's agent; or let them be closed (--connections close or auto)"))
     }
 
     fn prepare_request(&self, pod: Option<v1::PodPlace>) -> v1::PrepareRequest {
@@ -480,12 +502,12 @@ impl Job {
             application: self.strategy == Strategy::Application,
             pod,
             volumes: moving_volumes(&self.facts),
-            relayed: self.facts.relayed.clone().filter(|_| !self.strategy.starts_anew()),
+            relayed: self.connections.relayed(self.strategy, &self.facts),
         }
     }
 
     fn keeps_connections(&self) -> bool {
-        keeps_connections(self.strategy, &self.facts)
+        self.connections.move_along(self.strategy, &self.facts)
     }
 }
 
@@ -498,15 +520,6 @@ pub(super) struct Surroundings {
     pub(super) agents: Agents,
     pub(super) pods: Option<Pods>,
     pub(super) inputs: mpsc::UnboundedSender<Input>,
-}
-
-/// Connections live on where the address moves along, and those who have them.
-pub(super) fn keeps_connections(strategy: Strategy, facts: &v1::PreflightSourceResponse) -> bool {
-    facts.network() == NetworkKind::Path && !strategy.starts_anew()
-}
-
-fn is_prepared(answer: tonic::Response<v1::PrepareResponse>) -> Answer {
-    Answer::Prepared { relays: answer.into_inner().relays }
 }
 
 /// Both sides are told the same, in the same order.

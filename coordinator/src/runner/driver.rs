@@ -6,19 +6,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use podferry_common::{Failure, FailureCode};
-use podferry_proto::v1::{self, NetworkKind, PreflightSourceResponse};
+use podferry_proto::v1::{self, PreflightSourceResponse};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
-use super::calls::{Answer, Input, Job, Surroundings, describe, keeps_connections, phase_word};
+use super::calls::{Answer, Input, Job, Surroundings, describe, phase_word};
 use super::choosing::Survey;
 use super::meter::Meter;
 use super::{Deadlines, Shared, blocking};
 use crate::audit::What;
 use crate::migration::{Call, Command, Durability, Event, Phase, State};
 use crate::store::{Record, StoreError, told};
-use crate::strategy::{Choice, Strategy};
+use crate::strategy::{Choice, Fate, Strategy, why_closed};
 
 /// The pause before the first repetition; doubled for each further one.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
@@ -192,21 +192,17 @@ impl Driver {
     }
 
     fn note_source(&mut self, facts: Arc<PreflightSourceResponse>) {
+        let (strategy, connections) = (self.record.strategy, self.record.connections);
         let report = &mut self.record.report;
-        report.keeps_connections = keeps_connections(self.record.strategy, &facts);
-        if facts.tcp_connections > 0 && self.record.strategy.starts_anew() {
-            let why = match self.record.strategy {
-                Strategy::Application => "a new instance takes the workload's place",
-                _ => "the workload is stopped, and started anew",
-            };
-            report.note(format!("{} established TCP connections are closed: {why}", facts.tcp_connections));
-        } else if !report.keeps_connections && facts.tcp_connections > 0 && facts.relayed.is_none() {
-            let why = match facts.network() {
-                NetworkKind::Pod => "the pod gets another address, and its node has nothing that carries them there",
-                _ => {
-                    "the container's address cannot move along, because its network namespace is not one given by path"
-                }
-            };
+        report.keeps_connections = connections.move_along(strategy, &facts);
+        let why = match strategy {
+            Strategy::Application => Some("a new instance takes the workload's place"),
+            Strategy::Cold => Some("the workload is stopped, and started anew"),
+            _ if connections.fate == Fate::Close => Some("that was asked for"),
+            _ if report.keeps_connections || facts.relayed.is_some() => None,
+            _ => Some(why_closed(&facts)),
+        };
+        if let Some(why) = why.filter(|_| facts.tcp_connections > 0) {
             report.note(format!("{} established TCP connections are closed: {why}", facts.tcp_connections));
         }
         facts.findings.iter().for_each(|finding| report.note(describe(finding)));
@@ -219,13 +215,13 @@ impl Driver {
     /// Takes down whether connections live on though the pod gets another address.
     fn note_prepared(&mut self, relays: bool) {
         self.relays = relays;
-        let Some(relayed) = &self.facts.relayed else { return };
+        let Some(relayed) = self.record.connections.relayed(self.record.strategy, &self.facts) else { return };
         let report = &mut self.record.report;
         report.keeps_connections |= relays;
         if relays {
             let addresses = relayed.addresses.join(", ");
             report.note(format!("connections to {addresses} live on through a relay between the nodes"));
-        } else if self.facts.tcp_connections > 0 && !self.record.strategy.starts_anew() {
+        } else if self.facts.tcp_connections > 0 {
             let count = self.facts.tcp_connections;
             report.note(format!(
                 "{count} established TCP connections are closed: the target has nothing that carries them"

@@ -7,7 +7,7 @@ use podferry_proto::v1;
 use serde::{Deserialize, Serialize};
 
 use crate::migration::{Decision, Phase, State};
-use crate::strategy::{Auto, Strategy};
+use crate::strategy::{Auto, Connections, Strategy};
 
 /// Notes of one migration that are kept, and the longest of them in bytes.
 const MAX_NOTES: usize = 16;
@@ -90,6 +90,9 @@ pub struct Record {
     /// Cold: seconds from the workload's SIGTERM to its SIGKILL.
     #[serde(default)]
     pub grace_period_s: u32,
+    /// What was asked for its connections.
+    #[serde(default)]
+    pub connections: Connections,
     /// Who asked for it; `None` when that was not recorded yet.
     #[serde(default)]
     pub requested_by: Option<Peer>,

@@ -4,6 +4,7 @@
 //! freeze on.
 
 mod choice;
+mod connections;
 mod past;
 
 use std::fmt;
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::migration::{Path, Phase};
 
 pub use choice::{Choice, End, Goals, Obstacle, View, choose};
+pub use connections::{Connections, Fate, why_closed};
 pub use past::Past;
 
 /// The downtime that is aimed at, in milliseconds, when nobody says one.

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use cluster::{Cluster, condition, spec};
 use podferry_common::{Failure, FailureCode};
-use podferry_crds::{FINALIZER, ID_ANNOTATION, Limits, Migration, MigrationPolicySpec, Strategy, Wishes};
+use podferry_crds::{Connections, FINALIZER, ID_ANNOTATION, Limits, Migration, MigrationPolicySpec, Strategy, Wishes};
 use podferry_proto::v1::{self, Phase};
 use rustix::process::Signal;
 use serde_json::json;
@@ -69,6 +69,10 @@ async fn what_cannot_be_is_refused_with_a_reason_and_a_remedy() {
     hybrid.target_node = Some("a".to_owned());
     cluster.make("risky", hybrid).await;
     assert_eq!(condition(&cluster.phase("risky", "refused").await, "Succeeded").0, "False");
+    let mut restarted = spec("cart", Strategy::Auto);
+    (restarted.wishes.allow_restart, restarted.wishes.connections) = (Some(true), Some(Connections::Keep));
+    let said = cluster.try_make("torn", restarted).await.unwrap_err();
+    assert!(said.contains("close connections"), "{said}");
     let said = cluster.patch("risky", json!({"spec": {"targetNode": "b"}})).await.unwrap_err();
     assert!(said.contains("make a new Migration"), "{said}");
 }
@@ -120,6 +124,8 @@ async fn an_object_can_say_all_that_grpc_can() {
         throttle: true,
         grace_period_s: Some(10),
         allow_restart: true,
+        connections: v1::Connections::Unspecified.into(),
+        connections_deadline_s: 7200,
     };
     let accepted = world::request(&mut client, all).await.unwrap();
     outcome(&mut client, &accepted.id).await;
@@ -133,6 +139,8 @@ async fn an_object_can_say_all_that_grpc_can() {
         accept_loss: Some(true),
         allow_restart: Some(true),
         grace_period_seconds: Some(10),
+        connections: None,
+        connections_deadline_seconds: Some(7200),
         compress: Some(false),
     };
     assert_eq!(said, expected);

@@ -202,7 +202,7 @@ async fn what_makes_no_sense_is_refused_with_what_to_do() {
     400 INVALID_ARGUMENT the body is wrong: EOF while parsing an object at line 1 column 1; what to do: see /api/v1/openapi.json
     400 INVALID_ARGUMENT the body is no JSON object; what to do: see /api/v1/openapi.json
     400 INVALID_ARGUMENT the body is wrong: missing field `workload` at line 1 column 15; what to do: see /api/v1/openapi.json
-    400 INVALID_ARGUMENT the body is wrong: unknown field `tarjet`, expected one of `workload`, `target`, `strategy`, `no_compression`, `downtime_budget_ms`, `bandwidth_limit`, `verify`, `throttle`, `accept_loss`, `allow_restart`, `grace_period_s` at line 1 column 29; what to do: see /api/v1/openapi.json
+    400 INVALID_ARGUMENT the body is wrong: unknown field `tarjet`, expected one of `workload`, `target`, `strategy`, `no_compression`, `downtime_budget_ms`, `bandwidth_limit`, `verify`, `throttle`, `accept_loss`, `allow_restart`, `grace_period_s`, `connections`, `connections_deadline_s` at line 1 column 29; what to do: see /api/v1/openapi.json
     400 INVALID_ARGUMENT the body is wrong: duplicate field `workload` at line 1 column 31; what to do: see /api/v1/openapi.json
     400 INVALID_ARGUMENT the body is wrong: invalid type: integer `7`, expected a string at line 1 column 14; what to do: see /api/v1/openapi.json
     400 INVALID_ARGUMENT the body is wrong: unknown variant `warp`, expected one of `auto`, `cold`, `warm`, `live`, `postcopy`, `hybrid`, `application` at line 1 column 39; what to do: see /api/v1/openapi.json

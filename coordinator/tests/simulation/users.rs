@@ -6,7 +6,7 @@ use podferry_common::{MigrationId, NodeName};
 use podferry_coordinator::migration::State;
 use podferry_coordinator::placement::{self, Candidate, Demand, Facts, NodeTraits, WorkloadTraits};
 use podferry_coordinator::store::{Record, Report};
-use podferry_coordinator::strategy::Strategy;
+use podferry_coordinator::strategy::{Connections, Strategy};
 
 use crate::coordinator::Driver;
 use crate::network::Place;
@@ -123,6 +123,7 @@ fn record(strategy: Strategy, source: usize, target: usize, grace: Time) -> Reco
         verify: false,
         throttle: false,
         grace_period_s: u32::try_from(grace / SECOND).unwrap_or_default(),
+        connections: Connections::default(),
         requested_by: None,
         created_at: jiff::Timestamp::UNIX_EPOCH,
         frozen_at: None,

@@ -235,13 +235,13 @@ impl AgentService for Agent {
         self.take_strategy(request.get_ref().strategy());
         let after = self.enter("PreflightSource").await?;
         let tracking = self.shared.lock().tracking.clone().filter(|_| request.get_ref().look_at_tracking);
-        let (network, volumes) = {
+        let (network, volumes, relayed) = {
             let state = self.shared.lock();
             let node = &state.nodes[&self.node];
             if node.containers.get(&request.get_ref().workload) != Some(&Copy::Running) {
                 return Err(refused("the container does not run"));
             }
-            (node.network, node.volumes.clone())
+            (node.network, node.volumes.clone(), node.relayed.clone())
         };
         let findings = after.findings();
         after.answer(PreflightSourceResponse {
@@ -251,6 +251,7 @@ impl AgentService for Agent {
             tcp_connections: 3,
             processes: 2,
             volumes,
+            relayed,
             tracking,
             ..PreflightSourceResponse::default()
         })

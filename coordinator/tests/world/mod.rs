@@ -68,6 +68,8 @@ pub(crate) struct NodeState {
     pub(crate) description: v1::DescribeResponse,
     pub(crate) containers: BTreeMap<String, Copy>,
     pub(crate) network: v1::NetworkKind,
+    /// What of its containers' connections a relay could carry.
+    pub(crate) relayed: Option<v1::Relayed>,
     /// Those of its containers.
     pub(crate) volumes: Vec<v1::Volume>,
     pub(crate) parts: HashMap<String, (Part, String)>,
@@ -284,7 +286,7 @@ fn node(name: &str) -> NodeState {
         ..v1::DescribeResponse::default()
     };
     let (containers, parts) = (BTreeMap::new(), HashMap::new());
-    NodeState { description, containers, network: v1::NetworkKind::Path, volumes: Vec::new(), parts }
+    NodeState { description, containers, network: v1::NetworkKind::Path, relayed: None, volumes: Vec::new(), parts }
 }
 
 /// Asks for a migration.

@@ -17,7 +17,7 @@ use crate::cluster::Seen;
 use crate::evacuation::{self, Evacuation, EvacuationId, Event, Found, Manner, Order, Phase, Terms, Wish};
 use crate::runner::blocking;
 use crate::store::Record;
-use crate::strategy::{Asked, Strategy};
+use crate::strategy::{Asked, Connections, Strategy};
 
 impl Core {
     /// Accepts an evacuation that `who` asks for, or refuses it and records nothing.
@@ -63,6 +63,13 @@ impl Core {
                 failure.remedy("ask without it: no migration goes to a node that is being emptied, in any case")
             );
         }
+        let connections = Connections::of(&v1::MigrateRequest {
+            strategy: request.strategy,
+            allow_restart: request.allow_restart,
+            connections: request.connections,
+            connections_deadline_s: request.connections_deadline_s,
+            ..v1::MigrateRequest::default()
+        })?;
         let selector = evacuation::selector::parse(&request.selector);
         Ok(Terms {
             strategy,
@@ -78,6 +85,7 @@ impl Core {
                 throttle: request.throttle,
                 grace_period_s: request.grace_period_s,
                 no_compression: request.no_compression,
+                connections,
             },
             order: match request.order() {
                 v1::EvacuationOrder::LowestFirst => Order::LowestFirst,
@@ -202,6 +210,7 @@ fn of_one(workload: &str, terms: &Terms, strategy: Option<Strategy>) -> v1::Migr
     let as_asked = strategy == terms.strategy;
     // Nor is all of that for every strategy.
     let manner = if as_asked { terms.manner.clone() } else { Manner::default() };
+    let connections = terms.manner.connections;
     v1::MigrateRequest {
         workload: workload.to_owned(),
         target: String::new(),
@@ -214,6 +223,8 @@ fn of_one(workload: &str, terms: &Terms, strategy: Option<Strategy>) -> v1::Migr
         verify: manner.verify,
         throttle: manner.throttle,
         grace_period_s: manner.grace_period_s,
+        connections: v1::Connections::from(connections.fate).into(),
+        connections_deadline_s: connections.deadline_s,
     }
 }
 

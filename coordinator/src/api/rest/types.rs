@@ -124,6 +124,35 @@ pub(super) struct MigrateRequest {
     /// Cold, and application for a stateless workload: seconds that it gets to end, at most 3600, before it is killed; 30 when none are given.
     #[serde(default)]
     grace_period_s: Option<u32>,
+    /// What becomes of its established connections; auto when none is given.
+    #[serde(default)]
+    connections: Connections,
+    /// Pods: seconds that connections to the old address live on, at most 604800; as long as the nodes are set to when none are given.
+    #[serde(default)]
+    connections_deadline_s: Option<u32>,
+}
+
+/// What becomes of a workload's established connections.
+#[derive(Debug, Default, Clone, Copy, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Connections {
+    /// They live on where they can, and are closed where they cannot, which the migration's notes say.
+    #[default]
+    Auto,
+    /// It moves only if they live on.
+    Keep,
+    /// They are closed.
+    Close,
+}
+
+impl From<Connections> for v1::Connections {
+    fn from(wanted: Connections) -> Self {
+        match wanted {
+            Connections::Auto => Self::Unspecified,
+            Connections::Keep => Self::Keep,
+            Connections::Close => Self::Close,
+        }
+    }
 }
 
 impl From<MigrateRequest> for v1::MigrateRequest {
@@ -141,6 +170,8 @@ impl From<MigrateRequest> for v1::MigrateRequest {
             throttle: wanted.throttle,
             allow_restart: wanted.allow_restart,
             grace_period_s: wanted.grace_period_s,
+            connections: v1::Connections::from(wanted.connections).into(),
+            connections_deadline_s: wanted.connections_deadline_s.unwrap_or_default(),
         }
     }
 }
@@ -306,6 +337,12 @@ pub(super) struct EvacuateRequest {
     /// As in a migration.
     #[serde(default)]
     no_compression: bool,
+    /// As in a migration.
+    #[serde(default)]
+    connections: Connections,
+    /// As in a migration.
+    #[serde(default)]
+    connections_deadline_s: Option<u32>,
 }
 
 impl From<EvacuateRequest> for v1::EvacuateRequest {
@@ -327,6 +364,8 @@ impl From<EvacuateRequest> for v1::EvacuateRequest {
             throttle: wanted.throttle,
             grace_period_s: wanted.grace_period_s,
             no_compression: wanted.no_compression,
+            connections: v1::Connections::from(wanted.connections).into(),
+            connections_deadline_s: wanted.connections_deadline_s.unwrap_or_default(),
         }
     }
 }

@@ -16,7 +16,7 @@ use tokio::runtime::Handle;
 
 use super::status::{ACCEPTED, FINISHED, Judgement, camel_case, judge, problem, saturated, time};
 use super::write::{self, Pen, Unwritten};
-use super::{LAZINESS, all, home_of, names, wanted, whole};
+use super::{LAZINESS, all, home_of, kept_or_closed, names, wanted, whole};
 use crate::evacuation::{self, Entry, Evacuation, EvacuationId, Phase, Standing};
 use crate::store::evacuations::KEPT;
 use crate::store::{EvacuationConflict, StoreError};
@@ -312,6 +312,8 @@ fn spec_of(evacuation: &Evacuation) -> NodeEvacuationSpec {
         accept_loss: terms.accept_loss.then_some(true),
         allow_restart: terms.allow_restart.then_some(true),
         grace_period_seconds: manner.grace_period_s.and_then(|seconds| i32::try_from(seconds).ok()),
+        connections: kept_or_closed(manner.connections.fate),
+        connections_deadline_seconds: i32::try_from(manner.connections.deadline_s).ok().filter(|seconds| *seconds > 0),
         compress: manner.no_compression.then_some(false),
     };
     NodeEvacuationSpec {

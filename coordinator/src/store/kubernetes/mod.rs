@@ -21,12 +21,15 @@ use jiff::Timestamp;
 use kube::api::ListParams;
 use kube::{Api, Client, ResourceExt as _};
 use podferry_common::{MigrationId, NodeName, WorkloadName};
-use podferry_crds::{FINALIZER, ID_ANNOTATION, Migration, MigrationSpec, MigrationStatus, Strategy as Wanted, Wishes};
+use podferry_crds::{
+    Connections as WantedConnections, FINALIZER, ID_ANNOTATION, Migration, MigrationSpec, MigrationStatus,
+    Strategy as Wanted, Wishes,
+};
 use tokio::runtime::Handle;
 
 use super::{Conflict, HistoryEntry, Record, StoreError};
 use crate::migration::Decision;
-use crate::strategy::Strategy;
+use crate::strategy::{Fate, Strategy};
 use write::{Kept, Pen, Unwritten};
 
 pub use evacuations::Evacuations;
@@ -432,10 +435,21 @@ fn spec_of(record: &Record, pod: &str) -> MigrationSpec {
         accept_loss: loss.then_some(true),
         allow_restart: restart.then_some(true),
         grace_period_seconds: i32::try_from(record.grace_period_s).ok().filter(|_| stops),
+        connections: kept_or_closed(record.connections.fate),
+        connections_deadline_seconds: i32::try_from(record.connections.deadline_s).ok().filter(|seconds| *seconds > 0),
         compress: (!record.compress).then_some(false),
     };
     let (pod_name, target_node) = (pod.to_owned(), Some(record.target.to_string()));
     MigrationSpec { pod_name, target_node, wishes, ..MigrationSpec::default() }
+}
+
+/// What was asked for connections; none for nothing.
+fn kept_or_closed(fate: Fate) -> Option<WantedConnections> {
+    match fate {
+        Fate::Auto => None,
+        Fate::Keep => Some(WantedConnections::Keep),
+        Fate::Close => Some(WantedConnections::Close),
+    }
 }
 
 /// A downtime in whole milliseconds; none for none.
