@@ -70,6 +70,15 @@ pub(crate) enum Verb {
         #[arg(long, default_value = "")]
         node: String,
     },
+    /// List the connections that have outlived the move of their pod: they need the node that it came from
+    Connections {
+        /// Only this workload's
+        #[arg(default_value = "")]
+        workload: String,
+        /// Only those that need this node
+        #[arg(long, default_value = "")]
+        node: String,
+    },
     /// List the migrations, newest first
     Migrations {
         /// Only this workload's

@@ -6,11 +6,12 @@ mod migrate;
 
 use podferry_common::{Failure, FailureCode};
 use podferry_proto::v1::{
-    CancelMigrationRequest, GetMigrationRequest, ListMigrationsRequest, ListNodesRequest, ListWorkloadsRequest,
+    CancelMigrationRequest, GetMigrationRequest, KeptConnections, ListConnectionsRequest, ListMigrationsRequest,
+    ListNodesRequest, ListWorkloadsRequest, Migration, Phase,
 };
 
 use crate::arguments::{self, Arguments, Global, Verb};
-use crate::coordinator::{answer, connect, present};
+use crate::coordinator::{Coordinator, answer, connect, present};
 use crate::exit::Exit;
 use crate::render;
 
@@ -25,6 +26,7 @@ pub(crate) async fn run(arguments: Arguments) -> Result<Exit, Failure> {
         Verb::Nodes => nodes(&global).await,
         Verb::Check => check(&global).await,
         Verb::Workloads { node } => workloads(&global, node).await,
+        Verb::Connections { workload, node } => connections(&global, workload, node).await,
         Verb::Migrations { workload, active } => migrations(&global, workload, active).await,
         Verb::Evacuations { node, active } => drain::list(&global, node, active).await,
         Verb::Describe { id } if is_evacuation(&id) => drain::describe(&global, id).await,
@@ -71,6 +73,13 @@ async fn workloads(global: &Global, node: String) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
+async fn connections(global: &Global, workload: String, node: String) -> Result<Exit, Failure> {
+    let mut coordinator = connect(global).await?;
+    let found = answer(coordinator.list_connections(ListConnectionsRequest { workload, node })).await?;
+    render::connections(global.output, &found);
+    Ok(Exit::Done)
+}
+
 async fn migrations(global: &Global, workload: String, active_only: bool) -> Result<Exit, Failure> {
     let mut coordinator = connect(global).await?;
     let found = answer(coordinator.list_migrations(ListMigrationsRequest { workload, active_only })).await?;
@@ -81,8 +90,19 @@ async fn migrations(global: &Global, workload: String, active_only: bool) -> Res
 async fn describe(global: &Global, id: String) -> Result<Exit, Failure> {
     let mut coordinator = connect(global).await?;
     let found = answer(coordinator.get_migration(GetMigrationRequest { id })).await?;
-    render::migration(global.output, &present(found.migration)?);
+    let migration = present(found.migration)?;
+    render::migration(global.output, &migration, living(&mut coordinator, &migration).await.as_ref());
     Ok(Exit::Done)
+}
+
+/// What lives on of the connections that a migration took along; none when nothing does, or nobody says so.
+async fn living(coordinator: &mut Coordinator, migration: &Migration) -> Option<KeptConnections> {
+    if migration.phase() != Phase::Succeeded || !migration.keeps_connections {
+        return None;
+    }
+    // Not by the workload's name, which may be another now.
+    let found = coordinator.list_connections(ListConnectionsRequest::default()).await.ok()?.into_inner();
+    found.kept.into_iter().find(|kept| kept.migration_id == migration.id)
 }
 
 async fn cancel(global: &Global, id: String) -> Result<Exit, Failure> {

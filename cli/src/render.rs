@@ -6,7 +6,7 @@ mod table;
 use std::io::{self, Write};
 
 use podferry_common::Failure;
-use podferry_proto::v1::{Evacuation, Migration, Node, Workload};
+use podferry_proto::v1::{Evacuation, KeptConnections, ListConnectionsResponse, Migration, Node, Workload};
 use serde::Serialize;
 
 use crate::arguments::Output;
@@ -37,6 +37,19 @@ pub(crate) fn workloads(output: Output, workloads: &[Workload]) {
     }
 }
 
+/// Prints the connections that have outlived a move; that somebody does not say what they have goes to standard error.
+pub(crate) fn connections(output: Output, found: &ListConnectionsResponse) {
+    match output {
+        Output::Table => {
+            print(&table::connections(&found.kept));
+            for node in &found.silent_nodes {
+                eprintln!("{node} does not answer: what lives on there is not known");
+            }
+        }
+        Output::Json => json(&json::Connections::from(found)),
+    }
+}
+
 /// Prints the migrations.
 pub(crate) fn migrations(output: Output, migrations: &[Migration]) {
     match output {
@@ -45,10 +58,10 @@ pub(crate) fn migrations(output: Output, migrations: &[Migration]) {
     }
 }
 
-/// Prints one migration with everything known of it.
-pub(crate) fn migration(output: Output, migration: &Migration) {
+/// Prints one migration with everything known of it, and what lives on of the connections that it took along.
+pub(crate) fn migration(output: Output, migration: &Migration, living: Option<&KeptConnections>) {
     match output {
-        Output::Table => print(&table::migration(migration)),
+        Output::Table => print(&table::migration(migration, living)),
         Output::Json => json(&json::Migration::from(migration)),
     }
 }

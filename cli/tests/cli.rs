@@ -11,8 +11,8 @@ use std::time::{Duration, Instant, SystemTime};
 use podferry_common::identity::{Identity, IdentityFiles, LocalCa, Peer};
 use podferry_common::{Failure, FailureCode, tls};
 use podferry_proto::v1::{
-    Connections, Decision, Migration, Node, Phase, Problem, ProtocolVersion, Round, Strategy, Timings,
-    TransferProgress, Workload,
+    Connections, Decision, KeptConnections, ListConnectionsResponse, Migration, Node, Phase, Problem, ProtocolVersion,
+    RelayedConnection, Round, Strategy, Timings, TransferProgress, Workload,
 };
 use support::{Answer, Cluster, Script, podferry, program, run};
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -240,6 +240,48 @@ async fn what_was_chosen_is_told_with_its_reason_and_nothing_before() {
         serde_json::from_str(&cluster.run(&["describe", ID, "-o", "json"]).await.exits(0).out).unwrap();
     assert_eq!(described["strategy"], "");
     assert!(cluster.run(&["describe", ID]).await.exits(0).out.contains("\nstrategy     -\n"));
+}
+
+#[tokio::test]
+async fn connections_that_have_outlived_a_move_are_listed_and_are_part_of_its_description() {
+    let connection = |port: u16, received_bytes| RelayedConnection {
+        local: "10.244.1.7:6379".into(),
+        peer: format!("10.244.2.3:{port}"),
+        received_bytes,
+        sent_bytes: received_bytes.map(|bytes| bytes * 10),
+    };
+    let kept = KeptConnections {
+        migration_id: ID.into(),
+        workload: "redis".into(),
+        home_node: "n1".into(),
+        node: "n2".into(),
+        addresses: vec!["10.244.1.7".into()],
+        since: "2026-12-01T03:00:00Z".into(),
+        until: "2026-12-01T03:10:00Z".into(),
+        connections: 3,
+        some: vec![connection(40_000, Some(4096)), connection(40_001, None)],
+    };
+    let cluster = Cluster::start(accepting(vec![begun(), succeeded()])).await;
+    assert_eq!(cluster.run(&["connections"]).await.exits(0).out, "no connections to old addresses\n");
+    cluster.run(&MOVE).await.exits(0);
+    cluster.script.lock().unwrap().connections =
+        ListConnectionsResponse { kept: vec![kept], silent_nodes: vec!["n3".into()] };
+    let listed = cluster.run(&["connections", "redis", "--node", "n1"]).await.exits(0);
+    insta::assert_snapshot!(listed.out, @r#"
+    WORKLOAD  WITH              TO               RECEIVED  SENT       THROUGH  NODE  SINCE                 ENDS BY
+    redis     10.244.2.3:40000  10.244.1.7:6379  4.00 KiB  40.00 KiB  n1       n2    2026-12-01T03:00:00Z  2026-12-01T03:10:00Z
+    redis     10.244.2.3:40001  10.244.1.7:6379  -         -          n1       n2    2026-12-01T03:00:00Z  2026-12-01T03:10:00Z
+    redis has 1 more through n1
+    "#);
+    assert_eq!(listed.err, "n3 does not answer: what lives on there is not known\n");
+    let json = cluster.run(&["connections", "-o", "json"]).await.exits(0).out;
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(
+        (&json["kept"][0]["some"][1]["sent_bytes"], &json["silent_nodes"][0]),
+        (&serde_json::Value::Null, &"n3".into())
+    );
+    let described = cluster.run(&["describe", ID]).await.exits(0).out;
+    assert!(described.contains("\nliving       3 through n1, until 2026-12-01T03:10:00Z at most"), "{described}");
 }
 
 #[tokio::test]

@@ -333,3 +333,74 @@ async fn what_makes_no_sense_and_a_silent_node_are_refused_and_nothing_is_record
     let wrong = client.get_evacuation(GetEvacuationRequest { id: "evac-1".to_owned() }).await.unwrap_err();
     assert_eq!(Failure::from(wrong).code, FailureCode::InvalidArgument);
 }
+
+fn relay(is_home: bool, peer: &str, migration: &str, connections: u32) -> v1::RelayEnd {
+    v1::RelayEnd {
+        migration_id: migration.to_owned(),
+        is_home,
+        peer_node: peer.to_owned(),
+        addresses: vec!["10.0.0.7".to_owned()],
+        since_unix_ms: 1_700_000_000_000,
+        until_unix_ms: 1_700_000_600_000,
+        connections,
+        ..v1::RelayEnd::default()
+    }
+}
+
+#[tokio::test]
+async fn an_evacuation_waits_for_connections_that_need_the_node_and_no_longer_than_to_its_deadline() {
+    let world = World::new().await;
+    world.node("a", |node| node.relays.push(relay(true, "b", "0199aa00000070008000000000000001", 0)));
+    let (_coordinator, mut client) = world.coordinator().await;
+    let accepted = evacuate(&mut client, of("a")).await.unwrap();
+    let waits = async |client: &mut Client, id: &str| {
+        let mut stream =
+            client.watch_evacuation(WatchEvacuationRequest { id: id.to_owned() }).await.unwrap().into_inner();
+        loop {
+            let now = stream.message().await.unwrap().unwrap().evacuation.unwrap();
+            assert_eq!(now.phase(), EvacuationPhase::Running, "{now:?}");
+            if (now.moved, now.remaining, now.homes) == (2, 0, 1) {
+                return;
+            }
+        }
+    };
+    timeout(PATIENCE, waits(&mut client, &accepted.id)).await.expect("it does not wait");
+    world.node("a", |node| node.relays.clear());
+    let ended = end(&mut client, &accepted.id).await;
+    assert_eq!((ended.phase(), ended.homes), (EvacuationPhase::Complete, 0));
+
+    world.node("a", |node| node.relays.push(relay(true, "b", "0199aa00000070008000000000000001", 0)));
+    let short = evacuate(&mut client, EvacuateRequest { deadline_s: 3, ..of("a") }).await.unwrap();
+    let ended = end(&mut client, &short.id).await;
+    assert_eq!((ended.phase(), ended.homes), (EvacuationPhase::Complete, 0), "nothing is left to be moved");
+}
+
+#[tokio::test]
+async fn connections_that_have_outlived_a_move_are_listed_by_what_agents_say() {
+    let mut world = World::new().await;
+    let (_coordinator, mut client) = world.coordinator().await;
+    let moved = migrate(&mut client, "shop", "b").await.unwrap();
+    world::outcome(&mut client, &moved.id).await;
+    let forgotten = "0199aa00000070008000000000000001";
+    let onward = v1::RelayEnd { is_carried_on: true, ..relay(false, "b", forgotten, 0) };
+    world.node("a", |node| node.relays = vec![relay(true, "b", &moved.id, 0)]);
+    world.node("b", |node| node.relays = vec![relay(false, "a", &moved.id, 7), onward]);
+    world.node("c", |node| node.relays = vec![relay(false, "b", forgotten, 1)]);
+    let mut list = async |workload: &str, node: &str| {
+        let request = v1::ListConnectionsRequest { workload: workload.to_owned(), node: node.to_owned() };
+        client.list_connections(request).await.map(tonic::Response::into_inner)
+    };
+    let all = list("", "").await.unwrap();
+    let said: Vec<_> =
+        all.kept.iter().map(|kept| (&*kept.workload, &*kept.home_node, &*kept.node, kept.connections)).collect();
+    assert_eq!(said, [("", "b", "c", 1), ("shop", "a", "b", 7)]);
+    let (since, until) = (all.kept[0].since.as_str(), all.kept[0].until.as_str());
+    assert_eq!((since, until), ("2023-11-14T22:13:20Z", "2023-11-14T22:23:20Z"));
+    assert_eq!(list("shop", "").await.unwrap().kept.len(), 1);
+    assert_eq!(list("", "b").await.unwrap().kept.len(), 2);
+    assert_eq!(list("", "a").await.unwrap().kept[0].workload, "shop");
+    assert_eq!(list("nothing", "").await.unwrap_err().code(), tonic::Code::NotFound);
+    world.stop_agent("c");
+    let all = list("", "").await.unwrap();
+    assert_eq!((all.kept.len(), &all.silent_nodes[..]), (1, &["c".to_owned()][..]));
+}

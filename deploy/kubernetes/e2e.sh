@@ -20,6 +20,8 @@ readonly CASES=(
     connections_live_on_through_a_service_over_many_moves
     connections_outlive_the_agents_that_carry_them
     connections_outlive_a_freeze_that_is_undone
+    connections_live_for_as_long_as_is_asked_and_are_listed
+    a_drain_waits_for_connections_that_need_the_node
     a_connection_that_a_pod_has_opened_itself_lives_on
     a_container_that_came_and_ends_is_started_anew
     a_job_moves_and_counts_one_success
@@ -166,6 +168,42 @@ connections_outlive_a_freeze_that_is_undone() {
     unload
     tail -1 "$work/load" | jq -e '.clients[0].gap_ms_max > 900'
     until_true no_target_left
+}
+
+connections_live_for_as_long_as_is_asked_and_are_listed() {
+    local load home
+    load busy
+    home=$(node_of busy)
+    move busy live --connections keep --connections-deadline 25s
+    ferry connections "default/$(pod_of busy)" --output json </dev/null | tee "$work/connections"
+    jq -e --arg home "$home" '.kept | length == 1 and (.[0] | .home_node == $home and .connections == 2 and all(.some[]; .received_bytes > 0 and .sent_bytes > 0))' "$work/connections"
+    ferry describe "$(jq -r .id "$work/migration")" </dev/null | grep "living  *2 through $home"
+    # Then they are reset, and the old pod goes; what was confirmed is there.
+    until_true has_one_pod busy
+    move busy live --connections close
+    jq -e 'any(.notes[]; test("^[0-9]+ established TCP connections are closed: that was asked for$"))' "$work/migration"
+    [[ $(ferry connections --output json </dev/null | jq '.kept | length') == 0 ]]
+    not unload
+    tail -1 "$work/load" | jq -e '[.clients[] | .connection_resets >= 2 and .lost_items == 0] | all'
+    # Those were meant.
+    failed_requests=$((failed_requests - $(tail -1 "$work/load" | jq '[.clients[].failed_requests] | add')))
+}
+
+a_drain_waits_for_connections_that_need_the_node() {
+    local load from draining
+    load busy
+    from=$(node_of busy)
+    PATIENCE=120 ferry drain "$from" -l app=busy --strategy live </dev/null >"$work/drained" 2>&1 &
+    draining=$!
+    until_true grep -q "$from: waiting for connections of 1 that have left" "$work/drained"
+    [[ $(ferry evacuations --node "$from" --active --output json </dev/null | jq '.[0].homes') == 1 ]]
+    [[ $(node_of busy) == "$(other "$from")" ]]
+    kill -0 "$draining"
+    unload
+    wait "$draining"
+    until_true has_one_pod busy
+    # It is no place for pods as long as it is being emptied, and no longer.
+    move busy live
 }
 
 # A replica that moves: were its connection another, it would have to be synchronized again.

@@ -260,6 +260,82 @@ pub struct Workload {
     pub migration_id: String,
 }
 
+/// Connections that have outlived the move of their workload.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct Connections {
+    /// By the migration that took them along.
+    pub kept: Vec<KeptConnections>,
+    /// Nodes that do not say what they have.
+    pub silent_nodes: Vec<String>,
+}
+
+/// Those that one migration took along.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct KeptConnections {
+    /// The workload's name; empty when the migration is not recorded any more.
+    pub workload: String,
+    /// The migration.
+    pub migration_id: String,
+    /// The node that the old addresses are on, and that has to stay for as long.
+    pub home_node: String,
+    /// The node that the workload is on.
+    pub node: String,
+    /// The old addresses.
+    pub addresses: Vec<String>,
+    /// Since when the workload has run there, RFC 3339.
+    pub since: String,
+    /// When what is left of them ends, RFC 3339.
+    pub until: String,
+    /// How many live.
+    pub connections: u32,
+    /// The first 256 of them.
+    pub some: Vec<KeptConnection>,
+}
+
+/// One of them.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[cfg_attr(feature = "openapi", derive(utoipa::ToSchema))]
+pub struct KeptConnection {
+    /// address:port of the workload.
+    pub local: String,
+    /// address:port of whom it is with.
+    pub peer: String,
+    /// Bytes that have come since the workload has run there; null where the kernel does not say.
+    pub received_bytes: Option<u64>,
+    /// Bytes that the peer has acknowledged since then; null where the kernel does not say.
+    pub sent_bytes: Option<u64>,
+}
+
+impl From<&v1::ListConnectionsResponse> for Connections {
+    fn from(found: &v1::ListConnectionsResponse) -> Self {
+        Self { kept: found.kept.iter().map(KeptConnections::from).collect(), silent_nodes: found.silent_nodes.clone() }
+    }
+}
+
+impl From<&v1::KeptConnections> for KeptConnections {
+    fn from(kept: &v1::KeptConnections) -> Self {
+        let one = |connection: &v1::RelayedConnection| KeptConnection {
+            local: connection.local.clone(),
+            peer: connection.peer.clone(),
+            received_bytes: connection.received_bytes,
+            sent_bytes: connection.sent_bytes,
+        };
+        Self {
+            workload: kept.workload.clone(),
+            migration_id: kept.migration_id.clone(),
+            home_node: kept.home_node.clone(),
+            node: kept.node.clone(),
+            addresses: kept.addresses.clone(),
+            since: kept.since.clone(),
+            until: kept.until.clone(),
+            connections: kept.connections,
+            some: kept.some.iter().map(one).collect(),
+        }
+    }
+}
+
 impl From<&v1::Workload> for Workload {
     fn from(workload: &v1::Workload) -> Self {
         Self {
@@ -300,6 +376,8 @@ pub struct Evacuation {
     pub remaining: u32,
     /// How many stay there though they run, or were lost.
     pub failed: u32,
+    /// How many have left it and have connections that still need it.
+    pub homes: u32,
     /// What is or was on the node; empty in a list of evacuations.
     pub workloads: Vec<EvacuatedWorkload>,
     /// Why it is not known any more what is on the node; empty as long as it is.
@@ -357,6 +435,7 @@ impl From<&v1::Evacuation> for Evacuation {
             moved: evacuation.moved,
             remaining: evacuation.remaining,
             failed: evacuation.failed,
+            homes: evacuation.homes,
             workloads: evacuation.workloads.iter().map(EvacuatedWorkload::from).collect(),
             reason: problem.map(|problem| problem.message.clone()).unwrap_or_default(),
         }

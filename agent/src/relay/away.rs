@@ -193,6 +193,22 @@ impl Away {
         self.note.migration
     }
 
+    /// Who may send for it.
+    pub(super) fn home(&self) -> &Peer {
+        &self.note.home
+    }
+
+    /// The pod's namespace.
+    pub(super) fn netns(&self) -> &Netns {
+        &self.netns
+    }
+
+    /// Since when its container has run here, and until when it lives at most; none before it runs.
+    pub(super) fn span(&self) -> Option<(SystemTime, SystemTime)> {
+        let since = *self.since.get()?;
+        Some((since, since + super::lifetime(&self.context, self.note.lifetime_s)))
+    }
+
     /// Whether this peer may send for it.
     pub fn is_of(&self, peer: Option<&Peer>) -> bool {
         peer == Some(&self.note.home)
@@ -379,7 +395,7 @@ impl Away {
     }
 
     /// Its sockets are no measure then.
-    fn is_carried_on(&self) -> bool {
+    pub(super) fn is_carried_on(&self) -> bool {
         matches!(*self.lock(), Door::Onward(_))
     }
 

@@ -16,7 +16,7 @@ use podferry_network::relay::{self, End, Tun};
 use podferry_proto::v1::carry_request::Kind as Request;
 use podferry_proto::v1::carry_response::Kind as Response;
 use podferry_proto::v1::relay_service_client::RelayServiceClient;
-use podferry_proto::v1::{CarryBegin, CarryPackets, CarryRequest, CarryResponse};
+use podferry_proto::v1::{CarryBegin, CarryPackets, CarryRequest, CarryResponse, RelayEnd};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc::{self, OwnedPermit};
 use tokio::sync::{oneshot, watch};
@@ -635,6 +635,22 @@ pub(super) async fn recover(context: &Context, migration: MigrationId, standing:
         }
         None => home.give_back().await,
     }
+}
+
+/// One as it is listed; none when nothing of it is written down.
+pub(super) fn described(context: &Context, migration: MigrationId) -> Option<RelayEnd> {
+    let note: Option<HomeNote> = record::load(&note_of(context, Side::Home, migration)).unwrap_or_else(|error| {
+        tracing::error!(%error, %migration, "a relay is not listed");
+        None
+    });
+    let note = note?;
+    Some(RelayEnd {
+        migration_id: migration.to_string(),
+        is_home: true,
+        peer_node: super::list::node_of(&note.target),
+        addresses: note.home.addresses.iter().map(ToString::to_string).collect(),
+        ..RelayEnd::default()
+    })
 }
 
 /// Whether a pod's old address stays here, as it is written down.

@@ -13,6 +13,7 @@ mod away;
 mod batch;
 mod home;
 mod kept;
+mod list;
 mod note;
 #[cfg(test)]
 mod tests;
@@ -37,6 +38,7 @@ pub use away::{Away, Aways, Leaves};
 pub use batch::{QUEUE, batch, bytes_of, message};
 pub use home::Home;
 pub(crate) use home::stays;
+pub use list::list;
 
 /// The most addresses of a relay: the pod's own, and those that it had before.
 pub const MOST_ADDRESSES: usize = 16;

@@ -417,6 +417,17 @@ impl AgentService for Agent {
         Ok(Response::new(v1::ListContainersResponse { containers }))
     }
 
+    async fn list_relays(
+        &self,
+        request: Request<v1::ListRelaysRequest>,
+    ) -> Result<Response<v1::ListRelaysResponse>, Status> {
+        self.only_coordinator(&request)?;
+        let context = self.context.clone();
+        let ends = tokio::task::spawn_blocking(move || crate::relay::list(&context)).await;
+        let ends = ends.map_err(|error| Status::internal(format!("the task that lists relays ended: {error}")))?;
+        Ok(Response::new(v1::ListRelaysResponse { ends }))
+    }
+
     async fn preflight_source(
         &self,
         request: Request<v1::PreflightSourceRequest>,

@@ -131,6 +131,8 @@ struct Told {
     left: HashSet<String>,
     migrations: HashSet<String>,
     in_sight: bool,
+    /// Of how many workloads connections are waited for.
+    homes: u32,
     /// Migrations under way, whose progress is shown.
     shown: HashMap<String, JoinHandle<()>>,
 }
@@ -176,7 +178,20 @@ impl Watcher {
         for one in &state.workloads {
             self.tell_of(one).await?;
         }
+        self.tell_homes(state);
         Ok(())
+    }
+
+    /// Says that what has moved has connections that still need the node, when nothing else is waited for.
+    fn tell_homes(&mut self, state: &Evacuation) {
+        let news = state.remaining == 0 && state.homes > 0 && self.told.homes != state.homes;
+        if news && !self.output.is_json() {
+            eprintln!(
+                "{}: waiting for connections of {} that have left (podferry connections)",
+                state.node, state.homes
+            );
+        }
+        self.told.homes = state.homes;
     }
 
     async fn tell_of(&mut self, one: &EvacuatedWorkload) -> Result<(), Failure> {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use podferry_common::identity::IdentityFiles;
 use podferry_common::{Failure, FailureCode};
 use podferry_proto::json::strategy_word;
-pub(crate) use podferry_proto::json::{Evacuation, Migration, Node, Workload};
+pub(crate) use podferry_proto::json::{Connections, Evacuation, Migration, Node, Workload};
 use podferry_proto::v1::{self, EvacuatedState, EvacuatedWorkload, EvacuationPhase};
 use serde::Serialize;
 

@@ -9,7 +9,9 @@ use podferry_common::Failure;
 use podferry_common::identity::IdentityFiles;
 use podferry_proto::json::{evacuated_state, evacuation_phase};
 use podferry_proto::strategies::offered;
-use podferry_proto::v1::{EvacuatedWorkload, Evacuation, Migration, Node, Phase, Workload};
+use podferry_proto::v1::{
+    EvacuatedWorkload, Evacuation, KeptConnections, Migration, Node, Phase, RelayedConnection, Workload,
+};
 
 use super::{Authority, DrainReport, Hurried, Issued};
 use crate::words;
@@ -141,6 +143,37 @@ pub(super) fn workloads(workloads: &[Workload]) -> String {
     table(&header, workloads.iter().map(row))
 }
 
+/// The connections that have outlived a move, one a row.
+pub(super) fn connections(kept: &[KeptConnections]) -> String {
+    if kept.is_empty() {
+        return "no connections to old addresses".to_owned();
+    }
+    let bytes = |count: Option<u64>| count.map_or_else(|| "-".to_owned(), size);
+    let rows = kept.iter().flat_map(|of| {
+        let row = move |one: &RelayedConnection| {
+            vec![
+                or_dash(&of.workload),
+                one.peer.clone(),
+                one.local.clone(),
+                bytes(one.received_bytes),
+                bytes(one.sent_bytes),
+                of.home_node.clone(),
+                of.node.clone(),
+                of.since.clone(),
+                of.until.clone(),
+            ]
+        };
+        of.some.iter().map(row)
+    });
+    let header = ["WORKLOAD", "WITH", "TO", "RECEIVED", "SENT", "THROUGH", "NODE", "SINCE", "ENDS BY"];
+    let mut text = table(&header, rows);
+    for of in kept.iter().filter(|of| of.connections as usize > of.some.len()) {
+        let more = of.connections as usize - of.some.len();
+        line(&mut text, &format!("{} has {more} more through {}", or_dash(&of.workload), of.home_node));
+    }
+    text
+}
+
 /// The migrations, one a row.
 pub(super) fn migrations(migrations: &[Migration]) -> String {
     if migrations.is_empty() {
@@ -192,8 +225,8 @@ pub(super) fn outcome(migration: &Migration) -> String {
     }
 }
 
-/// Everything known of a migration.
-pub(super) fn migration(migration: &Migration) -> String {
+/// Everything known of a migration, and what lives on of the connections that it took along.
+pub(super) fn migration(migration: &Migration, living: Option<&KeptConnections>) -> String {
     let mut text = String::new();
     let connections = if migration.keeps_connections { "move along" } else { "are closed" };
     // Clients see more than the coordinator can: the time until their own packets are answered again.
@@ -216,6 +249,10 @@ pub(super) fn migration(migration: &Migration) -> String {
     ];
     for (name, value) in facts {
         line(&mut text, &format!("{name:<13}{value}"));
+    }
+    if let Some(of) = living {
+        let (count, home, until) = (of.connections, &of.home_node, &of.until);
+        line(&mut text, &format!("living       {count} through {home}, until {until} at most: podferry connections"));
     }
     chosen(&mut text, migration);
     timings(&mut text, migration);
@@ -317,6 +354,9 @@ pub(super) fn evacuation(evacuation: &Evacuation) -> String {
     ];
     for (name, value) in facts {
         line(&mut text, &format!("{name:<13}{value}"));
+    }
+    if evacuation.homes > 0 {
+        line(&mut text, &format!("waits for    the connections of {} that have left", evacuation.homes));
     }
     if !evacuation.workloads.is_empty() {
         text.push('\n');

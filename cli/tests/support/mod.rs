@@ -14,10 +14,10 @@ use podferry_proto::v1::{
     CancelEvacuationRequest, CancelEvacuationResponse, CancelMigrationRequest, CancelMigrationResponse,
     EvacuateRequest, EvacuateResponse, Evacuation, EvacuationPhase, GetDecisionRequest, GetDecisionResponse,
     GetEvacuationRequest, GetEvacuationResponse, GetMigrationRequest, GetMigrationResponse, HelloRequest,
-    HelloResponse, ListEvacuationsRequest, ListEvacuationsResponse, ListMigrationsRequest, ListMigrationsResponse,
-    ListNodesRequest, ListNodesResponse, ListWorkloadsRequest, ListWorkloadsResponse, MigrateRequest, MigrateResponse,
-    Migration, Node, Phase, ProtocolVersion, WatchEvacuationRequest, WatchEvacuationResponse, WatchMigrationRequest,
-    WatchMigrationResponse, Workload,
+    HelloResponse, ListConnectionsRequest, ListConnectionsResponse, ListEvacuationsRequest, ListEvacuationsResponse,
+    ListMigrationsRequest, ListMigrationsResponse, ListNodesRequest, ListNodesResponse, ListWorkloadsRequest,
+    ListWorkloadsResponse, MigrateRequest, MigrateResponse, Migration, Node, Phase, ProtocolVersion,
+    WatchEvacuationRequest, WatchEvacuationResponse, WatchMigrationRequest, WatchMigrationResponse, Workload,
 };
 use tempfile::TempDir;
 use tokio::net::{TcpListener, TcpStream};
@@ -52,6 +52,8 @@ pub struct Script {
     pub endless_watches: bool,
     /// Between two states of a watch.
     pub pace: Duration,
+    /// What has outlived moves.
+    pub connections: ListConnectionsResponse,
     /// By node: the states that a watcher of its evacuation sees, or why it is refused. Without any: as a coordinator from before
     /// evacuations.
     pub evacuations: HashMap<String, Result<Vec<Evacuation>, Failure>>,
@@ -165,6 +167,13 @@ impl CoordinatorService for Service {
     ) -> Result<Response<ListWorkloadsResponse>, Status> {
         let workloads = self.script.lock().unwrap().workloads_of(&request.into_inner().node)?;
         Ok(Response::new(ListWorkloadsResponse { workloads }))
+    }
+
+    async fn list_connections(
+        &self,
+        _: Request<ListConnectionsRequest>,
+    ) -> Result<Response<ListConnectionsResponse>, Status> {
+        Ok(Response::new(self.script.lock().unwrap().connections.clone()))
     }
 
     async fn migrate(&self, request: Request<MigrateRequest>) -> Result<Response<MigrateResponse>, Status> {

@@ -135,6 +135,9 @@ pub struct NodeEvacuationStatus {
     pub moving: i32,
     /// Those that could not be moved, or were lost.
     pub failed: i32,
+    /// Those that have moved away, by this evacuation or before it, and have connections that still need the node: it waits for these, until its
+    /// deadline at most.
+    pub homes: i32,
     /// When it began.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub started_at: Option<Time>,

@@ -10,10 +10,11 @@ use podferry_proto::v1::agent_service_server::AgentService;
 use podferry_proto::v1::freeze_event::Event;
 use podferry_proto::v1::{
     AbortRequest, AbortResponse, Container, DescribeRequest, DescribeResponse, FillRequest, FillResponse, FreezeEvent,
-    FreezeRequest, Frozen, ListContainersRequest, ListContainersResponse, NetworkKind, PartStatusRequest,
-    PartStatusResponse, PreflightSourceRequest, PreflightSourceResponse, PreflightTargetRequest,
-    PreflightTargetResponse, PrepareRequest, PrepareResponse, Progress, ReleaseRequest, ReleaseResponse,
-    RestoreRequest, RestoreResponse, ResumeRequest, ResumeResponse, SealRequest, SealResponse, Transferred,
+    FreezeRequest, Frozen, ListContainersRequest, ListContainersResponse, ListRelaysRequest, ListRelaysResponse,
+    NetworkKind, PartStatusRequest, PartStatusResponse, PreflightSourceRequest, PreflightSourceResponse,
+    PreflightTargetRequest, PreflightTargetResponse, PrepareRequest, PrepareResponse, Progress, ReleaseRequest,
+    ReleaseResponse, RestoreRequest, RestoreResponse, ResumeRequest, ResumeResponse, SealRequest, SealResponse,
+    Transferred,
 };
 use tokio::sync::{Notify, mpsc};
 use tokio::time::sleep;
@@ -135,6 +136,11 @@ impl AgentService for Agent {
             ..Container::default()
         };
         Ok(Response::new(ListContainersResponse { containers: id.map(running).into_iter().collect() }))
+    }
+
+    async fn list_relays(&self, _: Request<ListRelaysRequest>) -> Result<Response<ListRelaysResponse>, Status> {
+        self.count();
+        Ok(Response::new(ListRelaysResponse::default()))
     }
 
     async fn preflight_source(

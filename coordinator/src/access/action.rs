@@ -16,6 +16,8 @@ pub enum Verb {
     ListNodes,
     /// All workloads, or those of a node.
     ListWorkloads,
+    /// Connections that have outlived a move.
+    ListConnections,
     /// All migrations, or those of a workload.
     ListMigrations,
     /// One migration.
@@ -55,10 +57,11 @@ pub(super) enum Open {
 
 impl Verb {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Hello,
         Self::ListNodes,
         Self::ListWorkloads,
+        Self::ListConnections,
         Self::ListMigrations,
         Self::GetMigration,
         Self::WatchMigration,
@@ -78,6 +81,7 @@ impl Verb {
             Self::Hello => "hello",
             Self::ListNodes => "list_nodes",
             Self::ListWorkloads => "list_workloads",
+            Self::ListConnections => "list_connections",
             Self::ListMigrations => "list_migrations",
             Self::GetMigration => "get_migration",
             Self::WatchMigration => "watch_migration",
@@ -103,6 +107,7 @@ impl Verb {
             Self::GetDecision => Open::Agents,
             Self::ListNodes
             | Self::ListWorkloads
+            | Self::ListConnections
             | Self::ListMigrations
             | Self::GetMigration
             | Self::WatchMigration
@@ -118,6 +123,7 @@ impl Verb {
             Self::Hello => "say hello",
             Self::ListNodes => "list nodes",
             Self::ListWorkloads => "list workloads",
+            Self::ListConnections => "list connections",
             Self::ListMigrations => "list migrations",
             Self::GetMigration => "look at a migration",
             Self::WatchMigration => "watch a migration",

@@ -1,6 +1,7 @@
 //! The questions and their answers, whatever they come in by.
 
 mod auto;
+mod connections;
 mod evacuations;
 mod traits;
 mod wishes;

@@ -115,6 +115,15 @@ impl CoordinatorService for GrpcService {
         Ok(Response::new(v1::ListWorkloadsResponse { workloads }))
     }
 
+    async fn list_connections(
+        &self,
+        request: Request<v1::ListConnectionsRequest>,
+    ) -> Result<Response<v1::ListConnectionsResponse>, Status> {
+        let (core, _) = self.admit(&request, &Action::new(Verb::ListConnections)).await?;
+        let v1::ListConnectionsRequest { workload, node } = request.get_ref();
+        Ok(Response::new(core.connections(workload, node).await?))
+    }
+
     async fn migrate(&self, request: Request<v1::MigrateRequest>) -> Result<Response<v1::MigrateResponse>, Status> {
         let wanted = request.get_ref();
         let (core, peer) = self.admit(&request, &Action::migrate(&wanted.workload, &wanted.target)).await?;

@@ -6,4 +6,4 @@ mod survey;
 
 pub use agents::{AgentClient, Agents, OLD_AGENT, placed, speaks, spoken};
 pub use inventory::{Inventory, Node, PodRef, Workload};
-pub use survey::{Location, NodeView, Seen, locate, survey};
+pub use survey::{Location, NodeView, Seen, locate, relays, survey};

@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use podferry_common::{Failure, FailureCode, NodeName};
-use podferry_proto::v1::{Container, DescribeResponse, ListContainersRequest};
+use podferry_proto::v1::{Container, DescribeResponse, ListContainersRequest, ListRelaysRequest, RelayEnd};
 use tokio::time::timeout;
+use tonic::Code;
 
 use super::{Agents, Node, Workload, placed};
 
@@ -30,16 +31,44 @@ pub struct NodeView {
 /// Asks the agents of these nodes, all at once; none of them is waited for longer than `patience`.
 pub async fn survey(agents: &Agents, nodes: impl IntoIterator<Item = &Node>, patience: Duration) -> Vec<NodeView> {
     let questions = nodes.into_iter().map(|node| async move {
-        let late = |_| {
-            let message = format!("the agent of node {} did not answer in {} s", node.name, patience.as_secs_f64());
-            Err(Failure::new(FailureCode::Unavailable, message)
-                .on(node.name.as_str())
-                .remedy(format!("see that the agent of {} runs and can be reached at {}", node.name, node.address)))
-        };
-        let seen = timeout(patience, look(agents, node)).await.unwrap_or_else(late);
+        let seen = in_time(node, patience, look(agents, node)).await;
         NodeView { node: node.clone(), seen }
     });
     join_all(questions).await
+}
+
+/// Asks the agents of these nodes what they have of relays, in the same way. One that is from before relays has none.
+pub async fn relays(
+    agents: &Agents,
+    nodes: impl IntoIterator<Item = &Node>,
+    patience: Duration,
+) -> Vec<(NodeName, Result<Vec<RelayEnd>, Failure>)> {
+    let questions = nodes.into_iter().map(|node| async move {
+        let ends = in_time(node, patience, ask_for_relays(agents, node)).await;
+        (node.name.clone(), ends)
+    });
+    join_all(questions).await
+}
+
+async fn ask_for_relays(agents: &Agents, node: &Node) -> Result<Vec<RelayEnd>, Failure> {
+    match agents.client(&node.name, &node.address)?.list_relays(ListRelaysRequest {}).await {
+        Ok(answer) => Ok(answer.into_inner().ends),
+        Err(status) if status.code() == Code::Unimplemented => Ok(Vec::new()),
+        Err(status) => Err(placed(&status, &node.name, &node.address, "preflight")),
+    }
+}
+
+async fn in_time<T>(
+    node: &Node,
+    patience: Duration,
+    question: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    timeout(patience, question).await.unwrap_or_else(|_late| {
+        let message = format!("the agent of node {} did not answer in {} s", node.name, patience.as_secs_f64());
+        Err(Failure::new(FailureCode::Unavailable, message)
+            .on(node.name.as_str())
+            .remedy(format!("see that the agent of {} runs and can be reached at {}", node.name, node.address)))
+    })
 }
 
 async fn look(agents: &Agents, node: &Node) -> Result<Seen, Failure> {

@@ -13,6 +13,7 @@ use super::evacuator::{Evacuator, Wish, put_off};
 use super::machine::{Ending, Event};
 use super::plan::{Command, Room, is_done, next};
 use super::record::{Evacuation, Phase, Standing};
+use crate::api::Core;
 use crate::runner::blocking;
 use crate::store::StoreError;
 use crate::strategy::Strategy;
@@ -92,7 +93,7 @@ impl Driver {
         }
         self.follow();
         let known = !self.stale || self.evacuation.trouble.is_some() || self.evacuation.phase != Phase::Running;
-        if !known || !is_done(&self.evacuation) {
+        if !known || !is_done(&self.evacuation, self.left()) {
             return Ok(false);
         }
         self.take(Event::Done(Timestamp::now()), false).await?;
@@ -155,7 +156,8 @@ impl Driver {
                 for workload in gone {
                     self.explain(workload).await?;
                 }
-                self.take(Event::Seen(found), true).await
+                self.take(Event::Seen(found), true).await?;
+                self.look_for_homes(&core).await
             }
             Err(failure) => {
                 put_off(self.evacuation.id, &failure);
@@ -166,6 +168,17 @@ impl Driver {
                 } else {
                     self.take(Event::LostSight(failure), false).await
                 }
+            }
+        }
+    }
+
+    /// Asks it for what connections of those that have moved away need it. It need not answer that: nobody is kept for it.
+    async fn look_for_homes(&mut self, core: &Core) -> Result<(), StoreError> {
+        match core.homes_on(&self.evacuation.node).await {
+            Ok(count) => self.take(Event::Homes(count), true).await,
+            Err(failure) => {
+                put_off(self.evacuation.id, &failure);
+                Ok(())
             }
         }
     }

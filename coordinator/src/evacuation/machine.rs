@@ -97,6 +97,8 @@ pub enum Event {
     DeadlineMoved(Option<Timestamp>),
     /// The node is marked unschedulable.
     Cordoned,
+    /// So many workloads that have left the node have connections that still need it.
+    Homes(u32),
     /// The node has not said for too long what is on it.
     LostSight(Failure),
     /// Somebody asked to stop.
@@ -131,6 +133,7 @@ impl Evacuation {
             Event::DeadlinePassed => self.deadline_passed(),
             Event::DeadlineMoved(deadline) => self.terms.deadline_at = deadline,
             Event::Cordoned => self.cordoned = true,
+            Event::Homes(count) => self.homes = count,
             Event::LostSight(failure) => self.lost_sight(&failure),
             Event::CancelRequested(by) => self.cancel(by),
             Event::Restarted => self.restarted(),
@@ -283,6 +286,7 @@ impl Evacuation {
 
     fn lost_sight(&mut self, failure: &Failure) {
         self.trouble = Some(failure.clone());
+        self.homes = 0;
         self.leave_waiting(|_| failure.clone());
     }
 

@@ -57,12 +57,16 @@ pub fn next(evacuation: &Evacuation, room: &Room) -> Vec<Command> {
     }
 }
 
-/// Whether nothing is left to be done, as of the last look at the node.
-pub(super) fn is_done(evacuation: &Evacuation) -> bool {
+/// Whether nothing is left to be done, as of the last look at the node. Until the deadline, of which so much is left, that means also that no
+/// connection of what has moved away needs the node any more; there may be none.
+pub(super) fn is_done(evacuation: &Evacuation, left: Option<Duration>) -> bool {
     match evacuation.phase {
         Phase::Ended(_) => false,
         Phase::Cancelling { .. } => ours(evacuation).next().is_none(),
-        Phase::Running => evacuation.entries.iter().all(|entry| entry.standing.is_settled()),
+        Phase::Running => {
+            let waits = evacuation.homes > 0 && left.is_none_or(|left| !left.is_zero());
+            !waits && evacuation.entries.iter().all(|entry| entry.standing.is_settled())
+        }
     }
 }
 

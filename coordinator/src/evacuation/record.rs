@@ -115,6 +115,9 @@ pub struct Evacuation {
     /// Whether the node has been marked unschedulable. Done once: who takes the mark away again has a reason.
     #[serde(default)]
     pub cordoned: bool,
+    /// Workloads that have left the node and whose connections still need it, when it was looked at last.
+    #[serde(default)]
+    pub homes: u32,
 }
 
 /// A workload of an evacuation.
@@ -276,6 +279,7 @@ impl Evacuation {
             trouble: None,
             outcomes: 0,
             cordoned: false,
+            homes: 0,
         }
     }
 
@@ -322,6 +326,7 @@ impl Evacuation {
             moved: count(|standing| *standing == Standing::Moved),
             remaining: count(|standing| !standing.is_settled()),
             failed: count(|standing| matches!(standing, Standing::LeftBehind { .. } | Standing::Lost)),
+            homes: if self.has_ended() { 0 } else { self.homes },
         }
     }
 

@@ -228,6 +228,12 @@ impl AgentService for Agent {
         after.answer(ListContainersResponse { containers: list.collect() })
     }
 
+    async fn list_relays(&self, _: Request<ListRelaysRequest>) -> Result<Response<ListRelaysResponse>, Status> {
+        let after = self.enter("ListRelays").await?;
+        let ends = self.shared.lock().nodes[&self.node].relays.clone();
+        after.answer(ListRelaysResponse { ends })
+    }
+
     async fn preflight_source(
         &self,
         request: Request<PreflightSourceRequest>,

@@ -70,6 +70,8 @@ pub(crate) struct NodeState {
     pub(crate) network: v1::NetworkKind,
     /// What of its containers' connections a relay could carry.
     pub(crate) relayed: Option<v1::Relayed>,
+    /// What of relays is there.
+    pub(crate) relays: Vec<v1::RelayEnd>,
     /// Those of its containers.
     pub(crate) volumes: Vec<v1::Volume>,
     pub(crate) parts: HashMap<String, (Part, String)>,
@@ -286,7 +288,15 @@ fn node(name: &str) -> NodeState {
         ..v1::DescribeResponse::default()
     };
     let (containers, parts) = (BTreeMap::new(), HashMap::new());
-    NodeState { description, containers, network: v1::NetworkKind::Path, relayed: None, volumes: Vec::new(), parts }
+    NodeState {
+        description,
+        containers,
+        network: v1::NetworkKind::Path,
+        relayed: None,
+        relays: Vec::new(),
+        volumes: Vec::new(),
+        parts,
+    }
 }
 
 /// Asks for a migration.

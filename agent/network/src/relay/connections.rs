@@ -1,12 +1,13 @@
 //! Which connections of a namespace still need their old address (`sock_diag(7)`).
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr as Endpoint};
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_sock_diag::SockDiagMessage;
 use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP};
-use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
+use netlink_packet_sock_diag::inet::nlas::Nla;
+use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags};
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 use netlink_sys::{Socket, SocketAddr};
 use nix::errno::Errno;
@@ -24,6 +25,39 @@ const SOCK_DESTROY: u16 = 21;
 pub fn connections_of(netns: &Netns, addresses: &[IpAddr]) -> Result<usize> {
     let failed = |source| Error::Connections { netns: netns.path().to_owned(), source };
     netns.run(|| all(addresses).map(|found| found.len()))?.map_err(failed)
+}
+
+/// A TCP connection, as the namespace that it ends in sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Connection {
+    /// The address that stays.
+    pub local: Endpoint,
+    /// Whom it is with.
+    pub peer: Endpoint,
+    /// Bytes that have come, and bytes that the peer has acknowledged, since the socket was made: for a restored one since the restore. None where
+    /// the kernel does not say (4.1 and later do).
+    pub bytes: Option<(u64, u64)>,
+}
+
+/// The same, one by one, in the order of their addresses.
+///
+/// # Errors
+/// When the kernel does not list them.
+pub fn list_connections(netns: &Netns, addresses: &[IpAddr]) -> Result<Vec<Connection>> {
+    let failed = |source| Error::Connections { netns: netns.path().to_owned(), source };
+    let mut all = netns.run(|| list(addresses))?.map_err(failed)?;
+    all.sort_by_key(|connection| (connection.local, connection.peer));
+    Ok(all)
+}
+
+fn list(addresses: &[IpAddr]) -> io::Result<Vec<Connection>> {
+    let end = |address: &IpAddr, port| Endpoint::new(address.to_canonical(), port);
+    let of = |socket: Found| Connection {
+        local: end(&socket.id.source_address, socket.id.source_port),
+        peer: end(&socket.id.destination_address, socket.id.destination_port),
+        bytes: socket.bytes,
+    };
+    Ok(all(addresses)?.into_iter().map(|(_, socket)| of(socket)).collect())
 }
 
 /// How many connections of a namespace are being opened, or are open and wait for a program to take them.
@@ -50,7 +84,7 @@ pub fn end_connections(netns: &Netns, addresses: &[IpAddr]) -> Result<usize> {
     let failed = |source| Error::Connections { netns: netns.path().to_owned(), source };
     let end_all = || {
         let found = all(addresses)?;
-        found.iter().try_for_each(|(family, id)| end(*family, id.clone()))?;
+        found.iter().try_for_each(|(family, socket)| end(*family, socket.id.clone()))?;
         Ok(found.len())
     };
     netns.run(end_all)?.map_err(failed)
@@ -58,20 +92,20 @@ pub fn end_connections(netns: &Netns, addresses: &[IpAddr]) -> Result<usize> {
 
 /// Whether one of them may be sent from one interface alone (`SO_BINDTODEVICE`); runs in the namespace.
 pub(super) fn has_bound(addresses: &[IpAddr]) -> io::Result<bool> {
-    Ok(all(addresses)?.iter().any(|(_, id)| id.interface_id != 0))
+    Ok(all(addresses)?.iter().any(|(_, socket)| socket.id.interface_id != 0))
 }
 
 const FAMILIES: [(u8, fn() -> SocketId); 2] = [(AF_INET, SocketId::new_v4), (AF_INET6, SocketId::new_v6)];
 
 /// Those that can still carry something, each with its family.
-fn all(addresses: &[IpAddr]) -> io::Result<Vec<(u8, SocketId)>> {
+fn all(addresses: &[IpAddr]) -> io::Result<Vec<(u8, Found)>> {
     // Sockets of IPv6 serve IPv4 as well, with addresses that say so.
-    let of = |id: &SocketId| addresses.contains(&id.source_address.to_canonical());
+    let of = |socket: &Found| addresses.contains(&socket.id.source_address.to_canonical());
     let over = StateFlags::LISTEN | StateFlags::CLOSE | StateFlags::TIME_WAIT;
     let mut all = Vec::new();
     for (family, id) in FAMILIES {
         let found = of_family(family, id(), StateFlags::all() - over.clone())?;
-        all.extend(found.into_iter().map(|socket| socket.id).filter(of).map(|id| (family, id)));
+        all.extend(found.into_iter().filter(of).map(|socket| (family, socket)));
     }
     Ok(all)
 }
@@ -80,6 +114,30 @@ fn all(addresses: &[IpAddr]) -> io::Result<Vec<(u8, SocketId)>> {
 struct Found {
     id: SocketId,
     receive_queue: u32,
+    /// Received, and acknowledged by the peer.
+    bytes: Option<(u64, u64)>,
+}
+
+impl Found {
+    fn of(socket: &InetResponse) -> Self {
+        let info = socket.nlas.iter().find_map(|attribute| match attribute {
+            Nla::TcpInfo(info) => Some(info),
+            _ => None,
+        });
+        Self {
+            id: socket.header.socket_id.clone(),
+            receive_queue: socket.header.recv_queue,
+            bytes: info.and_then(|info| Some((counter(info, RECEIVED)?, counter(info, ACKNOWLEDGED)?))),
+        }
+    }
+}
+
+/// Where `tcpi_bytes_acked` and `tcpi_bytes_received` are in `struct tcp_info` (`include/uapi/linux/tcp.h`).
+const ACKNOWLEDGED: usize = 120;
+const RECEIVED: usize = 128;
+
+fn counter(info: &[u8], at: usize) -> Option<u64> {
+    info.get(at..at + size_of::<u64>())?.try_into().ok().map(u64::from_ne_bytes)
 }
 
 fn of_family(family: u8, id: SocketId, states: StateFlags) -> io::Result<Vec<Found>> {
@@ -124,7 +182,7 @@ fn end(family: u8, socket_id: SocketId) -> io::Result<()> {
 
 fn sockets(family: u8, socket_id: SocketId, states: StateFlags) -> io::Result<Vec<Found>> {
     let netlink = open()?;
-    let request = InetRequest { family, protocol: IPPROTO_TCP, extensions: ExtensionFlags::empty(), states, socket_id };
+    let request = InetRequest { family, protocol: IPPROTO_TCP, extensions: ExtensionFlags::INFO, states, socket_id };
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | NLM_F_DUMP;
     let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
@@ -154,8 +212,7 @@ fn read(mut datagram: &[u8], found: &mut Vec<Found>) -> io::Result<bool> {
             }
             NetlinkPayload::Done(_) => return Ok(true),
             NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(socket)) => {
-                let header = socket.header;
-                found.push(Found { id: header.socket_id, receive_queue: header.recv_queue });
+                found.push(Found::of(&socket));
             }
             _ => {}
         }

@@ -62,7 +62,7 @@ mod settings;
 mod tun;
 
 pub use away::{dismantle_away, prepare_away};
-pub use connections::{connections_of, end_connections, not_accepted};
+pub use connections::{Connection, connections_of, end_connections, list_connections, not_accepted};
 pub use facts::{addresses_of, destination_of, is_possible, source_of};
 pub use home::{Home, check_home, dismantle_home, divert, intercept, is_diverted, prepare_home, undivert};
 pub use settings::Setting;

@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 
 use podferry_network::Error;
 use podferry_network::relay::{
-    End, Home, Tun, addresses_of, check_home, connections_of, dismantle_away, dismantle_home, divert, end_connections,
-    intercept, is_diverted, not_accepted, opens_connection, prepare_away, prepare_home, undivert,
+    Connection, End, Home, Tun, addresses_of, check_home, connections_of, dismantle_away, dismantle_home, divert,
+    end_connections, intercept, is_diverted, list_connections, not_accepted, opens_connection, prepare_away,
+    prepare_home, undivert,
 };
 use scene::{
     CLIENT, HOME, Scene, accept, captured_flags, connect, exchange, listen, ping, tcp_flags, text, transfer,
@@ -343,8 +344,19 @@ fn connections_of_an_address_are_counted_and_openings_are_told() {
     let (four, six): (IpAddr, IpAddr) = (HOME[0].parse().unwrap(), HOME[1].parse().unwrap());
     let counts = || [vec![four], vec![six], vec![four, six]].map(|of| connections_of(&scene.home, &of).unwrap());
     assert_eq!(counts(), [0, 0, 0]);
-    let (first, inside) = scene.connection(HOME[0]);
+    let (mut first, mut inside) = scene.connection(HOME[0]);
     assert_eq!(counts(), [1, 0, 1]);
+    let (received, sent) = list_connections(&scene.home, &[four]).unwrap()[0].bytes.unwrap();
+    first.write_all(&[7; 3]).unwrap();
+    inside.read_exact(&mut [0; 3]).unwrap();
+    inside.write_all(&[7; 5]).unwrap();
+    first.read_exact(&mut [0; 5]).unwrap();
+    let expected = Connection {
+        local: inside.local_addr().unwrap(),
+        peer: first.local_addr().unwrap(),
+        bytes: Some((received + 3, sent + 5)),
+    };
+    eventually("the bytes are counted", || list_connections(&scene.home, &[four]).unwrap() == [expected]);
     // A socket of IPv6 that serves IPv4, and the listener that counts for nothing.
     let listener = listen(&scene.home, "::");
     let second = connect(&scene.client, SocketAddr::new(four, 80));

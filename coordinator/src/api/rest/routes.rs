@@ -9,6 +9,7 @@ use axum::response::{IntoResponse, Response};
 use axum::{Json, Router, middleware};
 use futures::StreamExt as _;
 use podferry_common::{Failure, FailureCode};
+use podferry_proto::json::Connections;
 use podferry_proto::v1;
 use tokio_util::sync::CancellationToken;
 use utoipa::OpenApi;
@@ -19,7 +20,8 @@ use utoipa_axum::routes;
 use super::problem::{PROBLEM_JSON, Problem};
 use super::request::{Caller, Filter, Id, json};
 use super::types::{
-    MigrateRequest, MigrationDetails, MigrationFilter, Migrations, Nodes, Version, WorkloadFilter, Workloads,
+    ConnectionFilter, MigrateRequest, MigrationDetails, MigrationFilter, Migrations, Nodes, Version, WorkloadFilter,
+    Workloads,
 };
 use super::{Limits, browser, evacuations, page};
 use crate::access::{Action, Verb};
@@ -77,6 +79,7 @@ fn api() -> OpenApiRouter<Front> {
         .routes(routes!(openapi))
         .routes(routes!(nodes))
         .routes(routes!(workloads))
+        .routes(routes!(connections))
         .routes(routes!(migrations, migrate))
         .routes(routes!(migration))
         .routes(routes!(cancel))
@@ -159,6 +162,27 @@ async fn workloads(
 ) -> Result<Json<Workloads>, Problem> {
     let (core, _) = caller.admit(&front.core, &Action::new(Verb::ListWorkloads)).await?;
     Ok(Json(core.workloads(&filter.node).await?.into()))
+}
+
+/// Connections that have outlived the move of their pod.
+///
+/// They go to the address that it had before, and need the node that it came from.
+#[utoipa::path(
+    get,
+    path = "/api/v1/connections",
+    params(ConnectionFilter),
+    responses(
+        (status = 200, body = Connections, description = "all of them that agents which answer know, or those that are asked for"),
+        (status = "default", body = Problem, content_type = PROBLEM_JSON, description = "a refusal"),
+    )
+)]
+async fn connections(
+    State(front): State<Front>,
+    caller: Caller,
+    Filter(filter): Filter<ConnectionFilter>,
+) -> Result<Json<Connections>, Problem> {
+    let (core, _) = caller.admit(&front.core, &Action::new(Verb::ListConnections)).await?;
+    Ok(Json((&core.connections(&filter.workload, &filter.node).await?).into()))
 }
 
 /// Migrations, newest first.

@@ -39,6 +39,21 @@ pub(super) struct WorkloadFilter {
     pub(super) node: String,
 }
 
+/// Which connections are asked for.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct ConnectionFilter {
+    /// Only this workload's.
+    #[serde(default)]
+    #[param(required = false)]
+    pub(super) workload: String,
+    /// Only those that need this node, as home of the old addresses or because the workload is there.
+    #[serde(default)]
+    #[param(required = false)]
+    pub(super) node: String,
+}
+
 /// Workloads of the inventory.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Workloads {
@@ -67,7 +82,7 @@ pub(super) enum Strategy {
     Postcopy,
     /// As live, with the rest fetched afterwards when it does not converge.
     Hybrid,
-    /// Not available yet.
+    /// A new instance takes over by the application's own means.
     Application,
 }
 

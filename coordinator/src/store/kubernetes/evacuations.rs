@@ -364,6 +364,7 @@ fn status_of(object: &NodeEvacuation, evacuation: &Evacuation) -> Result<NodeEva
         moved: count(|standing| *standing == Standing::Moved),
         moving: count(|standing| matches!(standing, Standing::Moving { .. })),
         failed: count(|standing| matches!(standing, Standing::LeftBehind { .. } | Standing::Lost)),
+        homes: i32::try_from(wire.homes).unwrap_or(i32::MAX),
         started_at: Some(time(evacuation.created_at)),
         completed_at: evacuation.ended_at.map(time),
         pods: pods(evacuation),
