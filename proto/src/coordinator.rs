@@ -83,5 +83,8 @@
 //! only with such a strategy, too. `grace_period_s`: 0 to 3600, and only with `COLD` and `APPLICATION`, whose default is 30. `verify`: only with `LIVE`. `bandwidth_limit`: 0 for none, or at least 65536 bytes per second. A migration has
 //! at most 31 rounds.
 //!
+//! `connections`: `KEEP` not with `COLD`, `APPLICATION` or `allow_restart`. `connections_deadline_s`: 0 for as long as the nodes are set to, or 1 to
+//! 604800, and not with what closes them.
+//!
 //! Names (workloads, nodes): 1–63 bytes of `[a-z0-9-]`, no `-` at either end. Ids: at most 64 bytes. A message: at most
 //! 4 MiB. Lists name everything that is known; there is no paging in version 1.

@@ -34,6 +34,9 @@
 //! bandwidth from them. Behind the deadline nothing is begun: what is left has the problem `DEADLINE_EXCEEDED`. What is under way then
 //! goes on.
 //!
+//! When all have an outcome it waits, until the deadline at most, for those that have left the node and have connections which still need it (`homes`):
+//! see [`crate::relay`].
+//!
 //! Expectations are of 110 MB/s of memory, shared by what moves at a time, until migrations of this evacuation were seen.
 //!
 //! The limits of `coordinator.toml` (migrations of a node, and of a pair of nodes, at a time) hold; `concurrency` is a lower one.

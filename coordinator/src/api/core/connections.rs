@@ -8,6 +8,9 @@ use super::{Core, blocking, internal};
 use crate::cluster::relays;
 use crate::store::Record;
 
+/// The most connections that an answer names, of all workloads: with 128 bytes each they fit into a message.
+const MOST_NAMED: usize = 16_384;
+
 impl Core {
     /// What lives on of the connections that migrations took along, as the agents that answer see it; and the nodes whose agents do not.
     /// Those of one workload, and those that need one node, where they are named.
@@ -31,6 +34,11 @@ impl Core {
         kept.retain(|one| workload.is_empty() || one.workload == workload);
         kept.retain(|one| node.is_empty() || one.node == node || one.home_node == node);
         kept.sort_by(|one, other| (&one.workload, &one.migration_id).cmp(&(&other.workload, &other.migration_id)));
+        let mut room = MOST_NAMED;
+        for one in &mut kept {
+            one.some.truncate(room);
+            room -= one.some.len();
+        }
         Ok(v1::ListConnectionsResponse { kept, silent_nodes })
     }
 
