@@ -1,0 +1,107 @@
+//! One migration as it went: its phases, and above them what its clients waited.
+
+use maud::{Markup, html};
+
+use super::figure;
+use crate::{
+    groups::{Cell, Metric, Situation},
+    names::{self, STRATEGIES, look},
+    plot::{self, Scale, WIDE},
+    read::Run,
+    results::{Phase, Slice, Strategy},
+};
+use kuva::prelude::Plot;
+
+/// Of each strategy that run whose downtime is the median one's, of the scenario with the most runs that have a timeline.
+pub(crate) fn timelines(situations: &[Situation<'_>]) -> Vec<(Strategy, Markup)> {
+    let of = |strategy: Strategy| {
+        let cells = situations.iter().filter_map(|situation| situation.cell(strategy));
+        let fullest = cells.filter(|cell| !shown(cell).is_empty()).max_by_key(|cell| shown(cell).len())?;
+        Some((strategy, timeline(typical(shown(fullest))?)))
+    };
+    STRATEGIES.into_iter().filter_map(of).collect()
+}
+
+fn shown<'a>(cell: &Cell<'a>) -> Vec<&'a Run> {
+    let drawable =
+        |run: &&Run| !run.of.phases.is_empty() && run.of.clients.as_ref().is_some_and(|seen| !seen.timeline.is_empty());
+    cell.moved().filter(drawable).collect()
+}
+
+/// The run in the middle.
+fn typical(mut runs: Vec<&Run>) -> Option<&Run> {
+    let order = |run: &Run| Metric::Downtime.of(&run.of).or(run.of.total_ms).unwrap_or(f64::INFINITY);
+    runs.sort_by(|one, other| order(one).total_cmp(&order(other)));
+    let middle = runs.len().checked_sub(1)? / 2;
+    runs.get(middle).copied()
+}
+
+fn timeline(run: &Run) -> Markup {
+    let slices = run.of.clients.as_ref().map(|seen| seen.timeline.as_slice()).unwrap_or_default();
+    let end = run.of.phases.iter().map(|phase| phase.start_ms + phase.duration_ms).fold(0.0, f64::max);
+    let range = (-0.15 * end, 1.25 * end);
+    let title = format!(
+        "{}, {}, line {}",
+        look(run.of.scenario.strategy).name,
+        names::situation(&run.of.scenario, &[]),
+        run.line
+    );
+    let content = html! {
+        h4 { (title) }
+        div.scroll tabindex="0" role="region" aria-label=(title) {
+            (latency(slices, range))
+            (phases(&run.of.phases, range))
+        }
+    };
+    let downtime = run.of.downtime_ms.map_or("not measured".to_owned(), |ms| format!("{} ms", plot::number(ms)));
+    let gap = Metric::Gap.of(&run.of).map_or("not measured".to_owned(), |ms| format!("{} ms", plot::number(ms)));
+    let says = format!(
+        "n = 1 run: the one with the median downtime of its scenario. Above: the slowest answer that came in each slice of time (ms); no line \
+         where none came. Below: the phases. Downtime {downtime}, longest service gap {gap}."
+    );
+    figure(&content, &says, &[run.line])
+}
+
+/// Slices with answers are joined; a slice without breaks the line.
+fn latency(slices: &[Slice], range: (f64, f64)) -> Markup {
+    let inside = |slice: &&Slice| slice.start_ms >= range.0 && slice.start_ms <= range.1;
+    let slices: Vec<Slice> = slices.iter().filter(inside).copied().collect();
+    let worst: Vec<f64> = slices.iter().filter_map(|slice| slice.worst_ms).filter(|worst| *worst > 0.0).collect();
+    if worst.is_empty() {
+        return html! { p.empty { "No answer came in the time that is shown." } };
+    }
+    let pieces = slices.split(|slice| slice.worst_ms.is_none());
+    let points =
+        |piece: &[Slice]| piece.iter().filter_map(|slice| Some((slice.start_ms, slice.worst_ms?))).collect::<Vec<_>>();
+    let mut plots: Vec<Plot> = Vec::new();
+    for piece in pieces.map(points).filter(|piece| !piece.is_empty()) {
+        plots.push(Plot::Line(plot::line(piece.clone(), "var(--accent)")));
+        plots.push(plot::dots(piece, "var(--accent)"));
+    }
+    let x = Scale { range: Some(range), ..Scale::linear("") };
+    plot::draw(plots, &x, &Scale::fitting("Slowest answer (ms)", &worst), (WIDE, 240.0), "Slowest answer over time")
+}
+
+/// The colour of a phase: the workload runs, stands still, or is being made ready.
+fn colour(phase: &str) -> &'static str {
+    match phase {
+        "precopy" | "fill" => "var(--live)",
+        "freeze" | "dump" | "transfer" | "copy" | "restore" | "commit" => "var(--still)",
+        _ => "var(--soft)",
+    }
+}
+
+fn phases(phases: &[Phase], range: (f64, f64)) -> Markup {
+    let labels = phases.iter().rev().map(|phase| format!("{} {} ms", phase.name, plot::number(phase.duration_ms)));
+    let y = Scale::named("", labels.collect());
+    let bar = |(row, phase): (usize, &Phase)| {
+        #[expect(clippy::cast_precision_loss, reason = "a handful")]
+        let (y, end) = (row as f64, phase.start_ms + phase.duration_ms);
+        Plot::Line(plot::line(vec![(phase.start_ms, y), (end, y)], colour(&phase.name)).with_stroke_width(13.0))
+    };
+    let plots: Vec<Plot> = phases.iter().rev().enumerate().map(bar).collect();
+    let x = Scale { range: Some(range), ..Scale::linear("Time since the request (ms)") };
+    #[expect(clippy::cast_precision_loss, reason = "a handful")]
+    let height = 60.0 + 22.0 * phases.len() as f64;
+    plot::draw(plots, &x, &y, (WIDE, height), "Phases over time")
+}
