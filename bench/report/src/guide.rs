@@ -214,26 +214,42 @@ pub(crate) struct Threshold {
     pub(crate) strategy: Strategy,
     /// The one that it is compared with.
     pub(crate) against: Strategy,
-    /// At each place where both were measured: the place, and whether the median downtime of `strategy` is below that of `against`. The
-    /// place of a link that is not shaped is absent.
-    pub(crate) better: Vec<(Option<f64>, bool)>,
+    /// Each place where both were tried and `against` moved; that of a link that is not shaped is absent.
+    pub(crate) places: Vec<(Option<f64>, Which)>,
     /// Its lines.
     #[serde(skip)]
     pub(crate) lines: Vec<usize>,
 }
 
+/// How a strategy compares with another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Which {
+    /// Its median downtime is below that of the other.
+    Better,
+    /// It is not.
+    NotBetter,
+    /// None of its runs moved.
+    DidNotMove,
+}
+
 impl Threshold {
-    /// Of live against warm, which is what `auto` weighs; none where they were not measured side by side.
+    /// Of live against warm, which is what `auto` weighs; none where they were not tried side by side.
     pub(crate) fn live_against_warm(sweep: &Sweep<'_, '_>) -> Option<Self> {
         let (strategy, against) = (Strategy::Live, Strategy::Warm);
-        let warm = sweep.series(against, Metric::Downtime);
-        let at = |place: f64| warm.iter().find(|(x, _)| x.total_cmp(&place).is_eq()).map(|(_, warm)| warm.median);
-        let live = sweep.series(strategy, Metric::Downtime);
-        let compare = |(x, live): (f64, Spread)| Some((x.is_finite().then_some(x), live.median < at(x)?));
-        let better: Vec<_> = live.into_iter().filter_map(compare).collect();
+        let compare = |(place, of): &(f64, &Situation<'_>)| {
+            let warm = of.cell(against)?.spread(Metric::Downtime)?;
+            let which = match of.cell(strategy)?.spread(Metric::Downtime) {
+                Some(live) if live.median < warm.median => Which::Better,
+                Some(_) => Which::NotBetter,
+                None => Which::DidNotMove,
+            };
+            Some((place.is_finite().then_some(*place), which))
+        };
+        let places: Vec<_> = sweep.places.iter().filter_map(compare).collect();
         let situation = names::situation(sweep.scenario(), &[sweep.axis.part()]);
-        let found = Self { axis: sweep.axis, situation, strategy, against, better, lines: sweep.lines() };
-        (found.better.len() > 1).then_some(found)
+        let found = Self { axis: sweep.axis, situation, strategy, against, places, lines: sweep.lines() };
+        (found.places.len() > 1).then_some(found)
     }
 }
 

@@ -6,7 +6,7 @@ use kuva::{
     backend::svg::SvgBackend,
     plot::LineStyle,
     prelude::{Layout, LinePlot, Plot, ScatterPlot, Theme, TickFormat},
-    render::render::render_multiple,
+    render::{annotations::ShadedRegion, render::render_multiple},
 };
 use maud::{Markup, PreEscaped, html};
 
@@ -21,7 +21,10 @@ pub(crate) const SMALL: (f64, f64) = (440.0, 310.0);
 /// A figure as wide as the page.
 pub(crate) const WIDE: f64 = 900.0;
 /// Left and right of what is drawn in wide figures, so that they line up.
-const WIDE_MARGINS: (f64, f64) = (150.0, 20.0);
+const WIDE_MARGINS: (f64, f64) = (180.0, 20.0);
+
+/// How much of the colour a part that stands out has.
+const SHADE: f64 = 0.14;
 
 /// How a number is written on an axis.
 type Words = Arc<dyn Fn(f64) -> String + Send + Sync>;
@@ -59,7 +62,11 @@ impl Scale {
         if least <= 0.0 || most / least < 4.0 {
             return Self::from_zero(title, values);
         }
-        Self { log: true, range: Some((round_down(least), round_up(most))), ..Self::linear(format!("{title}, log")) }
+        Self {
+            log: true,
+            range: Some((round_down(least), round_up(most))),
+            ..Self::linear(format!("{title} log scale").trim().to_owned())
+        }
     }
 
     /// Places with names, one unit apart, from 0.
@@ -108,6 +115,18 @@ fn theme() -> Theme {
 
 /// A figure as SVG. `name` is what is read to who cannot see it.
 pub(crate) fn draw(plots: Vec<Plot>, x: &Scale, y: &Scale, size: (f64, f64), name: &str) -> Markup {
+    draw_shaded(plots, x, y, size, name, None)
+}
+
+/// The same with a part of x that stands out.
+pub(crate) fn draw_shaded(
+    plots: Vec<Plot>,
+    x: &Scale,
+    y: &Scale,
+    size: (f64, f64),
+    name: &str,
+    shade: Option<(f64, f64)>,
+) -> Markup {
     let mut layout = Layout::auto_from_plots(&plots)
         .with_theme(theme())
         .with_font_family("system-ui, sans-serif")
@@ -121,6 +140,10 @@ pub(crate) fn draw(plots: Vec<Plot>, x: &Scale, y: &Scale, size: (f64, f64), nam
     layout.show_legend = false;
     if size.0 >= WIDE {
         layout = layout.with_force_margins(WIDE_MARGINS.0, WIDE_MARGINS.1);
+    }
+    if let Some((from, to)) = shade {
+        layout =
+            layout.with_shaded_region(ShadedRegion::vertical(from, to).with_color("var(--still)").with_opacity(SHADE));
     }
     layout = along_x(along_y(layout, y), x);
     frame(&SvgBackend::new().render_scene(&render_multiple(plots, layout)), size, name)
@@ -197,10 +220,11 @@ fn frame(svg: &str, (width, height): (f64, f64), name: &str) -> Markup {
 /// A line with its marks; whiskers are the bounds of the medians.
 pub(crate) fn series(strategy: Strategy, points: &[(f64, Spread)]) -> Vec<Plot> {
     let look = look(strategy);
-    let line: Vec<(f64, f64)> = points.iter().map(|(x, spread)| (*x, spread.median)).collect();
+    let places: Vec<(f64, f64)> = points.iter().map(|(x, spread)| (*x, spread.median)).collect();
     let style = if names::is_peer(strategy) { LineStyle::Dashed } else { LineStyle::Solid };
-    let line = LinePlot::new().with_data(line).with_color(look.colour).with_stroke_width(1.8).with_line_style(style);
-    vec![Plot::Line(line), Plot::Scatter(medians(strategy, points.iter().copied()))]
+    let line = line(places.clone(), look.colour).with_line_style(style).with_stroke_width(1.8);
+    let marks = Plot::Scatter(medians(strategy, points.iter().copied()));
+    [Plot::Line(line), marks].into_iter().chain(hollow(strategy, places)).collect()
 }
 
 fn medians(strategy: Strategy, points: impl Iterator<Item = (f64, Spread)>) -> ScatterPlot {
@@ -218,15 +242,22 @@ fn tip(strategy: Strategy, spread: &Spread) -> String {
 
 fn mark(strategy: Strategy, points: Vec<(f64, f64)>) -> ScatterPlot {
     let look = look(strategy);
-    let plot = ScatterPlot::new().with_data(points).with_color(look.colour).with_marker(look.marker).with_size(5.0);
-    if names::is_peer(strategy) { plot.with_marker_opacity(0.12).with_marker_stroke_width(1.6) } else { plot }
+    ScatterPlot::new().with_data(points).with_color(look.colour).with_marker(look.marker).with_size(5.0)
 }
 
-/// Medians that lie in a row `y`, with whiskers along x.
-pub(crate) fn in_row(strategy: Strategy, y: f64, spread: &Spread) -> Plot {
+/// What makes the marks of peers hollow; kuva fills all but circles.
+fn hollow(strategy: Strategy, points: Vec<(f64, f64)>) -> Option<Plot> {
+    let inside = || mark(strategy, points).with_color("var(--card)").with_size(3.0);
+    names::is_peer(strategy).then(|| Plot::Scatter(inside()))
+}
+
+/// A median in a row `y`, with whiskers along x.
+pub(crate) fn in_row(strategy: Strategy, y: f64, spread: &Spread) -> Vec<Plot> {
+    let place = vec![(spread.median, y)];
     let errors = [(spread.median - spread.low, spread.high - spread.median)];
-    let plot = mark(strategy, vec![(spread.median, y)]).with_x_err_asymmetric(errors);
-    Plot::Scatter(plot.with_tooltips().with_tooltip_labels([tip(strategy, spread)]))
+    let marks = mark(strategy, place.clone()).with_x_err_asymmetric(errors);
+    let marks = Plot::Scatter(marks.with_tooltips().with_tooltip_labels([tip(strategy, spread)]));
+    std::iter::once(marks).chain(hollow(strategy, place)).collect()
 }
 
 /// A plain line.

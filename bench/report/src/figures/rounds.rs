@@ -1,5 +1,7 @@
 //! How fast pre-copy comes to an end.
 
+use std::collections::HashSet;
+
 use kuva::prelude::Plot;
 use maud::{Markup, html};
 
@@ -34,8 +36,14 @@ fn typical<'a>(cell: &Cell<'a>) -> Option<&'a Run> {
 
 fn figure_of(strategy: Strategy, mut runs: Vec<&Run>) -> Markup {
     runs.sort_by_key(|run| std::cmp::Reverse(run.of.rounds.len()));
-    let left_out = runs.len().saturating_sub(MOST);
+    let all = runs.len();
+    let mut seen = HashSet::new();
+    runs.retain(|run| {
+        let of = &run.of.scenario;
+        seen.insert((of.workload, of.memory_mib, of.dirty_percent.map(f64::to_bits)))
+    });
     runs.truncate(MOST);
+    let left_out = all - runs.len();
     let lines: Vec<Vec<(f64, f64)>> = runs.iter().map(|run| points(run)).collect();
     let sizes: Vec<f64> = lines.iter().flatten().map(|(_, size)| *size).collect();
     let mut plots = Vec::new();
@@ -61,8 +69,11 @@ fn figure_of(strategy: Strategy, mut runs: Vec<&Run>) -> Markup {
             (plot::draw(plots, &x, &Scale::fitting("Sent, before packing (MiB)", &sizes), (WIDE, 340.0), &title))
         }
     };
-    let rest =
-        if left_out == 0 { String::new() } else { format!(" {left_out} scenarios with fewer rounds are not drawn.") };
+    let rest = if left_out == 0 {
+        String::new()
+    } else {
+        format!(" {left_out} scenarios are not drawn: with fewer rounds, or alike but for link and demand.")
+    };
     let says = format!(
         "n = {} runs, of each scenario the one with the median total time, moved or given up. A line that falls converges.{rest}",
         runs.len()

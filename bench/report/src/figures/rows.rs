@@ -58,7 +58,7 @@ fn in_rows(rows: &[&Situation<'_>], strategies: &[Strategy], metric: Metric) -> 
             let Some(spread) = cell.spread(metric) else { continue };
             #[expect(clippy::cast_precision_loss, reason = "a handful")]
             let y = row as f64 + 0.36 - 0.72 * index as f64 / (strategies.len() - 1) as f64;
-            plots.push(plot::in_row(*strategy, y, &spread));
+            plots.extend(plot::in_row(*strategy, y, &spread));
             bounds.extend([spread.low, spread.high]);
             lines.extend(cell.runs.iter().map(|run| run.line));
             n += spread.n;

@@ -28,11 +28,27 @@ pub(crate) fn sweep(sweep: &Sweep<'_, '_>) -> Markup {
     let moved = sweep.places.iter().flat_map(|(_, place)| &place.cells).flat_map(Cell::moved).count();
     let lines = sweep.lines();
     let says = format!(
-        "n = {moved} runs that moved, of {}. Marks: medians; whiskers: 95 % confidence interval of the median from 5 runs on, smallest and \
+        "n = {moved} runs that moved, of {}.{} Marks: medians; whiskers: 95 % confidence interval of the median from 5 runs on, smallest and \
          largest below.",
-        lines.len()
+        lines.len(),
+        not_moved(sweep)
     );
     figure(&content, &says, &lines)
+}
+
+/// Where runs of podferry or a peer did not move: such a place has fewer runs behind its mark, or no mark.
+fn not_moved(sweep: &Sweep<'_, '_>) -> String {
+    let mut places = Vec::new();
+    for (place, situation) in &sweep.places {
+        for cell in &situation.cells {
+            let (moved, all) = (cell.moved().count(), cell.runs.len());
+            if moved < all {
+                let strategy = names::look(cell.scenario.strategy).name;
+                places.push(format!("{strategy} at {}: {moved} of {all}", say(*place)));
+            }
+        }
+    }
+    if places.is_empty() { String::new() } else { format!(" Not all moved: {}.", places.join(", ")) }
 }
 
 fn panel(sweep: &Sweep<'_, '_>, strategies: &[Strategy], metric: Metric) -> Markup {

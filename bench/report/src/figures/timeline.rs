@@ -12,12 +12,15 @@ use crate::{
 };
 use kuva::prelude::Plot;
 
-/// Of each strategy that run whose downtime is the median one's, of the scenario with the most runs that have a timeline.
+/// Of each strategy the run whose downtime is the median one's: in the situation in which the most strategies have a timeline, or, of those that
+/// have none there, where they have the most.
 pub(crate) fn timelines(situations: &[Situation<'_>]) -> Vec<(Strategy, Markup)> {
+    let tried = |of: &&Situation<'_>| of.cells.iter().filter(|cell| !shown(cell).is_empty()).count();
+    let Some(fullest) = situations.iter().max_by_key(tried) else { return Vec::new() };
     let of = |strategy: Strategy| {
-        let cells = situations.iter().filter_map(|situation| situation.cell(strategy));
-        let fullest = cells.filter(|cell| !shown(cell).is_empty()).max_by_key(|cell| shown(cell).len())?;
-        Some((strategy, timeline(typical(shown(fullest))?)))
+        let there = fullest.cell(strategy).map(shown).filter(|runs| !runs.is_empty());
+        let elsewhere = || situations.iter().filter_map(|of| of.cell(strategy)).map(shown).max_by_key(Vec::len);
+        Some((strategy, timeline(typical(there.or_else(elsewhere)?)?)))
     };
     STRATEGIES.into_iter().filter_map(of).collect()
 }
@@ -49,7 +52,7 @@ fn timeline(run: &Run) -> Markup {
     let content = html! {
         h4 { (title) }
         div.scroll tabindex="0" role="region" aria-label=(title) {
-            (latency(slices, range))
+            (latency(slices, range, frozen(&run.of.phases)))
             (phases(&run.of.phases, range))
         }
     };
@@ -57,13 +60,13 @@ fn timeline(run: &Run) -> Markup {
     let gap = Metric::Gap.of(&run.of).map_or("not measured".to_owned(), |ms| format!("{} ms", plot::number(ms)));
     let says = format!(
         "n = 1 run: the one with the median downtime of its scenario. Above: the slowest answer that came in each slice of time (ms); no line \
-         where none came. Below: the phases. Downtime {downtime}, longest service gap {gap}."
+         where none came; shaded: the phases of the freeze. Below: all phases. Downtime {downtime}, longest service gap {gap}."
     );
     figure(&content, &says, &[run.line])
 }
 
 /// Slices with answers are joined; a slice without breaks the line.
-fn latency(slices: &[Slice], range: (f64, f64)) -> Markup {
+fn latency(slices: &[Slice], range: (f64, f64), frozen: Option<(f64, f64)>) -> Markup {
     let inside = |slice: &&Slice| slice.start_ms >= range.0 && slice.start_ms <= range.1;
     let slices: Vec<Slice> = slices.iter().filter(inside).copied().collect();
     let worst: Vec<f64> = slices.iter().filter_map(|slice| slice.worst_ms).filter(|worst| *worst > 0.0).collect();
@@ -79,14 +82,25 @@ fn latency(slices: &[Slice], range: (f64, f64)) -> Markup {
         plots.push(plot::dots(piece, "var(--accent)"));
     }
     let x = Scale { range: Some(range), ..Scale::linear("") };
-    plot::draw(plots, &x, &Scale::fitting("Slowest answer (ms)", &worst), (WIDE, 240.0), "Slowest answer over time")
+    let y = Scale::fitting("Slowest answer (ms)", &worst);
+    plot::draw_shaded(plots, &x, &y, (WIDE, 240.0), "Slowest answer over time", frozen)
 }
 
-/// The colour of a phase: the workload runs, stands still, or is being made ready.
+/// From the beginning of the first phase of the freeze to the end of the last.
+fn frozen(phases: &[Phase]) -> Option<(f64, f64)> {
+    let frozen = phases.iter().filter(|phase| FROZEN.contains(&phase.name.as_str()));
+    let spans = frozen.map(|phase| (phase.start_ms, phase.start_ms + phase.duration_ms));
+    spans.reduce(|whole, span| (whole.0.min(span.0), whole.1.max(span.1)))
+}
+
+/// Phases in which the workload stands still, or may.
+const FROZEN: [&str; 6] = ["freeze", "dump", "transfer", "copy", "restore", "commit"];
+
+/// The colour of a phase: memory is copied beside the workload, it stands still, or neither.
 fn colour(phase: &str) -> &'static str {
     match phase {
         "precopy" | "fill" => "var(--live)",
-        "freeze" | "dump" | "transfer" | "copy" | "restore" | "commit" => "var(--still)",
+        name if FROZEN.contains(&name) => "var(--still)",
         _ => "var(--soft)",
     }
 }

@@ -6,7 +6,7 @@ use super::Parts;
 use crate::{
     figures::source,
     groups::Axis,
-    guide::{self, Advice, Judged, Kind, RULES, Threshold},
+    guide::{self, Advice, Judged, Kind, RULES, Threshold, Which},
     names::{self, look},
     plot::number,
     results::Strategy,
@@ -122,21 +122,20 @@ fn thresholds(thresholds: &[Threshold]) -> Markup {
     html! {
         p { "Where the median downtime of live is below that of warm. " code { "--strategy auto" } " weighs the two by what copying beforehand would spare." }
         div.scroll tabindex="0" role="region" aria-label="Thresholds" { table {
-            thead { tr { th scope="col" { "Situation" } th scope="col" { "Along" } th scope="col" { "Live is shorter at" } th scope="col" { "Warm is at" } } }
+            thead { tr { th scope="col" { "Situation" } th scope="col" { "Along" } th scope="col" { "Live is shorter at" } th scope="col" { "Not shorter at" } th scope="col" { "Live did not move at" } } }
             tbody { @for one in thresholds { tr {
                 th scope="row" { (one.situation) details.lines { summary { "lines" } (source(&one.lines)) } }
                 td { (along(one.axis)) }
-                td { (places(one, true)) }
-                td { (places(one, false)) }
+                @for which in [Which::Better, Which::NotBetter, Which::DidNotMove] { td { (places(one, which)) } }
             } } }
         } }
     }
 }
 
-fn places(threshold: &Threshold, better: bool) -> String {
-    let places = threshold.better.iter().filter(|(_, is)| *is == better);
+fn places(threshold: &Threshold, which: Which) -> String {
+    let places = threshold.places.iter().filter(|(_, is)| *is == which);
     let words: Vec<String> = places.map(|(place, _)| place.map_or_else(|| "not shaped".into(), number)).collect();
-    if words.is_empty() { "none".into() } else { words.join(", ") }
+    if words.is_empty() { "–".into() } else { words.join(", ") }
 }
 
 fn along(axis: Axis) -> &'static str {

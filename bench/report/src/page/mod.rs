@@ -28,8 +28,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) thresholds: &'a [Threshold],
 }
 
-/// A section: its anchor, its title, and what is in it.
-type Section = (&'static str, &'static str, Markup);
+/// A section: its anchor, its title in short and in full, and what is in it.
+type Section = (&'static str, &'static str, &'static str, Markup);
 
 /// The whole page.
 pub(crate) fn page(parts: &Parts<'_>) -> String {
@@ -56,10 +56,10 @@ pub(crate) fn page(parts: &Parts<'_>) -> String {
                         ", begun " (when(environment)) "." }
                     (counts(parts))
                 }
-                nav aria-label="Sections" { ul { @for (anchor, title, _) in &sections { li { a href=(format!("#{anchor}")) { (title) } } } } }
+                nav aria-label="Sections" { ul { @for (anchor, short, ..) in &sections { li { a href=(format!("#{anchor}")) { (short) } } } } }
                 main #main {
                     @for note in &parts.results.notes { p.note role="note" { (note) } }
-                    @for (anchor, title, content) in &sections {
+                    @for (anchor, _, title, content) in &sections {
                         section id=(anchor) aria-labelledby=(format!("{anchor}-title")) { h2 id=(format!("{anchor}-title")) { (title) } (content) }
                     }
                 }
@@ -76,20 +76,20 @@ pub(crate) fn page(parts: &Parts<'_>) -> String {
 fn sections(parts: &Parts<'_>) -> Vec<Section> {
     let situations = parts.situations;
     vec![
-        ("guide", "Which strategy for which application", advice::guide(parts)),
-        ("memory", "By memory", swept(situations, Axis::Memory)),
-        ("timeline", "One migration, as it went", timelines(situations)),
-        ("rounds", "Convergence of pre-copy", rounds(situations)),
-        ("gaps", "What clients wait", gaps(situations)),
-        ("workloads", "By kind of workload", workloads(situations)),
-        ("dirty", "By dirty rate", swept(situations, Axis::Dirty)),
-        ("bandwidth", "By bandwidth and round-trip time", link(situations)),
-        ("demand", "By demand", swept(situations, Axis::Clients)),
-        ("peers", "Beside other tools", peers(situations)),
-        ("cost", "What it costs", tables::cost(situations)),
-        ("all", "All scenarios", tables::all(situations)),
-        ("failures", "Failures, refusals and notes", tables::failures(&parts.results.runs)),
-        ("method", "On what, and how it was measured", method(parts.results)),
+        ("guide", "Guide", "Which strategy for which application", advice::guide(parts)),
+        ("memory", "Memory", "By memory", swept(situations, Axis::Memory)),
+        ("timeline", "Timeline", "One migration, as it went", timelines(situations)),
+        ("rounds", "Rounds", "Convergence of pre-copy", rounds(situations)),
+        ("gaps", "Gaps", "What clients wait", gaps(situations)),
+        ("workloads", "Workloads", "By kind of workload", workloads(situations)),
+        ("dirty", "Dirty rate", "By dirty rate", swept(situations, Axis::Dirty)),
+        ("bandwidth", "Link", "By bandwidth and round-trip time", link(situations)),
+        ("demand", "Demand", "By demand", swept(situations, Axis::Clients)),
+        ("peers", "Other tools", "Beside other tools", peers(situations)),
+        ("cost", "Cost", "What it costs", tables::cost(situations)),
+        ("all", "All", "All scenarios", tables::all(situations)),
+        ("failures", "Failures", "Failures, refusals and notes", tables::failures(&parts.results.runs)),
+        ("method", "Method", "On what, and how it was measured", method(parts.results)),
     ]
 }
 

@@ -12,7 +12,7 @@ use crate::{
     names,
     plot::number,
     read::Run,
-    results::{Cost, Outcome, Strategy},
+    results::{Cost, Strategy},
     stats::Spread,
 };
 
@@ -128,28 +128,27 @@ fn bad(count: u64) -> Markup {
 
 /// What ended otherwise than on the target, why; and what runs noted.
 pub(crate) fn failures(runs: &[Run]) -> Markup {
-    let ended: Vec<&Run> = runs.iter().filter(|run| !run.moved()).collect();
+    let mut ended: BTreeMap<(Strategy, String, &str, &str), Vec<usize>> = BTreeMap::new();
+    for run in runs.iter().filter(|run| !run.moved()) {
+        let (word, reason) = outcome(&run.of.outcome);
+        let situation = names::situation(&run.of.scenario, &[]);
+        ended.entry((run.of.scenario.strategy, situation, word, reason)).or_default().push(run.line);
+    }
     html! {
         h3 { "Runs that did not move" }
         @if ended.is_empty() { p { "All " (runs.len()) " runs ended on the target." } }
         @else { div.scroll tabindex="0" role="region" aria-label="Runs that did not move" { table {
-            thead { tr { th scope="col" { "Line" } th scope="col" { "Strategy" } th scope="col" { "Situation" } th scope="col" { "Ended" } th scope="col" { "Reason" } } }
-            tbody { @for run in ended { (ended_otherwise(run)) } }
+            thead { tr { th scope="col" { "Strategy" } th scope="col" { "Situation" } th scope="col" { "Ended" } th scope="col" { "Runs" }
+                th scope="col" { "Reason" } } }
+            tbody { @for ((strategy, situation, word, reason), lines) in &ended { tr {
+                td { (mark(*strategy)) } td { (situation) }
+                td.bad[*word == "failed"] { (word) } td.number { (lines.len()) }
+                td.reason { (reason) " " details.lines { summary { "lines" } (source(lines)) } }
+            } } }
         } } }
         h3 { "Notes of the runs" }
         (notes(runs))
     }
-}
-
-fn ended_otherwise(run: &Run) -> Markup {
-    let (word, reason) = outcome(&run.of.outcome);
-    html! { tr {
-        td.number { (run.line) }
-        td { (mark(run.of.scenario.strategy)) }
-        td { (names::situation(&run.of.scenario, &[])) }
-        td.bad[matches!(run.of.outcome, Outcome::Failed(_))] { (word) }
-        td.reason { (reason) }
-    } }
 }
 
 /// Equal ones once. Figures in them differ from run to run, so that they are compared without digits.

@@ -123,7 +123,7 @@ impl MadeUp {
         let downtime = (frozen + 2.0 * of.link_rtt_ms) * self.about();
         let before = if copies_before { copy * (1.0 + dirty) * self.about() } else { 0.0 };
         let behind = if moved_behind { copy * self.about() } else { 20.0 };
-        let total = 90.0 + before + downtime + behind;
+        let total = 70.0 + before + downtime + behind;
         let refused = of.strategy == Strategy::Live && of.dirty_percent.is_some_and(|percent| percent >= 200.0);
         let failed = of.strategy == Strategy::PeerPodman && repeat == 4;
         let outcome = match (refused, failed) {
@@ -155,7 +155,7 @@ impl MadeUp {
             raw_bytes: is_moved.then_some(bytes),
             wire_bytes: is_moved.then_some((memory * MIB * 0.4 * self.about()) as u64),
             cost: is_moved.then(|| [0.1, 0.08].map(|cpu_s| self.cost(cpu_s, memory))),
-            clients: Some(self.clients(of, downtime, total, lost)),
+            clients: Some(self.clients(of, (downtime, behind, total), lost)),
             notes,
         }
     }
@@ -166,7 +166,7 @@ impl MadeUp {
         Cost { cpu_s, peak_memory_bytes: ((40.0 + memory / 4.0) * MIB * self.about()) as u64 }
     }
 
-    fn clients(&mut self, of: &Scenario, downtime: f64, total: f64, lost_items: u64) -> Clients {
+    fn clients(&mut self, of: &Scenario, (downtime, behind, total): (f64, f64, f64), lost_items: u64) -> Clients {
         let gaps_ms = (0..of.clients).map(|_| downtime * (0.97 + 0.1 * self.random.f64())).collect();
         let latency =
             |p50_ms: f64, max_ms| Latency { count: 5000, p50_ms, p90_ms: p50_ms * 1.5, p99_ms: p50_ms * 3.0, max_ms };
@@ -180,12 +180,12 @@ impl MadeUp {
             gaps_ms,
             latency: [latency(0.3, 2.0), latency(0.6, downtime), latency(0.3, 3.0)],
             throughput: [Some(21_000.0), Some(17_000.0)],
-            timeline: self.timeline(downtime, total),
+            timeline: self.timeline(total - behind - 15.0 - downtime, downtime, total),
         }
     }
 
-    fn timeline(&mut self, downtime: f64, total: f64) -> Vec<Slice> {
-        let frozen = total * 0.6..total * 0.6 + downtime;
+    fn timeline(&mut self, freeze: f64, downtime: f64, total: f64) -> Vec<Slice> {
+        let frozen = freeze..freeze + downtime;
         let slice = |index: i32| {
             let start_ms = f64::from(index) * 20.0;
             let still = frozen.contains(&start_ms);
