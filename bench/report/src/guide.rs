@@ -128,7 +128,7 @@ fn ruled_out(cell: &Cell<'_>, gap: Option<&Spread>) -> Option<String> {
         return Some(format!("{lost} items lost or doubled"));
     }
     let measured = gap.map_or(0, |gap| gap.n);
-    (measured < LEAST_RUNS).then(|| format!("{measured} of {LEAST_RUNS} runs"))
+    (measured < LEAST_RUNS).then(|| format!("{measured} measured, {LEAST_RUNS} needed"))
 }
 
 type Choice = (Option<Strategy>, Vec<Strategy>, Vec<Strategy>);

@@ -39,10 +39,14 @@ fn typical(mut runs: Vec<&Run>) -> Option<&Run> {
     runs.get(middle).copied()
 }
 
+/// So much is shown before a migration and after it, at least, in ms.
+const LEAST_AROUND_MS: f64 = 250.0;
+
 fn timeline(run: &Run) -> Markup {
     let slices = run.of.clients.as_ref().map(|seen| seen.timeline.as_slice()).unwrap_or_default();
     let end = run.of.phases.iter().map(|phase| phase.start_ms + phase.duration_ms).fold(0.0, f64::max);
-    let range = (-0.15 * end, 1.25 * end);
+    let (before, after) = ((0.1 * end).max(LEAST_AROUND_MS), (0.2 * end).max(LEAST_AROUND_MS));
+    let range = (-before, end + after);
     let title = format!(
         "{}, {}, line {}",
         look(run.of.scenario.strategy).name,
@@ -59,31 +63,37 @@ fn timeline(run: &Run) -> Markup {
     let downtime = run.of.downtime_ms.map_or("not measured".to_owned(), |ms| format!("{} ms", plot::number(ms)));
     let gap = Metric::Gap.of(&run.of).map_or("not measured".to_owned(), |ms| format!("{} ms", plot::number(ms)));
     let says = format!(
-        "n = 1 run: the one with the median downtime of its scenario. Above: the slowest answer that came in each slice of time (ms); no line \
-         where none came; shaded: the phases of the freeze. Below: all phases. Downtime {downtime}, longest service gap {gap}."
+        "n = 1 run: the one with the median downtime of its scenario. Above: the slowest answer that came in each slice of {} ms; no line \
+         where none came; shaded: the phases of the freeze. Below: all phases. Downtime {downtime}, longest service gap {gap}.",
+        plot::number(slice_ms(slices))
     );
     figure(&content, &says, &[run.line])
 }
 
-/// Slices with answers are joined; a slice without breaks the line.
+/// Each slice with answers is as long as it took; those beside each other are joined, and one without answers breaks the line.
 fn latency(slices: &[Slice], range: (f64, f64), frozen: Option<(f64, f64)>) -> Markup {
-    let inside = |slice: &&Slice| slice.start_ms >= range.0 && slice.start_ms <= range.1;
+    let width = slice_ms(slices);
+    let inside = |slice: &&Slice| slice.start_ms >= range.0 && slice.start_ms + width <= range.1;
     let slices: Vec<Slice> = slices.iter().filter(inside).copied().collect();
     let worst: Vec<f64> = slices.iter().filter_map(|slice| slice.worst_ms).filter(|worst| *worst > 0.0).collect();
     if worst.is_empty() {
         return html! { p.empty { "No answer came in the time that is shown." } };
     }
-    let pieces = slices.split(|slice| slice.worst_ms.is_none());
-    let points =
-        |piece: &[Slice]| piece.iter().filter_map(|slice| Some((slice.start_ms, slice.worst_ms?))).collect::<Vec<_>>();
-    let mut plots: Vec<Plot> = Vec::new();
-    for piece in pieces.map(points).filter(|piece| !piece.is_empty()) {
-        plots.push(Plot::Line(plot::line(piece.clone(), "var(--accent)")));
-        plots.push(plot::dots(piece, "var(--accent)"));
-    }
+    let stairs = |piece: &[Slice]| -> Vec<(f64, f64)> {
+        let steps = piece.iter().filter_map(|slice| Some((slice.start_ms, slice.worst_ms?)));
+        steps.flat_map(|(start, worst)| [(start, worst), (start + width, worst)]).collect()
+    };
+    let pieces = slices.split(|slice| slice.worst_ms.is_none()).map(stairs).filter(|piece| !piece.is_empty());
+    let plots = pieces.map(|piece| Plot::Line(plot::line(piece, "var(--accent)").with_stroke_width(2.0))).collect();
     let x = Scale { range: Some(range), ..Scale::linear("") };
-    let y = Scale::fitting("Slowest answer (ms)", &worst);
+    let y = Scale::fitting("Slowest (ms)", &worst);
     plot::draw_shaded(plots, &x, &y, (WIDE, 240.0), "Slowest answer over time", frozen)
+}
+
+/// How long a slice is; those of a run are equally long.
+fn slice_ms(slices: &[Slice]) -> f64 {
+    let steps = slices.windows(2).map(|pair| pair[1].start_ms - pair[0].start_ms);
+    steps.reduce(f64::min).unwrap_or_default()
 }
 
 /// From the beginning of the first phase of the freeze to the end of the last.

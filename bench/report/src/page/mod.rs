@@ -12,8 +12,8 @@ use crate::{
     guide::{Advice, Threshold},
     names::look,
     plot,
-    read::Results,
-    results::Environment,
+    read::{Results, Run},
+    results::{Environment, Strategy},
 };
 
 /// Everything that the page is made of.
@@ -99,24 +99,35 @@ fn when(environment: &Environment) -> String {
     time.map_or_else(|_| "at an unknown time".into(), |time| time.strftime("%Y-%m-%d %H:%M UTC").to_string())
 }
 
+/// Cold and application-level give up connections by design, and cold what is in memory: what their clients saw is told apart.
 fn counts(parts: &Parts<'_>) -> Markup {
-    let counts = Counts::of(&parts.results.runs);
+    let runs = &parts.results.runs;
+    let all = Counts::of(runs);
+    let (by_design, others): (Vec<&Run>, Vec<&Run>) = runs.iter().partition(|run| gives_up(run.of.scenario.strategy));
+    let (by_design, others) = (Counts::of(by_design), Counts::of(others));
     let scenarios: usize = parts.situations.iter().map(|situation| situation.cells.len()).sum();
-    let bad = |number: u64| if number > 0 { "bad" } else { "good" };
+    let count = |name: &str, number: u64, besides: u64| {
+        let class = if number > 0 { "bad" } else { "good" };
+        html! { div { dt { (name) @if besides > 0 { br; "and " (besides) " by design" } } dd class=(class) { (number) } } }
+    };
     html! {
         dl.counts {
             div { dt { "scenarios" } dd { (scenarios) } }
-            div { dt { "runs" } dd { (counts.runs) } }
-            div { dt { "moved" } dd.good { (counts.moved) } }
-            div { dt { "refused" } dd { (counts.refused) } }
-            div { dt { "failed" } dd class=(bad(counts.failed as u64)) { (counts.failed) } }
-            div { dt { "items lost or doubled" } dd class=(bad(counts.lost_items)) { (counts.lost_items) } }
-            div { dt { "failed requests" } dd class=(bad(counts.failed_requests)) { (counts.failed_requests) } }
-            div { dt { "connections broken" } dd class=(bad(counts.connection_resets)) { (counts.connection_resets) } }
+            div { dt { "runs" } dd { (all.runs) } }
+            div { dt { "moved" } dd { (all.moved) } }
+            div { dt { "refused" } dd { (all.refused) } }
+            (count("failed", all.failed as u64, 0))
+            (count("items lost or doubled", others.lost_items, by_design.lost_items))
+            (count("failed requests", others.failed_requests, by_design.failed_requests))
+            (count("connections broken", others.connection_resets, by_design.connection_resets))
         }
-        p.soft { "All strategies and peers together; cold and application-level give up connections by design, and cold gives up memory. "
+        p.soft { "By design: cold gives up what is in memory, and cold and application-level give up connections. Peers are counted with the others. "
             a href="#all" { "By scenario" } ", " a href="#failures" { "with the reasons" } "." }
     }
+}
+
+fn gives_up(strategy: Strategy) -> bool {
+    matches!(strategy, Strategy::Cold | Strategy::Application)
 }
 
 /// What a section says that has nothing to show.
@@ -154,7 +165,7 @@ fn timelines(situations: &[Situation<'_>]) -> Markup {
         p { "For each strategy one run. Phases in " span.still { "orange" } " are those of the freeze, in " span.copying { "blue" }
             " memory is copied while the workload runs." }
         @for (strategy, figure) in timelines {
-            details open[strategy == crate::results::Strategy::Live] { summary { h3 { (look(strategy).name) } } (figure) }
+            details open[strategy == Strategy::Live] { summary { h3 { (look(strategy).name) } } (figure) }
         }
     }
 }
