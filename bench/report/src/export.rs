@@ -4,7 +4,8 @@ use serde::Serialize;
 
 use crate::{
     groups::{Metric, Situation},
-    guide::{self, Advice, Kind, Threshold},
+    guide::{self, Advice, Auto, Evaluation, Kind, Threshold},
+    model::Growth,
     read::{Results, Run},
     results::{Clients, Cost, Environment, Outcome, Scenario, Strategy, Workload},
     stats::Spread,
@@ -174,7 +175,9 @@ struct Summary<'a> {
     scenarios: Vec<ScenarioSummary<'a>>,
     guide: &'a [Advice],
     kinds: Vec<Kind>,
+    auto: Auto,
     thresholds: &'a [Threshold],
+    warm_growth: &'a [Growth],
     notes: &'a [String],
 }
 
@@ -198,8 +201,7 @@ struct ScenarioSummary<'a> {
 pub(crate) fn summary(
     results: &Results,
     situations: &[Situation<'_>],
-    advice: &[Advice],
-    thresholds: &[Threshold],
+    evaluation: Evaluation<'_>,
 ) -> serde_json::Result<String> {
     let cells = situations.iter().flat_map(|situation| &situation.cells);
     let scenarios = cells.map(|cell| ScenarioSummary {
@@ -219,9 +221,11 @@ pub(crate) fn summary(
         counts: Counts::of(&results.runs),
         environment: &results.environment,
         scenarios: scenarios.collect(),
-        guide: advice,
-        kinds: guide::kinds(advice),
-        thresholds,
+        guide: evaluation.advice,
+        kinds: guide::kinds(evaluation.advice),
+        auto: Auto::of(evaluation.advice),
+        thresholds: evaluation.thresholds,
+        warm_growth: evaluation.warm_growth,
         notes: &results.notes,
     };
     Ok(serde_json::to_string_pretty(&summary)? + "\n")

@@ -109,7 +109,7 @@ impl Axis {
             Self::Bandwidth => Part::Bandwidth,
             Self::RoundTrip => Part::RoundTrip,
             Self::Dirty => Part::Dirty,
-            Self::Clients => Part::Demand,
+            Self::Clients => Part::Clients,
         }
     }
 

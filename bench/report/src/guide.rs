@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use crate::{
     groups::{Axis, Cell, Metric, Situation, Sweep},
+    model::Growth,
     names,
     results::{Strategy, Workload},
     stats::Spread,
@@ -166,6 +167,44 @@ fn auto_choices(cell: &Cell<'_>) -> BTreeMap<String, usize> {
         }
     }
     choices
+}
+
+/// How often `auto` chose what the measurements recommend.
+#[derive(Debug, Clone, Default, Serialize)]
+pub(crate) struct Auto {
+    /// Situations in which it chose and something is recommended.
+    pub(crate) judged: usize,
+    /// Those in which all that it chose is recommended, as good, or better.
+    pub(crate) agrees: usize,
+    /// The others.
+    pub(crate) differs: Vec<String>,
+}
+
+impl Auto {
+    /// In all situations.
+    pub(crate) fn of(advice: &[Advice]) -> Self {
+        let mut auto = Self::default();
+        for one in advice {
+            match one.auto_agrees() {
+                Some(true) => auto.agrees += 1,
+                Some(false) => auto.differs.push(one.situation.clone()),
+                None => continue,
+            }
+            auto.judged += 1;
+        }
+        auto
+    }
+}
+
+/// What was made of the measurements.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Evaluation<'a> {
+    /// What is recommended in each situation, in their order.
+    pub(crate) advice: &'a [Advice],
+    /// Where live begins to be better than warm.
+    pub(crate) thresholds: &'a [Threshold],
+    /// How the downtime of warm grows with memory.
+    pub(crate) warm_growth: &'a [Growth],
 }
 
 /// What is recommended for a kind of application.

@@ -5,6 +5,7 @@ mod figures;
 mod groups;
 mod guide;
 mod lines;
+mod model;
 mod names;
 mod page;
 mod plot;
@@ -21,8 +22,10 @@ pub use read::ReportError;
 
 use crate::{
     groups::{Axis, sweeps},
-    guide::{Advice, Threshold},
+    guide::{Advice, Evaluation, Threshold},
+    model::Growth,
     read::Results,
+    results::Strategy,
 };
 
 /// Makes the report of a results folder, and puts it there: `report.html`, `results.csv` and `summary.json`. What was there of an earlier one is
@@ -37,13 +40,16 @@ pub fn report(folder: &Path) -> Result<PathBuf, ReportError> {
     let axes = [Axis::Memory, Axis::Bandwidth, Axis::RoundTrip, Axis::Dirty, Axis::Clients];
     let swept = axes.into_iter().flat_map(|axis| sweeps(&situations, axis));
     let thresholds: Vec<Threshold> = swept.filter_map(|sweep| Threshold::live_against_warm(&sweep)).collect();
+    let growth: Vec<Growth> =
+        sweeps(&situations, Axis::Memory).iter().filter_map(|sweep| Growth::of(sweep, Strategy::Warm)).collect();
+    let evaluation = Evaluation { advice: &advice, thresholds: &thresholds, warm_growth: &growth };
     let csv_path = folder.join("results.csv");
     let csv = export::csv(&results.runs).map_err(|source| other(&csv_path, source))?;
     write(&csv_path, &csv)?;
     let summary_path = folder.join("summary.json");
-    let summary = export::summary(&results, &situations, &advice, &thresholds);
+    let summary = export::summary(&results, &situations, evaluation);
     write(&summary_path, summary.map_err(|source| other(&summary_path, source))?.as_bytes())?;
-    let parts = page::Parts { results: &results, situations: &situations, advice: &advice, thresholds: &thresholds };
+    let parts = page::Parts { results: &results, situations: &situations, evaluation };
     let path = folder.join("report.html");
     write(&path, page::page(&parts).as_bytes())?;
     Ok(path)

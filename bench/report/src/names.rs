@@ -101,8 +101,10 @@ pub(crate) enum Part {
     Memory,
     /// Dirty rate.
     Dirty,
-    /// Clients and the time that they think.
-    Demand,
+    /// Clients at once.
+    Clients,
+    /// How long they think between requests.
+    Think,
     /// Limits of the container.
     Limits,
     /// Bandwidth of the link.
@@ -113,24 +115,20 @@ pub(crate) enum Part {
 
 impl Part {
     /// All, in the order in which they are said.
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Memory, Self::Dirty, Self::Demand, Self::Limits, Self::Bandwidth, Self::RoundTrip];
+    pub(crate) const ALL: [Self; 7] =
+        [Self::Memory, Self::Dirty, Self::Clients, Self::Think, Self::Limits, Self::Bandwidth, Self::RoundTrip];
 
     fn say(self, of: &Scenario) -> Option<String> {
         match self {
             Self::Memory => Some(format!("{} MiB", of.memory_mib)),
             Self::Dirty => of.dirty_percent.map(|percent| format!("{percent} %/s dirty")),
-            Self::Demand => Some(demand(of)),
+            Self::Clients => Some(if of.clients == 1 { "1 client".into() } else { format!("{} clients", of.clients) }),
+            Self::Think => (of.think_ms > 0).then(|| format!("{} ms think time", of.think_ms)),
             Self::Limits => limits(of),
             Self::Bandwidth => Some(of.link_mbit.map_or("link not shaped".into(), |mbit| format!("{mbit} Mbit/s"))),
             Self::RoundTrip => (of.link_rtt_ms > 0.0).then(|| format!("{} ms round trip", of.link_rtt_ms)),
         }
     }
-}
-
-fn demand(of: &Scenario) -> String {
-    let clients = if of.clients == 1 { "1 client".to_owned() } else { format!("{} clients", of.clients) };
-    if of.think_ms == 0 { clients } else { format!("{clients} that think {} ms", of.think_ms) }
 }
 
 fn limits(of: &Scenario) -> Option<String> {

@@ -62,11 +62,7 @@ impl Scale {
         if least <= 0.0 || most / least < 4.0 {
             return Self::from_zero(title, values);
         }
-        Self {
-            log: true,
-            range: Some((round_down(least), round_up(most))),
-            ..Self::linear(format!("{title} log scale").trim().to_owned())
-        }
+        Self { log: true, range: Some((round_down(least), round_up(most))), ..Self::linear(logarithmic(title)) }
     }
 
     /// Places with names, one unit apart, from 0.
@@ -80,6 +76,14 @@ impl Scale {
         };
         let range = Some((-0.5, last + 0.5));
         Self { range, step: Some(1.0), words: Some(Arc::new(words)), ..Self::linear(title) }
+    }
+}
+
+/// `Downtime (ms, log scale)`.
+fn logarithmic(title: &str) -> String {
+    match title.strip_suffix(')') {
+        Some(open) => format!("{open}, log scale)"),
+        None => "log scale".to_owned(),
     }
 }
 

@@ -70,6 +70,12 @@ impl Spread {
     }
 }
 
+/// The one in the middle; none when there are none.
+pub(crate) fn median(mut values: Vec<f64>) -> Option<f64> {
+    values.sort_by(f64::total_cmp);
+    (!values.is_empty()).then(|| quantile(&values, 0.5))
+}
+
 /// The quantile `share` of sorted values, between two of them in proportion (type 7 of Hyndman and Fan, as R and `NumPy` do it).
 fn quantile(sorted: &[f64], share: f64) -> f64 {
     #[expect(clippy::cast_precision_loss, reason = "nobody has 2^52 runs")]

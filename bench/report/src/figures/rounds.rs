@@ -72,10 +72,11 @@ fn figure_of(strategy: Strategy, mut runs: Vec<&Run>) -> Markup {
     let rest = if left_out == 0 {
         String::new()
     } else {
-        format!(" {left_out} scenarios are not drawn: with fewer rounds, or alike but for link and demand.")
+        format!(" Not drawn: {left_out} with fewer rounds, or alike but for link and demand.")
     };
     let says = format!(
-        "n = {} runs, of each scenario the one with the median total time, moved or given up. A line that falls converges.{rest}",
+        "n = {} runs, of each scenario the one with the median total time, moved or given up. A line that falls up to the freeze converges; the round of the freeze has more \
+         than what is left to send, such as what cannot be copied before.{rest}",
         runs.len()
     );
     figure(&content, &says, &runs.iter().map(|run| run.line).collect::<Vec<_>>())

@@ -6,7 +6,7 @@ use super::Parts;
 use crate::{
     figures::source,
     groups::Axis,
-    guide::{self, Advice, Judged, Kind, RULES, Threshold, Which},
+    guide::{self, Advice, Auto, Evaluation, Judged, Kind, RULES, Threshold, Which},
     names::{self, look},
     plot::number,
     results::Strategy,
@@ -15,16 +15,18 @@ use crate::{
 
 /// By kind of application, then by situation, then what `auto` should go by.
 pub(crate) fn guide(parts: &Parts<'_>) -> Markup {
-    let kinds = guide::kinds(parts.advice);
+    let advice = parts.evaluation.advice;
+    let kinds = guide::kinds(advice);
     html! {
-        div.cards { @for kind in &kinds { (card(kind, parts.advice)) } }
+        div.cards { @for kind in &kinds { (card(kind, advice)) } }
         details { summary { h3 { "The rules" } }
             ol { @for rule in RULES { li { (rule) } } }
             p { "They are applied to each situation, that is workload, memory, dirty rate, demand, limits and link. A kind of application has a "
                 "strategy where that wins in two thirds of the situations that were decided." }
         }
         details open[parts.situations.len() < 12] { summary { h3 { "Each situation" } } (situations(parts)) }
-        details { summary { h3 { "Where live begins to pay, against warm" } } (thresholds(parts.thresholds)) }
+        details { summary { h3 { "Where live begins to pay, against warm" } } (thresholds(parts.evaluation.thresholds)) }
+        details { summary { h3 { "What auto reckons with" } } (reckoning(&parts.evaluation)) }
     }
 }
 
@@ -79,7 +81,7 @@ fn situations(parts: &Parts<'_>) -> Markup {
         div.scroll tabindex="0" role="region" aria-label="Decision guide by situation" { table {
             thead { tr { th scope="col" { "Situation" } th scope="col" { "Take" } th scope="col" { "As good" }
                 th scope="col" { "Shorter, with a loss accepted" } th scope="col" { "auto chose" } th scope="col" { "Longest service gap (ms)" } } }
-            tbody { @for (one, situation) in parts.advice.iter().zip(parts.situations) { tr {
+            tbody { @for (one, situation) in parts.evaluation.advice.iter().zip(parts.situations) { tr {
                 th scope="row" { (one.situation) details.lines { summary { "lines" } (source(&situation.lines())) } }
                 td { @match one.take { Some(strategy) => (mark(strategy)), None => span.unknown { "not enough data" } } }
                 td { (marks(&one.as_good)) }
@@ -129,6 +131,26 @@ fn thresholds(thresholds: &[Threshold]) -> Markup {
                 @for which in [Which::Better, Which::NotBetter, Which::DidNotMove] { td { (places(one, which)) } }
             } } }
         } }
+    }
+}
+
+/// Whether auto chose well, and the growth of warm's downtime, which it weighs copying beforehand against.
+fn reckoning(evaluation: &Evaluation<'_>) -> Markup {
+    let auto = Auto::of(evaluation.advice);
+    html! {
+        p { "Where auto chose and something is recommended, it chose that, something as good, or better in " strong { (auto.agrees) " of " (auto.judged) }
+            @if auto.judged == 1 { " situation." } @else { " situations." } }
+        @if !auto.differs.is_empty() { p { "Otherwise in: " } ul { @for situation in &auto.differs { li { (situation) } } } }
+        p { "auto takes the downtime of warm for a fixed part and one that grows with memory. Measured, by a line through all runs (Theil–Sen, so that a "
+            "run that took far too long does not bend it):" }
+        @if evaluation.warm_growth.is_empty() { (super::nothing("warm was not measured with two sizes of memory and all else the same.")) }
+        @else { div.scroll tabindex="0" role="region" aria-label="Growth of the downtime of warm" { table {
+            thead { tr { th scope="col" { "Situation" } th scope="col" { "n" } th scope="col" { "Fixed (ms)" } th scope="col" { "Memory (MiB/s)" } } }
+            tbody { @for one in evaluation.warm_growth { tr {
+                th scope="row" { (mark(one.strategy)) ", " (one.situation) details.lines { summary { "lines" } (source(&one.lines)) } }
+                td.number { (one.n) } td.number { (number(one.fixed_ms)) } td.number { (one.mib_per_s.map_or_else(|| "does not grow".into(), number)) }
+            } } }
+        } } }
     }
 }
 

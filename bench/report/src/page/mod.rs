@@ -9,7 +9,7 @@ use crate::{
     export::Counts,
     figures,
     groups::{Axis, Situation, sweeps},
-    guide::{Advice, Threshold},
+    guide::Evaluation,
     names::look,
     plot,
     read::{Results, Run},
@@ -22,10 +22,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) results: &'a Results,
     /// Its runs, put together.
     pub(crate) situations: &'a [Situation<'a>],
-    /// What is recommended.
-    pub(crate) advice: &'a [Advice],
-    /// Where live begins to be better than warm.
-    pub(crate) thresholds: &'a [Threshold],
+    /// What was made of them.
+    pub(crate) evaluation: Evaluation<'a>,
 }
 
 /// A section: its anchor, its title in short and in full, and what is in it.
