@@ -196,7 +196,7 @@ fn peers(situations: &[Situation<'_>]) -> Markup {
     let intro = html! {
         p { "Situations in which other tools were run, too, on the same machine and with the same clients. "
             strong { "Hollow marks are peers" } ": " code { "criu" } ", " code { "runc" } " and " code { "podman" }
-            " as their manuals have it, with a copy between. Filled marks are podferry's strategies." }
+            " as a careful administrator would use them (" code { "docs/experiments.md" } "). Filled marks are podferry's strategies." }
     };
     figures::peers(situations).map_or_else(|| nothing("no peer was run."), |figures| html! { (intro) (figures) })
 }
@@ -208,7 +208,10 @@ const MEASURES: [(&str, &str); 14] = [
         "Service gap",
         "The longest time without a right answer, for each client, seen to 1 ms. Of a run: the longest of its clients'. ms",
     ),
-    ("Total time", "The whole migration, from the request to the end. ms"),
+    (
+        "Total time",
+        "The whole migration, from the request to the end: from the start of the command line until it has its answer. ms",
+    ),
     (
         "Deployment latency",
         "From the request until the workload is fully operational on the target, its last page there. ms",
@@ -216,7 +219,10 @@ const MEASURES: [(&str, &str); 14] = [
     ("Phases", "Those of the protocol, as the coordinator saw them; of a peer: prepare, dump, copy, restore. ms"),
     ("Rounds", "Of pre-copy; the last is that of the freeze. Pages, bytes before packing, ms"),
     ("Bytes, raw", "Pages and files that were moved, before packing. MiB"),
-    ("Bytes on the wire", "Between the nodes. MiB"),
+    (
+        "Bytes on the wire",
+        "What went between the nodes in either direction, IP headers included; nothing of the clients. MiB",
+    ),
     ("CPU", "Of the agent and all that it started, on each node, the workload not counted. s"),
     ("Peak memory", "The most that they held at once, on each node. MiB"),
     ("Failed requests", "Without a right answer. Every answer is checked"),
@@ -238,6 +244,7 @@ fn method(results: &Results) -> Markup {
             @for note in &environment.notes { tr { th scope="row" { "Note" } td { (note) } } }
         } } }
         h3 { "Measures" }
+        p { "In short; the whole method, and what threatens it, is in " code { "docs/experiments.md" } "." }
         dl.measures { @for (name, how) in MEASURES { dt { (name) } dd { (how) } } }
         h3 { "Statistics" }
         ul {
