@@ -195,6 +195,9 @@ pub(crate) fn number(value: f64) -> String {
         size if size >= 1.0 => 2,
         _ => 3,
     };
+    if size > 0.0 && size < 0.000_5 {
+        return if value > 0.0 { "<0.001".into() } else { ">-0.001".into() };
+    }
     let text = format!("{value:.digits$}");
     let (whole, rest) = text.split_once('.').unwrap_or((&text, ""));
     let rest = rest.trim_end_matches('0');
@@ -299,4 +302,33 @@ pub(crate) fn legend(strategies: &[Strategy]) -> Markup {
 /// Small dots.
 pub(crate) fn dots(points: Vec<(f64, f64)>, colour: &str) -> Plot {
     Plot::Scatter(ScatterPlot::new().with_data(points).with_color(colour).with_size(3.0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_three_digits_and_thousands_apart() {
+        let said = [0.0, 0.000_4, 0.25, 9.876, 10.0, 98.76, 987.6, 1_234_567.8, -1_234.0].map(number);
+        let thin = ["1\u{202f}234\u{202f}568", "-1\u{202f}234"];
+        assert_eq!(said, ["0", "<0.001", "0.25", "9.88", "10", "98.8", "988", thin[0], thin[1]]);
+    }
+
+    #[test]
+    fn a_scale_is_logarithmic_only_where_everything_is_above_zero_and_far_apart() {
+        assert_eq!(Scale::fitting("Downtime (ms)", &[30.0, 700.0]).range, Some((20.0, 1000.0)));
+        assert_eq!(Scale::fitting("Downtime (ms)", &[30.0, 700.0]).title, "Downtime (ms, log scale)");
+        assert!(Scale::fitting("", &[1.0, 1000.0]).log);
+        assert!(!Scale::fitting("", &[0.0, 1000.0]).log, "0 has no logarithm");
+        assert!(!Scale::fitting("", &[100.0, 300.0]).log);
+        assert_eq!(Scale::fitting("", &[0.0]).range, Some((0.0, 1.0)));
+    }
+
+    #[test]
+    fn bounds_of_a_scale_enclose_what_they_are_of() {
+        for value in [0.001, 0.02, 0.7, 1.0, 3.0, 10.0, 99.9, 100.0, 101.0, 123_456.0] {
+            assert!(round_down(value) <= value * 1.000_01 && value <= round_up(value) * 1.000_01, "{value}");
+        }
+    }
 }

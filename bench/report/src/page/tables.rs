@@ -25,7 +25,7 @@ fn spread(spread: Option<Spread>) -> Markup {
 }
 
 fn head(columns: &[&str]) -> Markup {
-    html! { thead { tr { th scope="col" { "Strategy" } @for column in columns { th scope="col" { (column) } } } } }
+    html! { thead { tr { th scope="col" { "Strategy" } @for column in columns { th.number scope="col" { (column) } } } } }
 }
 
 /// A table for each situation; those of a workload together.
