@@ -34,7 +34,7 @@ pub(crate) const RULES: [&str; 6] = [
 pub(crate) struct Judged {
     /// Which one.
     pub(crate) strategy: Strategy,
-    /// How long clients waited at the longest, or the downtime where there are no clients.
+    /// What is compared in the situation; one that lacks it is no candidate.
     pub(crate) gap_ms: Option<Spread>,
     /// CPU time on both nodes.
     pub(crate) cpu_s: Option<f64>,
@@ -51,6 +51,8 @@ pub(crate) struct Advice {
     pub(crate) workload: Workload,
     /// The situation in words.
     pub(crate) situation: String,
+    /// What was compared: the longest service gap, or the downtime where there are no clients.
+    pub(crate) by: &'static str,
     /// What to take; none when there is not enough data.
     pub(crate) take: Option<Strategy>,
     /// Those that are as good.
@@ -67,12 +69,15 @@ impl Advice {
     /// By the [`RULES`].
     pub(crate) fn of(situation: &Situation<'_>) -> Self {
         let own = situation.cells.iter().filter(|cell| is_own(cell.scenario.strategy));
-        let judged: Vec<Judged> = own.map(judge).collect();
+        let has_gaps = situation.cells.iter().any(|cell| cell.spread(Metric::Gap).is_some());
+        let metric = if has_gaps { Metric::Gap } else { Metric::Downtime };
+        let judged: Vec<Judged> = own.map(|cell| judge(cell, metric)).collect();
         let choice = choose(&judged);
         let (take, as_good, with_loss) = choice.unwrap_or_default();
         Self {
             workload: situation.scenario.workload,
             situation: names::situation(&situation.scenario, &[]),
+            by: metric.title(),
             take,
             as_good,
             with_loss,
@@ -104,8 +109,8 @@ fn word(strategy: Strategy) -> &'static str {
     if strategy == Strategy::PostCopy { "postcopy" } else { names::look(strategy).name }
 }
 
-fn judge(cell: &Cell<'_>) -> Judged {
-    let gap = cell.spread(Metric::Gap).or_else(|| cell.spread(Metric::Downtime));
+fn judge(cell: &Cell<'_>, metric: Metric) -> Judged {
+    let gap = cell.spread(metric);
     let seen = cell.sum(|clients| clients.failed_requests + clients.connection_resets);
     Judged {
         strategy: cell.scenario.strategy,

@@ -80,14 +80,14 @@ fn situations(parts: &Parts<'_>) -> Markup {
     html! {
         div.scroll tabindex="0" role="region" aria-label="Decision guide by situation" { table {
             thead { tr { th scope="col" { "Situation" } th scope="col" { "Take" } th scope="col" { "As good" }
-                th scope="col" { "Shorter, with a loss accepted" } th scope="col" { "auto chose" } th scope="col" { "Longest service gap (ms)" } } }
+                th scope="col" { "Shorter, with a loss accepted" } th scope="col" { "auto chose" } th scope="col" { "What was compared" } } }
             tbody { @for (one, situation) in parts.evaluation.advice.iter().zip(parts.situations) { tr {
                 th scope="row" { (one.situation) details.lines { summary { "lines" } (source(&situation.lines())) } }
                 td { @match one.take { Some(strategy) => (mark(strategy)), None => span.unknown { "not enough data" } } }
                 td { (marks(&one.as_good)) }
                 td { (marks(&one.with_loss)) }
                 td { (auto(one)) }
-                td.judged { @for judged in &one.judged { div { (judgement(judged)) } } }
+                td.judged { div.soft { (one.by) } @for judged in &one.judged { div { (judgement(judged)) } } }
             } } }
         } }
     }
