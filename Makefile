@@ -12,7 +12,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 
 .PHONY: help setup build demo test chaos soak local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-layers bench-loads \
-	bench-slowdown bench-total bench-engine bench-scale e2e-vm e2e-versions e2e-page e2e-report \
+	bench-slowdown bench-total bench-engine bench-scale e2e-vm e2e-versions e2e-page \
 	testcluster testcluster-up testcluster-down e2e-testcluster test-kubernetes e2e-kubernetes bench-pods image helm e2e-install lint
 
 help:
@@ -118,6 +118,7 @@ e2e-versions: setup
 e2e-page: setup
 	@$(RUN) deploy/page/e2e.sh
 
+.PHONY: e2e-report
 e2e-report: setup
 	@$(RUN) bench/report/e2e.sh
 
