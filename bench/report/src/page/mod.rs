@@ -196,7 +196,7 @@ fn peers(situations: &[Situation<'_>]) -> Markup {
     let intro = html! {
         p { "Situations in which other tools were run, too, on the same machine and with the same clients. "
             strong { "Hollow marks are peers" } ": " code { "criu" } ", " code { "runc" } " and " code { "podman" }
-            " as a careful administrator would use them (" code { "docs/experiments.md" } "). Filled marks are podferry's strategies." }
+            " as a careful administrator would use them (" code { "docs/experiments.md" } "): images in memory, copied by one plain TCP connection; podferry encrypts its own. Filled marks are podferry's strategies." }
     };
     figures::peers(situations).map_or_else(|| nothing("no peer was run."), |figures| html! { (intro) (figures) })
 }
