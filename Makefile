@@ -23,6 +23,7 @@ help:
 	@echo 'make e2e-vm        the soft-dirty tracker, and migrations between two kernels, in emulated machines that have both'
 	@echo 'make e2e-versions  migrations between this version of the protocol and the one before, as in an upgrade'
 	@echo 'make e2e-page      the page of the coordinator in headless Chromium'
+	@echo 'make e2e-report    the report of experiments in headless Chromium'
 	@echo 'make local-up      two nodes, a client side and a coordinator on this machine, to play with'
 	@echo 'make local-down    takes them away again'
 	@echo 'make testcluster-up, testcluster-down  a Kubernetes cluster of two nodes on this machine (builds Kubernetes once; needs Go)'
@@ -116,6 +117,10 @@ e2e-versions: setup
 
 e2e-page: setup
 	@$(RUN) deploy/page/e2e.sh
+
+.PHONY: e2e-report
+e2e-report: setup
+	@$(RUN) bench/report/e2e.sh
 
 testcluster:
 	@$(SETUP) --tools

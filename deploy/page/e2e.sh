@@ -4,19 +4,8 @@
 set -euo pipefail
 # shellcheck source=deploy/setup/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../setup/lib.sh"
+# shellcheck source=deploy/page/browser.sh
+. "$(dirname "${BASH_SOURCE[0]}")/browser.sh"
 
-has_browser() {
-    local program
-    for program in chromium-headless-shell chromium chromium-browser; do
-        command -v "$program" >/dev/null && return
-    done
-    return 1
-}
-
-if ! has_browser; then
-    log "installing headless Chromium"
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium-headless-shell >/dev/null ||
-        die "there is no package chromium-headless-shell here: install Chromium"
-fi
+need_browser
 exec cargo test --locked -p podferry-coordinator --test page -- --ignored
