@@ -1,11 +1,11 @@
 //! `podferry-bench`: workloads under load, the demo, and the measurements.
 
-use std::{io::Read, net::SocketAddr, process::ExitCode};
+use std::{io::Read, net::SocketAddr, process::ExitCode, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 use podferry_bench::{
     chaos, demo,
-    load::{self, Event, Kind, LoadOptions, LoadReport, Readiness, redis_data, sql},
+    load::{self, Event, Kind, LoadOptions, LoadReport, Pace, Readiness, redis_data, sql},
     loads::{self, Load as HardLoad},
     local, moves, slowdown, soak,
     stage::{Interrupt, Strategy},
@@ -157,6 +157,12 @@ struct LoadArguments {
     clients: u32,
     #[command(flatten)]
     depth: Depth,
+    /// How many ms a client waits between an answer and its next request; without it one is sent about every millisecond.
+    #[arg(long)]
+    think: Option<u64>,
+    /// Report every answer with the time it took.
+    #[arg(long)]
+    samples: bool,
     /// End when standard input is closed.
     #[arg(long, conflicts_with = "seconds")]
     until_stdin_closes: bool,
@@ -275,8 +281,9 @@ async fn run_load(arguments: LoadArguments) -> Outcome {
     let stop = CancellationToken::new();
     stop_when(&arguments, &stop);
     let ready = Readiness::new(arguments.clients);
-    let LoadArguments { target, kind, clients, depth, .. } = arguments;
-    let options = LoadOptions { target: target.target, kind, clients, depth: depth.depth.into() };
+    let LoadArguments { target, kind, clients, depth, think, samples, .. } = arguments;
+    let pace = think.map_or_else(Pace::default, |ms| Pace::Think(Duration::from_millis(ms)));
+    let options = LoadOptions { target: target.target, kind, clients, depth: depth.depth.into(), pace, samples };
     let clients = load::run(options, stop, std::sync::Arc::clone(&ready));
     let tell = async {
         ready.all().await;
