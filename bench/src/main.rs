@@ -1,10 +1,10 @@
 //! `podferry-bench`: workloads under load, the demo, and the measurements.
 
-use std::{io::Read, net::SocketAddr, process::ExitCode, time::Duration};
+use std::{io::Read, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 use podferry_bench::{
-    chaos, demo,
+    chaos, demo, experiments,
     load::{self, Event, Kind, LoadOptions, LoadReport, Pace, Readiness, redis_data, sql},
     loads::{self, Load as HardLoad},
     local, moves, slowdown, soak,
@@ -51,6 +51,26 @@ enum Command {
         #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(30..))]
         migrations: u32,
     },
+    /// Run a suite of experiments: what a migration of which workload by which strategy costs, over which link, beside other tools.
+    Experiments(ExperimentsArguments),
+    /// The receiving end of a copy by other tools, for the experiments' own use.
+    #[command(hide = true)]
+    PeerReceive {
+        /// Where to listen.
+        #[arg(long)]
+        listen: SocketAddr,
+        /// Where the folders are to come to.
+        folders: Vec<PathBuf>,
+    },
+    /// The sending end.
+    #[command(hide = true)]
+    PeerSend {
+        /// Where the other end listens.
+        #[arg(long)]
+        to: SocketAddr,
+        /// What to send.
+        folders: Vec<PathBuf>,
+    },
     /// Measure the page stream between two network namespaces against raw TCP, and packing against none.
     Stream(stream::Arguments),
     /// A local cluster to play with, which goes on until it is taken down.
@@ -72,6 +92,32 @@ struct Extent {
     /// Fewer moves, smaller sizes.
     #[arg(long, env = "QUICK", value_parser = clap::builder::FalseyValueParser::new(), action = clap::ArgAction::SetTrue)]
     quick: bool,
+}
+
+#[derive(Debug, Args)]
+struct ExperimentsArguments {
+    #[command(flatten)]
+    extent: Extent,
+    /// A suite's file; without it `bench/suites/standard.toml`, or `quick.toml` when it is to be quick.
+    #[arg(long)]
+    suite: Option<PathBuf>,
+    /// The folder for results; what is there is not run again. Without it one below `.podferry/experiments`.
+    #[arg(long)]
+    results: Option<PathBuf>,
+    /// Only show what would be run, and how long it is likely to take.
+    #[arg(long)]
+    plan: bool,
+}
+
+impl ExperimentsArguments {
+    fn options(self) -> experiments::Options {
+        let name = if self.extent.quick { "quick" } else { "standard" };
+        experiments::Options {
+            suite: self.suite.unwrap_or_else(|| experiments::suite_of(name)),
+            results: self.results,
+            plan_only: self.plan,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -214,6 +260,18 @@ fn run(command: Command) -> Outcome {
             }
             Command::Total(extent) => staged(|interrupt| Ok(total::run(extent.quick, interrupt)?.passed)),
             Command::Soak { migrations } => staged(|interrupt| Ok(soak::run(migrations, interrupt)?.holds())),
+            Command::Experiments(arguments) => {
+                let options = arguments.options();
+                staged(|interrupt| experiments::run(&options, interrupt))
+            }
+            Command::PeerReceive { listen, folders } => {
+                experiments::peers::receive(listen, &folders)?;
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::PeerSend { to, folders } => {
+                experiments::peers::send(to, &folders)?;
+                Ok(ExitCode::SUCCESS)
+            }
             Command::Stream(arguments) => {
                 Ok(if stream::run(arguments).await? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
             }
