@@ -15,6 +15,10 @@ use crate::{
 
 /// How finely the timeline is cut, in ms.
 const SLICE_MS: f64 = 50.0;
+/// Bytes of a page.
+const PAGE_BYTES: u64 = 4096;
+/// How many of a client's problems are told: the counts have all of them.
+const MOST_PROBLEMS: usize = 2;
 
 /// The times of one run, in ms since 1970.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -42,6 +46,8 @@ pub(super) struct Moved {
     pub(super) own_downtime_ms: Option<f64>,
     /// How long laying in what was missing took behind the resume, in ms.
     pub(super) fill_ms: f64,
+    /// CPU seconds of source and target that are in no process of the nodes' own: of programs that were started from outside.
+    pub(super) started_cpu_s: [f64; 2],
     /// When memory was copied while the workload ran, in ms since 1970.
     pub(super) precopy: Option<Span>,
     /// What a person should know.
@@ -56,11 +62,8 @@ impl Moved {
             .iter()
             .map(|round| Round { pages: round.pages, raw_bytes: round.raw_bytes, duration_ms: round.duration_ms })
             .collect();
-        let fetched = record.laid_in().pages * 4096;
         let sent: u64 = rounds.iter().map(|round| round.raw_bytes).sum();
-        // Pages that a live migration lays in were sent in its rounds, and are counted there.
-        let is_behind = matches!(record.strategy.as_str(), "postcopy" | "hybrid");
-        let raw = if is_behind { sent + fetched } else { sent };
+        let raw = sent + fetched_pages(record) * PAGE_BYTES;
         let created = record.created_unix_ms().map_or(0.0, |created| (created - asked).max(0.0));
         let mut notes = record.notes.clone();
         if !record.strategy_reason.is_empty() {
@@ -72,9 +75,19 @@ impl Moved {
             raw_bytes: (raw > 0).then_some(raw),
             own_downtime_ms: Some(record.downtime_ms),
             fill_ms: record.timings.fill,
+            started_cpu_s: [0.0; 2],
             precopy: record.precopy_span(),
             notes,
         }
+    }
+}
+
+/// Pages that were fetched behind the resume: all that were laid in, but for those that were sent in rounds before.
+fn fetched_pages(record: &MigrationRecord) -> u64 {
+    let sent: u64 = record.precopy_rounds().iter().map(|round| round.pages).sum();
+    match record.strategy.as_str() {
+        "postcopy" | "hybrid" => record.laid_in().pages.saturating_sub(sent),
+        _ => 0,
     }
 }
 
@@ -137,7 +150,12 @@ impl Facts<'_> {
             wire_bytes: self.wire_bytes,
             cost: self.cost,
             clients,
-            notes: self.report.clients.iter().flat_map(|client| client.problems.iter().cloned()).collect(),
+            notes: self
+                .report
+                .clients
+                .iter()
+                .flat_map(|client| client.problems.iter().take(MOST_PROBLEMS).cloned())
+                .collect(),
         };
         match self.moved {
             Ok(moved) => fill_in(&mut measurement, moved, self.seen),
@@ -154,14 +172,17 @@ fn fill_in(measurement: &mut Measurement, moved: Moved, seen: Seen) {
     measurement.downtime_ms = outside.or(moved.own_downtime_ms);
     measurement.notes.extend(moved.notes);
     match (outside, moved.own_downtime_ms) {
-        (Some(_), Some(own)) => measurement.notes.push(format!("downtime as the coordinator saw it: {own:.1} ms")),
-        (None, Some(_)) => measurement.notes.push("downtime is as the coordinator saw it".to_owned()),
+        (Some(_), Some(own)) => measurement.notes.push(format!("downtime as the one who moved it saw it: {own:.1} ms")),
+        (None, Some(_)) => measurement.notes.push("downtime is as the one who moved it saw it".to_owned()),
         _ => {}
     }
     let operational = seen.ran_at.filter(|_| !is_taken_over).map(|ran_at| ran_at - measurement.began_unix_ms);
     measurement.deployment_ms = operational.or(measurement.total_ms).map(|ran| ran + moved.fill_ms);
     if operational.is_none() {
         measurement.deployment_ms = measurement.total_ms;
+    }
+    if let Some(cost) = &mut measurement.cost {
+        cost.iter_mut().zip(moved.started_cpu_s).for_each(|(cost, started)| cost.cpu_s += started);
     }
     measurement.phases = moved.phases;
     measurement.rounds = moved.rounds;
@@ -349,7 +370,7 @@ pub(super) mod tests {
         let measured = measured(Strategy::Application, Ok(moved));
         close(measured.downtime_ms, 33.0);
         close(measured.deployment_ms, 600.0);
-        assert!(measured.notes.iter().any(|note| note.contains("as the coordinator saw it")));
+        assert!(measured.notes.iter().any(|note| note.contains("as the one who moved it saw it")));
     }
 
     #[test]

@@ -100,7 +100,7 @@ fn order(group: &mut Group) {
 
 /// Whether the workload does not hold what it was filled with behind such a move, or cannot be moved by podferry any more.
 pub(super) fn needs_new_instance(strategy: Strategy) -> bool {
-    strategy == Strategy::Cold || scenario::is_peer(strategy)
+    !scenario::keeps_memory(strategy) || scenario::is_peer(strategy)
 }
 
 fn group_seconds(group: &Group) -> f64 {

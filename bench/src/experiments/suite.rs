@@ -340,7 +340,7 @@ fn reason_to_leave_out(scenario: &Scenario) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
+    use proptest::{prop_assert_eq, proptest, sample::subsequence};
 
     use super::*;
 
@@ -414,11 +414,11 @@ mod tests {
     proptest! {
         #[test]
         fn every_combination_is_run_or_left_out_once(
-            workloads in prop::sample::subsequence(vec!["redis", "cart", "synthetic", "node", "catalogue"], 1..5),
-            strategies in prop::sample::subsequence(vec!["cold", "warm", "application", "peer-runc", "auto"], 1..5),
-            sizes in prop::sample::subsequence(vec![16_u64, 64, 128, 512], 1..4),
-            dirty in prop::sample::subsequence(vec![1.0, 25.5], 0..2),
-            limits in prop::sample::subsequence(vec!["\"none\"", "64", "1024"], 1..3),
+            workloads in subsequence(vec!["redis", "cart", "synthetic", "node", "catalogue"], 1..5),
+            strategies in subsequence(vec!["cold", "warm", "application", "peer-runc", "auto"], 1..5),
+            sizes in subsequence(vec![16_u64, 64, 128, 512], 1..4),
+            dirty in subsequence(vec![1.0, 25.5], 0..2),
+            limits in subsequence(vec!["\"none\"", "64", "1024"], 1..3),
         ) {
             let quoted = |words: &[&str]| words.iter().map(|word| format!("{word:?}")).collect::<Vec<_>>().join(", ");
             let text = format!(

@@ -1,8 +1,8 @@
 //! Downtime as seen from outside the process: from when until when the container's first process could not run.
 //!
 //! The kernel's table of processes is read every half a millisecond. The downtime **begins** when the process on the source is seen to
-//! stand still for the last time: frozen by its cgroup, stopped, held by a tracer, ended, or gone (states `D`, `T`, `t`, `Z`, `X`, or no
-//! entry in `/proc`). It **ends** when the process on the target is first seen to run on its own: one that was restored has been let go by CRIU,
+//! stand still for the last time: frozen by its cgroup, stopped, ended or gone (states `D`, `T`, `t`, `Z`, `X`, or no entry in `/proc`), or
+//! traced: while CRIU dumps a process, that process runs CRIU's code, and none of its own. It **ends** when the process on the target is first seen to run on its own: one that was restored has been let go by CRIU,
 //! which traces each task until all is in place; one that was started anew is no longer runc's. So neither the process nor its clock has
 //! a part in it, and podferry and its peers are measured alike. How long looking takes adds to the half millisecond on a busy machine.
 
@@ -60,7 +60,7 @@ struct Look {
 
 impl Look {
     fn stands_still(self) -> bool {
-        matches!(self.state, 'D' | 'T' | 't' | 'Z' | 'X')
+        self.is_traced || matches!(self.state, 'D' | 'T' | 't' | 'Z' | 'X')
     }
 }
 
@@ -95,7 +95,7 @@ impl Tracker {
             return;
         }
         self.was_traced |= look.is_traced;
-        let is_free = !look.is_traced && !look.stands_still() && !look.is_of_runc;
+        let is_free = !look.stands_still() && !look.is_of_runc;
         let has_arrived = match self.arrival {
             Arrival::Restored => self.was_traced,
             Arrival::Started => true,
@@ -231,6 +231,14 @@ mod tests {
         let target = [(15.0, 'R'), (18.0, 'S'), (25.0, 't'), (31.0, 'S'), (32.0, 'R')];
         let seen = seen(Arrival::Restored, &source, &target);
         assert_eq!((seen.still_since, seen.ran_at, seen.downtime_ms()), (Some(10.0), Some(31.0), Some(21.0)));
+    }
+
+    #[test]
+    fn code_of_criu_in_the_process_is_not_the_process() {
+        let mut tracker = Tracker::new(Arrival::Restored);
+        tracker.source(1.0, Some(look('D')));
+        tracker.source(2.0, Some(Look { state: 'R', is_traced: true, is_of_runc: false }));
+        assert_eq!(tracker.seen.still_since, Some(1.0));
     }
 
     #[test]

@@ -24,9 +24,13 @@ pub fn receive(listen: SocketAddr, into: &[PathBuf]) -> io::Result<()> {
     // Names in the archive are without their folders, which differ between the nodes.
     command.args(into.iter().filter_map(|folder| Some(format!("--transform=s,^{},{},", last(folder)?, folder.display()))));
     let mut child = command.stdin(Stdio::piped()).spawn()?;
-    let copied = child.stdin.take().map(|mut input| io::copy(&mut stream, &mut input)).transpose();
+    let copied = child.stdin.take().map_or(Ok(0), |mut input| io::copy(&mut stream, &mut input));
     ended(child)?;
-    copied.map(drop)
+    match copied {
+        // tar does not read what follows the end of the archive. The sender is still to get rid of it.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => io::copy(&mut stream, &mut io::sink()).map(drop),
+        copied => copied.map(drop),
+    }
 }
 
 /// Sends folders to where [`receive`] listens.

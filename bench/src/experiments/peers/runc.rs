@@ -13,6 +13,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::sys::{
+    resource::{UsageWho, getrusage},
+    time::TimeValLike as _,
+};
 use podferry_local::{GATEWAY, Node, RUNC_ROOT, Running};
 use podferry_report::results::Phase;
 
@@ -35,10 +39,19 @@ pub(super) fn move_it(source: &Node, target: &Node, name: &str) -> Result<Moved>
     peer.make_way()?;
     let receiver = peer.receiver()?;
     let prepared = peer.began.elapsed();
+    let mut started_cpu_s = [0.0, 0.0];
+    let before = children_cpu_s();
     let dump = peer.timed("dump", |peer| peer.checkpoint())?;
-    let copy = peer.timed("copy", |peer| peer.copy(receiver))?;
+    let mut sent = 0.0;
+    let copy = peer.timed("copy", |peer| {
+        peer.send()?;
+        sent = children_cpu_s();
+        peer.received(receiver)
+    })?;
+    started_cpu_s[0] = sent - before;
     let raw_bytes = size_of(&target.on_machine(&target.images().join(IMAGES)))?;
     let restore = peer.timed("restore", |peer| peer.restore())?;
+    started_cpu_s[1] = children_cpu_s() - sent;
     let own_downtime_ms = restore.start_ms + restore.duration_ms - dump.start_ms;
     peer.clean_up()?;
     let prepare = Phase { name: "prepare".to_owned(), start_ms: 0.0, duration_ms: milliseconds(prepared) };
@@ -46,6 +59,7 @@ pub(super) fn move_it(source: &Node, target: &Node, name: &str) -> Result<Moved>
         phases: vec![prepare, dump, copy, restore],
         raw_bytes: Some(raw_bytes),
         own_downtime_ms: Some(own_downtime_ms),
+        started_cpu_s,
         ..Moved::default()
     })
 }
@@ -125,11 +139,14 @@ impl Peer<'_> {
         Ok(())
     }
 
-    fn copy(&self, mut receiver: Running) -> Result<()> {
+    fn send(&self) -> Result<()> {
         let mut command = self.source.command(this_program());
         command.args(["peer-send", "--to", &self.address().to_string()]);
         command.arg(Self::images(self.source)).arg(self.upper(self.source));
-        podferry_local::command::run_within(&mut command, DEADLINE)?.success()?;
+        podferry_local::command::run_within(&mut command, DEADLINE)?.success().map_err(Error::from).map(drop)
+    }
+
+    fn received(&self, mut receiver: Running) -> Result<()> {
         match receiver.wait(DEADLINE) {
             Some(status) if status.success() => Ok(()),
             status => Err(Error::Misplaced(format!("the receiver of the copy ended with {status:?}"))),
@@ -180,6 +197,13 @@ fn path(path: &Path) -> String {
 
 fn this_program() -> PathBuf {
     podferry_local::default_binaries().join("podferry-bench")
+}
+
+/// CPU time of all programs that this process has started and waited for, and of those that they have waited for.
+fn children_cpu_s() -> f64 {
+    getrusage(UsageWho::RUSAGE_CHILDREN).map_or(0.0, |usage| {
+        [usage.user_time(), usage.system_time()].iter().map(|time| time.num_microseconds()).sum::<i64>() as f64 / 1e6
+    })
 }
 
 /// Bytes of all files in a folder.
