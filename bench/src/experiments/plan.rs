@@ -50,9 +50,9 @@ pub(super) struct Group {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
     /// In the order in which it is done.
-    pub groups: Vec<Group>,
+    pub(super) groups: Vec<Group>,
     /// Runs that are there already.
-    pub done: usize,
+    pub(super) done: usize,
 }
 
 impl Plan {

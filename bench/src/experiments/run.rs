@@ -51,6 +51,7 @@ impl<'a> Theatre<'a> {
         let measured = self.measure(&subject, scenario, *repeat);
         let is_well = measured.as_ref().is_ok_and(|measured| measured.outcome == Outcome::Moved);
         if !is_well || needs_new_instance(scenario.strategy) {
+            peers::remove(self.stage, subject.name(), scenario.strategy)?;
             self.remove()?;
         }
         measured

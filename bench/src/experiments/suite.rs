@@ -332,8 +332,8 @@ fn reason_to_leave_out(scenario: &Scenario) -> Option<String> {
     if *strategy == Strategy::Application && !scenario::has_hooks(*workload) {
         return Some("this application has no means of its own to hand its state over".to_owned());
     }
-    if *strategy == Strategy::PeerCriu || *strategy == Strategy::PeerPodman {
-        return Some(format!("{} is not driven by this program yet", scenario::strategy_name(*strategy)));
+    if *strategy == Strategy::PeerPodman {
+        return Some("podman is not driven by this program".to_owned());
     }
     None
 }
