@@ -99,9 +99,7 @@ impl Freezer {
     fn set(&self, frozen: bool) {
         match (self.unified, frozen) {
             (true, frozen) => fs::write(self.folder.join("cgroup.freeze"), if frozen { "1" } else { "0" }),
-            (false, frozen) => {
-                fs::write(self.folder.join("freezer.state"), if frozen { "FROZEN" } else { "THAWED" })
-            }
+            (false, frozen) => fs::write(self.folder.join("freezer.state"), if frozen { "FROZEN" } else { "THAWED" }),
         }
         .unwrap();
     }
@@ -195,8 +193,9 @@ async fn a_freeze_is_found_within_a_millisecond_though_the_processs_own_clock_st
     // `stand_still` takes 2 ms more than the pause itself, before it is timed.
     let without: Vec<f64> = errors.iter().map(|error| error - 2.0).collect();
     assert_close(&without);
-    let slept_ms = f64::from(PAUSES) * PAUSE.as_secs_f64() * 1e3;
-    assert!(lost.get() * 10 * 4 < slept_ms as u64, "its clock went on by {} ticks in {slept_ms} ms", lost.get());
+    let slept = PAUSE * PAUSES;
+    let own = Duration::from_millis(10 * lost.get());
+    assert!(own * 4 < slept, "its clock went on by {own:?} in {slept:?}");
 }
 
 #[test]

@@ -147,7 +147,8 @@ mod tests {
 
     #[test]
     fn the_work_of_this_namespace_is_found() {
-        let side = || Side { init: std::process::id(), group: "/no-such-group".into(), images: "/no-such-folder".into() };
+        let side =
+            || Side { init: std::process::id(), group: "/no-such-group".into(), images: "/no-such-folder".into() };
         let costs = Costs::start([side(), side()]);
         let until = std::time::Instant::now() + Duration::from_millis(300);
         while std::time::Instant::now() < until {}

@@ -1,10 +1,6 @@
 //! On what is measured.
 
-use std::{
-    fs,
-    path::Path,
-    process::Command,
-};
+use std::{fs, path::Path, process::Command};
 
 use podferry_report::results::Environment;
 

@@ -1,8 +1,6 @@
 //! What is made of one run: how each number of a [`Measurement`] is taken. `docs/experiments.md` says the same for people.
 
-use podferry_report::results::{
-    Clients, Cost, Latency, Measurement, Outcome, Phase, Round, Scenario, Slice, Strategy,
-};
+use podferry_report::results::{Clients, Cost, Latency, Measurement, Outcome, Phase, Round, Scenario, Slice, Strategy};
 
 use super::{scenario, watch::Seen};
 use crate::{
@@ -158,14 +156,17 @@ impl Facts<'_> {
                 .collect(),
         };
         match self.moved {
-            Ok(moved) => fill_in(&mut measurement, moved, self.seen),
+            Ok(moved) => {
+                let first_answer = first_answer_behind(&self.report, self.seen.ran_at);
+                fill_in(&mut measurement, moved, self.seen, first_answer);
+            }
             Err(outcome) => measurement.outcome = outcome,
         }
         measurement
     }
 }
 
-fn fill_in(measurement: &mut Measurement, moved: Moved, seen: Seen) {
+fn fill_in(measurement: &mut Measurement, moved: Moved, seen: Seen, first_answer: Option<f64>) {
     let is_taken_over = measurement.scenario.strategy == Strategy::Application;
     // Where both instances run for a while, no process stands still: what is left is the word of whoever moved it.
     let outside = if is_taken_over { None } else { seen.downtime_ms() };
@@ -176,17 +177,32 @@ fn fill_in(measurement: &mut Measurement, moved: Moved, seen: Seen) {
         (None, Some(_)) => measurement.notes.push("downtime is as the one who moved it saw it".to_owned()),
         _ => {}
     }
-    let operational = seen.ran_at.filter(|_| !is_taken_over).map(|ran_at| ran_at - measurement.began_unix_ms);
-    measurement.deployment_ms = operational.or(measurement.total_ms).map(|ran| ran + moved.fill_ms);
-    if operational.is_none() {
-        measurement.deployment_ms = measurement.total_ms;
-    }
+    measurement.deployment_ms = operational(measurement, moved.fill_ms, seen, first_answer);
     if let Some(cost) = &mut measurement.cost {
         cost.iter_mut().zip(moved.started_cpu_s).for_each(|(cost, started)| cost.cpu_s += started);
     }
     measurement.phases = moved.phases;
     measurement.rounds = moved.rounds;
     measurement.raw_bytes = moved.raw_bytes;
+}
+
+/// When the workload was fully operational on the target, in ms from the request on: with the last of its memory there, or, where it starts anew,
+/// with its first right answer.
+fn operational(measurement: &Measurement, fill_ms: f64, seen: Seen, first_answer: Option<f64>) -> Option<f64> {
+    let began = measurement.began_unix_ms;
+    match measurement.scenario.strategy {
+        // It answers before it is reached; what counts is that nothing is left to be done.
+        Strategy::Application => measurement.total_ms,
+        Strategy::Cold => first_answer.map(|at| at - began),
+        _ => seen.ran_at.map(|at| at - began + fill_ms),
+    }
+}
+
+/// When any client had the first right answer behind this time, in ms since 1970.
+fn first_answer_behind(report: &LoadReport, at: Option<f64>) -> Option<f64> {
+    let at = at?;
+    let samples = report.clients.iter().filter_map(|client| client.samples.as_ref());
+    samples.filter_map(|samples| samples.all().map(|sample| sample.unix_ms).find(|came| *came >= at)).reduce(f64::min)
 }
 
 fn clients(report: &LoadReport, times: Times, precopy: Option<Span>) -> Clients {
@@ -311,7 +327,6 @@ pub(super) mod tests {
             commit: 2.0,
             resume: 10.0,
             fill: 50.0,
-            ..Timings::default()
         };
         let rounds = vec![crate::migration::Round { pages: 10, raw_bytes: 40_960, ..Default::default() }; 2];
         MigrationRecord { strategy: "live".to_owned(), downtime_ms: 110.0, timings, rounds, ..Default::default() }
@@ -345,7 +360,10 @@ pub(super) mod tests {
         close(moved.deployment_ms, 360.0);
         assert_eq!(moved.raw_bytes, Some(81_920));
         let names: Vec<&str> = moved.phases.iter().map(|phase| phase.name.as_str()).collect();
-        assert_eq!(names, ["preflight", "prepare", "precopy", "freeze", "dump", "transfer", "restore", "commit", "resume", "fill"]);
+        assert_eq!(
+            names,
+            ["preflight", "prepare", "precopy", "freeze", "dump", "transfer", "restore", "commit", "resume", "fill"]
+        );
         close(moved.phases.iter().find(|phase| phase.name == "restore").map(|phase| phase.start_ms), 190.0);
         let clients = moved.clients.unwrap();
         close(Some(clients.gaps_ms[0]), 120.0);
@@ -360,7 +378,8 @@ pub(super) mod tests {
         let clients = measured(Strategy::Live, Ok(Moved::default())).clients.unwrap();
         assert_eq!(clients.timeline.first().map(|slice| slice.start_ms), Some(-1000.0));
         assert_eq!(clients.timeline.iter().map(|slice| slice.answers).sum::<u64>(), 2381);
-        let silent: Vec<f64> = clients.timeline.iter().filter(|slice| slice.worst_ms.is_none()).map(|slice| slice.start_ms).collect();
+        let silent: Vec<f64> =
+            clients.timeline.iter().filter(|slice| slice.worst_ms.is_none()).map(|slice| slice.start_ms).collect();
         assert_eq!(silent, [250.0]);
     }
 
@@ -370,6 +389,7 @@ pub(super) mod tests {
         let measured = measured(Strategy::Application, Ok(moved));
         close(measured.downtime_ms, 33.0);
         close(measured.deployment_ms, 600.0);
+        close(super::tests::measured(Strategy::Cold, Ok(Moved::default())).deployment_ms, 320.0);
         assert!(measured.notes.iter().any(|note| note.contains("as the one who moved it saw it")));
     }
 

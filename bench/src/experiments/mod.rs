@@ -146,10 +146,12 @@ mod tests {
 
     #[test]
     fn a_scenario_fails_with_any_of_its_runs_and_when_one_is_missing() {
-        let text = "[[sweep]]\nquestion = \"q\"\nworkload = [\"redis\"]\nstrategy = [\"live\", \"warm\"]\nmemory_mib = [16]\n";
+        let text =
+            "[[sweep]]\nquestion = \"q\"\nworkload = [\"redis\"]\nstrategy = [\"live\", \"warm\"]\nmemory_mib = [16]\n";
         let suite = Suite::parse("test", text).unwrap();
         let failed = |measurements: &[Measurement]| summarize(&suite, measurements, "x".into()).failed;
-        let (live, warm) = (measured(Strategy::Live, Ok(Moved::default())), measured(Strategy::Warm, Ok(Moved::default())));
+        let (live, warm) =
+            (measured(Strategy::Live, Ok(Moved::default())), measured(Strategy::Warm, Ok(Moved::default())));
         assert_eq!(failed(&[live.clone(), warm.clone()]), 0);
         assert_eq!(failed(std::slice::from_ref(&live)), 1);
         assert_eq!(failed(&[live, Measurement { outcome: Outcome::Failed("x".to_owned()), ..warm }]), 1);

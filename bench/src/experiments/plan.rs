@@ -8,14 +8,15 @@ use super::{
     run::{AFTER, BEFORE},
     scenario,
     subject::Subject,
-    suite::{Suite, Wanted},
+    suite::{LeftOut, Suite, Wanted},
 };
 use crate::moves::whole;
 
 /// Seconds that starting and ending clients takes beside the load before and after a move. Measured on two cores.
-const AROUND_S: f64 = 1.3;
-/// Seconds of a move that carries next to nothing.
-const MOVE_S: f64 = 0.9;
+const AROUND_S: f64 = 1.0;
+/// Seconds of a move that carries next to nothing, and of one in which another instance has to catch up.
+const MOVE_S: f64 = 0.7;
+const CATCH_UP_S: f64 = 6.0;
 /// Seconds until a workload listens that holds next to nothing, and how much of it is filled in a second, in MiB.
 const START_S: f64 = 1.5;
 const FILL_MIB_PER_S: f64 = 150.0;
@@ -87,7 +88,7 @@ impl Plan {
 
     /// How long all of it is likely to take.
     pub(super) fn estimate(&self) -> Duration {
-        let seconds: f64 = self.groups.iter().map(|group| group_seconds(group)).sum();
+        let seconds: f64 = self.groups.iter().map(group_seconds).sum();
         Duration::from_secs_f64(if self.groups.is_empty() { 0.0 } else { seconds + CLUSTER_S })
     }
 }
@@ -122,7 +123,8 @@ pub(super) fn run_seconds(scenario: &Scenario) -> f64 {
         _ => whole(scenario.memory_mib),
     };
     let moving = mib / link.min(MOVE_MIB_PER_S);
-    (BEFORE + AFTER).as_secs_f64() + AROUND_S + MOVE_S + moving
+    let least = if scenario.strategy == Strategy::Application { CATCH_UP_S } else { MOVE_S };
+    (BEFORE + AFTER).as_secs_f64() + AROUND_S + least + moving
 }
 
 /// What a person is shown before anything is done.
@@ -139,14 +141,12 @@ pub(super) fn describe(suite: &Suite, plan: &Plan) -> String {
         let rate = first.dirty_percent.map(|rate| format!(", {rate} %/s written")).unwrap_or_default();
         let _ = writeln!(text, "{workload} {} MiB{rate}: {runs} runs, about {seconds:.0} s", first.memory_mib);
         let names: BTreeSet<String> = group.runs.iter().map(|run| scenario::name(&run.scenario)).collect();
-        names.iter().for_each(|name| {
-            let repeats = group.runs.iter().filter(|run| scenario::name(&run.scenario) == *name).count();
+        for name in names {
+            let repeats = group.runs.iter().filter(|run| scenario::name(&run.scenario) == name).count();
             let _ = writeln!(text, "  {repeats} x {name}");
-        });
+        }
     }
-    for left_out in &suite.left_out {
-        let _ = writeln!(text, "left out: {}: {}", scenario::name(&left_out.scenario), left_out.reason);
-    }
+    left_out(suite, &mut text);
     let minutes = plan.estimate().as_secs_f64() / 60.0;
     let _ = writeln!(
         text,
@@ -158,8 +158,24 @@ pub(super) fn describe(suite: &Suite, plan: &Plan) -> String {
     text
 }
 
+/// One line for each reason.
+fn left_out(suite: &Suite, text: &mut String) {
+    let reasons: BTreeSet<(&str, &str)> = suite.left_out.iter().map(why).collect();
+    for reason in reasons {
+        let all: Vec<&LeftOut> = suite.left_out.iter().filter(|left_out| why(left_out) == reason).collect();
+        let more = if all.len() > 1 { format!(" and {} like it", all.len() - 1) } else { String::new() };
+        let _ = writeln!(text, "left out: {}{more}: {}", scenario::name(&all[0].scenario), reason.1);
+    }
+}
+
+fn why(left_out: &LeftOut) -> (&'static str, &str) {
+    (scenario::workload_name(left_out.scenario.workload), &left_out.reason)
+}
+
 #[cfg(test)]
 mod tests {
+    use Strategy::{Cold, Live, Warm};
+
     use super::*;
 
     fn suite() -> Suite {
@@ -172,13 +188,11 @@ mod tests {
     fn repeats_take_turns_and_what_needs_a_new_instance_comes_last_of_its_link() {
         let plan = Plan::of(&suite(), &BTreeSet::new());
         assert_eq!((plan.groups.len(), plan.runs()), (1, 12), "synthetic has no rate and is left out");
-        let order: Vec<(Option<u64>, Strategy, u32)> = plan.groups[0]
-            .runs
-            .iter()
-            .map(|run| (run.scenario.link_mbit, run.scenario.strategy, run.repeat))
-            .collect();
-        use Strategy::{Cold, Live, Warm};
-        let once = |link| [(link, Live, 0), (link, Warm, 0), (link, Live, 1), (link, Warm, 1), (link, Cold, 0), (link, Cold, 1)];
+        let order: Vec<(Option<u64>, Strategy, u32)> =
+            plan.groups[0].runs.iter().map(|run| (run.scenario.link_mbit, run.scenario.strategy, run.repeat)).collect();
+        let once = |link| {
+            [(link, Live, 0), (link, Warm, 0), (link, Live, 1), (link, Warm, 1), (link, Cold, 0), (link, Cold, 1)]
+        };
         assert_eq!(order, [once(None), once(Some(100))].concat());
     }
 
@@ -199,7 +213,10 @@ mod tests {
     fn a_slow_link_takes_longer() {
         let plan = Plan::of(&suite(), &BTreeSet::new());
         let seconds = |link| {
-            let run = plan.groups[0].runs.iter().find(|run| run.scenario.link_mbit == link && run.scenario.strategy == Strategy::Warm);
+            let run = plan.groups[0]
+                .runs
+                .iter()
+                .find(|run| run.scenario.link_mbit == link && run.scenario.strategy == Strategy::Warm);
             run_seconds(&run.unwrap().scenario)
         };
         assert!(seconds(Some(100)) > seconds(None) + 1.0);
@@ -210,7 +227,11 @@ mod tests {
         let suite = suite();
         let text = describe(&suite, &Plan::of(&suite, &BTreeSet::new()));
         assert!(text.contains("How?") && text.contains("2 x redis live 16 MiB"), "{text}");
-        assert!(text.contains("left out: synthetic") && text.contains("dirty rate"), "{text}");
+        assert_eq!(text.matches("left out: ").count(), 1, "{text}");
+        assert!(
+            text.contains("left out: synthetic cold") && text.contains("and 5 like it: it has to be told a dirty rate"),
+            "{text}"
+        );
         assert!(text.contains("6 scenarios; 12 runs to be made, 0 are there; about"), "{text}");
     }
 

@@ -29,7 +29,9 @@ impl Progress {
         if let Some(bar) = &bar {
             let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed} {msg}");
             // Without the template the bar looks otherwise, and is one all the same.
-            style.into_iter().for_each(|style| bar.set_style(style));
+            if let Ok(style) = style {
+                bar.set_style(style);
+            }
         }
         Self { bar, began: Instant::now(), all_s: estimate.as_secs_f64(), done_s: 0.0, all: runs, done: 0 }
     }
@@ -100,7 +102,10 @@ mod tests {
     #[test]
     fn a_line_says_what_became_of_a_run() {
         let moved = line(&measured(Strategy::Live, Ok(Moved::default())));
-        assert!(moved.starts_with("redis live 16 MiB") && moved.contains("down 105 ms, gap 120 ms, in all 600 ms"), "{moved}");
+        assert!(
+            moved.starts_with("redis live 16 MiB") && moved.contains("down 105 ms, gap 120 ms, in all 600 ms"),
+            "{moved}"
+        );
         let failed = line(&measured(Strategy::Live, Err(Outcome::Failed("no CRIU".to_owned()))));
         assert!(failed.ends_with("FAILED: no CRIU"), "{failed}");
     }

@@ -22,8 +22,8 @@ use crate::{
 };
 
 /// Load before a move, by which it is compared, and behind it.
-pub(super) const BEFORE: Duration = Duration::from_millis(1000);
-pub(super) const AFTER: Duration = Duration::from_millis(1000);
+pub(super) const BEFORE: Duration = Duration::from_secs(1);
+pub(super) const AFTER: Duration = Duration::from_secs(1);
 
 /// The cluster with what is on it.
 pub(super) struct Theatre<'a> {
@@ -149,7 +149,8 @@ impl<'a> Theatre<'a> {
 fn words(strategy: Strategy) -> &'static [&'static str] {
     use podferry_local::Strategy as Local;
     match strategy {
-        Strategy::Cold => Local::Cold.words(),
+        // What does not heed its stop signal takes all of the grace period, 30 s without a word.
+        Strategy::Cold => &["--strategy", "cold", "--grace-period", "5"],
         Strategy::Warm => Local::Warm.words(),
         Strategy::Live => Local::Live.words(),
         Strategy::PostCopy => Local::Postcopy.words(),

@@ -132,11 +132,7 @@ fn whole_lines(bytes: &[u8]) -> &[u8] {
 fn read(path: &Path, text: &str) -> Result<Vec<Measurement>> {
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     let parse = |(index, line): (usize, &str)| {
-        serde_json::from_str(line).map_err(|source| StoreError::Line {
-            path: path.to_owned(),
-            line: index + 1,
-            source,
-        })
+        serde_json::from_str(line).map_err(|source| StoreError::Line { path: path.to_owned(), line: index + 1, source })
     };
     lines.map(parse).collect()
 }

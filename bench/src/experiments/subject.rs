@@ -67,13 +67,8 @@ impl Subject {
             Workload::Go,
             Workload::Synthetic,
         ];
-        let of = |workload| Self {
-            workload,
-            memory_mib: 0,
-            dirty_percent: None,
-            cpu_limit: None,
-            memory_limit_mib: None,
-        };
+        let of =
+            |workload| Self { workload, memory_mib: 0, dirty_percent: None, cpu_limit: None, memory_limit_mib: None };
         all.map(|workload| of(workload).name().to_owned()).into()
     }
 

@@ -287,7 +287,10 @@ fn check(sweep: &Sweep) -> Result<(), Problem> {
         ("link_rtt_ms", sweep.link_rtt_ms.len()),
     ];
     if let Some((field, _)) = lists.iter().find(|(_, length)| *length == 0) {
-        return Err((field, "the list is empty, so nothing would be run; name a value, or leave the list away".to_owned()));
+        return Err((
+            field,
+            "the list is empty, so nothing would be run; name a value, or leave the list away".to_owned(),
+        ));
     }
     each("memory_mib", &sweep.memory_mib, |mib| (1..=MOST_MIB).contains(mib), &format!("1 to {MOST_MIB} will do"))?;
     each("dirty_percent", &sweep.dirty_percent, |rate| (0.0..=1000.0).contains(rate), "0 to 1000 will do")?;
@@ -344,7 +347,8 @@ mod tests {
 
     use super::*;
 
-    const SMALL: &str = "[[sweep]]\nquestion = \"q\"\nworkload = [\"redis\"]\nstrategy = [\"live\", \"warm\"]\nmemory_mib = [16, 64]\n";
+    const SMALL: &str =
+        "[[sweep]]\nquestion = \"q\"\nworkload = [\"redis\"]\nstrategy = [\"live\", \"warm\"]\nmemory_mib = [16, 64]\n";
 
     fn parse(text: &str) -> Result<Suite, SuiteError> {
         Suite::parse("test", text)

@@ -160,7 +160,9 @@ pub async fn run(options: LoadOptions, stop: CancellationToken, ready: Arc<Readi
                 Kind::Cart => drive(cart::CartClient::new(target, number), conduct, recorder, stop, ready).await,
                 Kind::Feed => drive(feed::FeedClient::new(target), conduct, recorder, stop, ready).await,
                 Kind::Sql => drive(sql::SqlClient::new(target, number), conduct, recorder, stop, ready).await,
-                Kind::Lines => drive(lines::LineClient::new(target), conduct, recorder, stop, ready).await,
+                Kind::Lines => {
+                    drive(lines::LineClient::new(target, options.clients == 1), conduct, recorder, stop, ready).await
+                }
                 Kind::Pipeline => {
                     let client = pipeline::PipelineClient::new(target, number, options.depth);
                     drive(client, conduct, recorder, stop, ready).await

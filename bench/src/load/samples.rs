@@ -106,13 +106,7 @@ pub fn percentiles<'a>(clients: impl IntoIterator<Item = &'a Samples>, span: Spa
         return Percentiles::default();
     }
     let at = |quantile: f64| (whole(histogram.value_at_quantile(quantile)) / 1e3).min(max_ms);
-    Percentiles {
-        count: histogram.len(),
-        p50_ms: at(0.5),
-        p90_ms: at(0.9),
-        p99_ms: at(0.99),
-        max_ms,
-    }
+    Percentiles { count: histogram.len(), p50_ms: at(0.5), p90_ms: at(0.9), p99_ms: at(0.99), max_ms }
 }
 
 #[cfg(test)]

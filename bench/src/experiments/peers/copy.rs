@@ -22,7 +22,8 @@ pub fn receive(listen: SocketAddr, into: &[PathBuf]) -> io::Result<()> {
     let (mut stream, _) = listener.accept()?;
     let mut command = tar("--extract");
     // Names in the archive are without their folders, which differ between the nodes.
-    command.args(into.iter().filter_map(|folder| Some(format!("--transform=s,^{},{},", last(folder)?, folder.display()))));
+    command
+        .args(into.iter().filter_map(|folder| Some(format!("--transform=s,^{},{},", last(folder)?, folder.display()))));
     let mut child = command.stdin(Stdio::piped()).spawn()?;
     let copied = child.stdin.take().map_or(Ok(0), |mut input| io::copy(&mut stream, &mut input));
     ended(child)?;
@@ -79,7 +80,9 @@ mod tests {
         fs::write(one.path().join("b/upper/deep/file"), "x").unwrap();
         let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let into = [two.path().join("x/images"), two.path().join("y/upper")];
-        into.iter().for_each(|folder| fs::create_dir_all(folder).unwrap());
+        for folder in &into {
+            fs::create_dir_all(folder).unwrap();
+        }
         let receiver = std::thread::spawn({
             let into = into.clone();
             move || receive(free, &into)

@@ -56,7 +56,7 @@ fn link(at: &Path) -> Result<String> {
 }
 
 /// Mounts that are not made of what CRIU dumps: what hides files (a device of the machine's), and the hierarchies of cgroups. Of
-/// proc_pid_mountinfo(5): field 4 is the root within the file system, field 5 the mount point, the type follows the lone hyphen.
+/// `proc_pid_mountinfo(5)`: field 4 is the root within the file system, field 5 the mount point, the type follows the lone hyphen.
 fn outer_mounts(table: &str) -> Vec<(String, String)> {
     let mount = |line: &str| {
         let (before, after) = line.split_once(" - ")?;
@@ -94,12 +94,12 @@ impl Tool for Criu {
 
     fn restore(&mut self, way: &Way) -> Result<()> {
         let group = way.target.cgroups_path(way.name);
-        let mut script = String::new();
-        for hierarchy in HIERARCHIES {
+        let joins = HIERARCHIES.map(|hierarchy| {
             let folder = format!("/sys/fs/cgroup/{hierarchy}{}", group.display());
-            script += &format!("mkdir -p {folder}\necho $$ > {folder}/cgroup.procs\n");
-        }
-        script += &format!("exec 9</run/netns/{}\nexec criu restore --restore-detached \"$@\"\n", way.name);
+            format!("mkdir -p {folder}; echo $$ > {folder}/cgroup.procs")
+        });
+        let rest = format!("exec 9</run/netns/{}; exec criu restore --restore-detached \"$@\"", way.name);
+        let script = format!("{}; {rest}", joins.join("; "));
         let mut command = way.target.command("bash");
         command.args(["-ec", &script, "criu", "--images-dir", &path(&images(way.target)), "--work-dir", "/tmp"]);
         command.args(["--log-file", "peer-restore.log", "--tcp-established", "--manage-cgroups=ignore", "--root"]);

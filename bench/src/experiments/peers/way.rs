@@ -213,8 +213,7 @@ fn children_cpu_s() -> f64 {
     let seconds = |time: nix::sys::time::TimeVal| {
         Duration::from_micros(u64::try_from(time.num_microseconds()).unwrap_or(0)).as_secs_f64()
     };
-    getrusage(UsageWho::RUSAGE_CHILDREN)
-        .map_or(0.0, |usage| seconds(usage.user_time()) + seconds(usage.system_time()))
+    getrusage(UsageWho::RUSAGE_CHILDREN).map_or(0.0, |usage| seconds(usage.user_time()) + seconds(usage.system_time()))
 }
 
 /// Bytes of all files in a folder.
