@@ -261,15 +261,19 @@ fn slices(start: f64, end: f64) -> usize {
     (end - start).clamp(0.0, 1e6) as usize
 }
 
-/// Why a run counts as failed, if it does: it was undone after the freeze, or clients lost what they must not lose.
+/// Why a run counts as failed, if it does: it was undone after the freeze, or clients lost what they must not lose. What another tool cannot do
+/// is a result.
 pub(super) fn failure(measurement: &Measurement) -> Option<String> {
+    if scenario::is_peer(measurement.scenario.strategy) {
+        return None;
+    }
     if let Outcome::Failed(reason) = &measurement.outcome {
         return Some(reason.clone());
     }
     let clients = measurement.clients.as_ref()?;
     let faults = clients.lost_items + clients.failed_requests + clients.connection_resets;
     let strategy = measurement.scenario.strategy;
-    let must_keep = scenario::keeps_memory(strategy) && !scenario::is_peer(strategy) && strategy != Strategy::Auto;
+    let must_keep = scenario::keeps_memory(strategy) && strategy != Strategy::Auto;
     (must_keep && faults > 0).then(|| {
         format!(
             "clients saw {} lost items, {} failed requests and {} resets",
@@ -398,6 +402,7 @@ pub(super) mod tests {
         let refused = measured(Strategy::Live, Err(Outcome::Refused("it does not converge".to_owned())));
         assert_eq!((failure(&refused), refused.downtime_ms), (None, None));
         assert!(failure(&measured(Strategy::Live, Err(Outcome::Failed("CRIU".to_owned())))).is_some());
+        assert_eq!(failure(&measured(Strategy::PeerRunc, Err(Outcome::Failed("CRIU".to_owned())))), None);
         for (strategy, fails) in [(Strategy::Warm, true), (Strategy::Cold, false), (Strategy::PeerRunc, false)] {
             let mut lossy = measured(strategy, Ok(Moved::default()));
             lossy.clients.as_mut().unwrap().lost_items = 1;

@@ -72,10 +72,10 @@ fn line(measurement: &Measurement) -> String {
     let what = match &measurement.outcome {
         Outcome::Moved => moved(measurement),
         Outcome::Refused(reason) => format!("refused: {reason}"),
-        Outcome::Failed(reason) => return format!("{name}: FAILED: {reason}"),
+        Outcome::Failed(reason) => format!("did not arrive: {reason}"),
     };
     match measure::failure(measurement) {
-        Some(reason) => format!("{name}: {what}; FAILED: {reason}"),
+        Some(_) => format!("{name}: FAILED: {what}"),
         None => format!("{name}: {what}"),
     }
 }
@@ -84,12 +84,20 @@ fn moved(measurement: &Measurement) -> String {
     let ms = |value: Option<f64>| value.map_or_else(|| "unknown".to_owned(), |value| format!("{value:.0} ms"));
     let gaps = measurement.clients.iter().flat_map(|clients| clients.gaps_ms.iter().copied());
     let wire = measurement.wire_bytes.map_or(0.0, |bytes| whole(bytes) / f64::from(1 << 20));
-    format!(
+    let text = format!(
         "down {}, gap {}, in all {}, {wire:.1} MiB",
         ms(measurement.downtime_ms),
         ms(gaps.reduce(f64::max)),
         ms(measurement.total_ms)
-    )
+    );
+    let faults = measurement
+        .clients
+        .as_ref()
+        .map_or([0; 3], |clients| [clients.lost_items, clients.failed_requests, clients.connection_resets]);
+    match faults {
+        [0, 0, 0] => text,
+        [lost, failed, resets] => format!("{text}, {lost} items lost, {failed} requests failed, {resets} resets"),
+    }
 }
 
 #[cfg(test)]
@@ -107,7 +115,7 @@ mod tests {
             "{moved}"
         );
         let failed = line(&measured(Strategy::Live, Err(Outcome::Failed("no CRIU".to_owned()))));
-        assert!(failed.ends_with("FAILED: no CRIU"), "{failed}");
+        assert!(failed.ends_with("FAILED: did not arrive: no CRIU"), "{failed}");
     }
 
     #[test]

@@ -24,7 +24,30 @@ pub(super) fn move_it(stage: &Stage, name: &str, strategy: Strategy, place: usiz
         Strategy::PeerCriu => way.go(&mut criu::Criu::default()),
         _ => return Err(Error::Misplaced(format!("{strategy:?} is not driven by this program"))),
     };
-    Ok(moved.map_err(|error| Outcome::Failed(error.to_string())))
+    Ok(moved.map_err(|error| Outcome::Failed(essence(&error.to_string()))))
+}
+
+/// How much of what a tool says is kept.
+const MOST_CHARACTERS: usize = 400;
+
+/// Tools put all of CRIU's log into their errors: what it calls an error is kept, or the beginning where nothing is called so.
+fn essence(said: &str) -> String {
+    let errors: Vec<&str> =
+        said.lines().filter_map(|line| Some(line.split_once("Error (")?.1.trim_end_matches('"'))).collect();
+    let text = if errors.is_empty() { said.to_owned() } else { errors.join("; ") };
+    text.chars().take(MOST_CHARACTERS).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_log_its_errors_are_kept() {
+        let log = "level=warning msg=\"1: dumping /proc/7\"\nlevel=warning msg=\"2: Error (criu/cr-dump.c:389): Can't get rlimit 0\"\n";
+        assert_eq!(essence(log), "criu/cr-dump.c:389): Can't get rlimit 0");
+        assert_eq!(essence(&"x".repeat(900)).len(), MOST_CHARACTERS);
+    }
 }
 
 /// Ends what no container runtime knows of, so that the container can be removed like any other.
