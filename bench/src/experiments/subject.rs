@@ -1,6 +1,10 @@
 //! What is moved in a scenario: its container, its clients, and what has to be done before it can be moved.
 
-use std::{net::SocketAddr, path::Path, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use podferry_local::Workload as Container;
 use podferry_report::results::{Scenario, Workload};
@@ -120,7 +124,7 @@ impl Subject {
     /// Its container; images that are made lie below `folder`.
     fn container(&self, stage: &Stage, folder: &Path) -> Result<Container> {
         let mut container = match (self.program(), self.known_load()?) {
-            (Some(program), _) => program.container(&stage.image(program)?)?,
+            (Some(program), _) => program.container(&image(stage, program)?)?,
             (None, Some(load)) => load.workload(folder)?,
             (None, None) => self.synthetic(folder)?,
         };
@@ -168,4 +172,10 @@ impl Subject {
             _ => Ok(()),
         }
     }
+}
+
+/// The program's root filesystem, made once for a cluster. Redis's is made once for the machine, and looked for by its script.
+fn image(stage: &Stage, program: Program) -> Result<PathBuf> {
+    let rootfs = stage.cluster().folder().join("images").join(program.name()).join("rootfs");
+    if rootfs.exists() { Ok(rootfs) } else { stage.image(program) }
 }

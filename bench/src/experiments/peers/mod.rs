@@ -38,6 +38,14 @@ fn essence(said: &str) -> String {
     text.chars().take(MOST_CHARACTERS).collect()
 }
 
+/// Ends what no container runtime knows of, so that the container can be removed like any other.
+pub(super) fn remove(stage: &Stage, name: &str, strategy: Strategy) -> Result<()> {
+    if strategy != Strategy::PeerCriu {
+        return Ok(());
+    }
+    NODES.iter().try_for_each(|node| criu::remove(&stage.cluster().node(node)?, name))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -48,12 +56,4 @@ mod tests {
         assert_eq!(essence(log), "criu/cr-dump.c:389): Can't get rlimit 0");
         assert_eq!(essence(&"x".repeat(900)).len(), MOST_CHARACTERS);
     }
-}
-
-/// Ends what no container runtime knows of, so that the container can be removed like any other.
-pub(super) fn remove(stage: &Stage, name: &str, strategy: Strategy) -> Result<()> {
-    if strategy != Strategy::PeerCriu {
-        return Ok(());
-    }
-    NODES.iter().try_for_each(|node| criu::remove(&stage.cluster().node(node)?, name))
 }
