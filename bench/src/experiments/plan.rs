@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, fmt::Write as _, time::Duration};
 use podferry_report::results::{Scenario, Strategy, Workload};
 
 use super::{
-    run::{AFTER, BEFORE},
+    run::{BEFORE, after},
     scenario,
     subject::Subject,
     suite::{LeftOut, Suite, Wanted},
@@ -124,7 +124,7 @@ pub(super) fn run_seconds(scenario: &Scenario) -> f64 {
     };
     let moving = mib / link.min(MOVE_MIB_PER_S);
     let least = if scenario.strategy == Strategy::Application { CATCH_UP_S } else { MOVE_S };
-    (BEFORE + AFTER).as_secs_f64() + AROUND_S + least + moving
+    (BEFORE + after(scenario.strategy)).as_secs_f64() + AROUND_S + least + moving
 }
 
 /// What a person is shown before anything is done.

@@ -21,9 +21,15 @@ use crate::{
     stage::{Interrupt, NODES, Stage, unix_ms},
 };
 
-/// Load before a move, by which it is compared, and behind it.
+/// Load before a move, by which it is compared, and behind it: longer where a program has to start first.
 pub(super) const BEFORE: Duration = Duration::from_secs(1);
-pub(super) const AFTER: Duration = Duration::from_secs(1);
+const AFTER: Duration = Duration::from_secs(1);
+const AFTER_START: Duration = Duration::from_secs(3);
+
+/// How long there is load behind a move.
+pub(super) fn after(strategy: Strategy) -> Duration {
+    if scenario::keeps_memory(strategy) { AFTER } else { AFTER_START }
+}
 
 /// The cluster with what is on it.
 pub(super) struct Theatre<'a> {
@@ -51,7 +57,9 @@ impl<'a> Theatre<'a> {
         let measured = self.measure(&subject, scenario, *repeat);
         let is_well = measured.as_ref().is_ok_and(|measured| measured.outcome == Outcome::Moved);
         if !is_well || needs_new_instance(scenario.strategy) {
-            peers::remove(self.stage, subject.name(), scenario.strategy)?;
+            if scenario::is_peer(scenario.strategy) {
+                peers::remove(self.stage, subject.name(), scenario.strategy)?;
+            }
             self.remove()?;
         }
         measured
@@ -109,7 +117,7 @@ impl<'a> Theatre<'a> {
         let answered = unix_ms();
         let cost = costs.finish();
         let wire_bytes = self.traffic.bytes()?.checked_sub(wire);
-        std::thread::sleep(AFTER);
+        std::thread::sleep(after(scenario.strategy));
         let times = Times { quiet_since, asked, answered, ended: unix_ms() };
         let seen = watch.finish();
         let report = load.stop()?;

@@ -23,6 +23,8 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Annotation that says how an application hands its state over.
 const HOOKS: &str = "podferry.dev/application";
+/// Annotation that says by which signal a program is to end.
+const STOP_SIGNAL: &str = "org.opencontainers.image.stopSignal";
 /// What a CPU limit is told in: µs of each 100 ms.
 const PERIOD_US: f64 = 100_000.0;
 
@@ -133,6 +135,10 @@ impl Subject {
         }
         if let Some(preset) = self.preset() {
             container.annotations.push((HOOKS.to_owned(), preset.to_owned()));
+        }
+        if self.workload == Workload::Postgres {
+            // As its official image has it: by SIGTERM it would wait for its clients to go.
+            container.annotations.push((STOP_SIGNAL.to_owned(), "SIGINT".to_owned()));
         }
         container.memory_limit = self.memory_limit_mib.and_then(|mib| i64::try_from(mib << 20).ok());
         #[expect(clippy::cast_possible_truncation, reason = "at most 64 CPUs")]

@@ -38,12 +38,16 @@ fn essence(said: &str) -> String {
     text.chars().take(MOST_CHARACTERS).collect()
 }
 
-/// Ends what no container runtime knows of, so that the container can be removed like any other.
+/// Removes images that a failure has left, and ends what no container runtime knows of, so that the container can be removed like any other.
 pub(super) fn remove(stage: &Stage, name: &str, strategy: Strategy) -> Result<()> {
-    if strategy != Strategy::PeerCriu {
-        return Ok(());
+    for node in NODES {
+        let node = stage.cluster().node(node)?;
+        way::remove_images(&node)?;
+        if strategy == Strategy::PeerCriu {
+            criu::remove(&node, name)?;
+        }
     }
-    NODES.iter().try_for_each(|node| criu::remove(&stage.cluster().node(node)?, name))
+    Ok(())
 }
 
 #[cfg(test)]

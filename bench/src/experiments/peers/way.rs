@@ -80,7 +80,6 @@ impl<'a> Way<'a> {
         })?;
         let started_cpu_s = [sent - at_first, children_cpu_s() - sent];
         let own_downtime_ms = restore.start_ms + restore.duration_ms - dump.start_ms;
-        self.clean_up()?;
         let prepare = Phase { name: "prepare".to_owned(), start_ms: 0.0, duration_ms: milliseconds(prepared) };
         Ok(Moved {
             phases: vec![prepare, dump, copy, restore],
@@ -164,13 +163,6 @@ impl<'a> Way<'a> {
         Ok(())
     }
 
-    fn clean_up(&self) -> Result<()> {
-        for node in [self.source, self.target] {
-            node.check(["rm", "-rf", &path(&images(node))])?;
-        }
-        Ok(())
-    }
-
     /// Runs what makes processes on the target that live on, so that its streams are not pipes: they would never end.
     pub(super) fn run_on_target(&self, mut command: Command) -> Result<()> {
         let log_path = self.target.container_logs().join(format!("{}-restore.log", self.name));
@@ -193,6 +185,12 @@ fn received(mut receiver: Running) -> Result<()> {
         Some(status) if status.success() => Ok(()),
         status => Err(Error::Misplaced(format!("the receiver of the copy ended with {status:?}"))),
     }
+}
+
+/// Gives the memory of images back.
+pub(super) fn remove_images(node: &Node) -> Result<()> {
+    node.check(["rm", "-rf", &path(&images(node))])?;
+    Ok(())
 }
 
 /// Where a peer's images are on a node.
