@@ -62,6 +62,19 @@ enum Command {
         /// Where the folders are to come to.
         folders: Vec<PathBuf>,
     },
+    /// Carry frames between two TAP devices, for the experiments' own use.
+    #[command(hide = true)]
+    LinkDelay {
+        /// The devices.
+        fabric: String,
+        node: String,
+        /// The address of the node that is not behind them.
+        #[arg(long)]
+        near: std::net::Ipv4Addr,
+        /// How long a frame takes between the nodes, in µs.
+        #[arg(long)]
+        delay_us: u64,
+    },
     /// The sending end.
     #[command(hide = true)]
     PeerSend {
@@ -266,6 +279,10 @@ fn run(command: Command) -> Outcome {
             }
             Command::PeerReceive { listen, folders } => {
                 experiments::peers::receive(listen, &folders)?;
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::LinkDelay { fabric, node, near, delay_us } => {
+                experiments::delay::carry([&fabric, &node], near, Duration::from_micros(delay_us))?;
                 Ok(ExitCode::SUCCESS)
             }
             Command::PeerSend { to, folders } => {

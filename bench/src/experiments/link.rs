@@ -1,28 +1,47 @@
-//! The link between the nodes: how fast it is, and how much went over it.
+//! The link between the nodes: how fast it is, how far they are from each other, and how much went over it.
+
+use std::time::Duration;
 
 use podferry_local::{
     LocalCluster,
     faults::links::{Shape, Slow},
 };
 
+use super::delay::{FABRIC_END, FarLink};
 use crate::{error::Result, stage::NODES};
 
 /// How long a packet may wait in the shaped link at most, in ms, before the next one is dropped.
 const QUEUE_MS: u64 = 20;
 
-/// A limit on what goes to either node, whoever sends it; none when it is dropped.
+/// How a link is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct LinkKind {
+    /// What it carries, in Mbit/s; as much as it can when absent.
+    pub(super) mbit: Option<u64>,
+    /// Its round-trip time, in ms.
+    pub(super) rtt_ms: f64,
+}
+
+/// A limit on what goes to either node, whoever sends it, and the distance between them; none of it when it is dropped.
 #[derive(Debug)]
 pub(super) struct ShapedLink {
+    // Dropped first: it is on the far link's device.
     _slow: Vec<Slow>,
+    _far: Option<FarLink>,
 }
 
 impl ShapedLink {
-    /// Limits it to so many Mbit/s each way.
-    pub(super) fn new(cluster: &LocalCluster, mbit: u64) -> Result<Self> {
-        let shape = Shape { mbit, burst_bytes: burst_bytes(mbit), queue_ms: QUEUE_MS };
-        let slow: podferry_local::Result<Vec<Slow>> =
-            NODES.iter().map(|node| Slow::shaped(cluster, node, shape)).collect();
-        Ok(Self { _slow: slow? })
+    /// Makes it so.
+    pub(super) fn new(cluster: &LocalCluster, kind: LinkKind) -> Result<Self> {
+        let is_far = kind.rtt_ms > 0.0;
+        let far = is_far.then(|| FarLink::new(cluster, Duration::from_secs_f64(kind.rtt_ms / 1e3))).transpose()?;
+        let ports = [NODES[0], if is_far { FABRIC_END } else { NODES[1] }];
+        let shape = |mbit| Shape { mbit, burst_bytes: burst_bytes(mbit), queue_ms: QUEUE_MS };
+        let slow: podferry_local::Result<Vec<Slow>> = kind.mbit.map_or_else(
+            || Ok(Vec::new()),
+            |mbit| ports.iter().map(|port| Slow::shaped(cluster, port, shape(mbit))).collect(),
+        );
+        Ok(Self { _slow: slow?, _far: far })
     }
 }
 

@@ -4,6 +4,7 @@
 //! ([format](podferry_report::results)); an experiment that was broken off goes on where it was.
 
 mod cost;
+pub mod delay;
 mod environment;
 mod link;
 mod measure;

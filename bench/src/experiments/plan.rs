@@ -96,7 +96,20 @@ impl Plan {
 /// Repeats of one scenario do not follow each other: whatever changes on the machine in the course of time is then in all scenarios alike. What
 /// needs a new instance comes last, so that the others share one.
 fn order(group: &mut Group) {
-    group.runs.sort_by_key(|run| (run.scenario.link_mbit, needs_new_instance(run.scenario.strategy), run.repeat));
+    group.runs.sort_by_key(|run| {
+        (
+            run.scenario.link_mbit,
+            micros(run.scenario.link_rtt_ms),
+            needs_new_instance(run.scenario.strategy),
+            run.repeat,
+        )
+    });
+}
+
+/// Whole µs, which have an order.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a suite has at most 1000 ms")]
+fn micros(ms: f64) -> u64 {
+    (ms * 1e3) as u64
 }
 
 /// Whether the workload does not hold what it was filled with behind such a move, or cannot be moved by podferry any more.

@@ -6,7 +6,7 @@ use podferry_report::results::{Measurement, Outcome, Scenario, Strategy};
 
 use super::{
     cost::{Costs, Side},
-    link::{ShapedLink, Traffic},
+    link::{LinkKind, ShapedLink, Traffic},
     measure::{Facts, Moved, Times},
     peers,
     plan::{Run, needs_new_instance},
@@ -38,7 +38,7 @@ pub(super) struct Theatre<'a> {
     interrupt: &'a Interrupt,
     /// The subject that runs, as it was filled.
     running: Option<Subject>,
-    link: Option<(u64, ShapedLink)>,
+    link: Option<(LinkKind, ShapedLink)>,
 }
 
 impl<'a> Theatre<'a> {
@@ -53,7 +53,7 @@ impl<'a> Theatre<'a> {
         let Run { scenario, repeat } = run;
         let subject = Subject::of(scenario);
         self.start(&subject)?;
-        self.shape(scenario.link_mbit)?;
+        self.shape(LinkKind { mbit: scenario.link_mbit, rtt_ms: scenario.link_rtt_ms })?;
         let measured = self.measure(&subject, scenario, *repeat);
         let is_well = measured.as_ref().is_ok_and(|measured| measured.outcome == Outcome::Moved);
         if !is_well || needs_new_instance(scenario.strategy) {
@@ -84,13 +84,13 @@ impl<'a> Theatre<'a> {
     }
 
     /// The link is as wide as it can be while a workload is filled, and as the scenario says while it is measured.
-    fn shape(&mut self, mbit: Option<u64>) -> Result<()> {
-        if self.link.as_ref().map(|(mbit, _)| *mbit) == mbit {
+    fn shape(&mut self, kind: LinkKind) -> Result<()> {
+        if self.link.as_ref().is_some_and(|(shaped, _)| *shaped == kind) {
             return Ok(());
         }
         self.link = None;
-        if let Some(mbit) = mbit {
-            self.link = Some((mbit, ShapedLink::new(self.stage.cluster(), mbit)?));
+        if kind.mbit.is_some() || kind.rtt_ms > 0.0 {
+            self.link = Some((kind, ShapedLink::new(self.stage.cluster(), kind)?));
         }
         Ok(())
     }

@@ -11,8 +11,8 @@ use socket2::SockRef;
 
 /// podferry's own choice, so that the two are alike: BBR, the default of some machines, carries half as much between local nodes.
 const CONGESTION_CONTROL: &[u8] = b"cubic";
-/// What the receiver prints when it can be connected to.
-pub(super) const READY: &str = "ready";
+/// What a helper prints when it is ready for its work.
+pub(in crate::experiments) const READY: &str = "ready";
 
 /// Takes what [`send`] sends: each of its folders, by its last name, comes to one of `into` with the same last name.
 pub fn receive(listen: SocketAddr, into: &[PathBuf]) -> io::Result<()> {

@@ -98,19 +98,16 @@ impl Tool for Criu {
             let folder = format!("/sys/fs/cgroup/{hierarchy}{}", group.display());
             format!("mkdir -p {folder}; echo $$ > {folder}/cgroup.procs")
         });
-        let rest = format!("exec 9</run/netns/{}; exec criu restore --restore-detached \"$@\"", way.name);
-        let script = format!("{}; {rest}", joins.join("; "));
-        let mut command = way.target.command("bash");
-        command.args(["-ec", &script, "criu", "--images-dir", &path(&images(way.target)), "--work-dir", "/tmp"]);
-        command.args(["--log-file", "peer-restore.log", "--tcp-established", "--manage-cgroups=ignore", "--root"]);
-        command.arg(way.target.bundle(way.name).join("rootfs")).args(["--inherit-fd", "fd[9]:extRootNetNS"]);
-        for (_, at) in &self.mounts {
-            command.args(["--external", &format!("mnt[{at}]:{at}")]);
-        }
-        for (descriptor, pipe) in &self.pipes {
-            command.args(["--inherit-fd", &format!("fd[{descriptor}]:{pipe}")]);
-        }
-        way.run_on_target(command)
+        let first = format!("{}; exec 9</run/netns/{}", joins.join("; "), way.name);
+        let (images, root) = (path(&images(way.target)), path(&way.target.bundle(way.name).join("rootfs")));
+        let words = ["restore", "--restore-detached", "--images-dir", &images, "--work-dir", "/tmp"];
+        let more = ["--log-file", "peer-restore.log", "--tcp-established", "--manage-cgroups=ignore", "--root", &root];
+        let network = ["--inherit-fd", "fd[9]:extRootNetNS"];
+        let mut words: Vec<String> = words.into_iter().chain(more).chain(network).map(str::to_owned).collect();
+        let mut outer = |what: &str, value: String| words.extend([what.to_owned(), value]);
+        self.mounts.iter().for_each(|(_, at)| outer("--external", format!("mnt[{at}]:{at}")));
+        self.pipes.iter().for_each(|(descriptor, pipe)| outer("--inherit-fd", format!("fd[{descriptor}]:{pipe}")));
+        way.run_on_target(&first, "criu", &words)
     }
 }
 

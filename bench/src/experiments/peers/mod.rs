@@ -7,8 +7,10 @@ mod way;
 
 use podferry_report::results::{Outcome, Strategy};
 
+pub(super) use self::copy::READY;
 pub use self::copy::{receive, send};
 use self::way::Way;
+pub(super) use self::way::this_program;
 use super::measure::Moved;
 use crate::{
     error::{Error, Result},

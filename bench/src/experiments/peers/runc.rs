@@ -17,9 +17,9 @@ impl Tool for Runc {
 
     fn restore(&mut self, way: &Way) -> Result<()> {
         let (images, bundle) = (path(&images(way.target)), path(&way.target.bundle(way.name)));
-        let mut command = way.target.command("runc");
-        command.args(["--root", RUNC_ROOT, "restore", "--detach", "--tcp-established", "--work-path", "/tmp"]);
-        command.args(["--image-path", &images, "--bundle", &bundle, way.name]);
-        way.run_on_target(command)
+        let words = ["--root", RUNC_ROOT, "restore", "--detach", "--tcp-established", "--work-path", "/tmp"];
+        let of_it = ["--image-path", &images, "--bundle", &bundle, way.name];
+        let words: Vec<String> = words.into_iter().chain(of_it).map(str::to_owned).collect();
+        way.run_on_target("", "runc", &words)
     }
 }

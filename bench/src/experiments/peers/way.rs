@@ -8,7 +8,7 @@ use std::{
     io::{BufRead as _, BufReader},
     net::SocketAddr,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Stdio,
     time::{Duration, Instant},
 };
 
@@ -75,7 +75,7 @@ impl<'a> Way<'a> {
         })?;
         let raw_bytes = size_of(&self.target.on_machine(&images(self.target)))?;
         let restore = self.timed("restore", || {
-            self.change_over()?;
+            self.target.mount_rootfs(&self.target.bundle(self.name))?;
             tool.restore(self)
         })?;
         let started_cpu_s = [sent - at_first, children_cpu_s() - sent];
@@ -101,7 +101,8 @@ impl<'a> Way<'a> {
         node.bundle(self.name).join("upper")
     }
 
-    /// Folders, and on the target the network namespace with the container's own addresses, on no bridge yet.
+    /// Folders, and on the target the network namespace with the container's own addresses, on no bridge yet. Its kernel is kept from answering
+    /// with a reset what comes for connections that are not restored yet.
     fn make(&self) -> Result<()> {
         for node in [self.source, self.target] {
             node.check(["mkdir", "-p", &path(&images(node))])?;
@@ -121,7 +122,8 @@ impl<'a> Way<'a> {
              ip -n {name} link set lo up
              ip -n {name} address add {address} dev eth0
              ip -n {name} link set eth0 up
-             ip -n {name} route add default via {GATEWAY}"
+             ip -n {name} route add default via {GATEWAY}
+             ip netns exec {name} iptables -w -A OUTPUT -p tcp --tcp-flags RST RST -j DROP"
         ))?;
         Ok(())
     }
@@ -151,23 +153,22 @@ impl<'a> Way<'a> {
         podferry_local::command::run_within(&mut command, DEADLINE)?.success().map_err(Error::from).map(drop)
     }
 
-    /// The root filesystem is complete now, and the link can join.
-    fn change_over(&self) -> Result<()> {
+    /// Joins the container's link on the target, and runs what makes processes there that live on. `first` is a script that is run before, by the
+    /// shell that becomes it. Its streams are no pipes: they would never end.
+    pub(super) fn run_on_target(&self, first: &str, program: &str, words: &[String]) -> Result<()> {
         let name = self.name;
-        self.target.mount_rootfs(&self.target.bundle(name))?;
         // Something has to be sent, so that bridges learn where the container is.
-        self.target.shell(&format!(
-            "ip link set {LINK} master {NODE_BRIDGE} up
-             ip netns exec {name} bash -c 'echo > /dev/udp/{GATEWAY}/9'"
-        ))?;
-        Ok(())
-    }
-
-    /// Runs what makes processes on the target that live on, so that its streams are not pipes: they would never end.
-    pub(super) fn run_on_target(&self, mut command: Command) -> Result<()> {
-        let log_path = self.target.container_logs().join(format!("{}-restore.log", self.name));
+        let script = format!(
+            "{first}
+             ip link set {LINK} master {NODE_BRIDGE} up
+             ip netns exec {name} bash -c 'echo > /dev/udp/{GATEWAY}/9'
+             exec \"$@\""
+        );
+        let log_path = self.target.container_logs().join(format!("{name}-restore.log"));
         let log = fs::File::create(&log_path);
         let log = log.map_err(|source| Error::File { action: "create", path: log_path.clone(), source })?;
+        let mut command = self.target.command("bash");
+        command.args(["-ec", &script, "restore", program]).args(words);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         let mut running = self.target.spawn_command(command)?;
         match running.wait(DEADLINE) {
@@ -202,7 +203,8 @@ pub(super) fn path(path: &Path) -> String {
     path.display().to_string()
 }
 
-fn this_program() -> PathBuf {
+/// In tests this process is not the program, which then lies beside it.
+pub(in crate::experiments) fn this_program() -> PathBuf {
     podferry_local::default_binaries().join("podferry-bench")
 }
 

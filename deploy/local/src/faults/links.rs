@@ -131,7 +131,7 @@ impl Slow {
         Self::limit(cluster, node, &format!("rate {rate} burst 64kb latency 100ms"))
     }
 
-    /// As [`Slow::down`], with all that there is to say of it.
+    /// As [`Slow::down`], with all that there is to say of it, at any port of the fabric.
     pub fn shaped(cluster: &LocalCluster, node: &str, shape: Shape) -> Result<Self> {
         let Shape { mbit, burst_bytes, queue_ms } = shape;
         Self::limit(cluster, node, &format!("rate {mbit}mbit burst {burst_bytes} latency {queue_ms}ms"))
