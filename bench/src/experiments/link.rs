@@ -15,16 +15,16 @@ const QUEUE_MS: u64 = 20;
 
 /// How a link is.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct LinkKind {
+pub struct LinkKind {
     /// What it carries, in Mbit/s; as much as it can when absent.
-    pub(super) mbit: Option<u64>,
+    pub mbit: Option<u64>,
     /// Its round-trip time, in ms.
-    pub(super) rtt_ms: f64,
+    pub rtt_ms: f64,
 }
 
 /// A limit on what goes to either node, whoever sends it, and the distance between them; none of it when it is dropped.
 #[derive(Debug)]
-pub(super) struct ShapedLink {
+pub struct ShapedLink {
     // Dropped first: it is on the far link's device.
     _slow: Vec<Slow>,
     _far: Option<FarLink>,
@@ -32,7 +32,7 @@ pub(super) struct ShapedLink {
 
 impl ShapedLink {
     /// Makes it so.
-    pub(super) fn new(cluster: &LocalCluster, kind: LinkKind) -> Result<Self> {
+    pub fn new(cluster: &LocalCluster, kind: LinkKind) -> Result<Self> {
         let is_far = kind.rtt_ms > 0.0;
         let far = is_far.then(|| FarLink::new(cluster, Duration::from_secs_f64(kind.rtt_ms / 1e3))).transpose()?;
         let ports = [NODES[0], if is_far { FABRIC_END } else { NODES[1] }];

@@ -6,7 +6,7 @@
 mod cost;
 pub mod delay;
 mod environment;
-mod link;
+pub mod link;
 mod measure;
 pub mod peers;
 mod plan;
