@@ -12,7 +12,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 RELEASE := $(TARGET)/release
 
 .PHONY: help setup build demo test chaos soak local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-layers bench-loads \
-	bench-slowdown bench-total bench-engine bench-scale e2e-vm e2e-versions e2e-page \
+	bench-slowdown bench-total bench-engine bench-scale experiments e2e-vm e2e-versions e2e-page \
 	testcluster testcluster-up testcluster-down e2e-testcluster test-kubernetes e2e-kubernetes bench-pods image helm e2e-install lint
 
 help:
@@ -42,6 +42,8 @@ help:
 	@echo 'make bench-slowdown  throughput of Redis while its memory is copied, against that just before'
 	@echo 'make bench-total   all of a live migration of idle memory against the page stream alone with the same bytes'
 	@echo 'make bench-engine  live migration of one process against CRIU alone, at several sizes'
+	@echo 'make experiments   what a migration costs, by workload, strategy, memory, dirty rate and link, beside other tools: at most an hour;'
+	@echo '                   QUICK=1 at most 6 minutes; what is there already is not run again'
 	@echo 'make bench-scale   a coordinator with 5,000 nodes and 1,000 migrations at once: CPU, memory, writes, time to drain'
 	@echo 'make test-kubernetes  the coordinator against a real API server: objects, records, leaders'
 	@echo 'make lint          formatting, clippy, shellcheck, licences'
@@ -108,6 +110,10 @@ bench-total: build
 
 bench-engine: build
 	@$(RUN) $(RELEASE)/podferry-bench-engine
+
+# ARGS='--plan' only shows what would be run; ARGS='--suite FILE --results FOLDER'.
+experiments: build
+	@$(RUN) $(RELEASE)/podferry-bench experiments $(ARGS)
 
 e2e-vm: setup
 	@$(RUN) deploy/vm/e2e.sh

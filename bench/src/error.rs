@@ -40,6 +40,15 @@ pub enum Error {
     /// The page stream could not be measured.
     #[error(transparent)]
     Stream(#[from] crate::stream::Error),
+    /// A suite of experiments cannot be used.
+    #[error(transparent)]
+    Suite(#[from] crate::experiments::SuiteError),
+    /// Results of experiments cannot be kept.
+    #[error(transparent)]
+    Store(#[from] crate::experiments::StoreError),
+    /// No report can be made of them.
+    #[error(transparent)]
+    Report(#[from] podferry_report::ReportError),
     /// Somebody asked for the end.
     #[error("interrupted")]
     Interrupted,

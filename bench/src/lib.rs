@@ -6,6 +6,7 @@ pub mod chaos;
 pub mod clients;
 pub mod demo;
 pub mod error;
+pub mod experiments;
 pub mod load;
 pub mod loads;
 pub mod local;

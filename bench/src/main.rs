@@ -1,11 +1,11 @@
 //! `podferry-bench`: workloads under load, the demo, and the measurements.
 
-use std::{io::Read, net::SocketAddr, process::ExitCode};
+use std::{io::Read, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 use podferry_bench::{
-    chaos, demo,
-    load::{self, Event, Kind, LoadOptions, LoadReport, Readiness, redis_data, sql},
+    chaos, demo, experiments,
+    load::{self, Event, Kind, LoadOptions, LoadReport, Pace, Readiness, redis_data, sql},
     loads::{self, Load as HardLoad},
     local, moves, slowdown, soak,
     stage::{Interrupt, Strategy},
@@ -51,6 +51,39 @@ enum Command {
         #[arg(long, default_value_t = 500, value_parser = clap::value_parser!(u32).range(30..))]
         migrations: u32,
     },
+    /// Run a suite of experiments: what a migration of which workload by which strategy costs, over which link, beside other tools.
+    Experiments(ExperimentsArguments),
+    /// The receiving end of a copy by other tools, for the experiments' own use.
+    #[command(hide = true)]
+    PeerReceive {
+        /// Where to listen.
+        #[arg(long)]
+        listen: SocketAddr,
+        /// Where the folders are to come to.
+        folders: Vec<PathBuf>,
+    },
+    /// Carry frames between two TAP devices, for the experiments' own use.
+    #[command(hide = true)]
+    LinkDelay {
+        /// The devices.
+        fabric: String,
+        node: String,
+        /// The address of the node that is not behind them.
+        #[arg(long)]
+        near: std::net::Ipv4Addr,
+        /// How long a frame takes between the nodes, in µs.
+        #[arg(long)]
+        delay_us: u64,
+    },
+    /// The sending end.
+    #[command(hide = true)]
+    PeerSend {
+        /// Where the other end listens.
+        #[arg(long)]
+        to: SocketAddr,
+        /// What to send.
+        folders: Vec<PathBuf>,
+    },
     /// Measure the page stream between two network namespaces against raw TCP, and packing against none.
     Stream(stream::Arguments),
     /// A local cluster to play with, which goes on until it is taken down.
@@ -72,6 +105,32 @@ struct Extent {
     /// Fewer moves, smaller sizes.
     #[arg(long, env = "QUICK", value_parser = clap::builder::FalseyValueParser::new(), action = clap::ArgAction::SetTrue)]
     quick: bool,
+}
+
+#[derive(Debug, Args)]
+struct ExperimentsArguments {
+    #[command(flatten)]
+    extent: Extent,
+    /// A suite's file; without it `bench/suites/standard.toml`, or `quick.toml` when it is to be quick.
+    #[arg(long)]
+    suite: Option<PathBuf>,
+    /// The folder for results; what is there is not run again. Without it one below `.podferry/experiments`.
+    #[arg(long)]
+    results: Option<PathBuf>,
+    /// Only show what would be run, and how long it is likely to take.
+    #[arg(long)]
+    plan: bool,
+}
+
+impl ExperimentsArguments {
+    fn options(self) -> experiments::Options {
+        let name = if self.extent.quick { "quick" } else { "standard" };
+        experiments::Options {
+            suite: self.suite.unwrap_or_else(|| experiments::suite_of(name)),
+            results: self.results,
+            plan_only: self.plan,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -157,6 +216,12 @@ struct LoadArguments {
     clients: u32,
     #[command(flatten)]
     depth: Depth,
+    /// How many ms a client waits between an answer and its next request; without it one is sent about every millisecond.
+    #[arg(long)]
+    think: Option<u64>,
+    /// Report every answer with the time it took.
+    #[arg(long)]
+    samples: bool,
     /// End when standard input is closed.
     #[arg(long, conflicts_with = "seconds")]
     until_stdin_closes: bool,
@@ -208,6 +273,22 @@ fn run(command: Command) -> Outcome {
             }
             Command::Total(extent) => staged(|interrupt| Ok(total::run(extent.quick, interrupt)?.passed)),
             Command::Soak { migrations } => staged(|interrupt| Ok(soak::run(migrations, interrupt)?.holds())),
+            Command::Experiments(arguments) => {
+                let options = arguments.options();
+                staged(|interrupt| experiments::run(&options, interrupt))
+            }
+            Command::PeerReceive { listen, folders } => {
+                experiments::peers::receive(listen, &folders)?;
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::LinkDelay { fabric, node, near, delay_us } => {
+                experiments::delay::carry([&fabric, &node], near, Duration::from_micros(delay_us))?;
+                Ok(ExitCode::SUCCESS)
+            }
+            Command::PeerSend { to, folders } => {
+                experiments::peers::send(to, &folders)?;
+                Ok(ExitCode::SUCCESS)
+            }
             Command::Stream(arguments) => {
                 Ok(if stream::run(arguments).await? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
             }
@@ -275,8 +356,9 @@ async fn run_load(arguments: LoadArguments) -> Outcome {
     let stop = CancellationToken::new();
     stop_when(&arguments, &stop);
     let ready = Readiness::new(arguments.clients);
-    let LoadArguments { target, kind, clients, depth, .. } = arguments;
-    let options = LoadOptions { target: target.target, kind, clients, depth: depth.depth.into() };
+    let LoadArguments { target, kind, clients, depth, think, samples, .. } = arguments;
+    let pace = think.map_or_else(Pace::default, |ms| Pace::Think(Duration::from_millis(ms)));
+    let options = LoadOptions { target: target.target, kind, clients, depth: depth.depth.into(), pace, samples };
     let clients = load::run(options, stop, std::sync::Arc::clone(&ready));
     let tell = async {
         ready.all().await;

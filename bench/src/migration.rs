@@ -59,6 +59,12 @@ pub struct MigrationRecord {
     pub id: String,
     /// What was moved.
     pub workload: String,
+    /// By which strategy, with `auto` the one that was chosen.
+    #[serde(default)]
+    pub strategy: String,
+    /// Why the coordinator chose it, when it did.
+    #[serde(default)]
+    pub strategy_reason: String,
     /// From which node.
     pub source: String,
     /// To which node.

@@ -78,6 +78,17 @@ impl Program {
         }
     }
 
+    /// Its container, with this root filesystem.
+    pub fn container(self, rootfs: &Path) -> Result<Workload> {
+        let address = self.address();
+        let std::net::IpAddr::V4(ip) = address.ip() else {
+            return Err(Error::Misplaced(format!("{address} is no IPv4 address")));
+        };
+        let mut workload = Workload::new(self.name(), rootfs, self.arguments().iter().copied(), ip);
+        workload.env.push(format!("PORT={}", address.port()));
+        Ok(workload)
+    }
+
     fn arguments(self) -> &'static [&'static str] {
         match self {
             Self::Catalogue => &["/usr/bin/catalogue"],
@@ -323,13 +334,7 @@ pub fn run_script(command: &mut Command) -> Result<()> {
 
 /// Starts a workload on the first node, prepares the second for it, and waits until it listens.
 pub fn start_workload(cluster: &LocalCluster, program: Program, rootfs: &Path) -> Result<()> {
-    let address = program.address();
-    let std::net::IpAddr::V4(ip) = address.ip() else {
-        return Err(Error::Misplaced(format!("{address} is no IPv4 address")));
-    };
-    let mut workload = Workload::new(program.name(), rootfs, program.arguments().iter().copied(), ip);
-    workload.env.push(format!("PORT={}", address.port()));
-    start_container(cluster, &workload, address.port(), LISTEN_DEADLINE)
+    start_container(cluster, &program.container(rootfs)?, program.address().port(), LISTEN_DEADLINE)
 }
 
 fn start_container(cluster: &LocalCluster, workload: &Workload, port: u16, patience: Duration) -> Result<()> {

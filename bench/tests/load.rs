@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use podferry_bench::load::{self, ClientReport, Kind, LoadOptions, LoadReport, Readiness, redis_data};
+use podferry_bench::load::{self, ClientReport, Kind, LoadOptions, LoadReport, Pace, Readiness, redis_data};
 use support::{Proxy, Redis, Service};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -39,7 +39,7 @@ impl Load {
 
     fn begin(kind: Kind, target: SocketAddr, clients: u32) -> Self {
         let (stop, progress) = (CancellationToken::new(), Readiness::new(clients));
-        let options = LoadOptions { target, kind, clients, depth: DEPTH };
+        let options = LoadOptions { target, kind, clients, depth: DEPTH, pace: Pace::default(), samples: true };
         let running = tokio::spawn(load::run(options, stop.clone(), Arc::clone(&progress)));
         Self { stop, progress, running }
     }

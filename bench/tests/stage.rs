@@ -14,6 +14,7 @@ use nix::{
 };
 use podferry_bench::{
     clients::{self, LoadProcess},
+    experiments::link::{LinkKind, ShapedLink},
     load::LoadReport,
     stage::{Interrupt, NODES, Program, Stage, Strategy},
 };
@@ -148,4 +149,37 @@ fn an_interrupted_demo_takes_everything_away() {
     assert_eq!((up, folder), (5, 1));
     assert!(!status.expect("it ends within a minute").success());
     assert_eq!((namespaces(), folders()), (0, 0));
+}
+
+/// How long it takes until a closed port of the second node answers, in ms: the least of some tries, so one round trip.
+fn round_trip_ms(from: &Place, to: std::net::Ipv4Addr) -> f64 {
+    let script = format!(
+        "for try in 1 2 3 4 5; do
+             since=$EPOCHREALTIME; (echo > /dev/tcp/{to}/9) 2>/dev/null && exit 1
+             until=$EPOCHREALTIME; echo $((${{until/./}} - ${{since/./}}))
+         done"
+    );
+    let said = from.check(["bash", "-c", &script]).unwrap();
+    let micros = said.lines().map(|line| line.trim().parse::<f64>().unwrap());
+    micros.reduce(f64::min).expect("it was tried") / 1e3
+}
+
+#[test]
+fn a_far_node_is_far_from_the_other_node_alone_and_near_again_behind_it() {
+    let stage = stage();
+    let cluster = stage.cluster();
+    let (near, far) = (cluster.node(NODES[0]).unwrap(), cluster.node(NODES[1]).unwrap());
+    let between = || round_trip_ms(&near, far.address());
+    // What a shell takes to start is in each of them.
+    let at_first = between();
+    for mbit in [None, Some(100)] {
+        let link = ShapedLink::new(cluster, LinkKind { mbit, rtt_ms: 40.0 }).unwrap();
+        let (between_nodes, from_client) = (between(), round_trip_ms(cluster.client(), far.address()));
+        assert!((40.0..60.0 + at_first).contains(&between_nodes), "{between_nodes} ms, {at_first} ms without it");
+        assert!(from_client < 30.0 + at_first, "{from_client} ms");
+        drop(link);
+        let back = between();
+        assert!(back < 30.0 + at_first, "{back} ms");
+    }
+    stage.down().unwrap();
 }

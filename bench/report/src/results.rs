@@ -56,7 +56,7 @@ pub enum Strategy {
     PeerPodman,
 }
 
-/// One point of the parameter space. Its text (`Display`) names it in a suite for good: a resumed run looks for it.
+/// One point of the parameter space.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Scenario {
     /// What is moved.

@@ -185,6 +185,10 @@ impl Client for CartClient {
         self.operate().await
     }
 
+    fn retries(&self) -> bool {
+        self.pending.is_some()
+    }
+
     async fn finish(&mut self) -> Vec<Fault> {
         let mut faults = Vec::new();
         if self.pending.is_some() {

@@ -15,6 +15,7 @@ mod recorder;
 mod redis_client;
 pub mod redis_data;
 mod report;
+pub mod samples;
 pub mod sql;
 mod sse;
 mod throughput;
@@ -70,6 +71,20 @@ trait Client: Send {
     fn answers(&self) -> u64 {
         1
     }
+    /// Whether the next step sends once more what has been sent before.
+    fn retries(&self) -> bool {
+        false
+    }
+}
+
+/// When a client sends its next request.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Pace {
+    /// About every millisecond, and at once when an answer took longer.
+    #[default]
+    EachMillisecond,
+    /// So long after the answer to the one before.
+    Think(Duration),
 }
 
 /// What to run.
@@ -83,6 +98,10 @@ pub struct LoadOptions {
     pub clients: u32,
     /// How many requests a client of [`Kind::Pipeline`] has under way.
     pub depth: usize,
+    /// How a client that sends at its own pace does so.
+    pub pace: Pace,
+    /// Whether each answer is noted with the time it took.
+    pub samples: bool,
 }
 
 /// Counts the clients that have had an answer, or have ended without one, and the requests of each.
@@ -131,22 +150,25 @@ pub async fn run(options: LoadOptions, stop: CancellationToken, ready: Arc<Readi
     for number in 0..options.clients {
         let (stop, ready) = (stop.clone(), Arc::clone(&ready));
         clients.spawn(async move {
-            let recorder = Recorder::new(options.kind, number);
+            let recorder = Recorder::new(options.kind, number).with_samples(options.samples);
+            let conduct = Conduct { number, pace: options.pace };
             let target = options.target;
             match options.kind {
                 Kind::Catalogue => {
-                    drive(catalogue::CatalogueClient::new(target, number), number, recorder, stop, ready).await
+                    drive(catalogue::CatalogueClient::new(target, number), conduct, recorder, stop, ready).await
                 }
-                Kind::Cart => drive(cart::CartClient::new(target, number), number, recorder, stop, ready).await,
-                Kind::Feed => drive(feed::FeedClient::new(target), number, recorder, stop, ready).await,
-                Kind::Sql => drive(sql::SqlClient::new(target, number), number, recorder, stop, ready).await,
-                Kind::Lines => drive(lines::LineClient::new(target), number, recorder, stop, ready).await,
+                Kind::Cart => drive(cart::CartClient::new(target, number), conduct, recorder, stop, ready).await,
+                Kind::Feed => drive(feed::FeedClient::new(target), conduct, recorder, stop, ready).await,
+                Kind::Sql => drive(sql::SqlClient::new(target, number), conduct, recorder, stop, ready).await,
+                Kind::Lines => {
+                    drive(lines::LineClient::new(target, options.clients == 1), conduct, recorder, stop, ready).await
+                }
                 Kind::Pipeline => {
                     let client = pipeline::PipelineClient::new(target, number, options.depth);
-                    drive(client, number, recorder, stop, ready).await
+                    drive(client, conduct, recorder, stop, ready).await
                 }
                 Kind::Redis => {
-                    drive(redis_client::RedisClient::new(target, number), number, recorder, stop, ready).await
+                    drive(redis_client::RedisClient::new(target, number), conduct, recorder, stop, ready).await
                 }
             }
         });
@@ -173,24 +195,58 @@ impl Drop for TellReady {
     }
 }
 
+/// How one client goes about it.
+#[derive(Debug, Clone, Copy)]
+struct Conduct {
+    number: u32,
+    pace: Pace,
+}
+
+/// Waits for the time of the next request.
+struct Pacer {
+    pace: Pace,
+    interval: tokio::time::Interval,
+}
+
+impl Pacer {
+    fn new(pace: Pace) -> Self {
+        let mut interval = tokio::time::interval(PACE);
+        interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self { pace, interval }
+    }
+
+    async fn wait(&mut self) {
+        match self.pace {
+            Pace::EachMillisecond => drop(self.interval.tick().await),
+            Pace::Think(Duration::ZERO) => tokio::task::yield_now().await,
+            Pace::Think(time) => tokio::time::sleep(time).await,
+        }
+    }
+}
+
 async fn drive<C: Client>(
     mut client: C,
-    number: u32,
+    conduct: Conduct,
     mut recorder: Recorder,
     stop: CancellationToken,
     readiness: Arc<Readiness>,
 ) -> ClientReport {
     let mut ready = TellReady(Some(Arc::clone(&readiness)));
     let mut connected = open(&mut client, &mut recorder).await;
-    let mut pace = tokio::time::interval(PACE);
-    pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut pacer = Pacer::new(conduct.pace);
     while connected && !stop.is_cancelled() {
         if client.is_paced() {
-            pace.tick().await;
+            pacer.wait().await;
         }
+        if client.retries() {
+            recorder.retried();
+        }
+        let asked = Instant::now();
         match answer_in_time(client.step(), &stop).await {
             Ok(()) => {
-                recorder.answered(Instant::now(), client.answers());
+                let now = Instant::now();
+                recorder.answered(now, client.answers());
+                recorder.took(now, now - asked);
                 ready.tell();
             }
             Err(fault) => {
@@ -200,7 +256,7 @@ async fn drive<C: Client>(
                 }
             }
         }
-        readiness.request_done(number);
+        readiness.request_done(conduct.number);
     }
     let end = Instant::now();
     if connected {

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::{
     report::{ClientReport, Gap, Kind},
+    samples::Samples,
     throughput::Throughput,
 };
 
@@ -45,6 +46,26 @@ impl Recorder {
         let throughput = (kind == Kind::Pipeline).then(Throughput::default);
         let report = ClientReport { kind, client, throughput, ..ClientReport::default() };
         Self { report, last: None, started: Instant::now(), started_unix }
+    }
+
+    /// The same, with every answer noted together with the time it took.
+    #[must_use]
+    pub fn with_samples(mut self, wanted: bool) -> Self {
+        self.report.samples = wanted.then(Samples::default);
+        self
+    }
+
+    /// A request is sent once more.
+    pub fn retried(&mut self) {
+        self.report.retried_requests += 1;
+    }
+
+    /// The right answer that came at `now` took so long from its request on.
+    pub fn took(&mut self, now: Instant, time: Duration) {
+        let unix = self.started_unix + now.saturating_duration_since(self.started);
+        if let Some(samples) = &mut self.report.samples {
+            samples.note(unix, time);
+        }
     }
 
     /// So many right answers came at `now`. The time since the last ones is a gap, however many faults lay between.

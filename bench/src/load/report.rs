@@ -3,7 +3,7 @@
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::Throughput;
+use super::{Throughput, samples::Samples};
 use crate::migration::Span;
 
 /// What a client does.
@@ -47,6 +47,9 @@ pub struct ClientReport {
     pub requests: u64,
     /// Requests that got a wrong answer or none.
     pub failed_requests: u64,
+    /// Requests that were sent once more, because their first answer never came.
+    #[serde(default)]
+    pub retried_requests: u64,
     /// How often the connection was closed or reset by the other side, or silent for too long.
     pub connection_resets: u64,
     /// Items that were confirmed and are gone, or are there twice.
@@ -60,6 +63,9 @@ pub struct ClientReport {
     /// How many answers came when, of clients whose throughput counts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub throughput: Option<Throughput>,
+    /// Every answer, of clients that were asked to note them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub samples: Option<Samples>,
 }
 
 /// What all clients of one run saw.
@@ -83,6 +89,11 @@ impl LoadReport {
     /// Connection resets of all clients.
     pub fn connection_resets(&self) -> u64 {
         self.clients.iter().map(|client| client.connection_resets).sum()
+    }
+
+    /// Requests that all clients sent once more.
+    pub fn retried_requests(&self) -> u64 {
+        self.clients.iter().map(|client| client.retried_requests).sum()
     }
 
     /// Lost or doubled items of all clients.

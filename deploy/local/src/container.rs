@@ -114,7 +114,8 @@ impl Node {
         Ok(Container { name: name.clone(), process, bundle: bundle.to_owned(), log })
     }
 
-    fn mount_rootfs(&self, bundle: &Path) -> Result<()> {
+    /// Mounts the root filesystem of a bundle that [`Node::prepare_workload`] made.
+    pub fn mount_rootfs(&self, bundle: &Path) -> Result<()> {
         let part = |name: &str| bundle.join(name).display().to_string();
         let options = format!("lowerdir={},upperdir={},workdir={}", part("lower"), part("upper"), part("work"));
         self.check(["mount", "-t", "overlay", "overlay", "-o", &options, &part("rootfs")]).map(drop)

@@ -107,6 +107,17 @@ impl Drop for Cut {
     }
 }
 
+/// How a link is limited (tc-tbf(8)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// What it carries, in Mbit/s.
+    pub mbit: u64,
+    /// How much passes at once after a pause, in bytes.
+    pub burst_bytes: u64,
+    /// How long a packet waits in it at most, in ms; what would wait longer is dropped.
+    pub queue_ms: u64,
+}
+
 /// A limit on what goes to a node.
 #[derive(Debug)]
 pub struct Slow {
@@ -117,8 +128,18 @@ pub struct Slow {
 impl Slow {
     /// Limits what goes to a node to a rate as tc understands it.
     pub fn down(cluster: &LocalCluster, node: &str, rate: &str) -> Result<Self> {
+        Self::limit(cluster, node, &format!("rate {rate} burst 64kb latency 100ms"))
+    }
+
+    /// As [`Slow::down`], with all that there is to say of it, at any port of the fabric.
+    pub fn shaped(cluster: &LocalCluster, node: &str, shape: Shape) -> Result<Self> {
+        let Shape { mbit, burst_bytes, queue_ms } = shape;
+        Self::limit(cluster, node, &format!("rate {mbit}mbit burst {burst_bytes} latency {queue_ms}ms"))
+    }
+
+    fn limit(cluster: &LocalCluster, node: &str, how: &str) -> Result<Self> {
         let fabric = cluster.fabric().clone();
-        fabric.shell(&format!("tc qdisc add dev {node} root tbf rate {rate} burst 64kb latency 100ms"))?;
+        fabric.shell(&format!("tc qdisc add dev {node} root tbf {how}"))?;
         Ok(Self { fabric, port: Some(node.to_owned()) })
     }
 
