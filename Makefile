@@ -13,7 +13,7 @@ RELEASE := $(TARGET)/release
 
 .PHONY: help setup build demo test chaos soak local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-layers bench-loads \
 	bench-slowdown bench-total bench-engine bench-scale experiments e2e-vm e2e-versions e2e-page \
-	testcluster testcluster-up testcluster-down e2e-testcluster test-kubernetes e2e-kubernetes bench-pods image helm e2e-install lint
+	testcluster testcluster-up testcluster-down e2e-testcluster test-kubernetes e2e-kubernetes e2e-connections bench-pods image helm e2e-install lint
 
 help:
 	@echo 'make demo          the main job, start to end: two nodes, real workloads under load, migrations there and back'
@@ -29,6 +29,7 @@ help:
 	@echo 'make testcluster-up, testcluster-down  a Kubernetes cluster of two nodes on this machine (builds Kubernetes once; needs Go)'
 	@echo 'make e2e-testcluster  that cluster tested by itself'
 	@echo 'make e2e-kubernetes  pods moved between the nodes of such a cluster, by every strategy, with everything killed on the way'
+	@echo 'make e2e-connections  a thousand connections to a pod that moves three times, and what the way through the relay costs'
 	@echo 'make bench-pods    how long pods of 250 and 1000 MiB stand still when they move between such nodes, and what their clients see'
 	@echo 'make image         the image for Kubernetes, without Docker: target/image/podferry.tar (NAME=registry/podferry:tag)'
 	@echo 'make helm          the chart and the kustomizations, checked without a cluster'
@@ -152,6 +153,9 @@ e2e-kubernetes: setup testcluster
 
 bench-pods: build testcluster
 	@$(RUN) env PODFERRY_BINARIES=$(abspath $(RELEASE)) deploy/kubernetes/speed.sh $(ARGS)
+
+e2e-connections: build testcluster
+	@$(RUN) env PODFERRY_BINARIES=$(abspath $(RELEASE)) deploy/kubernetes/connections.sh $(ARGS)
 
 image: setup
 	@$(RUN) deploy/image/build.sh $(NAME)

@@ -129,6 +129,7 @@ fn name(kind: Kind) -> &'static str {
         Kind::Cart => "cart",
         Kind::Feed => "feed",
         Kind::Redis => "redis",
+        Kind::Bulk => "bulk",
         Kind::Pipeline => "pipeline",
         Kind::Lines => "lines",
         Kind::Sql => "sql",

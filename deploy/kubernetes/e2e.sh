@@ -44,8 +44,6 @@ readonly CASES=(
     it_leaves_nothing
 )
 
-has_one_pod() { [[ $(kube get pods -l "app=$1" -o name | wc -l) == 1 ]]; }
-
 nodes_are_fit_and_pods_are_workloads() {
     until_true all_fit
     until_true can node-a live
@@ -698,9 +696,6 @@ it_leaves_nothing() {
     done
 }
 
-# For whoever reads why it failed.
-left_on() { on "$1" sh -c 'cd /; ls -d run/podferry-images/* run/podferry/relays/* var/lib/podferry/fenced/*.asked var/run/netns/* 2>/dev/null; ps -eo args | grep -E "^[^ ]*(podferry-(pager|dump|hook|stdio|runtime)|criu)"' || true; }
-no_pods() { [[ $(kube get pods -o name) == '' ]]; }
 
 summary() {
     printf '{"cases": %d, "passed": %d, "skipped": 0, "lost_items": %d, "failed_requests": %d, "freeze_ms_median": %s, "service_gap_ms_median": %s}\n' \

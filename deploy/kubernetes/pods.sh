@@ -119,3 +119,8 @@ unload() {
 median() { # of the numbers that are given
     printf '%s\n' "$@" | jq -s 'sort | if length == 0 then null else .[(length - 1) / 2 | floor] end'
 }
+
+has_one_pod() { [[ $(kube get pods -l "app=$1" -o name | wc -l) == 1 ]]; }
+no_pods() { [[ $(kube get pods -o name) == '' ]]; }
+# What of podferry is on a node and should not be, when none of its pods is there any more.
+left_on() { on "$1" sh -c 'cd /; ls -d run/podferry-images/* run/podferry/relays/* var/lib/podferry/fenced/*.asked var/run/netns/* 2>/dev/null; ps -eo args | grep -E "^[^ ]*(podferry-(pager|dump|hook|stdio|runtime)|criu)"' || true; }

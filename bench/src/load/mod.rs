@@ -5,6 +5,7 @@
 //! against what the client knows. A connection that breaks is counted and its reason noted; only then is another one
 //! opened, to find out what was lost.
 
+mod bulk;
 mod cart;
 mod catalogue;
 mod connection;
@@ -163,6 +164,7 @@ pub async fn run(options: LoadOptions, stop: CancellationToken, ready: Arc<Readi
                 Kind::Lines => {
                     drive(lines::LineClient::new(target, options.clients == 1), conduct, recorder, stop, ready).await
                 }
+                Kind::Bulk => drive(bulk::BulkClient::new(target, number), conduct, recorder, stop, ready).await,
                 Kind::Pipeline => {
                     let client = pipeline::PipelineClient::new(target, number, options.depth);
                     drive(client, conduct, recorder, stop, ready).await

@@ -21,6 +21,8 @@ pub enum Kind {
     Redis,
     /// Writes and reads in Redis, with many requests under way.
     Pipeline,
+    /// Writes and reads a value of 1 MiB in Redis.
+    Bulk,
     /// Counts and checks in a service that answers lines.
     Lines,
     /// Inserts, updates and reads in `PostgreSQL`.
