@@ -4,6 +4,7 @@
 #
 #   check.sh            all of it
 #   check.sh --faults   only that what is wrong is found
+#   check.sh --write    formats, and writes the tables of the modules' README.md anew
 set -euo pipefail
 # shellcheck source=deploy/setup/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../deploy/setup/lib.sh"
@@ -86,6 +87,9 @@ check_format() {
     terraform fmt -check -recursive -diff "$PODFERRY_ROOT/terraform" >&2
 }
 
+# The tables of inputs and outputs.
+check_documents() { "$CACHE/checkov/bin/python" "$CHECK/documents.py" "$PODFERRY_ROOT/terraform/modules"; }
+
 check_arguments() {
     local root
     for root in "${ROOTS[@]}"; do
@@ -160,7 +164,7 @@ check_faults() {
 }
 
 main() {
-    local check failed=() unknown=0 failures=0 checks=(check_format check_arguments check_tests check_policies check_faults)
+    local check failed=() unknown=0 failures=0 checks=(check_format check_documents check_arguments check_tests check_policies check_faults)
     [[ ${1:-} != --faults ]] || checks=(check_faults)
     require_tools
     work=$(mktemp -d)
@@ -169,6 +173,10 @@ main() {
     mkdir -p "$CACHE"
     ensure_packages
     ensure_checkov
+    if [[ ${1:-} == --write ]]; then
+        terraform fmt -recursive "$PODFERRY_ROOT/terraform" >&2
+        "$CACHE/checkov/bin/python" "$CHECK/documents.py" "$PODFERRY_ROOT/terraform/modules" --write
+    fi
     make_mirror
     copy tree
     for check in "${checks[@]}"; do

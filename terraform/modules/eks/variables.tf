@@ -48,13 +48,13 @@ variable "vpc_cidr" {
 }
 
 variable "kubernetes_version" {
-  description = "The Kubernetes version. It decides the nodes' kernel: 6.12 with 1.33 to 1.35, 6.18 from 1.36 on, and 6.1, too old for live migration, before."
+  description = "The Kubernetes version. It decides the nodes' kernel: 6.12 with 1.33 to 1.35, 6.18 from 1.36 on, and 6.1 before, which has no asynchronous write protection."
   type        = string
   default     = "1.35"
 
   validation {
     condition     = can(tonumber(var.kubernetes_version)) && tonumber(split(".", var.kubernetes_version)[1]) >= 33
-    error_message = "Nodes of Kubernetes before 1.33 have Linux 6.1, which cannot follow memory for live migrations."
+    error_message = "Nodes of Kubernetes before 1.33 have Linux 6.1, which has no asynchronous write protection."
   }
 }
 

@@ -48,7 +48,7 @@ resource "google_container_cluster" "this" {
   subnetwork      = google_compute_subnetwork.nodes.id
   networking_mode = "VPC_NATIVE"
 
-  # iptables and Calico, and not Dataplane V2: that is Cilium's, whose programs sit where the agents' relay of connections does. Not tried together.
+  # kube-proxy and Calico, and not Dataplane V2 (Cilium): podferry has been tried with kube-proxy and the bridge plugin alone, and this is nearer to it.
   datapath_provider           = "LEGACY_DATAPATH"
   enable_intranode_visibility = true
 
@@ -156,6 +156,8 @@ resource "google_container_node_pool" "this" {
   cluster        = google_container_cluster.this.name
   node_locations = var.zones
 
+  initial_node_count = each.value.size.min
+
   autoscaling {
     min_node_count = each.value.size.min
     max_node_count = each.value.size.max
@@ -202,6 +204,11 @@ resource "google_container_node_pool" "this" {
     workload_metadata_config {
       mode = "GKE_METADATA"
     }
+  }
+
+  lifecycle {
+    # Another one would make the pool anew.
+    ignore_changes = [initial_node_count]
   }
 
   depends_on = [google_project_iam_member.nodes]
