@@ -47,7 +47,7 @@ data "google_project" "this" {}
 # Through Connect gateway, whose certificate is a public one.
 provider "helm" {
   kubernetes = {
-    host  = "https://connectgateway.googleapis.com/v1/projects/${data.google_project.this.number}/locations/${var.region}/gkeMemberships/${module.cluster.name}"
+    host  = "https://${var.region}-connectgateway.googleapis.com/v1/projects/${data.google_project.this.number}/locations/${var.region}/gkeMemberships/${module.cluster.name}"
     token = data.google_client_config.this.access_token
   }
 }
