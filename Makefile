@@ -13,7 +13,8 @@ RELEASE := $(TARGET)/release
 
 .PHONY: help setup build demo test chaos soak local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-layers bench-loads \
 	bench-slowdown bench-total bench-engine bench-scale experiments e2e-vm e2e-versions e2e-page \
-	testcluster testcluster-up testcluster-down e2e-testcluster test-kubernetes e2e-kubernetes e2e-connections bench-pods image helm e2e-install lint
+	testcluster testcluster-up testcluster-down e2e-testcluster test-kubernetes e2e-kubernetes e2e-connections bench-pods image helm \
+	e2e-install check-terraform lint
 
 help:
 	@echo 'make demo          the main job, start to end: two nodes, real workloads under load, migrations there and back'
@@ -34,6 +35,7 @@ help:
 	@echo 'make image         the image for Kubernetes, without Docker: target/image/podferry.tar (NAME=registry/podferry:tag)'
 	@echo 'make helm          the chart and the kustomizations, checked without a cluster'
 	@echo 'make e2e-install   the chart on a test cluster: install, a pod of the class, leave, uninstall; nothing must be left'
+	@echo 'make check-terraform  the modules for GKE and EKS, checked without an account (needs Terraform, Node.js, Go, Python)'
 	@echo 'make bench-stream  the transfer stream against raw TCP on the same link'
 	@echo 'make bench-warm    warm migration of Redis at several sizes'
 	@echo 'make bench-live    live migration of Redis at several sizes'
@@ -165,6 +167,9 @@ helm:
 
 e2e-install: testcluster image
 	@$(RUN) deploy/helm/e2e.sh $(TARGET)/image/podferry.tar $(NAME)
+
+check-terraform:
+	@terraform/check.sh
 
 lint: setup
 	@$(RUN) deploy/setup/lint.sh
