@@ -2,9 +2,9 @@
 # Builds what is released, from the commit that is checked out: an archive of static programs, the SBOM, a note on what it was built with, and the sums
 # of all. They come into target/dist, or the folder that PODFERRY_DIST names. What is printed is SHA256SUMS.
 #
-#   build.sh                          programs alone
-#   build.sh --image NAME:TAG         the image of the same programs, too (deploy/image/build.sh)
-#   build.sh --without-sbom ...       without the SBOM, which needs its tool built first
+#   build.sh                        programs alone
+#   build.sh --registry REGISTRY    the image of the same programs and the chart that names it, too: REGISTRY/podferry, say ghcr.io/owner/podferry
+#   build.sh --without-sbom ...     without the SBOM, which needs its tool built first
 #
 # Needs root and what deploy/setup/setup.sh installs. `make release` is this behind run.sh.
 set -euo pipefail
@@ -28,11 +28,11 @@ require_tools() {
 # The programs, laid out as in the image.
 build_programs() {
     export PODFERRY_IMAGE_TARGET=$BUILT
-    if [[ -z $image ]]; then
+    if [[ -z $registry ]]; then
         "$PODFERRY_ROOT/deploy/image/stage.sh" "$STAGE"
         return
     fi
-    "$PODFERRY_ROOT/deploy/image/build.sh" "$image" "$DIST/podferry-$version-image-$(uname -m).tar"
+    "$PODFERRY_ROOT/deploy/image/build.sh" "$registry/podferry:$version" "$DIST/podferry-$version-image-$(uname -m).tar"
     rm -rf "$STAGE"
     cp -a "${CARGO_TARGET_DIR:-$PODFERRY_ROOT/target}/image/stage" "$STAGE"
 }
@@ -66,12 +66,12 @@ NOTE
 }
 
 main() {
-    local version image='' sbom=yes name
+    local version registry='' sbom=yes name
     while [[ $# -gt 0 ]]; do
         case $1 in
-            --image) image=${2:?usage: build.sh [--without-sbom] [--image NAME:TAG]} && shift 2 ;;
+            --registry) registry=${2:?usage: build.sh [--without-sbom] [--registry REGISTRY]} && shift 2 ;;
             --without-sbom) sbom='' && shift ;;
-            *) die 'usage: build.sh [--without-sbom] [--image NAME:TAG]' ;;
+            *) die 'usage: build.sh [--without-sbom] [--registry REGISTRY]' ;;
         esac
     done
     require_tools
@@ -92,7 +92,9 @@ main() {
     pack "$DIST/$name" "$DIST/$name.tar.gz"
     [[ -z $sbom ]] || "$PODFERRY_ROOT/deploy/release/sbom.sh" "$DIST" "$DIST/$name"
     rm -rf "${DIST:?}/$name"
+    [[ -z $registry ]] || "$PODFERRY_ROOT/deploy/release/chart.sh" "$registry/podferry" "$DIST"
     sums "$DIST" | tee "$DIST/SHA256SUMS"
 }
 
-main "$@"
+# So that single functions can be looked at.
+[[ ${BASH_SOURCE[0]} != "$0" ]] || main "$@"
