@@ -54,35 +54,36 @@ many() {
     kube delete deployment crowd
 }
 
-# Answers of one client, in a second, and how long half of them took at most, within two times in ms since 1970: of_time BEGIN END FILE
+# Answers of one client, in a second, and how long half of them took at most, within two times in ms since 1970: of_time FROM TO FILE
 of_time() {
-    tail -1 "$3" | jq --argjson begin "$1" --argjson end "$2" '
+    tail -1 "$3" | jq --argjson from "$1" --argjson to "$2" '
         .clients[0].samples | [foreach .answers[] as [$since, $took] (.first_us; . + $since; {ms: (. / 1000), took: ($took / 1000)})]
-        | map(select(.ms >= $begin and .ms < $end)) | {rate: (length / ($end - $begin) * 1000), took: (map(.took) | sort | .[length / 2 | floor])}'
+        | map(select(.ms >= $from and .ms < $to)) | {rate: (length / ($to - $from) * 1000), took: (map(.took) | sort | .[length / 2 | floor])}'
 }
 
 now() { printf '%d' "$((${EPOCHREALTIME/[.,]/} / 1000))"; }
 # CPU time of a node's agent so far, in clock ticks: all that it started, too.
-agent_ticks() { local node; for node in "${CLIENT_NODES[@]}"; do on "$node" sh -c 'cat "/proc/$(pgrep -ox podferry-agent)/stat"' | awk '{ print $14 + $15 + $16 + $17 }'; done | jq -s add; }
+agent_ticks() { local node; for node in "${CLIENT_NODES[@]}"; do on "$node" sh -c "pgrep -ox podferry-agent | sed 's|.*|/proc/&/stat|' | xargs cat" | awk '{ print $14 + $15 + $16 + $17 }'; done | jq -s add; }
 
 # beside KIND: the same client by the direct way from node to node and then through the relay; answers in a second and half's time go to $work/KIND.
 beside() {
-    local kind=$1 client direct relayed ticks
+    local kind=$1 client ticks
+    local -a direct relayed
     # So that the first way is from one node to the other.
     [[ $(node_of way) == node-b ]] || { move way live && until_true has_one_pod way; }
     clients node-a way "$work/way" --kind "$kind" --samples --think 0
     client=$!
     until_true grep -q . "$work/way"
     sleep 2
-    direct=$(now)
+    direct=("$(now)")
     sleep 6
-    direct=("$direct" "$(now)")
+    direct+=("$(now)")
     move way live --connections keep
     sleep 3
     ticks=$(agent_ticks)
-    relayed=$(now)
+    relayed=("$(now)")
     sleep 6
-    relayed=("$relayed" "$(now)")
+    relayed+=("$(now)")
     ticks=$(($(agent_ticks) - ticks))
     touch "$work/way.end"
     wait "$client"
