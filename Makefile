@@ -14,7 +14,7 @@ RELEASE := $(TARGET)/release
 .PHONY: help setup build demo test chaos soak local-up local-down bench-stream bench-warm bench-live bench-postcopy bench-hybrid bench-layers bench-loads \
 	bench-slowdown bench-total bench-engine bench-scale experiments e2e-vm e2e-versions e2e-page \
 	testcluster testcluster-up testcluster-down e2e-testcluster test-kubernetes e2e-kubernetes e2e-connections bench-pods image helm \
-	e2e-install check-terraform lint
+	e2e-install check-terraform release-check release lint
 
 help:
 	@echo 'make demo          the main job, start to end: two nodes, real workloads under load, migrations there and back'
@@ -49,6 +49,8 @@ help:
 	@echo '                   QUICK=1 at most 6 minutes; what is there already is not run again'
 	@echo 'make bench-scale   a coordinator with 5,000 nodes and 1,000 migrations at once: CPU, memory, writes, time to drain'
 	@echo 'make test-kubernetes  the coordinator against a real API server: objects, records, leaders'
+	@echo 'make release-check  one version everywhere, and what the changelog says of it: what a tag needs'
+	@echo 'make release       what is released, built from the commit that is checked out, in target/dist (ARGS="--registry ghcr.io/owner": image and chart, too)'
 	@echo 'make lint          formatting, clippy, shellcheck, licences'
 
 setup:
@@ -170,6 +172,14 @@ e2e-install: testcluster image
 
 check-terraform:
 	@terraform/check.sh
+
+release-check:
+	@deploy/release/test.sh
+	@deploy/release/notes.sh "$$(deploy/release/versions.sh)"
+
+# Behind `umask 022`, so that files in the image can be read by all.
+release: setup
+	@umask 022; $(RUN) deploy/release/build.sh $(ARGS)
 
 lint: setup
 	@$(RUN) deploy/setup/lint.sh

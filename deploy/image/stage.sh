@@ -14,12 +14,12 @@ readonly ON_NODES=(podferry-agent podferry-dump-worker podferry-pager podferry-h
     podferry-install)
 readonly IN_IMAGE=(podferry podferry-coordinator podferry-install podferry-nodes)
 
-# Static and dynamic ones are in folders of their own: the flags differ, so each build would undo the other's.
+# Static and dynamic ones are in folders of their own: the flags differ, so each build would undo the other's. deploy/release/build.sh has further flags.
 build() {
     local triple
     triple=$(uname -m)-unknown-linux-gnu
     cd "$PODFERRY_ROOT"
-    RUSTFLAGS='-C target-feature=+crt-static' cargo build --locked --release --target "$triple" --target-dir "$target" \
+    RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" cargo build --locked --release --target "$triple" --target-dir "$target" \
         -p podferry-agent -p podferry-runtime -p podferry-tar -p podferry-coordinator -p podferry -p podferry-install -p podferry-nodes \
         --bins >&2
     cargo build --locked --release --target-dir "$target/shim" -p podferry-criu-shim >&2

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Formatting, clippy, shell scripts, and what the dependency tree may hold (deny.toml). One line of JSON at the end.
+# Formatting, clippy, shell scripts, one version everywhere, and what the dependency tree may hold (deny.toml). One line of JSON at the end.
 #
 #   lint.sh             all of it
 #   lint.sh --install   only gets cargo-deny ready
@@ -31,7 +31,7 @@ main() {
     [[ ${1:-} != --install ]] || return 0
 
     local check failed=()
-    for check in check_format check_clippy check_fuzz check_scripts check_setup check_deny; do
+    for check in check_format check_clippy check_fuzz check_scripts check_setup check_versions check_deny; do
         log "$check"
         "$check" || failed+=("\"$check\"")
     done
@@ -50,6 +50,8 @@ check_scripts() {
     fi
     git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck -x
 }
+
+check_versions() { deploy/release/versions.sh >/dev/null; }
 
 # A machine without cargo is the one that setup is for.
 check_setup() {
