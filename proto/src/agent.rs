@@ -3,6 +3,8 @@
 //! Only the *coordinator's* certificate may call it; `Describe` is also open to *client* certificates. The coordinator
 //! calls `Describe` before it uses a node: the versions of the protocol must meet (see [`crate::Version`]).
 //!
+//! `ListContainers` and `ListRelays` say what is on the node; neither belongs to a migration.
+//!
 //! # The order of a warm migration
 //!
 //! ```text

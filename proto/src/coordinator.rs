@@ -57,6 +57,9 @@
 //! the nodes are asked may still carry its id. When the agent of that node does not answer, the call fails with
 //! `UNAVAILABLE` and the node's name; an empty list means that no workload runs there.
 //!
+//! `ListConnections` has what has outlived the move of its workload, by the agents that answer; those that do not are named in `silent_nodes`. Agents from
+//! before it have nothing to say.
+//!
 //! `ListMigrations` has all migrations that have not ended and the last 1000 that have. What is long in them is cut, so that
 //! all fit into one message: a migration's last 4 rounds and last 4 notes stay, 160 bytes of each note, and of a failure 300 bytes of its message, 200
 //! of CRIU's line and of the remedy, 64 of the names; a text that was cut ends with `…`. `GetMigration` and `WatchMigration`

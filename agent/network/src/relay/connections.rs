@@ -24,7 +24,7 @@ const SOCK_DESTROY: u16 = 21;
 /// listen, are closed, or wait for what may be late (`TIME-WAIT`).
 pub fn connections_of(netns: &Netns, addresses: &[IpAddr]) -> Result<usize> {
     let failed = |source| Error::Connections { netns: netns.path().to_owned(), source };
-    netns.run(|| all(addresses).map(|found| found.len()))?.map_err(failed)
+    netns.run(|| all(addresses, &NOTHING_MORE).map(|found| found.len()))?.map_err(failed)
 }
 
 /// A TCP connection, as the namespace that it ends in sees it.
@@ -57,7 +57,7 @@ fn list(addresses: &[IpAddr]) -> io::Result<Vec<Connection>> {
         peer: end(&socket.id.destination_address, socket.id.destination_port),
         bytes: socket.bytes,
     };
-    Ok(all(addresses)?.into_iter().map(|(_, socket)| of(socket)).collect())
+    Ok(all(addresses, &ExtensionFlags::INFO)?.into_iter().map(|(_, socket)| of(socket)).collect())
 }
 
 /// How many connections of a namespace are being opened, or are open and wait for a program to take them.
@@ -67,9 +67,9 @@ pub fn not_accepted(netns: &Netns) -> Result<usize> {
         let mut count = 0;
         for (family, id) in FAMILIES {
             // A socket that listens says how many wait in the place of how much.
-            let listening = of_family(family, id(), StateFlags::LISTEN)?;
+            let listening = of_family(family, id(), StateFlags::LISTEN, NOTHING_MORE)?;
             count += listening.iter().map(|socket| socket.receive_queue as usize).sum::<usize>();
-            count += of_family(family, id(), StateFlags::SYN_RECV)?.len();
+            count += of_family(family, id(), StateFlags::SYN_RECV, NOTHING_MORE)?.len();
         }
         Ok(count)
     };
@@ -83,7 +83,7 @@ pub fn not_accepted(netns: &Netns) -> Result<usize> {
 pub fn end_connections(netns: &Netns, addresses: &[IpAddr]) -> Result<usize> {
     let failed = |source| Error::Connections { netns: netns.path().to_owned(), source };
     let end_all = || {
-        let found = all(addresses)?;
+        let found = all(addresses, &NOTHING_MORE)?;
         found.iter().try_for_each(|(family, socket)| end(*family, socket.id.clone()))?;
         Ok(found.len())
     };
@@ -92,19 +92,19 @@ pub fn end_connections(netns: &Netns, addresses: &[IpAddr]) -> Result<usize> {
 
 /// Whether one of them may be sent from one interface alone (`SO_BINDTODEVICE`); runs in the namespace.
 pub(super) fn has_bound(addresses: &[IpAddr]) -> io::Result<bool> {
-    Ok(all(addresses)?.iter().any(|(_, socket)| socket.id.interface_id != 0))
+    Ok(all(addresses, &NOTHING_MORE)?.iter().any(|(_, socket)| socket.id.interface_id != 0))
 }
 
 const FAMILIES: [(u8, fn() -> SocketId); 2] = [(AF_INET, SocketId::new_v4), (AF_INET6, SocketId::new_v6)];
 
 /// Those that can still carry something, each with its family.
-fn all(addresses: &[IpAddr]) -> io::Result<Vec<(u8, Found)>> {
+fn all(addresses: &[IpAddr], extensions: &ExtensionFlags) -> io::Result<Vec<(u8, Found)>> {
     // Sockets of IPv6 serve IPv4 as well, with addresses that say so.
     let of = |socket: &Found| addresses.contains(&socket.id.source_address.to_canonical());
     let over = StateFlags::LISTEN | StateFlags::CLOSE | StateFlags::TIME_WAIT;
     let mut all = Vec::new();
     for (family, id) in FAMILIES {
-        let found = of_family(family, id(), StateFlags::all() - over.clone())?;
+        let found = of_family(family, id(), StateFlags::all() - over.clone(), extensions.clone())?;
         all.extend(found.into_iter().filter(of).map(|socket| (family, socket)));
     }
     Ok(all)
@@ -132,6 +132,9 @@ impl Found {
     }
 }
 
+/// Who only counts asks for no more than sockets have anyway: that is done in the freeze, too.
+const NOTHING_MORE: ExtensionFlags = ExtensionFlags::empty();
+
 /// Where `tcpi_bytes_acked` and `tcpi_bytes_received` are in `struct tcp_info` (`include/uapi/linux/tcp.h`).
 const ACKNOWLEDGED: usize = 120;
 const RECEIVED: usize = 128;
@@ -140,8 +143,8 @@ fn counter(info: &[u8], at: usize) -> Option<u64> {
     info.get(at..at + size_of::<u64>())?.try_into().ok().map(u64::from_ne_bytes)
 }
 
-fn of_family(family: u8, id: SocketId, states: StateFlags) -> io::Result<Vec<Found>> {
-    match sockets(family, id, states) {
+fn of_family(family: u8, id: SocketId, states: StateFlags, extensions: ExtensionFlags) -> io::Result<Vec<Found>> {
+    match sockets(family, id, states, extensions) {
         // A kernel without IPv6.
         Err(error) if errno(&error) == Errno::ENOENT && family == AF_INET6 => Ok(Vec::new()),
         found => found,
@@ -180,9 +183,9 @@ fn end(family: u8, socket_id: SocketId) -> io::Result<()> {
     }
 }
 
-fn sockets(family: u8, socket_id: SocketId, states: StateFlags) -> io::Result<Vec<Found>> {
+fn sockets(family: u8, socket_id: SocketId, states: StateFlags, extensions: ExtensionFlags) -> io::Result<Vec<Found>> {
     let netlink = open()?;
-    let request = InetRequest { family, protocol: IPPROTO_TCP, extensions: ExtensionFlags::INFO, states, socket_id };
+    let request = InetRequest { family, protocol: IPPROTO_TCP, extensions, states, socket_id };
     let mut header = NetlinkHeader::default();
     header.flags = NLM_F_REQUEST | NLM_F_DUMP;
     let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
